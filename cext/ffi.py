@@ -1,7 +1,7 @@
 """Builds the compiled parts through cffi in API mode.
 
-What Python may see of a C file stands between ``/* cffi: begin */`` and ``/* cffi: end */`` in its header, so each
-declaration exists once. Run as a script, this compiles in place under ``src/``.
+What Python may see of a C file stands between ``/* cffi: begin */`` and ``/* cffi: end */`` in its header, so
+each declaration exists once. Run as a script, this compiles in place under ``src/``.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ _VISIBLE = re.compile(r"/\* cffi: begin \*/\n(.*?)/\* cffi: end \*/", re.DOTALL)
 
 @dataclass(frozen=True)
 class Module:
-    """One extension module and the C files (without suffix, in cext/) that make it, in the order of their headers."""
+    """One extension module and its C files (in cext/, without suffix), in the order of their headers."""
 
     name: str
     parts: tuple[str, ...]

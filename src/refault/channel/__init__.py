@@ -1,0 +1,1 @@
+"""The migration channel: what the compiled part decodes, records and relays."""

@@ -1,0 +1,1 @@
+"""QMP, without I/O: bytes and events in, bytes and actions out."""

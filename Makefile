@@ -1,0 +1,106 @@
+# Everything a contributor runs. Each target alone installs what it needs: Debian packages (tests/tools/bootstrap) and,
+# in .venv, Python ones. PYTHON picks the interpreter of .venv; 3.11 or later.
+
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+BOOTSTRAP := PYTHON=$(PYTHON) tests/tools/bootstrap
+
+# make demo DEMO="--losses 6 --memory 1G"; make test TEST="tests/unit -k splitter"
+DEMO ?=
+TEST ?= tests/unit tests/integration
+SECONDS ?= 60
+
+PREFIX ?= /usr/local
+DESTDIR ?=
+SYSCONFDIR ?= /etc
+UNITDIR ?= $(PREFIX)/lib/systemd/system
+SYSUSERSDIR ?= $(PREFIX)/lib/sysusers.d
+TMPFILESDIR ?= $(PREFIX)/lib/tmpfiles.d
+LIBDIR := $(PREFIX)/lib/refault
+
+C_FILES := $(wildcard cext/*.c)
+C_AND_HEADERS := $(C_FILES) $(wildcard cext/*.h)
+C_WARNINGS := -std=c11 -D_GNU_SOURCE -Wall -Wextra -Werror -fsyntax-only
+
+.PHONY: help build demo test lint bench fuzz dist install clean
+.NOTPARALLEL:
+
+help:
+	@echo 'make demo     a real migration between two QEMUs, broken and recovered (DEMO="--losses 6")'
+	@echo 'make test     unit and integration tests (TEST=tests/unit for some of them)'
+	@echo 'make lint     ruff, mypy, clang-format, gcc and clang'
+	@echo 'make bench    benchmarks'
+	@echo 'make fuzz     fuzz targets under sanitizers (SECONDS=600 each)'
+	@echo 'make dist     sdist and wheel, in dist/'
+	@echo 'make install  program, systemd unit and directories (DESTDIR, PREFIX)'
+	@echo 'make clean    removes what was built, .venv included'
+
+# The package in .venv, in place: Python from src/, the compiled part beside it.
+build: $(VENV)/.compiled
+
+$(VENV)/.installed: pyproject.toml tests/tools/bootstrap
+	$(BOOTSTRAP) build
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --upgrade 'pip>=25.1'
+	$(BIN)/python -m pip install --quiet cffi setuptools --editable .
+	touch $@
+
+$(VENV)/.compiled: $(VENV)/.installed $(C_AND_HEADERS) cext/ffi.py
+	$(BIN)/python cext/ffi.py
+	touch $@
+
+$(VENV)/.dev: $(VENV)/.installed
+	$(BIN)/python -m pip install --quiet --group dev
+	touch $@
+
+demo: build
+	$(BOOTSTRAP) demo
+	$(BIN)/refault demo $(DEMO)
+
+test: build $(VENV)/.dev
+	$(BOOTSTRAP) test
+	$(BIN)/python -m pytest $(TEST)
+
+lint: build $(VENV)/.dev
+	$(BOOTSTRAP) $(if $(CI),lint,build)
+	$(BIN)/ruff check
+	$(BIN)/ruff format --check
+	$(BIN)/mypy
+ifneq ($(C_FILES),)
+	$(BIN)/clang-format --dry-run -Werror $(C_AND_HEADERS)
+	gcc $(C_WARNINGS) $(C_FILES)
+	@if command -v clang >/dev/null; then echo clang $(C_WARNINGS) $(C_FILES); clang $(C_WARNINGS) $(C_FILES); \
+	 else echo 'clang is not installed: gcc alone has checked'; fi
+endif
+
+bench: build $(VENV)/.dev
+	$(BOOTSTRAP) test
+	$(BIN)/python -m pytest tests/bench
+
+fuzz: build
+	$(BOOTSTRAP) fuzz
+	SECONDS_EACH=$(SECONDS) tests/fuzz/run.sh
+
+dist: $(VENV)/.dev
+	rm -rf dist
+	$(BIN)/python -m build --outdir dist
+
+# A virtual environment of its own, so that nothing of the system's Python is touched; its scripts name PREFIX, not DESTDIR.
+install:
+	$(BOOTSTRAP) build
+	install -d $(DESTDIR)$(LIBDIR) $(DESTDIR)$(PREFIX)/bin $(DESTDIR)$(SYSCONFDIR)/refault
+	$(PYTHON) -m venv $(DESTDIR)$(LIBDIR)
+	$(DESTDIR)$(LIBDIR)/bin/python -m pip install --quiet --upgrade --force-reinstall .
+	printf '#!%s/bin/python\nfrom refault.cli.main import main\n\nraise SystemExit(main())\n' $(LIBDIR) >$(DESTDIR)$(LIBDIR)/bin/refault
+	ln -sfn $(LIBDIR)/bin/refault $(DESTDIR)$(PREFIX)/bin/refault
+	install -d $(DESTDIR)$(UNITDIR) $(DESTDIR)$(SYSUSERSDIR) $(DESTDIR)$(TMPFILESDIR)
+	sed 's|@PREFIX@|$(PREFIX)|g' systemd/refault@.service >$(DESTDIR)$(UNITDIR)/refault@.service
+	install -m 644 systemd/refault.sysusers $(DESTDIR)$(SYSUSERSDIR)/refault.conf
+	install -m 644 systemd/refault.tmpfiles $(DESTDIR)$(TMPFILESDIR)/refault.conf
+	test -e $(DESTDIR)$(SYSCONFDIR)/refault/example.env || install -m 640 systemd/example.env $(DESTDIR)$(SYSCONFDIR)/refault/example.env
+
+clean:
+	rm -rf $(VENV) build dist .mypy_cache .pytest_cache .ruff_cache .hypothesis src/refault.egg-info
+	find src tests cext -name __pycache__ -type d -prune -exec rm -rf {} +
+	find src -name '*.so' -delete

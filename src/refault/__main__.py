@@ -1,0 +1,5 @@
+"""``python -m refault``."""
+
+from refault.cli.main import main
+
+raise SystemExit(main())

@@ -1,0 +1,61 @@
+"""The command line: `refault COMMAND`.
+
+A command is a module of this package with ``add_parser(subparsers)``, which adds its argparse parser and sets
+on it ``execute``, a callable from the parsed `argparse.Namespace` to the exit status. Only the module of the
+command that was asked for is imported, so that the daemon does not carry the demo's imports.
+"""
+
+from __future__ import annotations
+
+import argparse
+import importlib
+import sys
+from collections.abc import Callable, Sequence
+from typing import NoReturn
+
+from refault import __version__
+from refault.daemon.errors import operator_errors
+
+COMMANDS: tuple[str, ...] = ()
+
+
+class _Parser(argparse.ArgumentParser):
+    """Tells a usage error in one line."""
+
+    def error(self, message: str) -> NoReturn:
+        self.exit(2, f"{self.prog}: {message} (see {self.prog} --help)\n")
+
+
+def build_parser(arguments: Sequence[str]) -> argparse.ArgumentParser:
+    """The parser for `arguments`: with the one command they name, else with all."""
+    parser = _Parser(prog="refault", description="Recovers QEMU postcopy live migrations by itself.")
+    parser.add_argument("--version", action="version", version=f"refault {__version__}")
+    subparsers = parser.add_subparsers(dest="command", metavar="COMMAND", required=True)
+    first = arguments[0] if arguments else None
+    for name in [first] if first in COMMANDS else COMMANDS:
+        importlib.import_module(f"refault.cli.{name}").add_parser(subparsers)
+    return parser
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Runs a command and returns its exit status: 0, 1 for an error of the operator's, 2 for wrong usage.
+
+    Raises `SystemExit` from argparse for ``--help``, ``--version`` and wrong usage.
+    """
+    arguments = sys.argv[1:] if arguments is None else arguments
+    options = build_parser(arguments).parse_args(arguments)
+    execute: Callable[[argparse.Namespace], int] = options.execute
+    try:
+        return execute(options)
+    except BrokenPipeError:  # whoever read our output has gone: `refault status | head -1`
+        sys.stderr.close()
+        return 1
+    except KeyboardInterrupt:
+        return 130
+    except BaseException as error:
+        told = operator_errors(error)
+        if not told:
+            raise
+        for line in told:
+            print(f"refault: {line}", file=sys.stderr)
+        return 1

@@ -1,0 +1,35 @@
+"""Where refault keeps its sockets and its state."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping
+from pathlib import Path
+
+CONTROL_SUFFIX = ".control"
+
+
+def runtime_directory(environment: Mapping[str, str] = os.environ, uid: int | None = None) -> Path:
+    """The directory of control sockets.
+
+    systemd's ``$RUNTIME_DIRECTORY`` (the first, where there are several), else /run/refault for root, else
+    ``$XDG_RUNTIME_DIR/refault``.
+    """
+    if given := environment.get("RUNTIME_DIRECTORY"):
+        return Path(given.split(":")[0])
+    uid = os.getuid() if uid is None else uid
+    if uid == 0:
+        return Path("/run/refault")
+    return Path(environment.get("XDG_RUNTIME_DIR") or f"/run/user/{uid}") / "refault"
+
+
+def control_socket(name: str, environment: Mapping[str, str] = os.environ, uid: int | None = None) -> Path:
+    """The default control socket of the VM `name`."""
+    return runtime_directory(environment, uid) / f"{name}{CONTROL_SUFFIX}"
+
+
+def state_directory(environment: Mapping[str, str] = os.environ, uid: int | None = None) -> Path:
+    """The directory of state files: systemd's ``$STATE_DIRECTORY``, else the runtime directory, a tmpfs."""
+    if given := environment.get("STATE_DIRECTORY"):
+        return Path(given.split(":")[0])
+    return runtime_directory(environment, uid)

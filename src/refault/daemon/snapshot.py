@@ -1,0 +1,159 @@
+"""What refault says about itself: one immutable picture of all VMs, published by the daemon.
+
+`refault status` prints it, the control socket serves it as JSON, the metrics are collected from it. The field
+names are an interface: docs/status.md lists them all, and they are not renamed. Everything here is frozen, so
+a picture may be read from any thread; nobody who reads it reaches what the pump writes.
+
+A Prometheus scrape runs in a thread of its own: whoever provides a ``Snapshot`` callable returns the last
+picture that the daemon published, and builds nothing.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Literal
+
+import msgspec
+
+from refault import __version__
+
+MigrationRole = Literal["source", "destination", "none"]
+RelayState = Literal["tracking", "opaque", "off"]
+
+
+class QemuStatus(msgspec.Struct, frozen=True, kw_only=True):
+    """The QEMU behind its monitor."""
+
+    connected: bool
+    address: str
+    pid: int | None = None
+    """From the peer credentials of the monitor's socket; null over TCP or across pid namespaces."""
+    version: str | None = None
+    """From the greeting, for example "7.2.0"; null until QEMU has greeted once."""
+
+
+class ClientsStatus(msgspec.Struct, frozen=True, kw_only=True):
+    """QMP clients of the listen sockets, since the daemon started."""
+
+    connected: int = 0
+    total: int = 0
+    commands: int = 0
+    """Commands taken from clients, refused ones included."""
+    events: int = 0
+    """Events delivered, each counted once a client."""
+    slow_disconnected: int = 0
+    """Clients dropped because they did not read."""
+
+
+class MigrationStatus(msgspec.Struct, frozen=True, kw_only=True):
+    """The migration this VM takes part in, or the last one."""
+
+    role: MigrationRole = "none"
+    status: str | None = None
+    """QEMU's word, for example "postcopy-active"."""
+    relay: RelayState = "off"
+    """Whether the channel passes and is decoded ("tracking"), passes unread ("opaque"), or not ("off")."""
+    relay_reason: str | None = None
+    """Why the relay does not track."""
+    phase: str | None = None
+    """The phase that decides whether a local leg may be closed (docs/architecture.md)."""
+    held: str | None = None
+    """Why a local leg is held open though its other side is lost."""
+
+
+class BlockStatus(msgspec.Struct, frozen=True, kw_only=True):
+    """Page requests in one RAM block. A page here is a host page of the block: what a fault asks for."""
+
+    name: str
+    size_bytes: int
+    page_size_bytes: int
+    requested: int = 0
+    arrived: int = 0
+    replayed: int = 0
+    outstanding: int = 0
+
+
+class PagesStatus(msgspec.Struct, frozen=True, kw_only=True):
+    """Page requests of the migration, over all RAM blocks, in host pages."""
+
+    requested: int = 0
+    """Pages asked for by the destination; a repeated request is one."""
+    arrived: int = 0
+    """Requested pages whose last target page has passed the relay."""
+    replayed: int = 0
+    """Requests that refault wrote to the source after a loss."""
+    outstanding: int = 0
+    """Requested pages that have not passed the relay."""
+    recorded: int = 0
+    """Requests that no received bitmap has confirmed; the next replay draws on these."""
+    blocks: tuple[BlockStatus, ...] = ()
+
+
+class LatencyStatus(msgspec.Struct, frozen=True, kw_only=True):
+    """Time from a page request passing the relay until its page passed, in seconds; null before the first."""
+
+    p50: float | None = None
+    p99: float | None = None
+    max: float | None = None
+    count: int = 0
+    sum: float = 0.0
+    buckets: tuple[tuple[float, int], ...] = ()
+    """Cumulative: (upper bound in seconds, requests answered within it), bounds ascending and finite."""
+
+
+class RecoveryStatus(msgspec.Struct, frozen=True, kw_only=True):
+    """Lost channels and what became of them, since the daemon started."""
+
+    losses: int = 0
+    attempts: int = 0
+    recoveries: int = 0
+    last_seconds: float | None = None
+    """Last recovery: from the loss noticed to QEMU back in postcopy-active."""
+    last_error: str | None = None
+    """What the last failed attempt failed with; null after a recovery."""
+
+
+class ChannelStatus(msgspec.Struct, frozen=True, kw_only=True):
+    """Bytes of the migration channel that passed the relay, since the daemon started."""
+
+    bytes_forward: int = 0
+    """Source to destination: pages."""
+    bytes_return: int = 0
+    """Destination to source: page requests."""
+
+
+class VmStatus(msgspec.Struct, frozen=True, kw_only=True):
+    """One VM."""
+
+    name: str
+    qemu: QemuStatus
+    clients: ClientsStatus = ClientsStatus()
+    migration: MigrationStatus = MigrationStatus()
+    pages: PagesStatus = PagesStatus()
+    latency_seconds: LatencyStatus = LatencyStatus()
+    recovery: RecoveryStatus = RecoveryStatus()
+    channel: ChannelStatus = ChannelStatus()
+
+
+class Status(msgspec.Struct, frozen=True, kw_only=True):
+    """One daemon: the root of the JSON document."""
+
+    version: str = __version__
+    """refault's."""
+    vms: tuple[VmStatus, ...] = ()
+
+
+Snapshot = Callable[[], Status]
+
+
+def encode(status: Status) -> bytes:
+    """The JSON document, one line with its newline."""
+    return msgspec.json.encode(status) + b"\n"
+
+
+def decode(document: bytes) -> Status:
+    """Reads a document that :func:`encode` wrote, by this or a newer refault (unknown fields are ignored).
+
+    Raises `msgspec.DecodeError` (`msgspec.ValidationError` is one) for anything else.
+    """
+    return msgspec.json.decode(document, type=Status)
