@@ -1,0 +1,149 @@
+/*
+ * The page map: which pages the destination has asked for, which have passed on their way to it, and which of
+ * them the destination says it has.
+ *
+ * Two things are kept apart (DESIGN.md, section 5). A request is *outstanding* from the moment it passes
+ * until all its target pages have passed the other way: that is the live count, and what latencies are taken
+ * from. Its *record* lives on, for the answer may be lost behind the relay: it ends when a received bitmap
+ * confirms the pages, or with the migration. What is replayed after a recovery is what is recorded and not
+ * received.
+ *
+ * One thread writes (everything that takes a plain pointer); any thread may read through the functions that
+ * end in _stats and _latency. The writer never waits for a reader. Times are monotonic, in ns, the caller's.
+ * Names are at most 255 bytes, not terminated. Memory is bounded by the ceiling: what does not fit is refused
+ * with a code and counted.
+ */
+#ifndef RF_PAGEMAP_H
+#define RF_PAGEMAP_H
+
+#include <stdbool.h>
+#include <stddef.h>
+#include <stdint.h>
+
+#include "histogram.h"
+#include "status.h"
+
+/* cffi: begin */
+struct rf_pagemap_stats {
+    uint64_t requested;   /* requests recorded, each once */
+    uint64_t repeated;    /* requests on the wire that were on record already */
+    uint64_t refused;     /* requests that were impossible, or for which there was no room */
+    uint64_t arrived;     /* requests answered: all their pages passed after the request did */
+    uint64_t crossed;     /* requests whose pages had all passed before the request did */
+    uint64_t outstanding; /* requests neither arrived nor crossed: the live count */
+    uint64_t recorded;    /* records that have not ended */
+    uint64_t confirmed;   /* records ended by a received bitmap */
+    uint64_t reopened;    /* answers found lost: outstanding again */
+    uint64_t replayed;    /* requests written by us */
+    uint64_t evicted;     /* answered records forgotten for want of room */
+    uint64_t forwarded;   /* target pages passed, doubles included */
+    uint64_t discarded;   /* target pages that RAM_DISCARD took back */
+    uint64_t losses;      /* channels lost */
+    uint64_t memory;      /* bytes held */
+    uint64_t blocks;
+};
+
+struct rf_pagemap_block_stats {
+    char name[256]; /* terminated */
+    uint32_t name_length;
+    uint32_t declared;    /* 1: the forward stream told the size */
+    uint64_t used_length; /* bytes; 0: not known */
+    uint64_t page_size;   /* bytes; 0: not known */
+    uint64_t requested;
+    uint64_t arrived;
+    uint64_t outstanding;
+    uint64_t recorded;
+    uint64_t replayed;
+    uint64_t forwarded; /* target pages passed, doubles included */
+};
+
+/* A request as it was made. `id` names the record for as long as it lives; ids grow with time. */
+struct rf_request {
+    uint64_t id;
+    uint64_t start;
+    uint64_t time; /* ns: when it first passed */
+    uint32_t length;
+    uint32_t block;
+    uint32_t outstanding;
+    uint32_t name_length;
+    const char *name;
+};
+
+/* What a received bitmap said about one block, in target pages. */
+struct rf_bitmap_report {
+    uint64_t received;
+    uint64_t forwarded_not_received; /* was in flight */
+    uint64_t received_not_forwarded; /* never passed here: another VM's, if the whole stream was seen */
+    uint64_t records_ended;
+    uint64_t records_left;
+};
+
+struct rf_pagemap;
+
+/* `ceiling`: bytes; `host_page_size`: bytes, the page size of blocks that the stream gives none for. */
+struct rf_pagemap *rf_pagemap_new(uint64_t ceiling, uint64_t host_page_size);
+void rf_pagemap_free(struct rf_pagemap *map);
+
+/* Before the first block. 10 to 30, else RF_OUT_OF_RANGE. */
+int rf_pagemap_set_target_page_bits(struct rf_pagemap *map, uint32_t bits);
+
+/* The block's index, or a negative status. Declaring a block again with another length is RF_BAD_SIZE. */
+int rf_pagemap_declare(struct rf_pagemap *map, const char *name, size_t name_length, uint64_t used_length,
+                       uint64_t page_size);
+int rf_pagemap_find(const struct rf_pagemap *map, const char *name, size_t name_length);
+
+/* The index of a block by that name, made known without a size if there is none yet and none are declared. */
+int rf_pagemap_know(struct rf_pagemap *map, const char *name, size_t name_length);
+
+/* A request passed. 0: recorded; 1: on record already; negative: refused, and counted. */
+int rf_pagemap_request(struct rf_pagemap *map, const char *name, size_t name_length, uint64_t start,
+                       uint32_t length, uint64_t now);
+
+/* Target pages passed towards the destination. Cut to the block; a negative status where nothing was noted.
+ */
+int rf_pagemap_arrived(struct rf_pagemap *map, uint32_t block, uint64_t offset, uint64_t length,
+                       uint64_t now);
+
+/* RAM_DISCARD: what had passed is to be sent again. */
+int rf_pagemap_discarded(struct rf_pagemap *map, uint32_t block, uint64_t start, uint64_t length);
+
+/* From here on pages pass unseen (an opaque stream, multifd): what passed is no longer a complete account. */
+void rf_pagemap_forward_unseen(struct rf_pagemap *map);
+
+void rf_pagemap_channel_lost(struct rf_pagemap *map, uint64_t now);
+void rf_pagemap_channel_begin(struct rf_pagemap *map, uint64_t now);
+
+/* A received bitmap, of `size` bytes. begin: the block's index, RF_BAD_SIZE, RF_UNKNOWN_BLOCK, RF_NO_MEMORY.
+ * data: in order, any sizes. end: the records of the block that are not confirmed are outstanding again. */
+int rf_pagemap_bitmap_begin(struct rf_pagemap *map, const char *name, size_t name_length, uint64_t size);
+int rf_pagemap_bitmap_data(struct rf_pagemap *map, uint64_t offset, const uint8_t *dense, size_t bytes);
+int rf_pagemap_bitmap_end(struct rf_pagemap *map, struct rf_bitmap_report *report);
+
+/* The oldest record with an id above `after` (start with 0). 1 and *out filled, or 0. Cheap when `after` is
+ * the id it gave before. */
+int rf_pagemap_next_record(struct rf_pagemap *map, uint64_t after, struct rf_request *out);
+
+/* The same among those to replay: recorded, of a block whose received bitmap has come on this channel without
+ * confirming it, not answered and not asked for again by the destination since the channel began, not
+ * replayed on it yet. */
+int rf_pagemap_replay_next(struct rf_pagemap *map, uint64_t after, struct rf_request *out);
+
+/* The record was written to the source. RF_OUT_OF_RANGE: no such record. */
+int rf_pagemap_replayed(struct rf_pagemap *map, uint64_t id, uint64_t now);
+
+/* The migration is over: every record ends. */
+void rf_pagemap_complete(struct rf_pagemap *map);
+
+/* From any thread. 1: a consistent picture; 0: the writer was too busy, counters may be a few events apart.
+ */
+int rf_pagemap_stats(const struct rf_pagemap *map, struct rf_pagemap_stats *out);
+/* RF_UNKNOWN_BLOCK beyond the last. */
+int rf_pagemap_block_stats(const struct rf_pagemap *map, uint32_t block, struct rf_pagemap_block_stats *out);
+void rf_pagemap_latency(const struct rf_pagemap *map, struct rf_histogram_snapshot *out);
+/* cffi: end */
+
+/* Not empty only while rf_pagemap_bitmap_begin..end is under way. The caller may look at the block's bits. */
+struct rf_bitmap;
+const struct rf_bitmap *rf_pagemap_forwarded(const struct rf_pagemap *map, uint32_t block);
+
+#endif

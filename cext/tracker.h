@@ -1,0 +1,93 @@
+/*
+ * The tracker: the decoders of both directions of one migration's main channel (and of its preempt channel),
+ * and the page map that they fill, across losses of the channel.
+ *
+ * One thread feeds it; `facts`, `channel_facts`, the opaque reasons and the page map's statistics may be read
+ * from any thread. It never holds or changes a byte: the caller passes on all it feeds.
+ *
+ * The pings around the switchover (migration/migration.c, the same in 7.2 and 10.0): migration_thread sends
+ * PING 1 right after OPEN_RETURN_PATH; postcopy_start sends PING 2 before PACKAGED, PING 3 inside it, after
+ * the device state and right before RUN, and PING 4 right behind it on the main stream. The destination's
+ * main thread loads the package (migration/savevm.c, loadvm_handle_cmd_packaged) and answers 3 when all
+ * device state is loaded; its listen thread, which starts at LISTEN at the head of the package, reads the
+ * main stream meanwhile and may answer 4 *before* 3. So PONG 3, not PONG 4, says that device state was loaded
+ * and that RUN is next; nothing on the wire says that RUN was carried out (loadvm_postcopy_handle_run only
+ * schedules a bottom half). None of the pings is sent where only dirty-bitmaps go postcopy.
+ */
+#ifndef RF_TRACKER_H
+#define RF_TRACKER_H
+
+#include <stdatomic.h>
+#include <stddef.h>
+#include <stdint.h>
+
+#include "forward.h"
+#include "pagemap.h"
+#include "returnpath.h"
+
+/* cffi: begin */
+enum rf_fact {
+    RF_FACT_RP_OPENED = 1,             /* OPEN_RETURN_PATH passed */
+    RF_FACT_POSTCOPY_ADVISE = 2,       /* the source may turn to postcopy */
+    RF_FACT_POSTCOPY_DISCARD_SEEN = 4, /* it does: the first RAM_DISCARD passed */
+    RF_FACT_PACKAGED_BEGUN = 8,        /* the switchover: PACKAGED's header passed */
+    RF_FACT_PACKAGED_PASSED = 16,      /* and its last byte */
+    RF_FACT_PONG_3 = 32,               /* the destination has loaded its device state */
+    RF_FACT_PONG_4 = 64,
+    RF_FACT_EOF_PASSED = 128,        /* QEMU_VM_EOF: the source has sent all */
+    RF_FACT_SHUT_PASSED = 256,       /* the destination has said good-bye */
+    RF_FACT_RECV_BITMAP_ASKED = 512, /* recovery handshake, in this order */
+    RF_FACT_RECV_BITMAP_SENT = 1024,
+    RF_FACT_RESUME_SENT = 2048,
+    RF_FACT_RESUME_ACK_PASSED = 4096,
+    RF_FACT_SHUT_ERROR = 8192,      /* SHUT carried an error */
+    RF_FACT_REQUEST_SEEN = 16384,   /* a page request passed */
+    RF_FACT_RAM_DECLARED = 32768,   /* the block list passed */
+    RF_FACT_FOREIGN_PAGES = 65536,  /* a received bitmap claims pages that were never forwarded, and the whole
+                                       stream was seen: it is another VM's */
+    RF_FACT_IGNORE_SHARED = 131072, /* the configuration lists x-ignore-shared */
+    RF_FACT_MULTIFD = 262144,       /* pages go over channels of their own */
+    RF_FACT_WHOLE_STREAM_SEEN =
+        524288, /* of the migration, not of a channel; cleared when it ends to be so */
+};
+
+struct rf_tracker;
+
+/* `ceiling`: bytes for the page map. NULL without memory. */
+struct rf_tracker *rf_tracker_new(uint64_t ceiling);
+void rf_tracker_free(struct rf_tracker *tracker);
+
+/* `recovered`: 0 for the migration's first channel. Clears the channel's facts and opaque reasons. */
+void rf_tracker_channel_begin(struct rf_tracker *tracker, int recovered, uint64_t now);
+void rf_tracker_channel_lost(struct rf_tracker *tracker, uint64_t now);
+
+/* What passed from the source, all of it. */
+void rf_tracker_forward(struct rf_tracker *tracker, const uint8_t *bytes, size_t length, uint64_t now);
+
+/* The preempt channel, where there is one. */
+void rf_tracker_preempt_begin(struct rf_tracker *tracker, uint64_t now);
+void rf_tracker_preempt_forward(struct rf_tracker *tracker, const uint8_t *bytes, size_t length,
+                                uint64_t now);
+
+/* Pages go over channels that the tracker is not fed (multifd). */
+void rf_tracker_pages_elsewhere(struct rf_tracker *tracker);
+
+/* One event of the return path; returns the bytes consumed, above 0 for length above 0. */
+size_t rf_tracker_return_next(struct rf_tracker *tracker, const uint8_t *bytes, size_t length, uint64_t now,
+                              struct rf_returnpath_event *event);
+int rf_tracker_return_at_boundary(const struct rf_tracker *tracker);
+
+/* The migration completed: every record ends. */
+void rf_tracker_complete(struct rf_tracker *tracker);
+
+/* From any thread. */
+uint32_t rf_tracker_facts(const struct rf_tracker *tracker);         /* of the whole migration */
+uint32_t rf_tracker_channel_facts(const struct rf_tracker *tracker); /* of the current channel */
+uint32_t rf_tracker_forward_opaque(const struct rf_tracker *tracker);
+uint32_t rf_tracker_return_opaque(const struct rf_tracker *tracker);
+
+/* For the thread that feeds (replay), and for the readers' functions of pagemap.h. */
+struct rf_pagemap *rf_tracker_pagemap(struct rf_tracker *tracker);
+/* cffi: end */
+
+#endif
