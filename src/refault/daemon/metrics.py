@@ -1,0 +1,186 @@
+"""Prometheus metrics: the published status as metric families, and the HTTP server that they are read from.
+
+docs/metrics.md lists the names. A scrape runs in a thread of the server and reads one immutable `Status`; it
+touches nothing of the daemon's or the pump's.
+"""
+
+from __future__ import annotations
+
+import logging
+import socket
+import threading
+from collections.abc import Iterable
+from socketserver import ThreadingMixIn
+from typing import Any
+from wsgiref.simple_server import WSGIRequestHandler, WSGIServer
+
+import trio
+from prometheus_client import CollectorRegistry, make_wsgi_app
+from prometheus_client.core import (
+    CounterMetricFamily,
+    GaugeMetricFamily,
+    HistogramMetricFamily,
+    InfoMetricFamily,
+    Metric,
+)
+from prometheus_client.registry import Collector
+
+from refault.daemon.errors import OperatorError
+from refault.daemon.snapshot import LatencyStatus, Snapshot, Status, VmStatus
+
+_log = logging.getLogger(__name__)
+
+_REQUEST_SECONDS = 10.0
+"""How long a scraper may take over its request before its thread is freed."""
+
+
+class StatusCollector(Collector):
+    """The metric families of the last published status."""
+
+    def __init__(self, snapshot: Snapshot) -> None:
+        self._snapshot = snapshot
+
+    def collect(self) -> Iterable[Metric]:
+        """All families, of one and the same picture."""
+        return families(self._snapshot())
+
+
+def families(status: Status) -> list[Metric]:
+    """The metric families of one picture, each with a sample for each VM."""
+    info = InfoMetricFamily("refault", "The running refault")
+    info.add_metric([], {"version": status.version})
+    collected: list[Metric] = [info]
+
+    def gauge(name: str, text: str, *labels: str) -> GaugeMetricFamily:
+        family = GaugeMetricFamily(f"refault_{name}", text, labels=["vm", *labels])
+        collected.append(family)
+        return family
+
+    def counter(name: str, text: str, *labels: str) -> CounterMetricFamily:
+        family = CounterMetricFamily(f"refault_{name}", text, labels=["vm", *labels])
+        collected.append(family)
+        return family
+
+    qemu_connected = gauge("qemu_connected", "1 while QMP with QEMU is negotiated")
+    clients_connected = gauge("clients_connected", "QMP clients connected now")
+    clients = counter("clients", "QMP clients accepted")
+    slow = counter("clients_slow_disconnected", "QMP clients dropped because they did not read")
+    commands = counter("commands", "Commands taken from clients")
+    events = counter("events", "Events delivered to clients")
+    migration_status = gauge(
+        "migration_status", "1 for the status QEMU reports and the VM's role", "role", "status"
+    )
+    relay_state = gauge("relay_state", "1 for the relay's state: tracking, opaque or off", "state")
+    held = gauge("leg_held", "1 while a local leg is held open though its other side is lost")
+    channel = counter("channel_bytes", "Bytes of the migration channel relayed", "direction")
+    losses = counter("losses", "Migration channels lost in postcopy")
+    attempts = counter("recovery_attempts", "Recoveries tried")
+    recoveries = counter("recoveries", "Recoveries that brought QEMU back to postcopy-active")
+    last = gauge("recovery_last_seconds", "The last recovery, from the noticed loss until postcopy-active")
+    requested = counter("pages_requested", "Pages requested by the destination")
+    arrived = counter("pages_arrived", "Requested pages that have passed the relay")
+    replayed = counter("pages_replayed", "Page requests written to the source again after a loss")
+    recorded = gauge("pages_recorded", "Page requests that no received bitmap has confirmed")
+    outstanding = gauge("pages_outstanding", "Requested pages that have not passed the relay", "block")
+    latency = HistogramMetricFamily(
+        "refault_page_request_latency_seconds",
+        "From a page request passing the relay until its page has passed",
+        labels=["vm"],
+    )
+    collected.append(latency)
+
+    for vm in status.vms:
+        qemu_connected.add_metric([vm.name], vm.qemu.connected)
+        clients_connected.add_metric([vm.name], vm.clients.connected)
+        clients.add_metric([vm.name], vm.clients.total)
+        slow.add_metric([vm.name], vm.clients.slow_disconnected)
+        commands.add_metric([vm.name], vm.clients.commands)
+        events.add_metric([vm.name], vm.clients.events)
+        if vm.migration.status is not None:
+            migration_status.add_metric([vm.name, vm.migration.role, vm.migration.status], 1)
+        relay_state.add_metric([vm.name, vm.migration.relay], 1)
+        held.add_metric([vm.name], vm.migration.held is not None)
+        channel.add_metric([vm.name, "forward"], vm.channel.bytes_forward)
+        channel.add_metric([vm.name, "return"], vm.channel.bytes_return)
+        losses.add_metric([vm.name], vm.recovery.losses)
+        attempts.add_metric([vm.name], vm.recovery.attempts)
+        recoveries.add_metric([vm.name], vm.recovery.recoveries)
+        if vm.recovery.last_seconds is not None:
+            last.add_metric([vm.name], vm.recovery.last_seconds)
+        requested.add_metric([vm.name], vm.pages.requested)
+        arrived.add_metric([vm.name], vm.pages.arrived)
+        replayed.add_metric([vm.name], vm.pages.replayed)
+        recorded.add_metric([vm.name], vm.pages.recorded)
+        for block in vm.pages.blocks:
+            outstanding.add_metric([vm.name, block.name], block.outstanding)
+        _add_latency(latency, vm, vm.latency_seconds)
+    return collected
+
+
+def _add_latency(family: HistogramMetricFamily, vm: VmStatus, latency: LatencyStatus) -> None:
+    buckets = [(str(bound), float(count)) for bound, count in latency.buckets]
+    family.add_metric([vm.name], buckets=[*buckets, ("+Inf", float(latency.count))], sum_value=latency.sum)
+
+
+class _Handler(WSGIRequestHandler):
+    timeout = _REQUEST_SECONDS  # else a connection that asks nothing holds a thread for ever
+
+    def log_message(self, format: str, *args: Any) -> None:  # noqa: A002 (the base class's name)
+        _log.debug("metrics: " + format, *args)
+
+
+class _Server(ThreadingMixIn, WSGIServer):
+    daemon_threads = True
+    block_on_close = False
+
+    def server_bind(self) -> None:
+        """Binds without HTTPServer's look-up of its own host name, which can wait for a name server."""
+        self.socket.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        self.socket.bind(self.server_address)
+        self.server_address = self.socket.getsockname()
+        self.server_name, self.server_port = str(self.server_address[0]), int(self.server_address[1])
+        self.setup_environ()
+
+
+def _listen(host: str, port: int, snapshot: Snapshot) -> _Server:
+    registry = CollectorRegistry()
+    registry.register(StatusCollector(snapshot))
+    family, _, _, _, address = socket.getaddrinfo(
+        host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE
+    )[0]
+
+    class Server(_Server):
+        address_family = family
+
+    server = Server((str(address[0]), int(address[1])), _Handler)
+    server.set_app(make_wsgi_app(registry))
+    return server
+
+
+async def serve_metrics(
+    host: str,
+    port: int,
+    snapshot: Snapshot,
+    *,
+    task_status: trio.TaskStatus[int] = trio.TASK_STATUS_IGNORED,
+) -> None:
+    """Serves the metrics on `host`:`port` until cancelled; started with the port, chosen where that is 0.
+
+    `snapshot` is called in the server's threads. Raises `OperatorError` where the address cannot be bound.
+    """
+    where = f"[{host}]" if ":" in host else host
+    try:
+        server = await trio.to_thread.run_sync(_listen, host, port, snapshot)
+    except OSError as error:
+        raise OperatorError(
+            f"cannot serve metrics on {where}:{port}: {error.strerror or error}; choose another --metrics"
+        ) from error
+    thread = threading.Thread(target=server.serve_forever, args=(0.1,), name="metrics", daemon=True)
+    thread.start()
+    try:
+        _log.info("metrics on http://%s:%d/metrics", where, server.server_port)
+        task_status.started(server.server_port)
+        await trio.sleep_forever()
+    finally:
+        server.shutdown()  # waits for one poll of the thread, 0.1 s
+        server.server_close()

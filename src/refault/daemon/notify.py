@@ -1,0 +1,54 @@
+"""The service manager's notification protocol (sd_notify(3)): a datagram a notice, to $NOTIFY_SOCKET."""
+
+from __future__ import annotations
+
+import logging
+import os
+import socket
+from collections.abc import Mapping
+
+_log = logging.getLogger(__name__)
+
+
+class Notifier:
+    """Tells systemd how far the daemon is; says nothing where nobody asked.
+
+    Nothing here raises: a manager that does not listen must not stop a daemon that works. Sending never
+    blocks, so it may be done in the event loop; a notice for which the manager's queue has no room is lost.
+    """
+
+    def __init__(self, environment: Mapping[str, str] = os.environ) -> None:
+        self._address = environment.get("NOTIFY_SOCKET", "")
+
+    def ready(self, text: str) -> None:
+        """Start-up is done; `text` is what ``systemctl status`` shows."""
+        self._send("READY=1", _status(text))
+
+    def status(self, text: str) -> None:
+        """A new line for ``systemctl status``."""
+        self._send(_status(text))
+
+    def stopping(self, text: str) -> None:
+        """Shutdown has begun."""
+        self._send("STOPPING=1", _status(text))
+
+    def extend_timeout(self, seconds: float) -> None:
+        """Asks for `seconds` more from now before the manager gives up on the start or stop under way."""
+        self._send(f"EXTEND_TIMEOUT_USEC={int(seconds * 1_000_000)}")
+
+    def _send(self, *assignments: str) -> None:
+        if not self._address.startswith(("/", "@")):
+            return
+        # A leading @ stands for the NUL of an abstract socket's name.
+        address = "\0" + self._address[1:] if self._address.startswith("@") else self._address
+        try:
+            with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM | socket.SOCK_CLOEXEC) as sender:
+                sender.setblocking(False)
+                sender.sendto("\n".join(assignments).encode(), address)
+        except OSError as error:
+            _log.warning("cannot notify the service manager at %s: %s", self._address, error)
+
+
+def _status(text: str) -> str:
+    """One assignment a line: a line break in `text` would begin another."""
+    return "STATUS=" + " ".join(text.split())

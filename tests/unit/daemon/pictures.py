@@ -1,0 +1,66 @@
+"""Status pictures for tests."""
+
+from __future__ import annotations
+
+from refault.daemon.snapshot import (
+    BlockStatus,
+    ChannelStatus,
+    ClientsStatus,
+    LatencyStatus,
+    MigrationStatus,
+    PagesStatus,
+    QemuStatus,
+    RecoveryStatus,
+    Status,
+    VmStatus,
+)
+
+BUSY = VmStatus(
+    name="vm1",
+    qemu=QemuStatus(connected=True, address="unix:/run/vm1.qmp", pid=4242, version="7.2.0"),
+    clients=ClientsStatus(connected=2, total=7, commands=31, events=12, slow_disconnected=1),
+    migration=MigrationStatus(
+        role="destination",
+        status="postcopy-paused",
+        relay="opaque",
+        relay_reason="the channel is encrypted",
+        phase="postcopy-active",
+        held="the recovery handshake is under way",
+    ),
+    pages=PagesStatus(
+        requested=120,
+        arrived=110,
+        replayed=3,
+        outstanding=10,
+        recorded=14,
+        blocks=(
+            BlockStatus(
+                name="pc.ram",
+                size_bytes=1 << 30,
+                page_size_bytes=4096,
+                requested=119,
+                arrived=110,
+                replayed=3,
+                outstanding=9,
+            ),
+            BlockStatus(
+                name="/rom@etc/acpi",
+                size_bytes=2 << 20,
+                page_size_bytes=4096,
+                requested=1,
+                arrived=0,
+                replayed=0,
+                outstanding=1,
+            ),
+        ),
+    ),
+    latency_seconds=LatencyStatus(
+        p50=0.002, p99=0.031, max=1.25, count=110, sum=0.75, buckets=((0.001, 20), (0.01, 100), (1.0, 109))
+    ),
+    recovery=RecoveryStatus(
+        losses=4, attempts=6, recoveries=3, last_seconds=0.012, last_error="QEMU said no"
+    ),
+    channel=ChannelStatus(bytes_forward=987654321, bytes_return=4321),
+)
+IDLE = VmStatus(name="vm2", qemu=QemuStatus(connected=False, address="tcp:127.0.0.1:4444"))
+PICTURE = Status(version="1.2.3", vms=(BUSY, IDLE))
