@@ -39,7 +39,7 @@ class Module:
         return "\n".join(texts)
 
 
-MODULES: tuple[Module, ...] = ()
+MODULES: tuple[Module, ...] = (Module("refault.qmp._splitter", ("json_splitter",)),)
 
 CFLAGS = ("-std=c11", "-O2", "-g", "-fvisibility=hidden", "-Wall", "-Wextra", "-Wno-unused-parameter")
 
