@@ -30,7 +30,7 @@ class Module:
         return [f"{part}.h" for part in self.parts]
 
     def sources(self) -> list[str]:
-        return [os.path.relpath(HERE / f"{part}.c", ROOT) for part in self.parts]
+        return [str(HERE / f"{part}.c") for part in self.parts]  # cffi compiles elsewhere
 
     def cdef(self) -> str:
         texts = []
@@ -52,9 +52,9 @@ def ffibuilder(module: Module) -> FFI:
         module.name,
         "\n".join(f'#include "{header}"' for header in module.headers()),
         sources=module.sources(),
-        include_dirs=[os.path.relpath(HERE, ROOT)],
+        include_dirs=[str(HERE)],
         define_macros=[("_GNU_SOURCE", None)],
-        extra_compile_args=list(CFLAGS),
+        extra_compile_args=[*CFLAGS, f"-ffile-prefix-map={ROOT}=."],
         extra_link_args=["-pthread"],
     )
     return builder
