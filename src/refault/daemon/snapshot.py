@@ -144,6 +144,7 @@ class Status(msgspec.Struct, frozen=True, kw_only=True):
 
 
 Snapshot = Callable[[], Status]
+DecodeError = msgspec.DecodeError
 
 
 def encode(status: Status) -> bytes:
@@ -154,6 +155,6 @@ def encode(status: Status) -> bytes:
 def decode(document: bytes) -> Status:
     """Reads a document that :func:`encode` wrote, by this or a newer refault (unknown fields are ignored).
 
-    Raises `msgspec.DecodeError` (`msgspec.ValidationError` is one) for anything else.
+    Raises `DecodeError` for anything else.
     """
     return msgspec.json.decode(document, type=Status)

@@ -1,0 +1,131 @@
+"""The control socket: whoever connects and may is sent the status, one JSON document, and disconnected.
+
+The socket has mode 0600, and besides the peer's credentials decide: root and the daemon's user are answered.
+"""
+
+from __future__ import annotations
+
+import errno
+import logging
+import os
+import socket
+import struct
+from pathlib import Path
+
+import trio
+
+from refault.daemon import snapshot as status_document
+from refault.daemon.errors import OperatorError
+from refault.daemon.snapshot import Snapshot, Status
+
+_log = logging.getLogger(__name__)
+
+_ANSWER_SECONDS = 5.0
+"""How long a peer may take to read the document."""
+_UCRED = struct.Struct("3i")
+"""struct ucred: pid, uid, gid (unix(7))."""
+
+
+async def serve_control(
+    path: Path,
+    snapshot: Snapshot,
+    *,
+    task_status: trio.TaskStatus[list[trio.SocketListener]] = trio.TASK_STATUS_IGNORED,
+) -> None:
+    """Answers on the unix socket `path` until cancelled, then removes it; started when it listens.
+
+    A socket file that nobody listens on is replaced. Raises `OperatorError` where the path cannot be bound.
+    """
+    listening = _listen(path)
+    inode = os.stat(path).st_ino
+
+    async def answer(stream: trio.SocketStream) -> None:
+        await _answer(stream, snapshot)
+
+    try:
+        listener = trio.SocketListener(trio.socket.from_stdlib_socket(listening))
+        await trio.serve_listeners(answer, [listener], task_status=task_status)
+    finally:
+        listening.close()
+        _remove(path, inode)
+
+
+async def _answer(stream: trio.SocketStream, snapshot: Snapshot) -> None:
+    async with stream:
+        credentials = stream.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, _UCRED.size)
+        pid, uid, _ = _UCRED.unpack(credentials)
+        if uid not in (0, os.getuid()):
+            _log.warning("control: refused process %d of user %d", pid, uid)
+            return
+        with trio.move_on_after(_ANSWER_SECONDS):
+            try:
+                await stream.send_all(status_document.encode(snapshot()))
+            except trio.BrokenResourceError:
+                _log.debug("control: process %d went away before it had read the status", pid)
+
+
+def _listen(path: Path) -> socket.socket:
+    listening = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
+    try:
+        try:
+            listening.bind(str(path))
+        except OSError as error:
+            if error.errno != errno.EADDRINUSE or not _is_stale(path):
+                raise
+            path.unlink()
+            listening.bind(str(path))
+        path.chmod(0o600)  # before it listens: nobody has connected yet
+        listening.listen(16)
+    except OSError as error:
+        listening.close()
+        reason = "another process answers there" if error.errno == errno.EADDRINUSE else error.strerror
+        raise OperatorError(
+            f"cannot listen on the control socket {path}: {reason or error}; choose another --control"
+        ) from error
+    return listening
+
+
+def _is_stale(path: Path) -> bool:
+    """Whether `path` is a socket that nobody listens on."""
+    with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as probe:
+        probe.setblocking(False)  # a full backlog gives EAGAIN: somebody is there
+        try:
+            probe.connect(str(path))
+        except OSError as error:
+            return error.errno == errno.ECONNREFUSED and path.is_socket()
+    return False
+
+
+def _remove(path: Path, inode: int) -> None:
+    """Removes our socket file, not one that has taken its place."""
+    try:
+        if path.stat().st_ino == inode:
+            path.unlink()
+    except OSError as error:
+        _log.debug("control: cannot remove %s: %s", path, error)
+
+
+def query(path: Path, timeout: float) -> Status:
+    """The status that the daemon behind `path` tells; each read takes at most `timeout` seconds.
+
+    Raises `OperatorError` where none answers, or something else does.
+    """
+    try:
+        with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as connection:
+            connection.settimeout(timeout)
+            connection.connect(str(path))
+            document = bytearray()
+            while chunk := connection.recv(65536):
+                document += chunk
+    except TimeoutError as error:
+        raise OperatorError(f"{path} gave no answer in {timeout:g} s; look at the daemon's log") from error
+    except OSError as error:
+        raise OperatorError(
+            f"no daemon answers at {path}: {error.strerror or error}; is `refault run` running?"
+        ) from error
+    if not document:
+        raise OperatorError(f"{path} told nothing; be root or the daemon's user")
+    try:
+        return status_document.decode(bytes(document))
+    except status_document.DecodeError as error:
+        raise OperatorError(f"{path} told no status ({error}); is it a refault's?") from error
