@@ -1,0 +1,170 @@
+"""`refault status`: what the daemons say about their VMs, for people or, with ``--json``, for programs."""
+
+from __future__ import annotations
+
+import argparse
+import shutil
+import sys
+import textwrap
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from refault.daemon import snapshot
+from refault.daemon.control import query
+from refault.daemon.errors import OperatorError
+from refault.daemon.paths import CONTROL_SUFFIX, runtime_directory
+from refault.daemon.snapshot import Status, VmStatus
+
+_ANSWER_SECONDS = 5.0
+_LABEL_WIDTH = 11
+
+
+def add_parser(subparsers: Any) -> None:
+    """Adds the command to argparse's `subparsers`."""
+    parser: argparse.ArgumentParser = subparsers.add_parser(
+        "status", help="what refault knows about each VM", description="What refault knows about each VM."
+    )
+    parser.add_argument(
+        "--control",
+        type=Path,
+        metavar="PATH",
+        help=f"ask the daemon at this socket; default: all *{CONTROL_SUFFIX} in {runtime_directory()}",
+    )
+    parser.add_argument("--json", action="store_true", help="one JSON document (docs/status.md)")
+    parser.set_defaults(execute=execute)
+
+
+def execute(options: argparse.Namespace) -> int:
+    """Prints the status of the daemons asked; 1 if one does not answer, after what the others said."""
+    paths = [options.control] if options.control else _control_sockets(runtime_directory())
+    answers: list[Status] = []
+    failed = False
+    for path in paths:
+        try:
+            answers.append(query(path, _ANSWER_SECONDS))
+        except OperatorError as error:
+            failed = True
+            print(f"refault: {error}", file=sys.stderr)
+    if answers:
+        status = join(answers)
+        if options.json:
+            sys.stdout.write(snapshot.encode(status).decode())
+        else:
+            sys.stdout.write(render(status, shutil.get_terminal_size().columns))
+    return 1 if failed else 0
+
+
+def _control_sockets(directory: Path) -> list[Path]:
+    paths = sorted(directory.glob(f"*{CONTROL_SUFFIX}"))
+    if not paths:
+        raise OperatorError(f"no daemon found in {directory}; start one, or name its socket with --control")
+    return paths
+
+
+def join(answers: Sequence[Status]) -> Status:
+    """One status of several daemons', the VMs in the order of the answers; one alone stays as it is."""
+    if len(answers) == 1:
+        return answers[0]
+    return Status(vms=tuple(vm for status in answers for vm in status.vms))
+
+
+def render(status: Status, width: int) -> str:
+    """The status for people, in lines of at most `width` columns where the words allow it."""
+    return "\n".join("".join(f"{_printable(line)}\n" for line in _vm_lines(vm, width)) for vm in status.vms)
+
+
+def _vm_lines(vm: VmStatus, width: int) -> list[str]:
+    qemu, clients, migration, channel = vm.qemu, vm.clients, vm.migration, vm.channel
+    latency, recovery = vm.latency_seconds, vm.recovery
+    last = f", the last in {_seconds(recovery.last_seconds)}" if recovery.last_seconds is not None else ""
+    version = f" {qemu.version}" if qemu.version else ""
+    facts = [
+        (
+            "qemu",
+            f"{'connected' if qemu.connected else 'NOT CONNECTED'}, QEMU{version} at {qemu.address}"
+            + (f", pid {qemu.pid}" if qemu.pid is not None else ""),
+        ),
+        (
+            "clients",
+            f"{clients.connected} connected, {clients.total} in all; {clients.commands} commands, "
+            f"{clients.events} events; {clients.slow_disconnected} dropped for not reading",
+        ),
+        (
+            "migration",
+            f"{migration.role if migration.role != 'none' else 'neither source nor destination'}"
+            + (f", {migration.status}" if migration.status else "")
+            + (f", phase {migration.phase}" if migration.phase else ""),
+        ),
+        ("relay", migration.relay + (f": {migration.relay_reason}" if migration.relay_reason else "")),
+    ]
+    if migration.held:
+        facts.append(("HELD", migration.held))
+    facts += [
+        ("channel", f"{_bytes(channel.bytes_forward)} forward, {_bytes(channel.bytes_return)} return path"),
+        (
+            "recovery",
+            f"{recovery.losses} losses, {recovery.attempts} attempts, {recovery.recoveries} recoveries"
+            + last
+            + (f"; last error: {recovery.last_error}" if recovery.last_error else ""),
+        ),
+        (
+            "latency",
+            f"p50 {_seconds(latency.p50)}, p99 {_seconds(latency.p99)}, max {_seconds(latency.max)}, "
+            f"of {latency.count} answered requests",
+        ),
+    ]
+    lines = [vm.name]
+    for label, text in facts:
+        lines += textwrap.wrap(
+            text,
+            width=max(width, 40),
+            initial_indent=f"  {label:<{_LABEL_WIDTH}}",
+            subsequent_indent=" " * (2 + _LABEL_WIDTH),
+            break_long_words=False,
+            break_on_hyphens=False,
+        )
+    return lines + _page_table(vm, width)
+
+
+def _page_table(vm: VmStatus, width: int) -> list[str]:
+    pages = vm.pages
+    heads = ("requested", "arrived", "replayed", "outstanding", "recorded")
+    rows = [
+        (
+            f"{block.name} ({_bytes(block.size_bytes)} of {_bytes(block.page_size_bytes)})",
+            (block.requested, block.arrived, block.replayed, block.outstanding),
+        )
+        for block in pages.blocks
+    ]
+    total = (pages.requested, pages.arrived, pages.replayed, pages.outstanding, pages.recorded)
+    numbers = "".join(f"{{:>{len(head) + 2}}}" for head in heads)
+    room = max(width, 40) - 2 - sum(len(head) + 2 for head in heads)
+    names = max([len("pages"), *(len(name) for name, _ in rows)])
+    lines = [f"  {'pages':<{min(names, max(room, 5))}}" + numbers.format(*heads)]
+    for name, counts in [*rows, ("all", total)]:
+        cells = numbers.format(*counts, *[""] * (len(heads) - len(counts)))
+        if len(name) > max(room, 5):  # a long name has a line of its own, and the numbers keep their columns
+            lines.append(f"  {name}")
+            name = ""
+        lines.append(f"  {name:<{min(names, max(room, 5))}}{cells}".rstrip())
+    return lines
+
+
+def _printable(line: str) -> str:
+    """Keeps what a guest or a peer put into a name or an error from steering the terminal."""
+    return "".join(character if character.isprintable() else "?" for character in line)
+
+
+def _seconds(value: float | None) -> str:
+    return "-" if value is None else f"{value:.3g} s"
+
+
+def _bytes(count: int) -> str:
+    """Binary units, exact where the number is round: 4 KiB, 1.5 GiB."""
+    value = float(count)
+    for unit in ("B", "KiB", "MiB", "GiB"):
+        if value < 1024:
+            return f"{value:.4g} {unit}"
+        value /= 1024
+    return f"{value:.4g} TiB"
