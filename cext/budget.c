@@ -4,8 +4,7 @@
 #include <stdlib.h>
 #include <string.h>
 
-static bool take(struct rf_budget *budget, size_t bytes)
-{
+static bool take(struct rf_budget *budget, size_t bytes) {
     if (budget == NULL) {
         return true;
     }
@@ -16,15 +15,13 @@ static bool take(struct rf_budget *budget, size_t bytes)
     return true;
 }
 
-static void give_back(struct rf_budget *budget, size_t bytes)
-{
+static void give_back(struct rf_budget *budget, size_t bytes) {
     if (budget != NULL) {
         budget->used -= bytes;
     }
 }
 
-void *rf_budget_alloc(struct rf_budget *budget, size_t bytes)
-{
+void *rf_budget_alloc(struct rf_budget *budget, size_t bytes) {
     if (!take(budget, bytes)) {
         return NULL;
     }
@@ -35,8 +32,7 @@ void *rf_budget_alloc(struct rf_budget *budget, size_t bytes)
     return memory;
 }
 
-void *rf_budget_grow(struct rf_budget *budget, void *memory, size_t old_bytes, size_t new_bytes)
-{
+void *rf_budget_grow(struct rf_budget *budget, void *memory, size_t old_bytes, size_t new_bytes) {
     if (!take(budget, new_bytes - old_bytes)) {
         return NULL;
     }
@@ -49,8 +45,7 @@ void *rf_budget_grow(struct rf_budget *budget, void *memory, size_t old_bytes, s
     return grown;
 }
 
-void rf_budget_free(struct rf_budget *budget, void *memory, size_t bytes)
-{
+void rf_budget_free(struct rf_budget *budget, void *memory, size_t bytes) {
     if (memory == NULL) {
         return;
     }

@@ -78,8 +78,7 @@ struct rf_splitter {
     int64_t at[RF_RECORD_SIZE];
 };
 
-rf_splitter *rf_splitter_new(size_t max_bytes, int lenient)
-{
+rf_splitter *rf_splitter_new(size_t max_bytes, int lenient) {
     rf_splitter *s = calloc(1, sizeof *s);
     if (s) {
         s->max_bytes = max_bytes;
@@ -88,8 +87,7 @@ rf_splitter *rf_splitter_new(size_t max_bytes, int lenient)
     return s;
 }
 
-void rf_splitter_free(rf_splitter *s)
-{
+void rf_splitter_free(rf_splitter *s) {
     if (s) {
         free(s->keys);
         free(s);
@@ -98,8 +96,7 @@ void rf_splitter_free(rf_splitter *s)
 
 /* strings */
 
-static int hex4(const unsigned char *p, const unsigned char *end)
-{
+static int hex4(const unsigned char *p, const unsigned char *end) {
     int value = 0;
     if (end - p < 4) {
         return -1;
@@ -118,21 +115,22 @@ static int hex4(const unsigned char *p, const unsigned char *end)
     return value;
 }
 
-static bool valid_codepoint(int cp)
-{
+static bool valid_codepoint(int cp) {
     return cp >= 0 && cp <= 0x10FFFF && !(cp >= 0xFDD0 && cp <= 0xFDEF) && (cp & 0xFFFE) != 0xFFFE &&
            !(cp >= 0xD800 && cp <= 0xDFFF);
 }
 
 /* Reads one UTF-8 sequence at *p. U+0000 is C0 80, as in QEMU's modified UTF-8 (util/unicode.c). */
-static int utf8(const unsigned char **p, const unsigned char *end)
-{
+static int utf8(const unsigned char **p, const unsigned char *end) {
     static const int smallest[] = {0x80, 0x800, 0x10000};
     int byte = *(*p)++;
     if (byte < 0x80) {
         return byte;
     }
-    int more = byte >= 0xC0 && byte < 0xE0 ? 1 : byte >= 0xE0 && byte < 0xF0 ? 2 : byte >= 0xF0 && byte < 0xF8 ? 3 : 0;
+    int more = byte >= 0xC0 && byte < 0xE0   ? 1
+               : byte >= 0xE0 && byte < 0xF0 ? 2
+               : byte >= 0xF0 && byte < 0xF8 ? 3
+                                             : 0;
     if (more == 0 || end - *p < more) {
         return -1;
     }
@@ -148,8 +146,7 @@ static int utf8(const unsigned char **p, const unsigned char *end)
 }
 
 /* Reads one character of a string's inside at *p; its code point, or -1 where QEMU's parser finds none. */
-static int character(const unsigned char **p, const unsigned char *end)
-{
+static int character(const unsigned char **p, const unsigned char *end) {
     int cp;
     if (**p != '\\') {
         cp = utf8(p, end);
@@ -197,8 +194,7 @@ static int character(const unsigned char **p, const unsigned char *end)
 }
 
 /* Whether the string between its quotes is valid; *nul: it has U+0000 spelt C0 80. */
-static bool valid_string(const char *inside, size_t len, bool *nul)
-{
+static bool valid_string(const char *inside, size_t len, bool *nul) {
     const unsigned char *p = (const unsigned char *)inside, *end = p + len;
     while (p < end) {
         bool raw = *p != '\\';
@@ -211,8 +207,7 @@ static bool valid_string(const char *inside, size_t len, bool *nul)
     return true;
 }
 
-static int compare_strings(const char *a, size_t a_len, const char *b, size_t b_len)
-{
+static int compare_strings(const char *a, size_t a_len, const char *b, size_t b_len) {
     const unsigned char *p = (const unsigned char *)a, *p_end = p + a_len;
     const unsigned char *q = (const unsigned char *)b, *q_end = q + b_len;
     while (p < p_end && q < q_end) {
@@ -226,8 +221,7 @@ static int compare_strings(const char *a, size_t a_len, const char *b, size_t b_
 
 /* keys */
 
-static bool push_key(rf_splitter *s, size_t begin, size_t end)
-{
+static bool push_key(rf_splitter *s, size_t begin, size_t end) {
     if (s->key_count == s->key_room) {
         size_t room = s->key_room ? 2 * s->key_room : 16;
         struct key *keys = realloc(s->keys, room * sizeof *keys);
@@ -241,16 +235,15 @@ static bool push_key(rf_splitter *s, size_t begin, size_t end)
     return true;
 }
 
-static int compare_keys(const void *a, const void *b, void *buf)
-{
+static int compare_keys(const void *a, const void *b, void *buf) {
     const struct key *x = a, *y = b;
     const char *text = buf;
-    return compare_strings(text + x->begin + 1, x->end - x->begin - 2, text + y->begin + 1, y->end - y->begin - 2);
+    return compare_strings(text + x->begin + 1, x->end - x->begin - 2, text + y->begin + 1,
+                           y->end - y->begin - 2);
 }
 
 /* Sorting, and not hashing: nobody can choose keys that make it slow. */
-static bool has_equal_keys(struct key *keys, size_t count, const char *buf)
-{
+static bool has_equal_keys(struct key *keys, size_t count, const char *buf) {
     if (count > 8) {
         qsort_r(keys, count, sizeof *keys, compare_keys, (void *)(uintptr_t)buf);
         for (size_t i = 1; i < count; i++) {
@@ -272,8 +265,7 @@ static bool has_equal_keys(struct key *keys, size_t count, const char *buf)
 
 /* members of the outermost object */
 
-static void member_key(rf_splitter *s, const char *buf, size_t begin, size_t end)
-{
+static void member_key(rf_splitter *s, const char *buf, size_t begin, size_t end) {
     s->member_key = begin;
     for (int i = 0; i < M_OTHER; i++) {
         const char *name = member_names[i];
@@ -295,8 +287,7 @@ static void member_key(rf_splitter *s, const char *buf, size_t begin, size_t end
     s->member = M_OTHER;
 }
 
-static void member_value(rf_splitter *s, enum token_type type, size_t begin)
-{
+static void member_value(rf_splitter *s, enum token_type type, size_t begin) {
     bool usual = true;
     s->member_value = begin;
     switch (s->member) {
@@ -318,8 +309,7 @@ static void member_value(rf_splitter *s, enum token_type type, size_t begin)
     }
 }
 
-static void member_end(rf_splitter *s, size_t end)
-{
+static void member_end(rf_splitter *s, size_t end) {
     int64_t from = (int64_t)(s->member_value - s->begin), to = (int64_t)(end - s->begin);
     switch (s->member) {
     case M_ARGUMENTS:
@@ -349,8 +339,7 @@ static void member_end(rf_splitter *s, size_t end)
 
 /* grammar */
 
-static void wrong(rf_splitter *s, enum rf_json_status status, size_t begin, size_t end)
-{
+static void wrong(rf_splitter *s, enum rf_json_status status, size_t begin, size_t end) {
     if (s->status == RF_JSON_VALUE) {
         s->status = status;
         s->wrong = begin;
@@ -358,31 +347,27 @@ static void wrong(rf_splitter *s, enum rf_json_status status, size_t begin, size
     }
 }
 
-static void open_container(rf_splitter *s, bool object)
-{
+static void open_container(rf_splitter *s, bool object) {
     s->depth++;
     s->is_object[s->depth] = object;
     s->first_key[s->depth] = s->key_count;
     s->expect = object ? KEY_OR_END : VALUE_OR_END;
 }
 
-static void end_of_value(rf_splitter *s, size_t end)
-{
+static void end_of_value(rf_splitter *s, size_t end) {
     s->expect = COMMA_OR_END;
     if (s->depth == 1 && s->is_object[1]) {
         member_end(s, end);
     }
 }
 
-static bool known_keyword(const char *text, size_t len)
-{
+static bool known_keyword(const char *text, size_t len) {
     return (len == 4 && memcmp(text, "true", 4) == 0) || (len == 4 && memcmp(text, "null", 4) == 0) ||
            (len == 5 && memcmp(text, "false", 5) == 0);
 }
 
 /* One token of a value that is well-formed so far. Returns false without memory. */
-static bool step(rf_splitter *s, const char *buf, enum token_type type, size_t begin, size_t end)
-{
+static bool step(rf_splitter *s, const char *buf, enum token_type type, size_t begin, size_t end) {
     bool object = s->depth > 0 && s->is_object[s->depth];
     bool nul = false;
 
@@ -471,8 +456,7 @@ static bool step(rf_splitter *s, const char *buf, enum token_type type, size_t b
 }
 
 /* Ends the value that is being read and writes its record. */
-static void finish(rf_splitter *s, size_t end, int64_t *record)
-{
+static void finish(rf_splitter *s, size_t end, int64_t *record) {
     memcpy(record, s->at, sizeof s->at);
     record[RF_AT_STATUS] = s->status;
     record[RF_AT_BEGIN] = (int64_t)s->begin;
@@ -485,8 +469,7 @@ static void finish(rf_splitter *s, size_t end, int64_t *record)
     s->inside = false;
 }
 
-static void open_value(rf_splitter *s, size_t begin)
-{
+static void open_value(rf_splitter *s, size_t begin) {
     if (s->inside) {
         return;
     }
@@ -505,8 +488,7 @@ static void open_value(rf_splitter *s, size_t begin)
 }
 
 /* One token. Returns 1 if it ends a value, 0 if not, -1 without memory. */
-static int take(rf_splitter *s, const char *buf, enum token_type type, size_t end, int64_t *record)
-{
+static int take(rf_splitter *s, const char *buf, enum token_type type, size_t end, int64_t *record) {
     size_t begin = s->token;
     bool over = false;
 
@@ -549,14 +531,11 @@ static int take(rf_splitter *s, const char *buf, enum token_type type, size_t en
 
 /* lexer */
 
-static bool is_digit(unsigned char c)
-{
-    return c >= '0' && c <= '9';
-}
+static bool is_digit(unsigned char c) { return c >= '0' && c <= '9'; }
 
-/* The state after c inside a number or keyword, or START if c is not part of it, or RECOVERY if nothing allows it. */
-static enum lexer_state in_word(const rf_splitter *s, unsigned char c)
-{
+/* The state after c inside a number or keyword, or START if c is not part of it, or RECOVERY if nothing
+ * allows it. */
+static enum lexer_state in_word(const rf_splitter *s, unsigned char c) {
     switch (s->state) {
     case KEYWORD:
         return c >= 'a' && c <= 'z' ? KEYWORD : START;
@@ -583,10 +562,9 @@ static enum lexer_state in_word(const rf_splitter *s, unsigned char c)
     }
 }
 
-/* Where the string that pos stands in stops being ordinary: its closing quote, a backslash, a byte that no string has,
- * or limit. */
-static size_t ordinary(rf_splitter *s, const char *buf, size_t pos, size_t limit)
-{
+/* Where the string that pos stands in stops being ordinary: its closing quote, a backslash, a byte that no
+ * string has, or limit. */
+static size_t ordinary(rf_splitter *s, const char *buf, size_t pos, size_t limit) {
     unsigned char quote = (unsigned char)s->quote;
     unsigned char all = 0;
     while (pos < limit) {
@@ -603,8 +581,7 @@ static size_t ordinary(rf_splitter *s, const char *buf, size_t pos, size_t limit
     return pos;
 }
 
-static void stray(rf_splitter *s, enum rf_json_status status, size_t end, int64_t *record)
-{
+static void stray(rf_splitter *s, enum rf_json_status status, size_t end, int64_t *record) {
     s->status = status;
     s->wrong = s->token;
     s->wrong_end = end;
@@ -613,8 +590,7 @@ static void stray(rf_splitter *s, enum rf_json_status status, size_t end, int64_
 }
 
 /* Moves every offset back by n, for a buffer that loses its first n bytes. */
-static void rebase(rf_splitter *s, size_t n)
-{
+static void rebase(rf_splitter *s, size_t n) {
     s->pos -= n;
     s->token = s->token >= n ? s->token - n : 0;
     s->begin = s->begin >= n ? s->begin - n : 0;
@@ -629,8 +605,7 @@ static void rebase(rf_splitter *s, size_t n)
     }
 }
 
-int rf_splitter_scan(rf_splitter *s, const char *buf, size_t len, int64_t *records, int max, size_t *keep)
-{
+int rf_splitter_scan(rf_splitter *s, const char *buf, size_t len, int64_t *records, int max, size_t *keep) {
     int count = 0;
 
     while (s->pos < len && count < max) {
@@ -761,8 +736,7 @@ int rf_splitter_scan(rf_splitter *s, const char *buf, size_t len, int64_t *recor
     return count;
 }
 
-size_t rf_json_compact(const char *value, size_t len, char *out)
-{
+size_t rf_json_compact(const char *value, size_t len, char *out) {
     size_t n = 0;
     char quote = 0;
 

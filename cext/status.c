@@ -1,7 +1,6 @@
 #include "status.h"
 
-const char *rf_status_text(int status)
-{
+const char *rf_status_text(int status) {
     switch (status) {
     case RF_OK:
         return "success";
