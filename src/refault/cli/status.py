@@ -56,7 +56,8 @@ def execute(options: argparse.Namespace) -> int:
 
 
 def _control_sockets(directory: Path) -> list[Path]:
-    paths = sorted(directory.glob(f"*{CONTROL_SUFFIX}"))
+    # refault@.service gives each instance a directory of its own below the common one.
+    paths = sorted({*directory.glob(f"*{CONTROL_SUFFIX}"), *directory.glob(f"*/*{CONTROL_SUFFIX}")})
     if not paths:
         raise OperatorError(f"no daemon found in {directory}; start one, or name its socket with --control")
     return paths

@@ -59,6 +59,13 @@ async def test_without_control_all_daemons_are_asked(
         assert capsys.readouterr().out == render(PICTURE, 80)
 
 
+async def test_instances_of_the_unit_are_found(runtime: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (runtime / "vm1").mkdir()
+    async with daemons(runtime / "vm1", vm1=Status(vms=(BUSY,))), daemons(runtime, b=Status(vms=(IDLE,))):
+        assert await refault("status", "--json") == 0
+    assert {vm.name for vm in decode(capsys.readouterr().out.encode()).vms} == {"vm1", "vm2"}
+
+
 async def test_one_dead_daemon_hides_no_other(runtime: Path, capsys: pytest.CaptureFixture[str]) -> None:
     (runtime / "dead.control").touch()
     async with daemons(runtime, live=PICTURE):

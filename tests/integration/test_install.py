@@ -1,0 +1,65 @@
+"""``make install``: what lies where, and that the program and the unit it puts there work."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+from pathlib import Path
+
+import pytest
+
+import refault
+
+ROOT = Path(__file__).parents[2]
+
+
+def run(*command: str | Path, **more: str) -> str:
+    done = subprocess.run(
+        command, cwd=ROOT, capture_output=True, text=True, timeout=110, check=False, env=os.environ | more
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    return done.stdout + done.stderr
+
+
+@pytest.fixture(scope="module")
+def system(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """An installation in a PREFIX of its own, with nothing of this make's settings."""
+    directory = tmp_path_factory.mktemp("system")
+    run("make", "install", f"PREFIX={directory}/usr", f"SYSCONFDIR={directory}/etc", MAKEFLAGS="")
+    return directory
+
+
+def test_program_runs(system: Path) -> None:
+    assert run(system / "usr/bin/refault", "--version") == f"refault {refault.__version__}\n"
+
+
+def test_unit_is_one_that_systemd_takes(system: Path) -> None:
+    unit = system / "usr/lib/systemd/system/refault@.service"
+    assert f"ExecStart={system}/usr/bin/refault run " in unit.read_text()
+    instance = unit.with_name("refault@vm1.service")
+    instance.symlink_to(unit.name)
+    assert run("systemd-analyze", "verify", instance) == ""
+
+
+def test_environment_file_is_an_example_and_kept(system: Path) -> None:
+    example = system / "etc/refault/example.env"
+    assert "ARGS=" in example.read_text()
+    assert example.stat().st_mode & 0o777 == 0o640
+
+
+def test_users_and_directories_are_what_systemd_reads(system: Path) -> None:
+    users = (system / "usr/lib/sysusers.d/refault.conf").read_text()
+    assert "u refault - " in users
+    directories = (system / "usr/lib/tmpfiles.d/refault.conf").read_text()
+    assert "d /run/refault 0755 root root -" in directories
+
+
+def test_destdir_is_in_no_file_that_is_installed(tmp_path: Path) -> None:
+    run("make", "install", f"DESTDIR={tmp_path}", "PREFIX=/opt/x", MAKEFLAGS="")
+    library = tmp_path / "opt/x/lib/refault"
+    assert (library / "bin/refault").read_text().startswith("#!/opt/x/lib/refault/bin/python\n")
+    assert os.readlink(tmp_path / "opt/x/bin/refault") == "/opt/x/lib/refault/bin/refault"
+    unit = (tmp_path / "opt/x/lib/systemd/system/refault@.service").read_text()
+    assert "/opt/x/bin/refault run" in unit
+    assert "@PREFIX@" not in unit
+    assert str(tmp_path) not in unit
