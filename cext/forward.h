@@ -35,8 +35,7 @@ enum rf_forward_type {
     RF_FORWARD_UUID = 5,             /* name: 16 raw bytes */
     RF_FORWARD_SECTION = 6,          /* code: enum rf_section, id; START and FULL: name, value: version */
     RF_FORWARD_FOOTER = 7,           /* id */
-    RF_FORWARD_BLOCK = 8,    /* a declared RAM block: block, name, length: used length, value: page size
-                                in bytes or 0 where the stream is silent, which means the host's */
+    RF_FORWARD_BLOCK = 8,            /* a declared RAM block: block, name, length: used length in bytes */
     RF_FORWARD_PAGE = 9,     /* block, name, code: enum rf_frame, offset, length: target page size, value:
                                 bytes of body on the wire; given when the last byte has passed */
     RF_FORWARD_RAM_EOS = 10, /* end of this section's RAM frames */
@@ -47,10 +46,12 @@ enum rf_forward_type {
                                 of all page sizes, offset: the target page size, if length is 16;
                                 RAM_DISCARD: block, name, and DISCARD events follow */
     RF_FORWARD_DISCARD = 14, /* block, name, offset, length */
-    RF_FORWARD_PACKAGED_END = 15, /* value: 1 if the package ended with PING 3 and RUN, as a whole one does */
+    RF_FORWARD_PACKAGED_END = 15, /* value: 1 if the package ended with RUN, as a whole one does */
     RF_FORWARD_EOF = 16,
-    RF_FORWARD_VMDESCRIPTION = 17, /* value: bytes of JSON, passed */
-    RF_FORWARD_OPAQUE = 18,        /* code: enum rf_opaque; name: the section's, where there is one */
+    RF_FORWARD_VMDESCRIPTION = 17,   /* value: bytes of JSON, passed */
+    RF_FORWARD_BLOCK_PAGE_SIZE = 18, /* of the block declared last: block, name, value: bytes; without this
+                                        event it is the host's page size */
+    RF_FORWARD_OPAQUE = 19, /* code: enum rf_opaque; name and id: the section's, where there is one */
 };
 
 enum rf_section {
@@ -158,5 +159,8 @@ uint32_t rf_forward_target_page_bits(const struct rf_forward *forward);
 /* Teaches this decoder the RAM blocks that another one of the same migration has seen declared (the preempt
  * channel names blocks and declares none). RF_OK or RF_NO_MEMORY. */
 int rf_forward_learn(struct rf_forward *forward, const struct rf_forward *from);
+
+/* Makes the stream opaque, for a reason that only the caller can see. */
+void rf_forward_fail(struct rf_forward *forward, uint32_t reason);
 
 #endif

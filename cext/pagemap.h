@@ -107,7 +107,8 @@ int rf_pagemap_arrived(struct rf_pagemap *map, uint32_t block, uint64_t offset, 
 /* RAM_DISCARD: what had passed is to be sent again. */
 int rf_pagemap_discarded(struct rf_pagemap *map, uint32_t block, uint64_t start, uint64_t length);
 
-/* From here on pages pass unseen (an opaque stream, multifd): what passed is no longer a complete account. */
+/* From here on, to the end of this channel, pages and discards pass unseen: what passed before no longer
+ * answers a request. */
 void rf_pagemap_forward_unseen(struct rf_pagemap *map);
 
 void rf_pagemap_channel_lost(struct rf_pagemap *map, uint64_t now);

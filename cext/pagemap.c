@@ -1,0 +1,929 @@
+#include "pagemap.h"
+
+#include <stdatomic.h>
+#include <string.h>
+
+#include "bitmap.h"
+#include "budget.h"
+
+#define BLOCKS_MAX 4096
+#define NAME_MAX_LENGTH 255
+#define LENGTH_MAX ((uint64_t)1 << 56)
+#define DEFAULT_PAGE_BITS 12
+#define NONE UINT32_MAX
+#define RECORDS_FIRST 256
+#define RECORDS_MAX ((uint32_t)1 << 30)
+/* Requests for something else than one page of their block. QEMU makes none, so a few are plenty. */
+#define IRREGULAR_MAX 64
+/* How far from the oldest record an answered one is looked for when room is needed. */
+#define EVICTION_REACH 256
+#define READ_RETRIES 64
+
+/* Written by one thread, read by any: relaxed atomics, bracketed by a sequence number. */
+struct counters {
+    _Atomic uint64_t requested;
+    _Atomic uint64_t repeated;
+    _Atomic uint64_t refused;
+    _Atomic uint64_t arrived;
+    _Atomic uint64_t crossed;
+    _Atomic uint64_t outstanding;
+    _Atomic uint64_t recorded;
+    _Atomic uint64_t confirmed;
+    _Atomic uint64_t reopened;
+    _Atomic uint64_t replayed;
+    _Atomic uint64_t evicted;
+    _Atomic uint64_t forwarded;
+    _Atomic uint64_t discarded;
+    _Atomic uint64_t losses;
+    _Atomic uint64_t memory;
+};
+
+struct block {
+    char name[NAME_MAX_LENGTH];
+    uint8_t name_length;
+    _Atomic bool declared;
+    _Atomic uint64_t used_length; /* 0: not known, and then there are no bitmaps */
+    _Atomic uint64_t page_size;   /* 0: not known */
+    _Atomic uint64_t requested;
+    _Atomic uint64_t arrived;
+    _Atomic uint64_t outstanding;
+    _Atomic uint64_t recorded;
+    _Atomic uint64_t replayed;
+    _Atomic uint64_t forwarded_pages;
+    uint64_t unit;                 /* what one request covers: the page size, or as the first request says */
+    uint32_t bitmap_channel;       /* the channel on which its received bitmap came whole */
+    struct rf_bitmap *forwarded;   /* has passed towards the destination */
+    struct rf_bitmap *missing;     /* requested, and has not passed since */
+    struct rf_bitmap *unconfirmed; /* requested, and not confirmed by a received bitmap */
+};
+
+struct record {
+    uint64_t id; /* 0: a free slot, `next` leads to the next one */
+    uint64_t start;
+    uint64_t time;
+    uint32_t length;
+    uint32_t block;
+    uint32_t previous; /* by id, oldest first */
+    uint32_t next;
+    uint32_t chain;        /* next in its hash bucket */
+    uint32_t requested_on; /* the last channel on which the destination asked */
+    uint32_t answered_on;  /* the last channel on which it was answered, 0: none */
+    uint32_t replayed_on;
+    bool outstanding;
+};
+
+struct rf_pagemap {
+    struct rf_budget budget;
+    uint64_t host_page_size;
+    uint32_t page_bits;
+    uint32_t channel; /* counts channels, from 1 */
+    bool forward_seen;
+    bool any_declared;
+
+    struct record *records;
+    uint32_t records_room; /* a power of two, or 0 */
+    uint32_t free_slot;
+    uint32_t *buckets; /* as many as records_room */
+    uint32_t oldest;
+    uint32_t newest;
+    uint64_t last_id;
+    uint32_t cursor; /* the slot given last by next_record */
+    uint32_t irregular[IRREGULAR_MAX];
+    uint32_t irregular_length;
+
+    uint32_t bitmap_block; /* of the received bitmap under way, or NONE */
+    uint64_t bitmap_size;
+    struct rf_bitmap_report report;
+
+    _Atomic uint32_t sequence; /* odd: being written */
+    struct counters counters;
+    struct rf_histogram latency;
+    _Atomic uint32_t blocks_length;
+    struct block *_Atomic blocks[BLOCKS_MAX];
+};
+
+static uint64_t get(const _Atomic uint64_t *counter) {
+    return atomic_load_explicit(counter, memory_order_relaxed);
+}
+
+static void put(_Atomic uint64_t *counter, uint64_t value) {
+    atomic_store_explicit(counter, value, memory_order_relaxed);
+}
+
+static void add(_Atomic uint64_t *counter, uint64_t amount) { put(counter, get(counter) + amount); }
+
+static void subtract(_Atomic uint64_t *counter, uint64_t amount) { put(counter, get(counter) - amount); }
+
+static void write_begin(struct rf_pagemap *map) {
+    uint32_t sequence = atomic_load_explicit(&map->sequence, memory_order_relaxed);
+    atomic_store_explicit(&map->sequence, sequence + 1, memory_order_relaxed);
+    atomic_thread_fence(memory_order_release);
+}
+
+static void write_end(struct rf_pagemap *map) {
+    put(&map->counters.memory, map->budget.used);
+    uint32_t sequence = atomic_load_explicit(&map->sequence, memory_order_relaxed);
+    atomic_store_explicit(&map->sequence, sequence + 1, memory_order_release);
+}
+
+static uint32_t blocks_length(const struct rf_pagemap *map) {
+    return atomic_load_explicit(&map->blocks_length, memory_order_acquire);
+}
+
+static struct block *block_at(const struct rf_pagemap *map, uint32_t index) {
+    return atomic_load_explicit(&map->blocks[index], memory_order_acquire);
+}
+
+static uint64_t target_page(const struct rf_pagemap *map) { return (uint64_t)1 << map->page_bits; }
+
+struct rf_pagemap *rf_pagemap_new(uint64_t ceiling, uint64_t host_page_size) {
+    struct rf_budget budget = {.used = 0, .ceiling = ceiling};
+    struct rf_pagemap *map = rf_budget_alloc(&budget, sizeof(*map));
+    if (map == NULL) {
+        return NULL;
+    }
+    map->budget = budget;
+    map->host_page_size = host_page_size;
+    map->page_bits = DEFAULT_PAGE_BITS;
+    map->channel = 1;
+    map->forward_seen = true;
+    map->free_slot = map->oldest = map->newest = map->cursor = map->bitmap_block = NONE;
+    put(&map->counters.memory, map->budget.used);
+    return map;
+}
+
+static void free_bitmaps(struct block *block) {
+    rf_bitmap_free(block->forwarded);
+    rf_bitmap_free(block->missing);
+    rf_bitmap_free(block->unconfirmed);
+    block->forwarded = block->missing = block->unconfirmed = NULL;
+}
+
+void rf_pagemap_free(struct rf_pagemap *map) {
+    if (map == NULL) {
+        return;
+    }
+    for (uint32_t i = 0; i < blocks_length(map); i++) {
+        free_bitmaps(block_at(map, i));
+        rf_budget_free(&map->budget, block_at(map, i), sizeof(struct block));
+    }
+    rf_budget_free(&map->budget, map->records, map->records_room * sizeof(struct record));
+    rf_budget_free(&map->budget, map->buckets, map->records_room * sizeof(uint32_t));
+    rf_budget_free(NULL, map, sizeof(*map));
+}
+
+int rf_pagemap_set_target_page_bits(struct rf_pagemap *map, uint32_t bits) {
+    if (bits < 10 || bits > 30) {
+        return RF_OUT_OF_RANGE;
+    }
+    if (bits != map->page_bits && blocks_length(map) > 0) {
+        return RF_BAD_SIZE;
+    }
+    map->page_bits = bits;
+    return RF_OK;
+}
+
+/* Records: slots in an array, chained by hash of what they ask for and linked by age. */
+
+static uint32_t bucket_of(const struct rf_pagemap *map, uint32_t block, uint64_t start) {
+    uint64_t mixed = (start >> 10) * UINT64_C(0x9e3779b97f4a7c15) + block * UINT64_C(0xc2b2ae3d27d4eb4f);
+    return (uint32_t)(mixed >> 32) & (map->records_room - 1);
+}
+
+static uint32_t find_record(const struct rf_pagemap *map, uint32_t block, uint64_t start, uint64_t length) {
+    if (map->records_room == 0) {
+        return NONE;
+    }
+    uint32_t slot = map->buckets[bucket_of(map, block, start)];
+    while (slot != NONE) {
+        const struct record *record = &map->records[slot];
+        if (record->block == block && record->start == start && record->length == length) {
+            return slot;
+        }
+        slot = record->chain;
+    }
+    return NONE;
+}
+
+static void chain_record(struct rf_pagemap *map, uint32_t slot) {
+    struct record *record = &map->records[slot];
+    uint32_t bucket = bucket_of(map, record->block, record->start);
+    record->chain = map->buckets[bucket];
+    map->buckets[bucket] = slot;
+}
+
+static void unchain_record(struct rf_pagemap *map, uint32_t slot) {
+    const struct record *record = &map->records[slot];
+    uint32_t *link = &map->buckets[bucket_of(map, record->block, record->start)];
+    while (*link != slot) {
+        link = &map->records[*link].chain;
+    }
+    *link = record->chain;
+}
+
+static bool grow_records(struct rf_pagemap *map) {
+    uint32_t old = map->records_room;
+    uint32_t room = old == 0 ? RECORDS_FIRST : old * 2;
+    if (room > RECORDS_MAX) {
+        return false;
+    }
+    uint32_t *buckets = rf_budget_alloc(&map->budget, room * sizeof(uint32_t));
+    if (buckets == NULL) {
+        return false;
+    }
+    struct record *records =
+        rf_budget_grow(&map->budget, map->records, old * sizeof(struct record), room * sizeof(struct record));
+    if (records == NULL) {
+        rf_budget_free(&map->budget, buckets, room * sizeof(uint32_t));
+        return false;
+    }
+    rf_budget_free(&map->budget, map->buckets, old * sizeof(uint32_t));
+    map->records = records;
+    map->buckets = buckets;
+    map->records_room = room;
+    memset(buckets, 0xff, room * sizeof(uint32_t));
+    for (uint32_t slot = 0; slot < old; slot++) {
+        if (records[slot].id != 0) {
+            chain_record(map, slot);
+        }
+    }
+    for (uint32_t slot = room; slot-- > old;) {
+        records[slot].next = map->free_slot;
+        map->free_slot = slot;
+    }
+    return true;
+}
+
+static uint64_t first_page(const struct rf_pagemap *map, const struct record *record) {
+    return record->start >> map->page_bits;
+}
+
+static uint64_t page_count(const struct rf_pagemap *map, const struct record *record) {
+    return record->length >> map->page_bits;
+}
+
+static void end_record(struct rf_pagemap *map, uint32_t slot) {
+    struct record *record = &map->records[slot];
+    struct block *block = block_at(map, record->block);
+    if (record->outstanding) {
+        subtract(&map->counters.outstanding, 1);
+        subtract(&block->outstanding, 1);
+    }
+    subtract(&map->counters.recorded, 1);
+    subtract(&block->recorded, 1);
+    if (block->missing != NULL && map->irregular_length == 0) { /* else others may stand on the same pages */
+        rf_bitmap_clear_range(block->missing, first_page(map, record), page_count(map, record));
+        rf_bitmap_clear_range(block->unconfirmed, first_page(map, record), page_count(map, record));
+    }
+    for (uint32_t i = 0; i < map->irregular_length; i++) {
+        if (map->irregular[i] == slot) {
+            map->irregular[i] = map->irregular[--map->irregular_length];
+            break;
+        }
+    }
+    unchain_record(map, slot);
+    if (record->previous == NONE) {
+        map->oldest = record->next;
+    } else {
+        map->records[record->previous].next = record->next;
+    }
+    if (record->next == NONE) {
+        map->newest = record->previous;
+    } else {
+        map->records[record->next].previous = record->previous;
+    }
+    record->id = 0;
+    record->next = map->free_slot;
+    map->free_slot = slot;
+}
+
+/* Forgets an old answered record: the least loss when there is no room. */
+static bool evict(struct rf_pagemap *map) {
+    uint32_t slot = map->oldest;
+    for (unsigned reach = 0; slot != NONE && reach < EVICTION_REACH; reach++) {
+        if (!map->records[slot].outstanding) {
+            end_record(map, slot);
+            add(&map->counters.evicted, 1);
+            return true;
+        }
+        slot = map->records[slot].next;
+    }
+    return false;
+}
+
+static uint32_t take_slot(struct rf_pagemap *map) {
+    if (map->free_slot == NONE && !grow_records(map) && !evict(map)) {
+        return NONE;
+    }
+    uint32_t slot = map->free_slot;
+    map->free_slot = map->records[slot].next;
+    return slot;
+}
+
+/* Notes the record's pages as missing and recorded; false without memory. */
+static bool note_pages(struct rf_pagemap *map, struct block *block, const struct record *record) {
+    uint64_t first = first_page(map, record);
+    uint64_t count = page_count(map, record);
+    if (rf_bitmap_set_range(block->unconfirmed, first, count) < 0) {
+        return false;
+    }
+    if (!record->outstanding) {
+        return true;
+    }
+    if (!map->forward_seen || rf_bitmap_count_range(block->forwarded, first, count) == 0) {
+        return rf_bitmap_set_range(block->missing, first, count) >= 0;
+    }
+    for (uint64_t page = first; page < first + count; page++) {
+        if (!rf_bitmap_test(block->forwarded, page) && rf_bitmap_set(block->missing, page) < 0) {
+            return false;
+        }
+    }
+    return true;
+}
+
+static void set_outstanding(struct rf_pagemap *map, struct record *record, bool outstanding) {
+    struct block *block = block_at(map, record->block);
+    if (outstanding == record->outstanding) {
+        return;
+    }
+    record->outstanding = outstanding;
+    if (outstanding) {
+        add(&map->counters.outstanding, 1);
+        add(&block->outstanding, 1);
+    } else {
+        subtract(&map->counters.outstanding, 1);
+        subtract(&block->outstanding, 1);
+    }
+}
+
+/* An answer was lost: the pages that no received bitmap confirmed are missing again. */
+static void reopen(struct rf_pagemap *map, struct record *record) {
+    struct block *block = block_at(map, record->block);
+    uint64_t end = first_page(map, record) + page_count(map, record);
+    if (record->outstanding) {
+        return;
+    }
+    set_outstanding(map, record, true);
+    add(&map->counters.reopened, 1);
+    if (block->missing == NULL) {
+        return;
+    }
+    uint64_t page = rf_bitmap_next(block->unconfirmed, first_page(map, record));
+    while (page < end) {
+        if (!rf_bitmap_test(block->forwarded, page) && rf_bitmap_set(block->missing, page) < 0) {
+            return; /* it stays outstanding until a bitmap confirms it */
+        }
+        page = rf_bitmap_next(block->unconfirmed, page + 1);
+    }
+}
+
+/* Blocks. */
+
+static bool name_fits(size_t name_length) { return name_length > 0 && name_length <= NAME_MAX_LENGTH; }
+
+int rf_pagemap_find(const struct rf_pagemap *map, const char *name, size_t name_length) {
+    for (uint32_t i = 0; i < blocks_length(map); i++) {
+        const struct block *block = block_at(map, i);
+        if (block->name_length == name_length && memcmp(block->name, name, name_length) == 0) {
+            return (int)i;
+        }
+    }
+    return RF_UNKNOWN_BLOCK;
+}
+
+static int add_block(struct rf_pagemap *map, const char *name, size_t name_length) {
+    uint32_t length = blocks_length(map);
+    if (length == BLOCKS_MAX) {
+        return RF_FULL;
+    }
+    struct block *block = rf_budget_alloc(&map->budget, sizeof(*block));
+    if (block == NULL) {
+        return RF_NO_MEMORY;
+    }
+    memcpy(block->name, name, name_length);
+    block->name_length = (uint8_t)name_length;
+    atomic_store_explicit(&map->blocks[length], block, memory_order_release);
+    atomic_store_explicit(&map->blocks_length, length + 1, memory_order_release);
+    return (int)length;
+}
+
+int rf_pagemap_know(struct rf_pagemap *map, const char *name, size_t name_length) {
+    if (!name_fits(name_length)) {
+        return RF_BAD_NAME;
+    }
+    int index = rf_pagemap_find(map, name, name_length);
+    if (index >= 0 || map->any_declared) {
+        return index;
+    }
+    return add_block(map, name, name_length);
+}
+
+/* The block's size has become known: from here on it has bitmaps. Records that do not fit end, as refused. */
+static int set_size(struct rf_pagemap *map, uint32_t index, uint64_t used_length) {
+    struct block *block = block_at(map, index);
+    uint64_t pages = used_length >> map->page_bits;
+    block->forwarded = rf_bitmap_new_within(&map->budget, pages);
+    block->missing = rf_bitmap_new_within(&map->budget, pages);
+    block->unconfirmed = rf_bitmap_new_within(&map->budget, pages);
+    if (block->forwarded == NULL || block->missing == NULL || block->unconfirmed == NULL) {
+        free_bitmaps(block);
+        return RF_NO_MEMORY;
+    }
+    put(&block->used_length, used_length);
+    uint32_t slot = map->oldest;
+    while (slot != NONE) {
+        struct record *record = &map->records[slot];
+        uint32_t next = record->next;
+        if (record->block == index) {
+            bool inside = record->start <= used_length && record->length <= used_length - record->start;
+            if (!inside || !note_pages(map, block, record)) {
+                end_record(map, slot);
+                add(&map->counters.refused, 1);
+            }
+        }
+        slot = next;
+    }
+    return RF_OK;
+}
+
+static int set_page_size(struct rf_pagemap *map, struct block *block, uint64_t page_size) {
+    uint64_t least = target_page(map);
+    uint64_t host = map->host_page_size > least ? map->host_page_size : least;
+    uint64_t size = page_size == 0 ? host : page_size;
+    if (size < least || (size & (size - 1)) != 0) {
+        return RF_MISALIGNED;
+    }
+    put(&block->page_size, size);
+    block->unit = size;
+    return RF_OK;
+}
+
+static int declare(struct rf_pagemap *map, const char *name, size_t name_length, uint64_t used_length,
+                   uint64_t page_size) {
+    if (!name_fits(name_length)) {
+        return RF_BAD_NAME;
+    }
+    if (used_length > LENGTH_MAX || used_length % target_page(map) != 0) {
+        return RF_BAD_SIZE;
+    }
+    int index = rf_pagemap_find(map, name, name_length);
+    if (index < 0) {
+        index = add_block(map, name, name_length);
+        if (index < 0) {
+            return index;
+        }
+    }
+    struct block *block = block_at(map, (uint32_t)index);
+    bool declared = atomic_load_explicit(&block->declared, memory_order_relaxed);
+    if (declared || block->forwarded != NULL) {
+        uint64_t known = get(&block->used_length);
+        /* A received bitmap is padded to whole words of 64 pages: the declaration is the exact one. */
+        uint64_t padding = declared ? 0 : 63 * target_page(map);
+        if (used_length > known || known - used_length > padding) {
+            return RF_BAD_SIZE;
+        }
+    } else {
+        int status = set_size(map, (uint32_t)index, used_length);
+        if (status < 0) {
+            return status;
+        }
+    }
+    if (!declared || page_size != 0) {
+        int status = set_page_size(map, block, page_size);
+        if (status < 0) {
+            return status;
+        }
+    }
+    put(&block->used_length, used_length);
+    atomic_store_explicit(&block->declared, true, memory_order_relaxed);
+    map->any_declared = true;
+    return index;
+}
+
+int rf_pagemap_declare(struct rf_pagemap *map, const char *name, size_t name_length, uint64_t used_length,
+                       uint64_t page_size) {
+    write_begin(map);
+    int index = declare(map, name, name_length, used_length, page_size);
+    write_end(map);
+    return index;
+}
+
+/* Requests and arrivals. */
+
+static int check_request(struct rf_pagemap *map, struct block *block, uint64_t start, uint32_t length) {
+    uint64_t page = get(&block->page_size) != 0 ? get(&block->page_size) : target_page(map);
+    if (length == 0 || start % page != 0 || length % page != 0) {
+        return RF_MISALIGNED;
+    }
+    uint64_t end = block->forwarded != NULL ? get(&block->used_length) : LENGTH_MAX;
+    if (start > end || length > end - start) {
+        return RF_OUT_OF_RANGE;
+    }
+    if (block->unit == 0) {
+        block->unit = length;
+    }
+    return RF_OK;
+}
+
+static bool all_forwarded(const struct rf_pagemap *map, const struct block *block, uint64_t start,
+                          uint32_t length) {
+    uint64_t count = length >> map->page_bits;
+    return map->forward_seen && block->forwarded != NULL &&
+           rf_bitmap_count_range(block->forwarded, start >> map->page_bits, count) == count;
+}
+
+static void repeat(struct rf_pagemap *map, uint32_t slot) {
+    struct record *record = &map->records[slot];
+    struct block *block = block_at(map, record->block);
+    add(&map->counters.repeated, 1);
+    record->requested_on = map->channel;
+    if (!record->outstanding && !all_forwarded(map, block, record->start, record->length)) {
+        reopen(map, record);
+    }
+}
+
+static int record_request(struct rf_pagemap *map, uint32_t index, uint64_t start, uint32_t length,
+                          uint64_t now) {
+    struct block *block = block_at(map, index);
+    bool regular = length == block->unit && start % block->unit == 0;
+    if (!regular && map->irregular_length == IRREGULAR_MAX) {
+        return RF_FULL;
+    }
+    uint32_t slot = take_slot(map);
+    if (slot == NONE) {
+        return RF_FULL;
+    }
+    bool crossed = all_forwarded(map, block, start, length);
+    struct record *record = &map->records[slot];
+    *record = (struct record){
+        .id = ++map->last_id,
+        .start = start,
+        .time = now,
+        .length = length,
+        .block = index,
+        .previous = map->newest,
+        .next = NONE,
+        .requested_on = map->channel,
+        .answered_on = crossed ? map->channel : 0,
+    };
+    chain_record(map, slot);
+    if (map->newest == NONE) {
+        map->oldest = slot;
+    } else {
+        map->records[map->newest].next = slot;
+    }
+    map->newest = slot;
+    add(&map->counters.recorded, 1);
+    add(&block->recorded, 1);
+    set_outstanding(map, record, !crossed);
+    if (!regular) {
+        map->irregular[map->irregular_length++] = slot;
+    }
+    if (block->forwarded != NULL && !note_pages(map, block, record)) {
+        end_record(map, slot);
+        return RF_NO_MEMORY;
+    }
+    add(&map->counters.requested, 1);
+    add(&block->requested, 1);
+    add(&map->counters.crossed, crossed);
+    return RF_OK;
+}
+
+static int request(struct rf_pagemap *map, const char *name, size_t name_length, uint64_t start,
+                   uint32_t length, uint64_t now) {
+    int index = rf_pagemap_know(map, name, name_length);
+    if (index < 0) {
+        return index;
+    }
+    int status = check_request(map, block_at(map, (uint32_t)index), start, length);
+    if (status < 0) {
+        return status;
+    }
+    uint32_t slot = find_record(map, (uint32_t)index, start, length);
+    if (slot != NONE) {
+        repeat(map, slot);
+        return 1;
+    }
+    return record_request(map, (uint32_t)index, start, length, now);
+}
+
+int rf_pagemap_request(struct rf_pagemap *map, const char *name, size_t name_length, uint64_t start,
+                       uint32_t length, uint64_t now) {
+    write_begin(map);
+    int status = request(map, name, name_length, start, length, now);
+    add(&map->counters.refused, status < 0);
+    write_end(map);
+    return status;
+}
+
+/* Answered, if none of its pages is missing any more. */
+static void settle(struct rf_pagemap *map, struct block *block, uint32_t slot, uint64_t now) {
+    struct record *record = &map->records[slot];
+    uint64_t end = first_page(map, record) + page_count(map, record);
+    if (!record->outstanding || rf_bitmap_next(block->missing, first_page(map, record)) < end) {
+        return;
+    }
+    set_outstanding(map, record, false);
+    record->answered_on = map->channel;
+    add(&map->counters.arrived, 1);
+    add(&block->arrived, 1);
+    rf_histogram_record(&map->latency, now > record->time ? now - record->time : 0);
+}
+
+static int arrived(struct rf_pagemap *map, uint32_t index, uint64_t offset, uint64_t length, uint64_t now) {
+    if (index >= blocks_length(map)) {
+        return RF_UNKNOWN_BLOCK;
+    }
+    struct block *block = block_at(map, index);
+    uint64_t first = offset >> map->page_bits;
+    if (block->forwarded == NULL || first >= rf_bitmap_bits(block->forwarded)) {
+        return RF_OUT_OF_RANGE;
+    }
+    uint64_t room = rf_bitmap_bits(block->forwarded) - first;
+    uint64_t count = length >> map->page_bits;
+    count = count < room ? count : room;
+    int status = RF_OK;
+    if (rf_bitmap_set_range(block->forwarded, first, count) < 0) {
+        map->forward_seen = false;
+        status = RF_NO_MEMORY;
+    }
+    add(&map->counters.forwarded, count);
+    add(&block->forwarded_pages, count);
+    if (rf_bitmap_count(block->missing) == 0) {
+        return status;
+    }
+    uint64_t page = rf_bitmap_next(block->missing, first);
+    while (page < first + count) {
+        uint64_t unit_start = (page << map->page_bits) / block->unit * block->unit;
+        uint64_t unit_end = (unit_start + block->unit) >> map->page_bits;
+        uint64_t upto = unit_end < first + count ? unit_end : first + count;
+        rf_bitmap_clear_range(block->missing, page, upto - page);
+        uint32_t slot = find_record(map, index, unit_start, block->unit);
+        if (slot != NONE) {
+            settle(map, block, slot, now);
+        }
+        for (uint32_t i = 0; i < map->irregular_length; i++) {
+            if (map->records[map->irregular[i]].block == index) {
+                settle(map, block, map->irregular[i], now);
+            }
+        }
+        page = rf_bitmap_next(block->missing, upto);
+    }
+    return status;
+}
+
+int rf_pagemap_arrived(struct rf_pagemap *map, uint32_t block, uint64_t offset, uint64_t length,
+                       uint64_t now) {
+    write_begin(map);
+    int status = arrived(map, block, offset, length, now);
+    write_end(map);
+    return status;
+}
+
+int rf_pagemap_discarded(struct rf_pagemap *map, uint32_t index, uint64_t start, uint64_t length) {
+    if (index >= blocks_length(map)) {
+        return RF_UNKNOWN_BLOCK;
+    }
+    struct block *block = block_at(map, index);
+    if (block->forwarded == NULL) {
+        return RF_OUT_OF_RANGE;
+    }
+    write_begin(map);
+    int64_t taken =
+        rf_bitmap_clear_range(block->forwarded, start >> map->page_bits, length >> map->page_bits);
+    add(&map->counters.discarded, (uint64_t)taken);
+    write_end(map);
+    return RF_OK;
+}
+
+void rf_pagemap_forward_unseen(struct rf_pagemap *map) { map->forward_seen = false; }
+
+/* Losses and received bitmaps. */
+
+void rf_pagemap_channel_lost(struct rf_pagemap *map, uint64_t now) {
+    write_begin(map);
+    add(&map->counters.losses, 1);
+    map->bitmap_block = NONE;
+    write_end(map);
+}
+
+void rf_pagemap_channel_begin(struct rf_pagemap *map, uint64_t now) {
+    map->channel++;
+    map->bitmap_block = NONE;
+    map->forward_seen = true; /* the received bitmaps set right what was missed */
+}
+
+static int bitmap_begin(struct rf_pagemap *map, const char *name, size_t name_length, uint64_t size) {
+    int index = rf_pagemap_know(map, name, name_length);
+    if (index < 0) {
+        return index;
+    }
+    struct block *block = block_at(map, (uint32_t)index);
+    if (block->forwarded == NULL) {
+        if (size % 8 != 0 || size > LENGTH_MAX >> map->page_bits >> 3) {
+            return RF_BAD_SIZE;
+        }
+        int status = set_size(map, (uint32_t)index, size * 8 << map->page_bits);
+        if (status < 0) {
+            return status;
+        }
+    } else if (size != ((get(&block->used_length) >> map->page_bits) + 63) / 64 * 8) {
+        return RF_BAD_SIZE;
+    }
+    map->bitmap_block = (uint32_t)index;
+    map->bitmap_size = size;
+    map->report = (struct rf_bitmap_report){0};
+    return index;
+}
+
+int rf_pagemap_bitmap_begin(struct rf_pagemap *map, const char *name, size_t name_length, uint64_t size) {
+    write_begin(map);
+    map->bitmap_block = NONE;
+    int index = bitmap_begin(map, name, name_length, size);
+    write_end(map);
+    return index;
+}
+
+int rf_pagemap_bitmap_data(struct rf_pagemap *map, uint64_t offset, const uint8_t *dense, size_t bytes) {
+    if (map->bitmap_block == NONE) {
+        return RF_UNKNOWN_BLOCK;
+    }
+    if (offset > map->bitmap_size || bytes > map->bitmap_size - offset) {
+        return RF_OUT_OF_RANGE;
+    }
+    struct block *block = block_at(map, map->bitmap_block);
+    uint64_t only_forwarded = 0;
+    uint64_t only_received = 0;
+    uint64_t before = rf_bitmap_count_range(block->forwarded, offset * 8, (uint64_t)bytes * 8);
+    rf_bitmap_compare(block->forwarded, offset, dense, bytes, &only_forwarded, &only_received);
+    map->report.received += before - only_forwarded + only_received;
+    map->report.forwarded_not_received += only_forwarded;
+    map->report.received_not_forwarded += only_received;
+    rf_bitmap_and_not(block->missing, offset, dense, bytes);
+    rf_bitmap_and_not(block->unconfirmed, offset, dense, bytes);
+    rf_bitmap_and(block->forwarded, offset, dense, bytes); /* what was in flight will be sent again */
+    return RF_OK;
+}
+
+int rf_pagemap_bitmap_end(struct rf_pagemap *map, struct rf_bitmap_report *report) {
+    if (map->bitmap_block == NONE) {
+        return RF_UNKNOWN_BLOCK;
+    }
+    write_begin(map);
+    uint32_t index = map->bitmap_block;
+    struct block *block = block_at(map, index);
+    uint32_t slot = map->oldest;
+    while (slot != NONE) {
+        struct record *record = &map->records[slot];
+        uint32_t next = record->next;
+        if (record->block == index) {
+            uint64_t end = first_page(map, record) + page_count(map, record);
+            if (rf_bitmap_next(block->unconfirmed, first_page(map, record)) < end) {
+                reopen(map, record);
+                map->report.records_left++;
+            } else {
+                end_record(map, slot);
+                add(&map->counters.confirmed, 1);
+                map->report.records_ended++;
+            }
+        }
+        slot = next;
+    }
+    block->bitmap_channel = map->channel;
+    map->bitmap_block = NONE;
+    *report = map->report;
+    write_end(map);
+    return RF_OK;
+}
+
+/* Walking the records. */
+
+static uint32_t slot_after(const struct rf_pagemap *map, uint64_t after) {
+    if (map->cursor != NONE && map->records[map->cursor].id == after && after != 0) {
+        return map->records[map->cursor].next;
+    }
+    uint32_t slot = map->oldest;
+    while (slot != NONE && map->records[slot].id <= after) {
+        slot = map->records[slot].next;
+    }
+    return slot;
+}
+
+static int give_record(struct rf_pagemap *map, uint32_t slot, struct rf_request *out) {
+    if (slot == NONE) {
+        return 0;
+    }
+    const struct record *record = &map->records[slot];
+    const struct block *block = block_at(map, record->block);
+    map->cursor = slot;
+    out->id = record->id;
+    out->start = record->start;
+    out->time = record->time;
+    out->length = record->length;
+    out->block = record->block;
+    out->outstanding = record->outstanding;
+    out->name = block->name;
+    out->name_length = block->name_length;
+    return 1;
+}
+
+int rf_pagemap_next_record(struct rf_pagemap *map, uint64_t after, struct rf_request *out) {
+    return give_record(map, slot_after(map, after), out);
+}
+
+static bool to_replay(const struct rf_pagemap *map, const struct record *record) {
+    return record->outstanding && block_at(map, record->block)->bitmap_channel == map->channel &&
+           record->requested_on != map->channel && record->replayed_on != map->channel;
+}
+
+int rf_pagemap_replay_next(struct rf_pagemap *map, uint64_t after, struct rf_request *out) {
+    uint32_t slot = slot_after(map, after);
+    while (slot != NONE && !to_replay(map, &map->records[slot])) {
+        slot = map->records[slot].next;
+    }
+    return give_record(map, slot, out);
+}
+
+int rf_pagemap_replayed(struct rf_pagemap *map, uint64_t id, uint64_t now) {
+    uint32_t slot = id == 0 ? NONE : slot_after(map, id - 1);
+    if (map->cursor != NONE && map->records[map->cursor].id == id) {
+        slot = map->cursor;
+    }
+    if (slot == NONE || map->records[slot].id != id) {
+        return RF_OUT_OF_RANGE;
+    }
+    write_begin(map);
+    map->records[slot].replayed_on = map->channel;
+    add(&map->counters.replayed, 1);
+    add(&block_at(map, map->records[slot].block)->replayed, 1);
+    write_end(map);
+    return RF_OK;
+}
+
+void rf_pagemap_complete(struct rf_pagemap *map) {
+    write_begin(map);
+    while (map->oldest != NONE) {
+        end_record(map, map->oldest);
+    }
+    write_end(map);
+}
+
+/* Readers. */
+
+int rf_pagemap_stats(const struct rf_pagemap *map, struct rf_pagemap_stats *out) {
+    const struct counters *c = &map->counters;
+    for (unsigned retry = 0; retry < READ_RETRIES; retry++) {
+        uint32_t before = atomic_load_explicit(&map->sequence, memory_order_acquire);
+        *out = (struct rf_pagemap_stats){
+            .requested = get(&c->requested),
+            .repeated = get(&c->repeated),
+            .refused = get(&c->refused),
+            .arrived = get(&c->arrived),
+            .crossed = get(&c->crossed),
+            .outstanding = get(&c->outstanding),
+            .recorded = get(&c->recorded),
+            .confirmed = get(&c->confirmed),
+            .reopened = get(&c->reopened),
+            .replayed = get(&c->replayed),
+            .evicted = get(&c->evicted),
+            .forwarded = get(&c->forwarded),
+            .discarded = get(&c->discarded),
+            .losses = get(&c->losses),
+            .memory = get(&c->memory),
+            .blocks = blocks_length(map),
+        };
+        atomic_thread_fence(memory_order_acquire);
+        if (before % 2 == 0 && atomic_load_explicit(&map->sequence, memory_order_relaxed) == before) {
+            return 1;
+        }
+    }
+    return 0;
+}
+
+int rf_pagemap_block_stats(const struct rf_pagemap *map, uint32_t index, struct rf_pagemap_block_stats *out) {
+    if (index >= blocks_length(map)) {
+        return RF_UNKNOWN_BLOCK;
+    }
+    const struct block *block = block_at(map, index);
+    memcpy(out->name, block->name, block->name_length);
+    out->name[block->name_length] = '\0';
+    out->name_length = block->name_length;
+    out->declared = atomic_load_explicit(&block->declared, memory_order_relaxed);
+    out->used_length = get(&block->used_length);
+    out->page_size = get(&block->page_size);
+    out->requested = get(&block->requested);
+    out->arrived = get(&block->arrived);
+    out->outstanding = get(&block->outstanding);
+    out->recorded = get(&block->recorded);
+    out->replayed = get(&block->replayed);
+    out->forwarded = get(&block->forwarded_pages);
+    return RF_OK;
+}
+
+void rf_pagemap_latency(const struct rf_pagemap *map, struct rf_histogram_snapshot *out) {
+    rf_histogram_snapshot(&map->latency, out);
+}
+
+const struct rf_bitmap *rf_pagemap_forwarded(const struct rf_pagemap *map, uint32_t block) {
+    return block < blocks_length(map) ? block_at(map, block)->forwarded : NULL;
+}

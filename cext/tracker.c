@@ -1,0 +1,331 @@
+#include "tracker.h"
+
+#include <unistd.h>
+
+#include "budget.h"
+
+#define BLOCKS_MAX 4096
+#define NONE UINT32_MAX
+
+/* A decoder of pages, and which of the page map's blocks its own are. */
+struct pages {
+    struct rf_forward *decoder;
+    uint32_t blocks[BLOCKS_MAX];
+};
+
+struct rf_tracker {
+    struct rf_pagemap *map;
+    struct rf_returnpath *path;
+    struct pages main;
+    struct pages preempt;
+    _Atomic uint32_t facts;
+    _Atomic uint32_t channel_facts;
+    _Atomic uint32_t forward_opaque;
+    _Atomic uint32_t return_opaque;
+};
+
+static uint32_t get(const _Atomic uint32_t *word) { return atomic_load_explicit(word, memory_order_acquire); }
+
+static void put(_Atomic uint32_t *word, uint32_t value) {
+    atomic_store_explicit(word, value, memory_order_release);
+}
+
+static void note(struct rf_tracker *tracker, uint32_t fact) {
+    put(&tracker->facts, get(&tracker->facts) | fact);
+    put(&tracker->channel_facts, get(&tracker->channel_facts) | fact);
+}
+
+static void no_longer_whole(struct rf_tracker *tracker) {
+    put(&tracker->facts, get(&tracker->facts) & ~(uint32_t)RF_FACT_WHOLE_STREAM_SEEN);
+}
+
+static void forget_blocks(struct pages *pages) {
+    for (uint32_t i = 0; i < BLOCKS_MAX; i++) {
+        pages->blocks[i] = NONE;
+    }
+}
+
+struct rf_tracker *rf_tracker_new(uint64_t ceiling) {
+    long host_page = sysconf(_SC_PAGESIZE);
+    struct rf_tracker *tracker = rf_budget_alloc(NULL, sizeof(*tracker));
+    if (tracker == NULL) {
+        return NULL;
+    }
+    tracker->map = rf_pagemap_new(ceiling, host_page > 0 ? (uint64_t)host_page : 0);
+    tracker->path = rf_returnpath_new();
+    tracker->main.decoder = rf_forward_new(RF_FORWARD_FRESH);
+    tracker->preempt.decoder = rf_forward_new(RF_FORWARD_PREEMPT);
+    forget_blocks(&tracker->main);
+    forget_blocks(&tracker->preempt);
+    if (tracker->map == NULL || tracker->path == NULL || tracker->main.decoder == NULL ||
+        tracker->preempt.decoder == NULL) {
+        rf_tracker_free(tracker);
+        return NULL;
+    }
+    return tracker;
+}
+
+void rf_tracker_free(struct rf_tracker *tracker) {
+    if (tracker == NULL) {
+        return;
+    }
+    rf_forward_free(tracker->main.decoder);
+    rf_forward_free(tracker->preempt.decoder);
+    rf_returnpath_free(tracker->path);
+    rf_pagemap_free(tracker->map);
+    rf_budget_free(NULL, tracker, sizeof(*tracker));
+}
+
+void rf_tracker_channel_begin(struct rf_tracker *tracker, int recovered, uint64_t now) {
+    rf_forward_restart(tracker->main.decoder, recovered ? RF_FORWARD_RECOVERED : RF_FORWARD_FRESH);
+    rf_returnpath_restart(tracker->path);
+    rf_pagemap_channel_begin(tracker->map, now);
+    put(&tracker->channel_facts, 0);
+    put(&tracker->forward_opaque, RF_OPAQUE_NO);
+    put(&tracker->return_opaque, RF_OPAQUE_NO);
+    if (!recovered) {
+        forget_blocks(&tracker->main);
+        put(&tracker->facts, RF_FACT_WHOLE_STREAM_SEEN);
+    }
+}
+
+void rf_tracker_channel_lost(struct rf_tracker *tracker, uint64_t now) {
+    rf_pagemap_channel_lost(tracker->map, now);
+}
+
+/* The page map's block of an event that names one, or a negative status. */
+static int map_block(struct rf_tracker *tracker, struct pages *pages, const struct rf_forward_event *event) {
+    if (event->block >= BLOCKS_MAX) {
+        return RF_FULL;
+    }
+    if (pages->blocks[event->block] == NONE) {
+        int block = rf_pagemap_know(tracker->map, event->name, event->name_length);
+        if (block < 0) {
+            return block;
+        }
+        pages->blocks[event->block] = (uint32_t)block;
+    }
+    return (int)pages->blocks[event->block];
+}
+
+static void declare(struct rf_tracker *tracker, const struct rf_forward_event *event, uint64_t page_size) {
+    int block = rf_pagemap_find(tracker->map, event->name, event->name_length);
+    uint64_t length = event->length;
+    if (page_size != 0 && block >= 0) {
+        struct rf_pagemap_block_stats stats;
+        if (rf_pagemap_block_stats(tracker->map, (uint32_t)block, &stats) == RF_OK) {
+            length = stats.used_length;
+        }
+    }
+    block = rf_pagemap_declare(tracker->map, event->name, event->name_length, length, page_size);
+    if (block < 0) {
+        rf_forward_fail(tracker->main.decoder, block == RF_NO_MEMORY || block == RF_FULL
+                                                   ? RF_OPAQUE_NO_MEMORY
+                                                   : RF_OPAQUE_RAM_BLOCK_LIST);
+        return;
+    }
+    tracker->main.blocks[event->block] = (uint32_t)block;
+    note(tracker, RF_FACT_RAM_DECLARED);
+}
+
+static void command(struct rf_tracker *tracker, const struct rf_forward_event *event) {
+    switch (event->code) {
+    case RF_COMMAND_OPEN_RETURN_PATH:
+        note(tracker, RF_FACT_RP_OPENED);
+        break;
+    case RF_COMMAND_POSTCOPY_ADVISE:
+        note(tracker, RF_FACT_POSTCOPY_ADVISE);
+        rf_pagemap_set_target_page_bits(tracker->map, rf_forward_target_page_bits(tracker->main.decoder));
+        break;
+    case RF_COMMAND_RAM_DISCARD:
+        note(tracker, RF_FACT_POSTCOPY_DISCARD_SEEN);
+        break;
+    case RF_COMMAND_PACKAGED:
+        note(tracker, RF_FACT_PACKAGED_BEGUN);
+        break;
+    case RF_COMMAND_RECV_BITMAP:
+        note(tracker, RF_FACT_RECV_BITMAP_ASKED);
+        break;
+    case RF_COMMAND_POSTCOPY_RESUME:
+        note(tracker, RF_FACT_RESUME_SENT);
+        break;
+    default:
+        break;
+    }
+}
+
+static void capability(struct rf_tracker *tracker, const struct rf_forward_event *event) {
+    static const char ignore_shared[] = "x-ignore-shared";
+    size_t length = sizeof(ignore_shared) - 1;
+    if (event->name_length == length && __builtin_memcmp(event->name, ignore_shared, length) == 0) {
+        note(tracker, RF_FACT_IGNORE_SHARED);
+    }
+}
+
+static void page_event(struct rf_tracker *tracker, struct pages *pages, const struct rf_forward_event *event,
+                       uint64_t now) {
+    int block = map_block(tracker, pages, event);
+    if (block < 0) {
+        no_longer_whole(tracker);
+    } else if (event->type == RF_FORWARD_DISCARD) {
+        rf_pagemap_discarded(tracker->map, (uint32_t)block, event->offset, event->length);
+    } else if (rf_pagemap_arrived(tracker->map, (uint32_t)block, event->offset, event->length, now) < 0) {
+        no_longer_whole(tracker);
+    }
+}
+
+static void forward_event(struct rf_tracker *tracker, const struct rf_forward_event *event, uint64_t now) {
+    switch (event->type) {
+    case RF_FORWARD_PAGE:
+    case RF_FORWARD_DISCARD:
+        page_event(tracker, &tracker->main, event, now);
+        break;
+    case RF_FORWARD_TARGET_PAGE_BITS:
+        rf_pagemap_set_target_page_bits(tracker->map, (uint32_t)event->value);
+        break;
+    case RF_FORWARD_CAPABILITY:
+        capability(tracker, event);
+        break;
+    case RF_FORWARD_BLOCK:
+        declare(tracker, event, 0);
+        break;
+    case RF_FORWARD_BLOCK_PAGE_SIZE:
+        declare(tracker, event, event->value);
+        break;
+    case RF_FORWARD_MULTIFD_FLUSH:
+        rf_tracker_pages_elsewhere(tracker);
+        break;
+    case RF_FORWARD_COMMAND:
+        command(tracker, event);
+        break;
+    case RF_FORWARD_PACKAGED_END:
+        note(tracker, RF_FACT_PACKAGED_PASSED);
+        break;
+    case RF_FORWARD_EOF:
+        note(tracker, RF_FACT_EOF_PASSED);
+        break;
+    default:
+        break;
+    }
+}
+
+/* Pages pass unseen from here on, on one channel or the other. */
+static void went_opaque(struct rf_tracker *tracker, const struct rf_forward *decoder) {
+    if (rf_forward_opaque(decoder) != RF_OPAQUE_NO && get(&tracker->forward_opaque) == RF_OPAQUE_NO) {
+        rf_pagemap_forward_unseen(tracker->map);
+        no_longer_whole(tracker);
+        put(&tracker->forward_opaque, rf_forward_opaque(decoder));
+    }
+}
+
+void rf_tracker_forward(struct rf_tracker *tracker, const uint8_t *bytes, size_t length, uint64_t now) {
+    struct rf_forward *decoder = tracker->main.decoder;
+    while (length > 0) {
+        struct rf_forward_event event;
+        size_t part = rf_forward_next(decoder, bytes, length, &event);
+        forward_event(tracker, &event, now);
+        bytes += part;
+        length -= part;
+    }
+    went_opaque(tracker, decoder);
+}
+
+void rf_tracker_preempt_begin(struct rf_tracker *tracker, uint64_t now) {
+    rf_forward_restart(tracker->preempt.decoder, RF_FORWARD_PREEMPT);
+}
+
+void rf_tracker_preempt_forward(struct rf_tracker *tracker, const uint8_t *bytes, size_t length,
+                                uint64_t now) {
+    struct rf_forward *decoder = tracker->preempt.decoder;
+    if (rf_forward_position(decoder) == 0 && rf_forward_learn(decoder, tracker->main.decoder) < 0) {
+        rf_forward_fail(decoder, RF_OPAQUE_NO_MEMORY);
+    }
+    while (length > 0) {
+        struct rf_forward_event event;
+        size_t part = rf_forward_next(decoder, bytes, length, &event);
+        if (event.type == RF_FORWARD_PAGE) {
+            page_event(tracker, &tracker->preempt, &event, now);
+        }
+        bytes += part;
+        length -= part;
+    }
+    went_opaque(tracker, decoder);
+}
+
+void rf_tracker_pages_elsewhere(struct rf_tracker *tracker) {
+    no_longer_whole(tracker);
+    note(tracker, RF_FACT_MULTIFD);
+}
+
+static void bitmap_begin(struct rf_tracker *tracker, struct rf_returnpath_event *event) {
+    int block = rf_pagemap_bitmap_begin(tracker->map, event->name, event->name_length, event->size);
+    if (block == RF_UNKNOWN_BLOCK || block == RF_BAD_SIZE) {
+        event->reason = block == RF_BAD_SIZE ? RF_OPAQUE_BITMAP_SIZE : RF_OPAQUE_BITMAP_BLOCK;
+        event->type = RF_RETURN_BAD;
+        rf_returnpath_fail(tracker->path, event->reason);
+    }
+}
+
+static void bitmap_end(struct rf_tracker *tracker) {
+    struct rf_bitmap_report report;
+    note(tracker, RF_FACT_RECV_BITMAP_SENT);
+    if (rf_pagemap_bitmap_end(tracker->map, &report) == RF_OK && report.received_not_forwarded > 0 &&
+        (get(&tracker->facts) & RF_FACT_WHOLE_STREAM_SEEN) != 0) {
+        note(tracker, RF_FACT_FOREIGN_PAGES);
+    }
+}
+
+static void return_event(struct rf_tracker *tracker, struct rf_returnpath_event *event, uint64_t now) {
+    switch (event->type) {
+    case RF_RETURN_REQUEST:
+        rf_pagemap_request(tracker->map, event->name, event->name_length, event->start, event->length, now);
+        note(tracker, RF_FACT_REQUEST_SEEN);
+        break;
+    case RF_RETURN_PONG:
+        note(tracker, event->value == 3 ? RF_FACT_PONG_3 : event->value == 4 ? RF_FACT_PONG_4 : 0);
+        break;
+    case RF_RETURN_BITMAP_BEGIN:
+        bitmap_begin(tracker, event);
+        break;
+    case RF_RETURN_BITMAP_DATA:
+        rf_pagemap_bitmap_data(tracker->map, event->data_offset, event->data, event->data_length);
+        break;
+    case RF_RETURN_BITMAP_END:
+        bitmap_end(tracker);
+        break;
+    case RF_RETURN_RESUME_ACK:
+        note(tracker, RF_FACT_RESUME_ACK_PASSED);
+        break;
+    case RF_RETURN_SHUT:
+        note(tracker, RF_FACT_SHUT_PASSED | (event->value != 0 ? (uint32_t)RF_FACT_SHUT_ERROR : 0));
+        break;
+    default:
+        break;
+    }
+    if (event->type == RF_RETURN_BAD) {
+        put(&tracker->return_opaque, event->reason);
+    }
+}
+
+size_t rf_tracker_return_next(struct rf_tracker *tracker, const uint8_t *bytes, size_t length, uint64_t now,
+                              struct rf_returnpath_event *event) {
+    size_t consumed = rf_returnpath_next(tracker->path, bytes, length, event);
+    return_event(tracker, event, now);
+    return consumed;
+}
+
+int rf_tracker_return_at_boundary(const struct rf_tracker *tracker) {
+    return rf_returnpath_at_boundary(tracker->path);
+}
+
+void rf_tracker_complete(struct rf_tracker *tracker) { rf_pagemap_complete(tracker->map); }
+
+uint32_t rf_tracker_facts(const struct rf_tracker *tracker) { return get(&tracker->facts); }
+
+uint32_t rf_tracker_channel_facts(const struct rf_tracker *tracker) { return get(&tracker->channel_facts); }
+
+uint32_t rf_tracker_forward_opaque(const struct rf_tracker *tracker) { return get(&tracker->forward_opaque); }
+
+uint32_t rf_tracker_return_opaque(const struct rf_tracker *tracker) { return get(&tracker->return_opaque); }
+
+struct rf_pagemap *rf_tracker_pagemap(struct rf_tracker *tracker) { return tracker->map; }
