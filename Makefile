@@ -21,7 +21,7 @@ LIBDIR := $(PREFIX)/lib/refault
 
 C_FILES := $(wildcard cext/*.c)
 C_AND_HEADERS := $(C_FILES) $(wildcard cext/*.h)
-C_WARNINGS := -std=c11 -D_GNU_SOURCE -Wall -Wextra -Werror -fsyntax-only
+C_WARNINGS := -std=c11 -D_GNU_SOURCE -Wall -Wextra -Wno-unused-parameter -Werror -fsyntax-only
 
 .PHONY: help build demo test lint bench fuzz dist install clean
 .NOTPARALLEL:

@@ -39,7 +39,13 @@ class Module:
         return "\n".join(texts)
 
 
-MODULES: tuple[Module, ...] = (Module("refault.qmp._splitter", ("json_splitter",)),)
+MODULES: tuple[Module, ...] = (
+    Module("refault.qmp._splitter", ("json_splitter",)),
+    Module(
+        "refault.channel._channel",
+        ("status", "budget", "bitmap", "histogram", "forward", "returnpath", "pagemap", "tracker"),
+    ),
+)
 
 CFLAGS = ("-std=c11", "-O2", "-g", "-fvisibility=hidden", "-Wall", "-Wextra", "-Wno-unused-parameter")
 
