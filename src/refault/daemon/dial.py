@@ -1,0 +1,68 @@
+"""Connecting to sockets and what the kernel says about the peer."""
+
+from __future__ import annotations
+
+import socket
+import struct
+from dataclasses import dataclass
+
+import trio
+
+from refault.daemon.address import Address
+
+_RETRY = 0.02
+
+
+@dataclass(frozen=True)
+class Peer:
+    """The process at the other end of a unix socket when it connected or listened; None where there is none
+    to know.
+    """
+
+    pid: int | None
+    uid: int | None
+
+
+def peer_of(sock: socket.socket) -> Peer:
+    """The peer credentials. The pid of a process that our namespace does not know is None."""
+    if sock.family != socket.AF_UNIX:
+        return Peer(None, None)
+    pid, uid, _ = struct.unpack("3i", sock.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, 12))
+    return Peer(pid or None, uid)
+
+
+def prepare(sock: socket.socket) -> socket.socket:
+    """Sets up a connected socket: non-blocking, and over TCP undelayed and noticing a dead peer."""
+    sock.setblocking(False)
+    if sock.family in (socket.AF_INET, socket.AF_INET6):
+        sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+        sock.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
+        sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_KEEPIDLE, 15)
+        sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_KEEPINTVL, 5)
+        sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_KEEPCNT, 3)
+    return sock
+
+
+async def dial(address: Address, timeout: float) -> socket.socket:  # noqa: ASYNC109
+    """Connects, within `timeout` seconds. Raises OSError or trio.TooSlowError.
+
+    QEMU's listen backlog is 1: while another client waits there, a connect to its unix socket fails with
+    EAGAIN.
+    """
+    with trio.fail_after(timeout):
+        if address.path is None:
+            stream = await trio.open_tcp_stream(address.host, address.port)
+            return prepare(socket.socket(fileno=stream.socket.detach()))
+        sock = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM | socket.SOCK_NONBLOCK)
+        try:
+            while True:
+                try:
+                    sock.connect(address.path)
+                except BlockingIOError:
+                    await trio.sleep(_RETRY)
+                else:
+                    await trio.lowlevel.checkpoint()
+                    return sock
+        except BaseException:
+            sock.close()
+            raise

@@ -1,0 +1,117 @@
+"""Names of passed file descriptors: one name space in QEMU's monitor, one for each client here.
+
+QEMU keeps the names of getfd per monitor, and a name used again replaces its descriptor (monitor/misc.c,
+qmp_getfd). A client's name goes to QEMU unchanged as long as no other client that is still there uses it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+
+TAKES_FD = frozenset({b"getfd", b"add-fd"})
+"""Commands that come with a descriptor."""
+
+USES_NAMES = frozenset(
+    {
+        b"add_client",
+        b"blockdev-add",
+        b"blockdev-reopen",
+        b"chardev-add",
+        b"chardev-change",
+        b"closefd",
+        b"device_add",
+        b"getfd",
+        b"migrate",
+        b"migrate-incoming",
+        b"migrate-recover",
+        b"nbd-server-start",
+        b"netdev_add",
+        b"object-add",
+    }
+)
+"""Commands whose arguments may hold a descriptor's name."""
+
+_SINGLE = frozenset({"fd", "fdname", "vhostfd"})
+_LISTS = frozenset({"fds", "vhostfds"})
+
+
+class FdNames:
+    """Which client calls what by which name, and how QEMU knows it. Clients are numbers."""
+
+    def __init__(self) -> None:
+        self._upstream: dict[tuple[int, str], str] = {}
+        self._owner: dict[str, int] = {}
+        self._serial = 0
+
+    def __bool__(self) -> bool:
+        return bool(self._owner)
+
+    def clear(self) -> None:
+        """QEMU went away, and its descriptors with it."""
+        self._upstream.clear()
+        self._owner.clear()
+
+    def define(self, client: int, name: str) -> str:
+        """QEMU's name for what the client passes as `name`; it replaces what the client passed as `name`
+        before.
+        """
+        if (known := self._upstream.get((client, name))) is not None:
+            return known
+        upstream = name if name not in self._owner else self._private(name)
+        self._upstream[client, name] = upstream
+        self._owner[upstream] = client
+        return upstream
+
+    def use(self, client: int, name: str) -> str:
+        """QEMU's name for the client's `name`. One that it has not, and another client has, QEMU will not
+        find.
+        """
+        if (known := self._upstream.get((client, name))) is not None:
+            return known
+        return name if name not in self._owner else self._private(name)
+
+    def leave(self, client: int) -> None:
+        """The client is gone. As with QEMU, what it passed stays, for anybody, under QEMU's name."""
+        for key in [key for key in self._upstream if key[0] == client]:
+            del self._owner[self._upstream.pop(key)]
+
+    def _private(self, name: str) -> str:
+        self._serial += 1
+        return f"refault-{self._serial}-{name}"
+
+
+def rename(arguments: Mapping[str, object], change: Callable[[str], str]) -> dict[str, object]:
+    """The arguments of a command of `USES_NAMES`, with every descriptor's name changed."""
+    changed: dict[str, object] = {}
+    for key, value in arguments.items():
+        if key in _SINGLE and isinstance(value, str):
+            changed[key] = _name(value, change)
+        elif key in _LISTS and isinstance(value, str):
+            changed[key] = ":".join(_name(part, change) for part in value.split(":"))
+        elif key == "uri" and isinstance(value, str) and value.startswith("fd:"):
+            changed[key] = "fd:" + _name(value[3:], change)
+        else:
+            changed[key] = _addresses(value, change)
+    return changed
+
+
+def _name(name: str, change: Callable[[str], str]) -> str:
+    """A number is a descriptor that QEMU inherited, not a name."""
+    return change(name) if name and not name[0].isdigit() else name
+
+
+def _addresses(value: object, change: Callable[[str], str]) -> object:
+    """Socket addresses of type fd, at any depth: {type: fd, str: NAME}, or the same with the rest under
+    `data`.
+    """
+    if isinstance(value, list):
+        return [_addresses(item, change) for item in value]
+    if not isinstance(value, dict):
+        return value
+    if value.get("type") == "fd":
+        if isinstance(name := value.get("str"), str):
+            return {**value, "str": _name(name, change)}
+        data = value.get("data")
+        if isinstance(data, dict) and isinstance(name := data.get("str"), str):
+            return {**value, "data": {**data, "str": _name(name, change)}}
+    return {key: _addresses(item, change) for key, item in value.items()}

@@ -1,0 +1,736 @@
+"""Many clients on one QEMU monitor: the protocol, without sockets, tasks or clocks.
+
+    client.out ◀── replies, in the client's order ──┐                  ┌── receive_upstream(bytes)
+    client.out ◀── events, to all, in QEMU's order ─┤   Multiplexer    │
+    receive(client, bytes) ── client.queue ─▶ turns ┘──▶ window ──▶ upstream_out ──▶ QEMU
+
+The transport feeds what it reads, and after each feeding empties `upstream_out` and the `out` of the clients
+in `dirty`.
+
+In-band commands: a client's go in its order; clients take turns; at most `WINDOW` are with QEMU, for its
+queue holds 8 and once that is full QEMU reads nothing, not even out-of-band commands (monitor/qmp.c,
+QMP_REQ_QUEUE_LEN_MAX). Out-of-band commands of clients that have the right go at once.
+
+Ids: QEMU gets ours, short ones, for it reads a monitor byte by byte (monitor/monitor.c, monitor_can_read).
+What a connection before this one left running is answered before our qmp_capabilities, which is in-band too;
+so an id need be unique to the process only there, and replies that come earlier than that one are dropped.
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
+
+import msgspec
+
+from refault.qmp import replies
+from refault.qmp.commands import Answer, Forward, Request, decode, decode_arguments, decode_members, verb_name
+from refault.qmp.fdnames import TAKES_FD, USES_NAMES, FdNames, rename
+from refault.qmp.session import Client, Limits
+from refault.qmp.splitter import (
+    ERROR,
+    EVENT,
+    EXEC_OOB,
+    EXECUTE,
+    GREETING,
+    NOT_OBJECT,
+    RETURN,
+    UNUSUAL,
+    VERB_MASK,
+    Message,
+    Splitter,
+    insert_id,
+)
+
+WINDOW = 6
+"""In-band commands with QEMU at a time."""
+WINDOW_BYTES = 64 << 10
+"""Of these commands together, where there is more than one: QEMU reads byte by byte, and an out-of-band
+command behind.
+"""
+
+_CAPABILITIES = b"qmp_capabilities"
+_EOL = b"\r\n"
+
+
+class NotQmpError(Exception):
+    """What is at the other end of the upstream connection does not speak QMP."""
+
+
+@dataclass(frozen=True)
+class Greeting:
+    """QEMU's greeting."""
+
+    raw: bytes
+    version: tuple[int, int, int]
+    package: str
+    oob: bool
+
+
+@dataclass
+class Counters:
+    """Totals since the start. `commands` by kind: inband, oob, own, answered (in QEMU's place), malformed."""
+
+    inband: int = 0
+    oob: int = 0
+    own: int = 0
+    answered: int = 0
+    malformed: int = 0
+    events: int = 0
+    slow_clients: int = 0
+    dropped_replies: int = 0
+
+
+class Multiplexer:
+    """The state of one QEMU's monitor and of its clients.
+
+    `watch`: names of commands about which `ask` is called; it arranges that `answer` is. `discard` closes a
+    descriptor. `on_event` gets each event's name and data; `on_ready` is called when commands can go to QEMU.
+    """
+
+    def __init__(
+        self,
+        *,
+        limits: Limits,
+        watch: Iterable[str],
+        ask: Callable[[Request], None],
+        discard: Callable[[int], None],
+        on_event: Callable[[str, Mapping[str, object]], None],
+        on_ready: Callable[[], None],
+    ) -> None:
+        self.limits = limits
+        self._watch = frozenset(name.encode() for name in watch)
+        self.ask = ask
+        self.discard = discard
+        self.on_event = on_event
+        self.on_ready = on_ready
+        self.counters = Counters()
+        self.clients: dict[int, Client] = {}
+        self.dirty: list[Client] = []
+        """Clients that have something in `out`, or are to be disconnected."""
+        self.upstream_out: list[tuple[bytes, int]] = []
+        """What goes to QEMU, each with the descriptor that goes with its first byte, or -1."""
+        self.greeting: Greeting | None = None
+        self.ready = False
+        self._own = self._internal(0)
+        self._orphans = self._internal(-1)
+        self._last_client = 0
+        self._splitter = Splitter(lenient=True)
+        self._negotiation = b""
+        self._pending: dict[int, Request] = {}
+        self._last_id = 0
+        self._in_flight = 0
+        self._in_flight_bytes = 0
+        self._turns: deque[Client] = deque()
+        self._fd_request: Request | None = None
+        self._fd_waiting: list[Client] = []
+        self._names = FdNames()
+        self._asked: set[Request] = set()
+
+    def _internal(self, number: int) -> Client:
+        client = Client(number, Limits())
+        client.greeted = client.negotiated = client.oob = True
+        return client
+
+    # clients
+
+    def join(self, transport: object = None) -> Client:
+        """A client connected. It is greeted as soon as QEMU has greeted."""
+        self._last_client += 1
+        client = Client(self._last_client, self.limits, transport=transport)
+        self.clients[client.number] = client
+        if self.greeting:
+            self._greet(client, self.greeting)
+        return client
+
+    def leave(self, client: Client) -> None:
+        """A client is gone. What it has not had sent is dropped, and so are the replies that will still come
+        for it.
+
+        A command about which a watcher is asked counts as sent.
+        """
+        if self.clients.pop(client.number, None) is None:
+            return
+        client.connected = False
+        for request in client.queue:
+            self._drop_fd(request)
+        client.queue.clear()
+        client.queued = 0
+        if client.fd >= 0:
+            self.discard(client.fd)
+            client.fd = -1
+        client.out.clear()
+        self._names.leave(client.number)
+
+    def half_close(self, client: Client) -> None:
+        """A client will send nothing more; it leaves once it has its replies, as with QEMU."""
+        client.half_closed = True
+        self._close_if_done(client)
+
+    def receive(self, client: Client, data: bytes, fd: int = -1) -> None:
+        """Bytes from a client, and the descriptor that came with the last of the writes that they are from.
+
+        A descriptor belongs to the last command in `data` that takes one, else to the next; one that is never
+        taken is replaced by a later one, as in QEMU (chardev/char-socket.c, tcp_chr_recv).
+        """
+        messages = client.splitter.feed(data)
+        takes: list[Request] = []
+        for message in messages:
+            request = Request(client, message)
+            shape = message.shape
+            if message.problem is not None:
+                self.counters.malformed += 1
+                request.answer = replies.error(replies.GENERIC, message.problem)
+            elif shape & NOT_OBJECT:
+                request.answer = replies.NOT_OBJECT
+            else:
+                verb = shape & VERB_MASK
+                if verb in (EXECUTE, EXEC_OOB) and not shape & UNUSUAL:
+                    request.name = verb_name(message)
+                    if request.name in TAKES_FD:
+                        takes.append(request)
+                if client.oob and self._is_oob(message):
+                    self._out_of_band(request)
+                    continue
+            client.queue.append(request)
+            client.queued += request.size
+            if not client.negotiated:
+                self._settle(client)  # what follows may be out-of-band already
+        if takes or fd >= 0:
+            self._hand_out(client, takes, fd)
+        if client.queue:
+            self._settle(client)
+            self._pump()
+
+    def _hand_out(self, client: Client, takes: list[Request], fd: int) -> None:
+        if takes and client.fd >= 0:
+            self._give(client, takes.pop(0), client.fd)
+            client.fd = -1
+        if fd < 0:
+            return
+        if takes:
+            self._give(client, takes[-1], fd)
+            return
+        if client.fd >= 0:
+            self.discard(client.fd)
+        client.fd = fd
+
+    def _give(self, client: Client, request: Request, fd: int) -> None:
+        request.fd = fd
+        client.queued_fds += 1
+
+    def _drop_fd(self, request: Request) -> None:
+        if request.fd >= 0:
+            self.discard(request.fd)
+            request.fd = -1
+            request.client.queued_fds -= 1
+
+    def _is_oob(self, message: Message) -> bool:
+        """QEMU's qmp_is_oob(): has exec-oob and has not execute."""
+        if not message.shape & UNUSUAL:
+            return message.shape & VERB_MASK == EXEC_OOB
+        members = decode_members(message)
+        return "exec-oob" in members and "execute" not in members
+
+    # a client's commands
+
+    def _settle(self, client: Client) -> None:
+        """Does what can be done with the head of a client's queue without sending: answers, asks, or has it
+        take its turn.
+        """
+        queue = client.queue
+        while queue and not client.ready and client.held is None and client.greeted:
+            request = queue[0]
+            if request.answer is None and not request.cleared:
+                if client.oob and client is not self._own and self._is_oob(request.message):
+                    self._out_of_band(self._unqueue(client))
+                    continue
+                request.answer = self._own_answer(client, request)
+            if request.answer is not None:
+                if client.in_flight:
+                    return  # replies come in the client's order
+                self._unqueue(client)
+                self._drop_fd(request)
+                self.counters.answered += 1
+                self._deliver_local(request)
+            elif request.cleared or not self._is_watched(client, request):
+                client.ready = True
+                self._turns.append(client)
+            else:
+                self._unqueue(client)
+                client.held = request
+                self._asked.add(request)
+                self.ask(request)
+        if client.half_closed or client.closing:
+            self._close_if_done(client)
+
+    def _unqueue(self, client: Client) -> Request:
+        request = client.queue.popleft()
+        client.queued -= request.size
+        return request
+
+    def _is_watched(self, client: Client, request: Request) -> bool:
+        return client is not self._own and request.name in self._watch
+
+    def _own_answer(self, client: Client, request: Request) -> bytes | None:
+        """The answer to a command that QEMU need not see, or None."""
+        shape = request.message.shape
+        if shape & UNUSUAL or shape & VERB_MASK != EXECUTE:
+            error = replies.shape_error(decode_members(request.message), oob=client.oob)
+            if error is not None:
+                return replies.error(replies.GENERIC, error)
+        if client.negotiated:
+            return None
+        if request.name != _CAPABILITIES:
+            return replies.NOT_NEGOTIATED
+        return self._negotiate(client, request)
+
+    def _negotiate(self, client: Client, request: Request) -> bytes | None:
+        """A client's qmp_capabilities. What QEMU has to say on its arguments QEMU says, in
+        `_negotiated_by_qemu`.
+        """
+        arguments = decode_arguments(request.message) if request.message.arguments_end else {}
+        enable = arguments.get("enable", [])
+        if (
+            set(arguments) - {"enable"}
+            or not isinstance(enable, list)
+            or any(item != "oob" for item in enable)
+        ):
+            request.on_reply = lambda reply: self._negotiated_by_qemu(client, reply, enable)
+            return None
+        return self._negotiated(client, enable)
+
+    def _negotiated(self, client: Client, enable: object) -> bytes:
+        oob = isinstance(enable, list) and "oob" in enable
+        if oob and not (self.greeting and self.greeting.oob):
+            return replies.oob_unavailable()
+        client.negotiated = True
+        client.oob = oob
+        return replies.success()
+
+    def _negotiated_by_qemu(self, client: Client, reply: bytes, enable: object) -> bytes:
+        """QEMU checks the arguments first, and then finds that refault has negotiated before."""
+        if b"already complete" in reply:
+            return self._negotiated(client, enable)
+        return reply
+
+    def _out_of_band(self, request: Request) -> None:
+        client = request.client
+        request.oob = True
+        client.oob_in_flight += 1
+        if request.message.shape & UNUSUAL:
+            error = replies.shape_error(decode_members(request.message), oob=True)
+            if error is not None:
+                request.answer = replies.error(replies.GENERIC, error)
+        if request.answer is not None:
+            self._answer_oob(request)
+        elif self._is_watched(client, request):
+            self._asked.add(request)
+            self.ask(request)
+        else:
+            self._send(request)
+
+    def _answer_oob(self, request: Request) -> None:
+        request.client.oob_in_flight -= 1
+        self._drop_fd(request)
+        self.counters.answered += 1
+        self._deliver_local(request)
+
+    def answer(self, request: Request, verdict: Forward | Answer) -> None:
+        """What a watcher says about the command that it was asked about. Nothing, if QEMU went away
+        meanwhile.
+        """
+        if request not in self._asked:
+            return
+        self._asked.remove(request)
+        client = request.client
+        if isinstance(verdict, Answer):
+            request.answer = (
+                replies.success(verdict.value) if verdict.error is None else replies.error(*verdict.error)
+            )
+        else:
+            request.cleared = True
+            request.on_reply = verdict.on_reply
+            if verdict.arguments is not None:
+                request.rebuild(verdict.arguments)
+        if request.oob:
+            if request.answer is not None:
+                self._answer_oob(request)
+            else:
+                self._send(request)
+            return
+        client.held = None
+        if not client.connected:
+            if request.answer is not None:
+                return
+            client = request.client = self._orphans
+        client.queue.appendleft(request)
+        client.queued += request.size
+        self._settle(client)
+        self._pump()
+
+    # to QEMU
+
+    def _window_open(self, request: Request) -> bool:
+        if not self.ready or self._in_flight >= (WINDOW if self.greeting and self.greeting.oob else 1):
+            return False
+        return self._in_flight == 0 or self._in_flight_bytes + request.size <= WINDOW_BYTES
+
+    def _pump(self) -> None:
+        """Sends the in-band commands for which there is room, one from each client in turn."""
+        turns = self._turns
+        while turns:
+            client = turns[0]
+            if not client.queue:
+                client.ready = False
+                turns.popleft()
+                continue
+            request = client.queue[0]
+            if not self._window_open(request):
+                return
+            turns.popleft()
+            client.ready = False
+            if request.name in TAKES_FD and self._fd_request:
+                self._fd_waiting.append(client)
+                client.ready = True
+                continue
+            if client is self._own and client.in_flight:
+                continue  # comes back when that is answered
+            self._unqueue(client)
+            client.in_flight += 1
+            self._in_flight += 1
+            self._in_flight_bytes += request.size
+            self._send(request)
+            self._settle(client)
+
+    def _send(self, request: Request) -> None:
+        pending = self._pending
+        number = self._last_id
+        while True:
+            number = number % 999_999 + 1
+            if number not in pending:
+                break
+        self._last_id = number
+        pending[number] = request
+        if request.name in USES_NAMES:
+            self._rename(request)
+        fd = -1
+        if request.name in TAKES_FD:
+            fd = self._take_fd(request)
+        spelling = b"%d" % number
+        if request.data is None:
+            data = request.message.with_id(spelling)
+        else:
+            data = insert_id(request.data, spelling)
+        if request.client is self._own:
+            self.counters.own += 1
+        elif request.oob:
+            self.counters.oob += 1
+        else:
+            self.counters.inband += 1
+        self.upstream_out.append((data, fd))
+
+    def _take_fd(self, request: Request) -> int:
+        """The descriptor to send with the command. One that the command will not take would be the next
+        command's.
+        """
+        if not request.oob:
+            self._fd_request = request
+        fd, request.fd = request.fd, -1
+        if fd < 0:
+            return fd
+        request.client.queued_fds -= 1
+        if not request.oob and _takes_its_fd(request):
+            return fd
+        self.discard(fd)
+        return -1
+
+    def _rename(self, request: Request) -> None:
+        number = request.client.number
+        defines = request.name == b"getfd"
+        if not self._names and not defines:
+            return
+        used: list[tuple[str, str]] = []
+
+        def change(name: str) -> str:
+            upstream = self._names.define(number, name) if defines else self._names.use(number, name)
+            if upstream != name:
+                used.append((name, upstream))
+            return upstream
+
+        message = request.message
+        arguments = (
+            decode_arguments(message) if request.data is None else decode(request.data).get("arguments", {})
+        )
+        renamed = rename(arguments, change)
+        if used:
+            request.rebuild(renamed)
+            request.client_name, request.upstream_name = (text.encode() for text in used[0])
+
+    # from QEMU
+
+    def upstream_connected(self, negotiation_id: bytes) -> None:
+        """A connection to QEMU stands. `negotiation_id`: JSON, unique among all that was ever sent to this
+        QEMU.
+        """
+        self._splitter = Splitter(lenient=True)
+        self._negotiation = negotiation_id
+
+    def upstream_lost(self) -> list[Client]:
+        """The connection to QEMU is gone. The clients to be disconnected are returned; they have been told
+        all there is.
+        """
+        pending, self._pending = self._pending, {}
+        queued = list(self._own.queue)
+        self.ready = False
+        self.greeting = None
+        self.upstream_out.clear()
+        self._in_flight = self._in_flight_bytes = 0
+        self._turns.clear()
+        self._fd_request = None
+        self._fd_waiting.clear()
+        self._names.clear()
+        self._asked.clear()
+        for client in (self._own, self._orphans):
+            self._forget_commands(client)
+        lost = [client for client in self.clients.values() if client.greeted]
+        for client in lost:
+            self._forget_commands(client)
+            client.closing = True
+            self.dirty.append(client)
+        for request in (*pending.values(), *queued):
+            if request.done:
+                request.done(None)
+        return lost
+
+    def _forget_commands(self, client: Client) -> None:
+        for request in client.queue:
+            self._drop_fd(request)
+        client.queue.clear()
+        client.queued = client.in_flight = client.oob_in_flight = 0
+        client.held = None
+        client.ready = False
+
+    def receive_upstream(self, data: bytes) -> None:
+        """Bytes from QEMU. Raises NotQmpError where they cannot be."""
+        for message in self._splitter.feed(data):
+            if message.problem is not None:
+                raise NotQmpError(f"it sent {message.raw[:60]!r}")
+            verb = message.shape & VERB_MASK
+            if verb == EVENT and self.greeting:
+                self._event(message)
+            elif verb in (RETURN, ERROR) and self.greeting:
+                self._reply(message)
+            elif verb == GREETING and not self.greeting:
+                self._greeted(message)
+            else:
+                raise NotQmpError(f"it sent {message.raw[:60]!r}")
+        if self._turns:
+            self._pump()
+
+    def _greeted(self, message: Message) -> None:
+        greeting = parse_greeting(message)
+        self.greeting = greeting
+        self._ask_capabilities(greeting.oob)
+        for client in list(self.clients.values()):
+            if not client.closing:
+                self._greet(client, greeting)
+
+    def _ask_capabilities(self, oob: bool) -> None:
+        enable = b'["oob"]' if oob else b"[]"
+        self.upstream_out.append(
+            (
+                b'{"execute": "qmp_capabilities", "arguments": {"enable": %s}, "id": %s}'
+                % (enable, self._negotiation),
+                -1,
+            )
+        )
+
+    def _greet(self, client: Client, greeting: Greeting) -> None:
+        client.greeted = True
+        self._put(client, greeting.raw + _EOL)
+        self._settle(client)
+
+    def _event(self, message: Message) -> None:
+        self.counters.events += 1
+        line = message.raw + _EOL
+        for client in self.clients.values():
+            if client.negotiated and not client.closing:
+                self._put(client, line)
+        data = decode_members(message).get("data", {})
+        self.on_event(verb_name(message).decode(), data if isinstance(data, dict) else {})
+
+    def _reply(self, message: Message) -> None:
+        spelling = message.raw[message.id : message.id_end]
+        if not self.ready:
+            if spelling == self._negotiation:
+                self._capabilities_reply(message)
+            else:
+                self.counters.dropped_replies += 1
+            return
+        request = self._pending.pop(int(spelling), None) if spelling.isdigit() else None
+        if request is None and not spelling:
+            request = self._oldest_in_band()
+        if request is None:
+            self.counters.dropped_replies += 1
+            return
+        client = request.client
+        if request.oob:
+            client.oob_in_flight -= 1
+        else:
+            client.in_flight -= 1
+            self._in_flight -= 1
+            self._in_flight_bytes -= request.size
+            if request is self._fd_request:
+                self._fd_request = None
+                self._fd_answered()
+        if request.done:
+            request.done(message)
+        else:
+            self._deliver(request, message)
+        if client.queue or client.half_closed:
+            self._settle(client)
+
+    def _oldest_in_band(self) -> Request | None:
+        """Whose reply one without an id is: QEMU could not read the command, and answers in order."""
+        for number, request in self._pending.items():
+            if not request.oob:
+                return self._pending.pop(number)
+        return None
+
+    def _capabilities_reply(self, message: Message) -> None:
+        greeting = self.greeting
+        if message.shape & VERB_MASK == ERROR:
+            if greeting is None or not greeting.oob:
+                raise NotQmpError(f"it refuses the negotiation with {message.raw[:200]!r}")
+            self.greeting = Greeting(greeting.raw, greeting.version, greeting.package, oob=False)
+            self._ask_capabilities(oob=False)
+            return
+        self.ready = True
+        self.on_ready()
+        self._pump()
+
+    def _fd_answered(self) -> None:
+        waiting, self._fd_waiting = self._fd_waiting, []
+        for client in reversed(waiting):
+            self._turns.appendleft(client)
+
+    def _deliver(self, request: Request, message: Message) -> None:
+        """QEMU's reply, to whom it belongs."""
+        client = request.client
+        if request.on_reply is None and not request.upstream_name:
+            if client.connected and client is not self._orphans:
+                raw = message.with_id(request.spelling) if request.spelling else message.without_id()
+                self._put(client, raw + _EOL)
+            return
+        raw = message.without_id()
+        if request.upstream_name:
+            raw = raw.replace(request.upstream_name, request.client_name)
+        if request.on_reply:
+            raw = request.on_reply(raw)
+        request.answer = raw
+        self._deliver_local(request)
+
+    def _deliver_local(self, request: Request) -> None:
+        client, raw = request.client, request.answer
+        if request.done or not client.connected or client is self._orphans or raw is None:
+            return
+        if request.spelling:
+            raw = insert_id(raw, request.spelling)
+        self._put(client, raw + _EOL)
+
+    def _put(self, client: Client, line: bytes) -> None:
+        if not client.out:
+            self.dirty.append(client)
+        if client.unsent > 0 and client.unsent + len(line) > self.limits.unsent:
+            if not client.overflow:
+                client.overflow = True
+                self.counters.slow_clients += 1
+                self.dirty.append(client)
+            return
+        client.unsent += len(line)
+        client.out.append(line)
+
+    def _close_if_done(self, client: Client) -> None:
+        if client.half_closed and not client.closing and client.idle and client.greeted:
+            client.closing = True
+            self.dirty.append(client)
+
+    # refault's own commands
+
+    def call(
+        self,
+        command: str,
+        arguments: Mapping[str, object] | None,
+        *,
+        oob: bool,
+        fd: int,
+        done: Callable[[Message | None], None],
+    ) -> Request:
+        """Sends a command of refault's own. `done` gets the reply, or None if QEMU goes away. Takes over `fd`
+        (or -1).
+        """
+        verb = "exec-oob" if oob else "execute"
+        members: dict[str, object] = {verb: command}
+        if arguments:
+            members["arguments"] = arguments
+        [message] = self._own.splitter.feed(msgspec.json.encode(members))
+        request = Request(self._own, message)
+        request.name = command.encode()
+        request.done = done
+        request.cleared = True
+        if fd >= 0:
+            self._give(self._own, request, fd)
+        if oob:
+            request.oob = True
+            self._own.oob_in_flight += 1
+            self._send(request)
+        else:
+            self._own.queue.append(request)
+            self._own.queued += request.size
+            self._settle(self._own)
+            self._pump()
+        return request
+
+    def forget(self, request: Request) -> None:
+        """Nobody waits for an own command any more: unsent it is dropped, else its reply will be."""
+        request.done = _nobody
+        if request in self._own.queue:
+            self._own.queue.remove(request)
+            self._own.queued -= request.size
+            self._drop_fd(request)
+
+
+def _nobody(reply: Message | None) -> None:
+    pass
+
+
+def _takes_its_fd(request: Request) -> bool:
+    """Whether getfd or add-fd has arguments with which QEMU runs it at all."""
+    arguments = decode_arguments(request.message)
+    if request.name == b"getfd":
+        return set(arguments) == {"fdname"} and isinstance(arguments["fdname"], str)
+    number = arguments.get("fdset-id", 0)
+    return (
+        not set(arguments) - {"fdset-id", "opaque"}
+        and isinstance(number, int)
+        and not isinstance(number, bool)
+        and isinstance(arguments.get("opaque", ""), str)
+    )
+
+
+def parse_greeting(message: Message) -> Greeting:
+    """Reads {"QMP": {"version": {"qemu": {"major", "minor", "micro"}, "package"}, "capabilities"}}.
+
+    Raises NotQmpError.
+    """
+    try:
+        inner = decode(message.raw)["QMP"]
+        qemu = inner["version"]["qemu"]
+        version = (int(qemu["major"]), int(qemu["minor"]), int(qemu["micro"]))
+        return Greeting(
+            message.raw, version, str(inner["version"]["package"]), "oob" in inner["capabilities"]
+        )
+    except (KeyError, TypeError, ValueError) as error:
+        raise NotQmpError(f"its greeting is {message.raw[:200]!r}") from error

@@ -1,0 +1,55 @@
+"""What refault says in QEMU's place, in QEMU's own words (qapi/qmp-dispatch.c, monitor/qmp.c)."""
+
+from __future__ import annotations
+
+import msgspec
+
+GENERIC = "GenericError"
+NOT_FOUND = "CommandNotFound"
+
+_NOT_NEGOTIATED = "Expecting capabilities negotiation with 'qmp_capabilities'"
+ALREADY_NEGOTIATED = "Capabilities negotiation is already complete, command ignored"
+
+
+def error(class_: str, desc: str) -> bytes:
+    """An error reply without an id."""
+    text = msgspec.json.encode(desc)
+    return b'{"error": {"class": "%s", "desc": %s}}' % (class_.encode(), text)
+
+
+def success(value: object = None) -> bytes:
+    """A reply without an id; None stands for the empty object that QEMU returns where there is nothing to
+    say.
+    """
+    return b'{"return": %s}' % msgspec.json.encode({} if value is None else value)
+
+
+NOT_NEGOTIATED = error(NOT_FOUND, _NOT_NEGOTIATED)
+NOT_OBJECT = error(GENERIC, "QMP input must be a JSON object")
+
+
+def oob_unavailable() -> bytes:
+    """The answer to a client that asks for out-of-band where QEMU offers none."""
+    return error(GENERIC, "Capability oob not available")
+
+
+def shape_error(members: dict[str, object], *, oob: bool) -> str | None:
+    """What is wrong with a command object, as QEMU's qmp_dispatch_check_obj() says it; None if nothing is.
+
+    QEMU looks at the members in the order of its hash table, this in theirs: with two things wrong the texts
+    differ.
+    """
+    verb = None
+    for name, value in members.items():
+        if name == "execute" or (name == "exec-oob" and oob):
+            if not isinstance(value, str):
+                return f"QMP input member '{name}' must be a string"
+            if verb:
+                return f"QMP input member '{name}' clashes with '{verb}'"
+            verb = name
+        elif name == "arguments":
+            if not isinstance(value, dict):
+                return "QMP input member 'arguments' must be an object"
+        elif name != "id":
+            return f"QMP input member '{name}' is unexpected"
+    return None if verb else "QMP input lacks member 'execute'"
