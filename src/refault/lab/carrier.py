@@ -1,0 +1,228 @@
+"""The network between the two ends of a migration, as a process that can be killed: it forwards TCP
+connections.
+
+    python -m refault.lab.carrier --listen HOST:PORT --connect HOST:PORT
+
+It behaves as a network does: while nobody listens at the far end it does not listen either (it looks into the
+kernel's table, for a connection made only to see kills a QEMU), and it connects there as soon as it has
+accepted. Commands come as lines on standard input, which is a socket, and each is answered there by the same
+line when it is done:
+
+    ready    nothing: it can take commands
+    target N connect to port N of the far end from now on
+    open     start to forward (before that it holds no port: a spare one waits like this)
+    reset    break all connections, both sides see a reset
+    close    break all connections, both sides see an orderly end
+
+It ends when its standard input does.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import selectors
+import socket
+import struct
+import time
+
+from .procnet import is_listening
+
+_CHUNK = 64 << 10
+_POLL = 0.005
+_POLL_CLOSED = 0.002  # somebody may be waiting
+_CONNECT_DEADLINE = 5.0
+
+
+class _End:
+    """One socket of a forwarded connection: what was read from ``peer`` and is still to be written here."""
+
+    def __init__(self, sock: socket.socket) -> None:
+        sock.setblocking(False)
+        sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+        self.sock = sock
+        self.peer: _End = self
+        self.pending = b""
+        self.finished = False  # nothing more will be read from this socket
+        self.shut = False  # and its peer has been told
+        self.interest = 0
+
+
+class Carrier:
+    """The forwarder: one thread, nothing blocks but the connection to the far end, which has a deadline."""
+
+    def __init__(self, listen: tuple[str, int], connect: tuple[str, int]) -> None:
+        self._listen = listen
+        self._connect = connect
+        self._selector = selectors.DefaultSelector()
+        self._listener: socket.socket | None = None
+        self._look_again = 0.0
+        self._opened = False
+        self._ends: list[_End] = []
+        self._commands = b""
+
+    def run(self) -> None:
+        """Forwards until standard input ends."""
+        os.set_blocking(0, False)
+        self._selector.register(0, selectors.EVENT_READ, None)
+        while True:
+            self._follow_far_end()
+            for key, mask in self._selector.select(self._poll() if self._opened else None):
+                if key.fd == 0:
+                    if not self._take_commands():
+                        return
+                elif isinstance(key.data, _End):
+                    self._move(key.data, mask)
+                else:
+                    self._accept()
+
+    def _follow_far_end(self) -> None:
+        if not self._opened or time.monotonic() < self._look_again:
+            return
+        wanted = is_listening(self._connect[1])
+        self._look_again = time.monotonic() + self._poll()
+        if wanted and self._listener is None:
+            family = socket.AF_INET6 if ":" in self._listen[0] else socket.AF_INET
+            listener = socket.socket(family, socket.SOCK_STREAM)
+            listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+            listener.bind(self._listen)
+            listener.listen()
+            listener.setblocking(False)
+            self._listener = listener
+            self._selector.register(listener, selectors.EVENT_READ, None)
+        elif not wanted and self._listener is not None:
+            self._selector.unregister(self._listener)
+            self._listener.close()
+            self._listener = None
+
+    def _poll(self) -> float:
+        return _POLL_CLOSED if self._listener is None else _POLL
+
+    def _take_commands(self) -> bool:
+        try:
+            data = os.read(0, 4096)
+        except BlockingIOError:
+            return True
+        *lines, self._commands = (self._commands + data).split(b"\n")
+        for line in lines:
+            if line == b"open":
+                self._opened = True
+                self._follow_far_end()
+            elif line.startswith(b"target "):
+                self._connect = (self._connect[0], int(line.split()[1]))
+                self._look_again = 0.0
+                self._follow_far_end()
+            elif line in (b"reset", b"close"):
+                while self._ends:
+                    self._drop(self._ends[0], reset=line == b"reset")
+            os.write(0, line + b"\n")
+        return bool(data)
+
+    def _accept(self) -> None:
+        if self._listener is None:
+            return
+        try:
+            near, _ = self._listener.accept()
+        except OSError:
+            return
+        try:
+            far = socket.create_connection(self._connect, timeout=_CONNECT_DEADLINE)
+        except OSError:
+            _reset(near)
+            return
+        one, other = _End(near), _End(far)
+        one.peer, other.peer = other, one
+        self._ends += [one, other]
+        self._watch(one)
+        self._watch(other)
+
+    def _move(self, end: _End, mask: int) -> None:
+        if end not in self._ends:
+            return  # dropped by an earlier event of the same round
+        try:
+            if mask & selectors.EVENT_WRITE:
+                end.pending = end.pending[end.sock.send(end.pending) :]
+            if mask & selectors.EVENT_READ and not end.peer.pending and not end.finished:
+                data = end.sock.recv(_CHUNK)
+                end.finished = not data
+                if data:
+                    end.peer.pending = data[_send(end.peer.sock, data) :]
+            if end.finished and not end.shut and not end.peer.pending:
+                end.peer.sock.shutdown(socket.SHUT_WR)
+                end.shut = True
+            if end.peer.finished and not end.peer.shut and not end.pending:
+                end.sock.shutdown(socket.SHUT_WR)
+                end.peer.shut = True
+        except BlockingIOError:
+            pass
+        except OSError:
+            self._drop(end, reset=True)
+            return
+        if end.shut and end.peer.shut:
+            self._drop(end, reset=False)
+            return
+        self._watch(end)
+        self._watch(end.peer)
+
+    def _watch(self, end: _End) -> None:
+        readable = not end.finished and not end.peer.pending
+        interest = (selectors.EVENT_READ if readable else 0) | (selectors.EVENT_WRITE if end.pending else 0)
+        if interest == end.interest:
+            return
+        if end.interest:
+            self._selector.unregister(end.sock)
+        if interest:
+            self._selector.register(end.sock, interest, end)
+        end.interest = interest
+
+    def _drop(self, end: _End, *, reset: bool) -> None:
+        for each in (end, end.peer):
+            self._ends.remove(each)
+            if each.interest:
+                self._selector.unregister(each.sock)
+            if reset:
+                _reset(each.sock)
+            else:
+                # Unread bytes would make the kernel send a reset instead of the orderly end.
+                _end_orderly(each.sock)
+
+
+def _send(sock: socket.socket, data: bytes) -> int:
+    try:
+        return sock.send(data)
+    except BlockingIOError:
+        return 0
+
+
+def _reset(sock: socket.socket) -> None:
+    sock.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
+    sock.close()
+
+
+def _end_orderly(sock: socket.socket) -> None:
+    deadline = time.monotonic() + 0.05
+    try:
+        sock.shutdown(socket.SHUT_RDWR)
+        while sock.recv(_CHUNK) and time.monotonic() < deadline:
+            pass
+    except OSError:
+        pass  # it had been broken before
+    sock.close()
+
+
+def _address(text: str) -> tuple[str, int]:
+    host, _, port = text.rpartition(":")
+    return host.strip("[]"), int(port)
+
+
+def main() -> None:
+    """The process's beginning."""
+    parser = argparse.ArgumentParser(prog="refault.lab.carrier")
+    parser.add_argument("--listen", type=_address, required=True)
+    parser.add_argument("--connect", type=_address, required=True)
+    arguments = parser.parse_args()
+    Carrier(arguments.listen, arguments.connect).run()
+
+
+if __name__ == "__main__":
+    main()

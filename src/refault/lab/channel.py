@@ -1,0 +1,234 @@
+"""The breakable network between the two ends of a migration, as the lab and the tests handle it."""
+
+from __future__ import annotations
+
+import contextlib
+import enum
+import random
+import signal
+import socket
+import sys
+from collections.abc import AsyncIterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import trio
+
+from .process import Process, ProcessFailed, started
+from .procnet import ESTABLISHED, is_listening, tcp_sockets
+from .tasks import background
+
+_LOOK = 0.05  # how long a stopped carrier is watched for a request before it may go on and be stopped again
+
+
+class Loss(enum.Enum):
+    """The ways in which the lab loses a channel."""
+
+    RESET = "reset"
+    CLOSE = "close"
+    KILL = "killed carrier"
+
+
+@dataclass(frozen=True)
+class Lost:
+    """A loss that was made: when (trio's clock, seconds) and how many return-path bytes were lost inside."""
+
+    loss: Loss
+    when: float
+    bytes_inside: int = 0
+
+
+class _Carrier:
+    def __init__(self, process: Process, control: trio.SocketStream) -> None:
+        self.process = process
+        self.killed = False
+        self._control = control
+
+    async def command(self, word: str) -> None:
+        line = word.encode() + b"\n"
+        answer = b""
+        with trio.fail_after(10):
+            await self._control.send_all(line)
+            while answer != line:
+                answer += (more := await self._control.receive_some(len(line) - len(answer)))
+                if not more:
+                    raise ProcessFailed(f"the carrier has ended; its last output:\n{self.process.tail()}")
+
+
+class Channel:
+    """A carrier that runs, and a spare that takes its place at once when it is killed. Made by
+    ``start_channel``.
+    """
+
+    def __init__(
+        self,
+        nursery: trio.Nursery,
+        processes: contextlib.ExitStack,
+        directory: Path,
+        host: str,
+        port: int,
+        target: int,
+    ) -> None:
+        self.host = host
+        self.port = port
+        self._nursery = nursery
+        self._processes = processes
+        self._directory = directory
+        self._target = target
+        self._count = 0
+        self._spare: _Carrier | None = None
+        self._spare_there = trio.Event()
+        self._carrier: _Carrier | None = None
+
+    async def begin(self) -> None:
+        """Starts the first carrier and its spare."""
+        self._nursery.start_soon(self._keep_carrier)
+        await self._replace()
+
+    @property
+    def uri(self) -> str:
+        """What the source's `migrate` is given."""
+        return f"tcp:{self.host}:{self.port}"
+
+    @property
+    def target_uri(self) -> str:
+        """What the destination's `migrate-incoming` or `migrate-recover` is given."""
+        return f"tcp:{self.host}:{self._target}"
+
+    async def retarget(self) -> None:
+        """Leads to another port of the destination from now on: its old listener may be open for ever (DESIGN
+        6).
+        """
+        self._target = free_port()
+        await self._running().command(f"target {self._target}")
+
+    async def wait_open(self) -> None:
+        """Waits until the channel accepts, which it does when the destination does; the deadline is the
+        caller's.
+        """
+        while not is_listening(self.port):
+            await trio.sleep(0.001)
+
+    @property
+    def pid(self) -> int:
+        """The process id of the carrier that runs now."""
+        return self._running().process.pid
+
+    async def lose(self, loss: Loss) -> Lost:
+        """Loses the channel in one of the ways; the network is there again at once."""
+        if loss is Loss.KILL:
+            return await self.kill()
+        when = trio.current_time()
+        await self._running().command(loss.value)
+        return Lost(loss, when)
+
+    async def reset(self) -> Lost:
+        """Breaks all connections: both ends see a reset."""
+        return await self.lose(Loss.RESET)
+
+    async def close(self) -> Lost:
+        """Ends all connections: both ends see an orderly end."""
+        return await self.lose(Loss.CLOSE)
+
+    async def kill(self, *, request_inside: bool = True, deadline: float = 20.0) -> Lost:
+        """Kills the carrier, by default when unread bytes of the return path (page requests) are inside it.
+
+        Raises trio.TooSlowError when no request came by for ``deadline`` seconds; the carrier runs on then.
+        """
+        inside = 0
+        if request_inside:
+            with trio.fail_after(deadline):
+                while not (inside := await self._stop_with_request()):
+                    await trio.sleep(random.uniform(0.001, 0.01))  # noqa: S311
+        carrier = self._running()
+        when = trio.current_time()
+        carrier.killed = True
+        carrier.process.kill()
+        await self._replace()
+        return Lost(Loss.KILL, when, inside)
+
+    def freeze(self) -> None:
+        """Makes the network silent: nothing passes, nobody is told."""
+        self._running().process.signal(signal.SIGSTOP)
+
+    def thaw(self) -> None:
+        """Ends the silence."""
+        self._running().process.signal(signal.SIGCONT)
+
+    def unread_requests(self) -> int:
+        """Bytes that the destination sent and the carrier has not read yet; of use while it is frozen."""
+        rows = tcp_sockets(self.pid)
+        return sum(row.unread for row in rows if row.state == ESTABLISHED and row.remote[1] == self._target)
+
+    def _running(self) -> _Carrier:
+        if self._carrier is None:
+            raise RuntimeError("the channel has no carrier: it is being replaced")
+        return self._carrier
+
+    async def _stop_with_request(self) -> int:
+        """Stops the carrier and looks for a request inside; without one it goes on."""
+        inside = 0
+        self.freeze()
+        try:
+            with trio.move_on_after(_LOOK):
+                while not (inside := self.unread_requests()):
+                    await trio.sleep(0.001)
+        finally:
+            if not inside:
+                self.thaw()
+        return inside
+
+    async def _replace(self) -> None:
+        with trio.fail_after(20):
+            await self._spare_there.wait()
+        carrier, self._spare = self._spare, None
+        if carrier is None:
+            raise RuntimeError("two losses at once")
+        await carrier.command(f"target {self._target}")
+        await carrier.command("open")
+        self._carrier = carrier
+        self._spare_there = trio.Event()
+        self._nursery.start_soon(self._keep_carrier)
+
+    async def _keep_carrier(self) -> None:
+        """One carrier's life: a spare until it is opened, until it is killed."""
+        ours, theirs = socket.socketpair()
+        self._count += 1
+        command = [sys.executable, "-m", "refault.lab.carrier", "--listen", f"{self.host}:{self.port}"]
+        command += ["--connect", f"{self.host}:{self._target}"]
+        log = self._directory / f"carrier{self._count}.log"
+        async with trio.SocketStream(trio.socket.from_stdlib_socket(ours)) as control:
+            with theirs:
+                process = self._processes.enter_context(
+                    started("carrier", command, log, stdin=theirs.fileno())
+                )
+            carrier = _Carrier(process, control)
+            await carrier.command("ready")
+            self._spare = carrier
+            self._spare_there.set()
+            await process.wait()
+            if not carrier.killed:
+                process.must_run()
+
+
+@contextlib.asynccontextmanager
+async def start_channel(directory: Path, target: int, *, host: str = "127.0.0.1") -> AsyncIterator[Channel]:
+    """Starts a channel to the destination's port ``target`` on ``host``; ended when the block is left.
+
+    A carrier that ends without having been told to makes the block fail with ProcessFailed.
+    """
+    with contextlib.ExitStack() as processes:
+        async with background() as nursery:
+            channel = Channel(nursery, processes, directory, host, free_port(), target)
+            await channel.begin()
+            yield channel
+
+
+def free_port() -> int:
+    """A TCP port nobody uses, below those that the kernel hands out by itself, so that it stays free."""
+    low = int(Path("/proc/sys/net/ipv4/ip_local_port_range").read_text().split()[0])
+    while True:
+        port = random.randrange(10000, low) if low > 11000 else 0  # noqa: S311
+        with socket.socket() as sock, contextlib.suppress(OSError):
+            sock.bind(("127.0.0.1", port))
+            return int(sock.getsockname()[1])

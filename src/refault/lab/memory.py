@@ -1,0 +1,157 @@
+"""Guest memory seen from outside: a running QEMU's, without asking it, and a stopped one's, compared page by
+page.
+"""
+
+from __future__ import annotations
+
+import mmap
+import os
+import struct
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import trio
+
+from .guest import PAGE, STATE_BASE, Guest, Mismatch, Progress, mismatch
+from .qmp_client import QmpClient
+
+_PRESENT_OR_SWAPPED = 3 << 62
+_KEPT = 20
+
+
+class ProcessMemory:
+    """The guest memory of a QEMU process through /proc, for whoever may trace it (its parent, root).
+
+    A page that the destination of a postcopy migration has not received yet reads as None: reading it would
+    be a page request.
+    """
+
+    def __init__(self, pid: int, base: int) -> None:
+        self._pid = pid
+        self._base = base
+
+    def read(self, address: int, length: int) -> bytes | None:
+        """Reads within one page; None when it is not there. Raises OSError when not permitted or QEMU is
+        gone.
+        """
+        where = self._base + address
+        with open(f"/proc/{self._pid}/pagemap", "rb", buffering=0) as pagemap:
+            entry = os.pread(pagemap.fileno(), 8, where // mmap.PAGESIZE * 8)
+        if len(entry) < 8 or not struct.unpack("=Q", entry)[0] & _PRESENT_OR_SWAPPED:
+            return None
+        with open(f"/proc/{self._pid}/mem", "rb", buffering=0) as memory:
+            return os.pread(memory.fileno(), length, where)
+
+    def write(self, address: int, data: bytes) -> None:
+        """Writes behind the guest's back. Raises OSError when not permitted or QEMU is gone."""
+        with open(f"/proc/{self._pid}/mem", "r+b", buffering=0) as memory:
+            os.pwrite(memory.fileno(), data, self._base + address)
+
+    def flip(self, address: int) -> None:
+        """Changes one byte of a page that is there; raises ValueError where it is not."""
+        if (old := self.read(address, 1)) is None:
+            raise ValueError(f"the page of {address:#x} is not there")
+        self.write(address, bytes([old[0] ^ 0xFF]))
+
+    def progress(self, guest: Guest) -> list[Progress | None]:
+        """How far each vCPU has come; None for one whose state page is not there."""
+        states = (self.read(STATE_BASE + vcpu * PAGE, 8) for vcpu in range(guest.vcpus))
+        return [None if state is None else Progress.parse(state) for state in states]
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """What the comparison found: ``pages`` compared, how many were ``wrong``, the first of them, who stood
+    still.
+    """
+
+    pages: int
+    wrong: int
+    mismatches: tuple[Mismatch, ...]
+    progress: tuple[Progress, ...]
+    stuck_vcpus: tuple[int, ...] = ()
+
+    @property
+    def right(self) -> bool:
+        """Whether every page is right and every vCPU went on."""
+        return self.wrong == 0 and not self.stuck_vcpus
+
+    def __str__(self) -> str:
+        if self.right:
+            return f"{self.pages} pages compared, all right"
+        text = f"{self.pages} pages compared, {self.wrong} wrong"
+        if self.stuck_vcpus:
+            text += f"; vCPUs {', '.join(map(str, self.stuck_vcpus))} did not go on after the migration"
+        return "\n  ".join([text, *map(str, self.mismatches)])
+
+
+@dataclass
+class _Count:
+    pages: int = 0
+    wrong: int = 0
+    mismatches: list[Mismatch] = field(default_factory=list)
+
+    def add(self, found: Iterator[Mismatch]) -> None:
+        for each in found:
+            self.wrong += 1
+            if len(self.mismatches) < _KEPT:
+                self.mismatches.append(each)
+
+
+async def dump(qmp: QmpClient, address: int, length: int, path: Path) -> None:
+    """Has a stopped QEMU write ``length`` bytes of guest-physical memory to ``path``."""
+    arguments = {"val": address, "size": length, "filename": str(path)}
+    await qmp.execute("pmemsave", arguments, timeout=60)
+
+
+async def compare(guest: Guest, destination: QmpClient, source: QmpClient | None = None) -> Verdict:
+    """Stops ``destination`` and compares every page of the guest's memory with what it must hold.
+
+    What the guest wrote is computed; the rest of its RAM is compared with that of ``source`` (stopped,
+    postmigrate) where there is one. Its vCPUs must have gone further than they had there.
+    """
+    await destination.execute("stop", timeout=30)
+    count = _Count()
+    with tempfile.TemporaryDirectory(prefix="refault-") as directory:
+        here, there = Path(directory, "here"), Path(directory, "there")
+        progress = await _states(guest, destination, here)
+        for vcpu in range(guest.vcpus):
+            await dump(destination, guest.arena(vcpu), guest.arena_bytes, here)
+            await trio.to_thread.run_sync(_check_arena, guest, vcpu, progress[vcpu], here, count)
+        if source is None:
+            return Verdict(count.pages, count.wrong, tuple(count.mismatches), progress)
+        for address, length in guest.outside():
+            await dump(destination, address, length, here)
+            await dump(source, address, length, there)
+            await trio.to_thread.run_sync(_check_equal, address, there, here, count)
+        left = await _states(guest, source, there)
+    stuck = tuple(vcpu for vcpu in range(guest.vcpus) if progress[vcpu] <= left[vcpu])
+    return Verdict(count.pages, count.wrong, tuple(count.mismatches), progress, stuck)
+
+
+async def _states(guest: Guest, qmp: QmpClient, path: Path) -> tuple[Progress, ...]:
+    await dump(qmp, STATE_BASE, guest.vcpus * PAGE, path)
+    data = path.read_bytes()
+    return tuple(Progress.parse(data[vcpu * PAGE :]) for vcpu in range(guest.vcpus))
+
+
+@contextmanager
+def _mapped(path: Path) -> Iterator[mmap.mmap]:
+    with path.open("rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as data:
+        yield data
+
+
+def _check_arena(guest: Guest, vcpu: int, progress: Progress, path: Path, count: _Count) -> None:
+    with _mapped(path) as arena:
+        count.pages += len(arena) // PAGE
+        count.add(guest.check_arena(vcpu, progress, arena))
+
+
+def _check_equal(address: int, expected: Path, found: Path, count: _Count) -> None:
+    with _mapped(expected) as wanted, _mapped(found) as got:
+        count.pages += len(wanted) // PAGE
+        pages = ((at, wanted[at : at + PAGE], got[at : at + PAGE]) for at in range(0, len(wanted), PAGE))
+        count.add(mismatch(address + at, a, b) for at, a, b in pages if a != b)

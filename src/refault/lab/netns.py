@@ -1,0 +1,53 @@
+"""Two network namespaces and a veth pair: two hosts, as far as TCP can tell. Needs root and iproute2."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import subprocess
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class Host:
+    """One of the two: its namespace, its address, and what to put before a command to run it there."""
+
+    namespace: str
+    address: str
+
+    @property
+    def prefix(self) -> list[str]:
+        """The beginning of a command line that runs inside."""
+        return ["ip", "netns", "exec", self.namespace]
+
+    def link(self, state: str) -> None:
+        """Sets its end of the link `up` or `down`; down, the network is silent for both."""
+        _ip("-n", self.namespace, "link", "set", "veth0", state)
+
+
+def _ip(*arguments: str) -> None:
+    result = subprocess.run(["ip", *arguments], capture_output=True, text=True, check=False)
+    if result.returncode:
+        raise OSError(f"ip {' '.join(arguments)}: {result.stderr.strip() or result.returncode}")
+
+
+@contextlib.contextmanager
+def two_hosts(subnet: str = "192.0.2") -> Iterator[tuple[Host, Host]]:
+    """Makes two namespaces with addresses ``subnet``.1 and .2, removed when the block is left.
+
+    Raises OSError, with what `ip` said, where that is not permitted.
+    """
+    hosts = tuple(Host(f"refault-{os.getpid()}-{side}", f"{subnet}.{side}") for side in (1, 2))
+    one, other = hosts
+    with contextlib.ExitStack() as stack:
+        for host in hosts:
+            _ip("netns", "add", host.namespace)
+            stack.callback(_ip, "netns", "del", host.namespace)
+        peer = ["peer", "name", "veth0", "netns", other.namespace]
+        _ip("link", "add", "veth0", "netns", one.namespace, "type", "veth", *peer)
+        for host in hosts:
+            _ip("-n", host.namespace, "addr", "add", f"{host.address}/24", "dev", "veth0")
+            _ip("-n", host.namespace, "link", "set", "lo", "up")
+            host.link("up")
+        yield one, other
