@@ -5,7 +5,6 @@ The socket has mode 0600, and besides the peer's credentials decide: root and th
 
 from __future__ import annotations
 
-import errno
 import logging
 import os
 import socket
@@ -15,7 +14,9 @@ from pathlib import Path
 import trio
 
 from refault.daemon import snapshot as status_document
+from refault.daemon.address import Address
 from refault.daemon.errors import OperatorError
+from refault.daemon.listener import ListenError, bind
 from refault.daemon.snapshot import Snapshot, Status
 
 _log = logging.getLogger(__name__)
@@ -36,18 +37,19 @@ async def serve_control(
 
     A socket file that nobody listens on is replaced. Raises `OperatorError` where the path cannot be bound.
     """
-    listening = _listen(path)
-    inode = os.stat(path).st_ino
+    try:
+        bound = bind(Address(str(path)))
+    except ListenError as error:
+        raise OperatorError(f"{error} (--control)") from error
 
     async def answer(stream: trio.SocketStream) -> None:
         await _answer(stream, snapshot)
 
     try:
-        listener = trio.SocketListener(trio.socket.from_stdlib_socket(listening))
+        listener = trio.SocketListener(trio.socket.from_stdlib_socket(bound.sock))
         await trio.serve_listeners(answer, [listener], task_status=task_status)
     finally:
-        listening.close()
-        _remove(path, inode)
+        bound.close()
 
 
 async def _answer(stream: trio.SocketStream, snapshot: Snapshot) -> None:
@@ -62,47 +64,6 @@ async def _answer(stream: trio.SocketStream, snapshot: Snapshot) -> None:
                 await stream.send_all(status_document.encode(snapshot()))
             except trio.BrokenResourceError:
                 _log.debug("control: process %d went away before it had read the status", pid)
-
-
-def _listen(path: Path) -> socket.socket:
-    listening = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
-    try:
-        try:
-            listening.bind(str(path))
-        except OSError as error:
-            if error.errno != errno.EADDRINUSE or not _is_stale(path):
-                raise
-            path.unlink()
-            listening.bind(str(path))
-        path.chmod(0o600)  # before it listens: nobody has connected yet
-        listening.listen(16)
-    except OSError as error:
-        listening.close()
-        reason = "another process answers there" if error.errno == errno.EADDRINUSE else error.strerror
-        raise OperatorError(
-            f"cannot listen on the control socket {path}: {reason or error}; choose another --control"
-        ) from error
-    return listening
-
-
-def _is_stale(path: Path) -> bool:
-    """Whether `path` is a socket that nobody listens on."""
-    with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as probe:
-        probe.setblocking(False)  # a full backlog gives EAGAIN: somebody is there
-        try:
-            probe.connect(str(path))
-        except OSError as error:
-            return error.errno == errno.ECONNREFUSED and path.is_socket()
-    return False
-
-
-def _remove(path: Path, inode: int) -> None:
-    """Removes our socket file, not one that has taken its place."""
-    try:
-        if path.stat().st_ino == inode:
-            path.unlink()
-    except OSError as error:
-        _log.debug("control: cannot remove %s: %s", path, error)
 
 
 def query(path: Path, timeout: float) -> Status:

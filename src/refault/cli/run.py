@@ -1,0 +1,151 @@
+"""`refault run`: the daemon in front of one QEMU."""
+
+from __future__ import annotations
+
+import argparse
+import os
+import re
+import sys
+from pathlib import Path
+from typing import Any
+
+from refault.daemon.address import SUN_PATH, Address, parse_address
+from refault.daemon.errors import OperatorError, operator_errors
+from refault.daemon.options import RunOptions
+from refault.daemon.paths import control_socket, runtime_directory, state_directory
+
+_URI = re.compile(r"[a-z][a-z0-9+.-]*:.")
+
+
+def add_parser(subparsers: Any) -> None:
+    """Adds the command to argparse's `subparsers`."""
+    parser: argparse.ArgumentParser = subparsers.add_parser(
+        "run",
+        help="front one QEMU",
+        description="Fronts one QEMU: takes its QMP clients, relays its migration channel, and recovers it.",
+        epilog="ADDR is unix:/path, a bare path, or tcp:HOST:PORT.",
+    )
+    parser.add_argument("--qemu", type=_address, metavar="ADDR", required=True, help="QEMU's monitor")
+    parser.add_argument(
+        "--listen",
+        type=_listen_address,
+        metavar="ADDR",
+        required=True,
+        action="append",
+        help="where QMP clients come; may be given more than once",
+    )
+    parser.add_argument("--name", type=_name, help="the VM's name; default: the last part of --qemu")
+    parser.add_argument(
+        "--relay",
+        choices=("auto", "off"),
+        default="auto",
+        help="carry the migration channel where that can be done (auto), or recover over QMP alone (off)",
+    )
+    parser.add_argument(
+        "--recover-uri",
+        type=_uri,
+        metavar="URI",
+        action="append",
+        default=[],
+        help="where a destination that is not relayed listens for the recovered channel; tried in turn",
+    )
+    parser.add_argument(
+        "--metrics", type=_host_port, metavar="HOST:PORT", help="serve Prometheus metrics here"
+    )
+    parser.add_argument(
+        "--control",
+        type=Path,
+        metavar="PATH",
+        help=f"status socket; default: {runtime_directory()}/NAME.control",
+    )
+    parser.add_argument(
+        "--state-dir", type=Path, metavar="DIR", help=f"state files, on a tmpfs; default: {state_directory()}"
+    )
+    parser.set_defaults(execute=execute, usage_error=parser.error)
+
+
+def run_options(arguments: argparse.Namespace) -> RunOptions:
+    """The parsed command line as the daemon takes it. Raises `ValueError` with one clear line."""
+    try:
+        name = arguments.name or _name(_last_part(arguments.qemu))
+    except argparse.ArgumentTypeError as error:
+        raise ValueError(f"--qemu gives no usable name ({error}); add --name") from error
+    control: Path = arguments.control or control_socket(name)
+    length = len(os.fsencode(control))
+    if length >= SUN_PATH:
+        raise ValueError(
+            f"--control {control}: a unix socket's path has at most {SUN_PATH - 1} bytes, this {length}"
+        )
+    return RunOptions(
+        name=name,
+        qemu=arguments.qemu,
+        listen=tuple(arguments.listen),
+        relay=arguments.relay,
+        recover_uris=tuple(arguments.recover_uri),
+        metrics=arguments.metrics,
+        control=control,
+        state_dir=arguments.state_dir or state_directory(),
+    )
+
+
+def execute(arguments: argparse.Namespace) -> int:
+    """Runs the daemon until a signal ends it: 0; 1 if it could not start or go on."""
+    try:
+        options = run_options(arguments)
+    except ValueError as error:
+        arguments.usage_error(str(error))
+
+    import trio
+
+    from refault.daemon.app import serve
+    from refault.daemon.log import setup_logging
+
+    setup_logging()
+    try:
+        trio.run(serve, options)
+    except (OperatorError, BaseExceptionGroup) as error:
+        told = operator_errors(error)
+        if not told:
+            raise
+        for line in told:
+            print(f"refault: {options.name}: {line}", file=sys.stderr)
+        return 1
+    return 0
+
+
+def _address(text: str, *, server: bool = False) -> Address:
+    try:
+        return parse_address(text, server=server)
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(str(error)) from error
+
+
+def _listen_address(text: str) -> Address:
+    return _address(text, server=True)
+
+
+def _last_part(address: Address) -> str:
+    return Path(address.path).name if address.path is not None else f"{address.host}:{address.port}"
+
+
+def _name(text: str) -> str:
+    """A name that can be part of a file's: refault puts sockets and state under it."""
+    if not text or text in (".", "..") or "/" in text or not text.isprintable():
+        raise argparse.ArgumentTypeError(f"{text!r} is not a name: it must be printable, without '/'")
+    if len(text.encode()) > 64:
+        raise argparse.ArgumentTypeError(f"{text!r} is too long for a name: at most 64 bytes")
+    return text
+
+
+def _uri(text: str) -> str:
+    if not _URI.match(text):
+        raise argparse.ArgumentTypeError(f"{text!r} is not a migration URI such as tcp:0.0.0.0:4444")
+    return text
+
+
+def _host_port(text: str) -> tuple[str, int]:
+    host, _, port = text.rpartition(":")
+    host = host.removeprefix("[").removesuffix("]")
+    if not host or not port.isascii() or not port.isdigit() or int(port) > 65535:
+        raise argparse.ArgumentTypeError(f"{text!r} is not HOST:PORT such as 127.0.0.1:9099 or [::1]:9099")
+    return host, int(port)

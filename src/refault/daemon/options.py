@@ -1,0 +1,29 @@
+"""What `refault run` was asked to do."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+from refault.daemon.address import Address
+
+
+@dataclass(frozen=True)
+class RunOptions:
+    """One QEMU and how it is fronted."""
+
+    name: str
+    """The VM's name, in messages, metrics, and the names of files."""
+    qemu: Address
+    """QEMU's monitor."""
+    listen: tuple[Address, ...]
+    """Where clients come; at least one."""
+    relay: Literal["auto", "off"]
+    recover_uris: tuple[str, ...]
+    """Where a destination without a relay listens for the recovered channel, in the order they are tried."""
+    metrics: tuple[str, int] | None
+    """Host and port."""
+    control: Path
+    """The unix socket that tells the status."""
+    state_dir: Path

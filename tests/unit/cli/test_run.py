@@ -1,0 +1,105 @@
+"""The command line of `refault run`, up to the daemon."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from refault.cli.main import build_parser, main
+from refault.cli.run import run_options
+from refault.daemon.address import parse_address
+from refault.daemon.options import RunOptions
+
+MINIMAL = ["run", "--qemu", "/run/qemu/vm1", "--listen", "/run/vm1.qmp"]
+
+
+def parsed(arguments: list[str]) -> RunOptions:
+    return run_options(build_parser(arguments).parse_args(arguments))
+
+
+@pytest.fixture
+def runtime(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("RUNTIME_DIRECTORY", "/run/refault/vm1")
+    monkeypatch.delenv("STATE_DIRECTORY", raising=False)
+
+
+@pytest.mark.usefixtures("runtime")
+def test_defaults() -> None:
+    assert parsed(MINIMAL) == RunOptions(
+        name="vm1",
+        qemu=parse_address("unix:/run/qemu/vm1"),
+        listen=(parse_address("unix:/run/vm1.qmp", server=True),),
+        relay="auto",
+        recover_uris=(),
+        metrics=None,
+        control=Path("/run/refault/vm1/vm1.control"),
+        state_dir=Path("/run/refault/vm1"),
+    )
+
+
+def test_everything_given() -> None:
+    arguments = [*MINIMAL, "--listen", "tcp:0.0.0.0:4444", "--name", "web 7", "--relay", "off"]
+    arguments += ["--recover-uri", "tcp:0.0.0.0:5001", "--recover-uri", "unix:/run/r"]
+    arguments += ["--metrics", "[::1]:9099", "--control", "/c", "--state-dir", "/s"]
+    assert parsed(arguments) == RunOptions(
+        name="web 7",
+        qemu=parse_address("/run/qemu/vm1"),
+        listen=(parse_address("/run/vm1.qmp", server=True), parse_address("tcp:0.0.0.0:4444", server=True)),
+        relay="off",
+        recover_uris=("tcp:0.0.0.0:5001", "unix:/run/r"),
+        metrics=("::1", 9099),
+        control=Path("/c"),
+        state_dir=Path("/s"),
+    )
+
+
+def test_state_directory_of_the_service_manager_is_taken(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("STATE_DIRECTORY", "/dev/shm/a:/dev/shm/b")
+    assert parsed(MINIMAL).state_dir == Path("/dev/shm/a")
+
+
+def test_a_tcp_monitor_gives_a_name_too() -> None:
+    assert parsed(["run", "--qemu", "tcp:10.0.0.1:4444", "--listen", "/l"]).name == "10.0.0.1:4444"
+
+
+@pytest.mark.parametrize(
+    ("arguments", "told"),
+    [
+        (["run"], "required: --qemu, --listen"),
+        (["run", "--qemu", "/q"], "required: --listen"),
+        (["run", "--qemu", "nonsense", "--listen", "/l"], "argument --qemu: address 'nonsense'"),
+        ([*MINIMAL, "--listen", "/" + "x" * 108], "at most 107 bytes"),
+        ([*MINIMAL, "--listen", "tcp:host:99999"], "port up to 65535"),
+        ([*MINIMAL, "--relay", "perhaps"], "invalid choice: 'perhaps'"),
+        ([*MINIMAL, "--name", "a/b"], "is not a name"),
+        ([*MINIMAL, "--name", ""], "is not a name"),
+        ([*MINIMAL, "--name", "a\nb"], "is not a name"),
+        ([*MINIMAL, "--name", "x" * 65], "at most 64 bytes"),
+        ([*MINIMAL, "--recover-uri", "host"], "is not a migration URI"),
+        ([*MINIMAL, "--metrics", "9099"], "is not HOST:PORT"),
+        ([*MINIMAL, "--metrics", "host:http"], "is not HOST:PORT"),
+        ([*MINIMAL, "--metrics", "host:70000"], "is not HOST:PORT"),
+        ([*MINIMAL, "--control", "/" + "x" * 108], "at most 107 bytes"),
+        (["run", "--qemu", "/" + "x" * 80, "--listen", "/l"], "add --name"),
+        ([*MINIMAL, "extra"], "unrecognized arguments: extra"),
+    ],
+)
+def test_wrong_usage_is_one_line_and_status_2(
+    arguments: list[str], told: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(SystemExit) as ended:
+        main(arguments)
+    assert ended.value.code == 2
+    output = capsys.readouterr()
+    assert output.out == ""
+    assert output.err.count("\n") == 1
+    assert told in output.err
+
+
+def test_the_daemon_carries_no_terminal_library() -> None:
+    code = "import sys, refault.cli.main as m; m.build_parser(['run']); print('rich' in sys.modules)"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout == "False\n"
