@@ -8,6 +8,7 @@ BOOTSTRAP := PYTHON=$(PYTHON) tests/tools/bootstrap
 
 # make demo DEMO="--losses 6 --memory 1G"; make test TEST="tests/unit -k splitter"
 DEMO ?=
+BENCH ?=
 TEST ?= tests/unit tests/integration
 SECONDS ?= 60
 
@@ -76,7 +77,7 @@ endif
 
 bench: build $(VENV)/.dev
 	$(BOOTSTRAP) test
-	$(BIN)/python -m pytest tests/bench
+	set -e; for bench in tests/bench/bench_*.py; do echo "== $$bench"; $(BIN)/python "$$bench" $(BENCH); done
 
 fuzz: build
 	$(BOOTSTRAP) fuzz

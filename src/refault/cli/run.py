@@ -12,7 +12,7 @@ from typing import Any
 from refault.daemon.address import SUN_PATH, Address, parse_address
 from refault.daemon.errors import OperatorError, operator_errors
 from refault.daemon.options import RunOptions
-from refault.daemon.paths import control_socket, runtime_directory, state_directory
+from refault.daemon.paths import control_socket, make_default_directory, runtime_directory, state_directory
 
 _URI = re.compile(r"[a-z][a-z0-9+.-]*:.")
 
@@ -102,6 +102,10 @@ def execute(arguments: argparse.Namespace) -> int:
 
     setup_logging()
     try:
+        if arguments.control is None:
+            make_default_directory(options.control.parent)
+        if arguments.state_dir is None:
+            make_default_directory(options.state_dir)
         trio.run(serve, options)
     except (OperatorError, BaseExceptionGroup) as error:
         told = operator_errors(error)

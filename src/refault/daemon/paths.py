@@ -6,6 +6,8 @@ import os
 from collections.abc import Mapping
 from pathlib import Path
 
+from refault.daemon.errors import OperatorError
+
 CONTROL_SUFFIX = ".control"
 
 
@@ -33,3 +35,16 @@ def state_directory(environment: Mapping[str, str] = os.environ, uid: int | None
     if given := environment.get("STATE_DIRECTORY"):
         return Path(given.split(":")[0])
     return runtime_directory(environment, uid)
+
+
+def make_default_directory(path: Path) -> None:
+    """Makes the runtime directory where no service manager has, with mode 0755 for root and 0700 for others.
+
+    Raises `OperatorError`.
+    """
+    try:
+        path.mkdir(mode=0o755 if os.getuid() == 0 else 0o700, exist_ok=True)
+    except OSError as error:
+        raise OperatorError(
+            f"cannot make {path}: {error.strerror}; make it, or name --control and --state-dir"
+        ) from error

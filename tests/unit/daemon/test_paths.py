@@ -1,0 +1,54 @@
+"""Where sockets and state are."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import pytest
+
+from refault.daemon.errors import OperatorError, operator_errors
+from refault.daemon.paths import control_socket, make_default_directory, runtime_directory, state_directory
+
+
+@pytest.mark.parametrize(
+    ("environment", "uid", "expected"),
+    [
+        ({"RUNTIME_DIRECTORY": "/run/refault/vm1"}, 0, "/run/refault/vm1"),
+        ({"RUNTIME_DIRECTORY": "/run/a:/run/b"}, 7, "/run/a"),
+        ({}, 0, "/run/refault"),
+        ({"XDG_RUNTIME_DIR": "/run/user/0"}, 0, "/run/refault"),
+        ({"XDG_RUNTIME_DIR": "/tmp/x"}, 1000, "/tmp/x/refault"),
+        ({"XDG_RUNTIME_DIR": ""}, 1000, "/run/user/1000/refault"),
+    ],
+)
+def test_runtime_directory(environment: dict[str, str], uid: int, expected: str) -> None:
+    assert runtime_directory(environment, uid) == Path(expected)
+    assert control_socket("vm", environment, uid) == Path(expected) / "vm.control"
+    assert state_directory(environment, uid) == Path(expected)
+    assert state_directory({**environment, "STATE_DIRECTORY": "/s:/t"}, uid) == Path("/s")
+
+
+def test_the_default_directory_is_made_once_and_kept(tmp_path: Path) -> None:
+    mask = os.umask(0o022)
+    try:
+        make_default_directory(tmp_path / "refault")
+    finally:
+        os.umask(mask)
+    assert (tmp_path / "refault").stat().st_mode & 0o777 == (0o755 if os.getuid() == 0 else 0o700)
+    (tmp_path / "refault" / "x").touch()
+    make_default_directory(tmp_path / "refault")
+    assert (tmp_path / "refault" / "x").exists()
+
+
+def test_where_it_cannot_be_made_the_operator_is_told(tmp_path: Path) -> None:
+    with pytest.raises(OperatorError, match=r"cannot make .*/missing/refault: .*; make it, or name"):
+        make_default_directory(tmp_path / "missing" / "refault")
+
+
+def test_operator_errors_are_found_in_groups_unless_a_bug_is_among_them() -> None:
+    one, two = OperatorError("1"), OperatorError("2")
+    assert operator_errors(one) == [one]
+    assert operator_errors(BaseExceptionGroup("", [one, ExceptionGroup("", [two])])) == [one, two]
+    assert operator_errors(BaseExceptionGroup("", [one, ValueError()])) == []
+    assert operator_errors(ValueError()) == []
