@@ -262,13 +262,31 @@ static uint64_t page_count(const struct rf_pagemap *map, const struct record *re
     return record->length >> map->page_bits;
 }
 
+/* Between the two states of a request: requested is arrived + outstanding, always. */
+static void set_outstanding(struct rf_pagemap *map, struct record *record, bool outstanding) {
+    struct block *block = block_at(map, record->block);
+    if (outstanding == record->outstanding) {
+        return;
+    }
+    record->outstanding = outstanding;
+    if (outstanding) {
+        add(&map->counters.outstanding, 1);
+        add(&block->outstanding, 1);
+        subtract(&map->counters.arrived, 1);
+        subtract(&block->arrived, 1);
+    } else {
+        subtract(&map->counters.outstanding, 1);
+        subtract(&block->outstanding, 1);
+        add(&map->counters.arrived, 1);
+        add(&block->arrived, 1);
+    }
+}
+
+/* What ends is answered, whether or not we saw it pass. */
 static void end_record(struct rf_pagemap *map, uint32_t slot) {
     struct record *record = &map->records[slot];
     struct block *block = block_at(map, record->block);
-    if (record->outstanding) {
-        subtract(&map->counters.outstanding, 1);
-        subtract(&block->outstanding, 1);
-    }
+    set_outstanding(map, record, false);
     subtract(&map->counters.recorded, 1);
     subtract(&block->recorded, 1);
     if (block->missing != NULL && map->irregular_length == 0) { /* else others may stand on the same pages */
@@ -295,6 +313,16 @@ static void end_record(struct rf_pagemap *map, uint32_t slot) {
     record->id = 0;
     record->next = map->free_slot;
     map->free_slot = slot;
+}
+
+/* Ends a record that should not have been made. */
+static void refuse_record(struct rf_pagemap *map, uint32_t slot) {
+    struct block *block = block_at(map, map->records[slot].block);
+    end_record(map, slot);
+    subtract(&map->counters.arrived, 1);
+    subtract(&block->arrived, 1);
+    subtract(&map->counters.requested, 1);
+    subtract(&block->requested, 1);
 }
 
 /* Forgets an old answered record: the least loss when there is no room. */
@@ -339,21 +367,6 @@ static bool note_pages(struct rf_pagemap *map, struct block *block, const struct
         }
     }
     return true;
-}
-
-static void set_outstanding(struct rf_pagemap *map, struct record *record, bool outstanding) {
-    struct block *block = block_at(map, record->block);
-    if (outstanding == record->outstanding) {
-        return;
-    }
-    record->outstanding = outstanding;
-    if (outstanding) {
-        add(&map->counters.outstanding, 1);
-        add(&block->outstanding, 1);
-    } else {
-        subtract(&map->counters.outstanding, 1);
-        subtract(&block->outstanding, 1);
-    }
 }
 
 /* An answer was lost: the pages that no received bitmap confirmed are missing again. */
@@ -437,7 +450,7 @@ static int set_size(struct rf_pagemap *map, uint32_t index, uint64_t used_length
         if (record->block == index) {
             bool inside = record->start <= used_length && record->length <= used_length - record->start;
             if (!inside || !note_pages(map, block, record)) {
-                end_record(map, slot);
+                refuse_record(map, slot);
                 add(&map->counters.refused, 1);
             }
         }
@@ -575,16 +588,18 @@ static int record_request(struct rf_pagemap *map, uint32_t index, uint64_t start
     map->newest = slot;
     add(&map->counters.recorded, 1);
     add(&block->recorded, 1);
+    add(&map->counters.requested, 1);
+    add(&block->requested, 1);
+    add(&map->counters.arrived, 1);
+    add(&block->arrived, 1);
     set_outstanding(map, record, !crossed);
     if (!regular) {
         map->irregular[map->irregular_length++] = slot;
     }
     if (block->forwarded != NULL && !note_pages(map, block, record)) {
-        end_record(map, slot);
+        refuse_record(map, slot);
         return RF_NO_MEMORY;
     }
-    add(&map->counters.requested, 1);
-    add(&block->requested, 1);
     add(&map->counters.crossed, crossed);
     return RF_OK;
 }
@@ -625,8 +640,6 @@ static void settle(struct rf_pagemap *map, struct block *block, uint32_t slot, u
     }
     set_outstanding(map, record, false);
     record->answered_on = map->channel;
-    add(&map->counters.arrived, 1);
-    add(&block->arrived, 1);
     rf_histogram_record(&map->latency, now > record->time ? now - record->time : 0);
 }
 

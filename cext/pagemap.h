@@ -25,12 +25,12 @@
 
 /* cffi: begin */
 struct rf_pagemap_stats {
-    uint64_t requested;   /* requests recorded, each once */
+    uint64_t requested;   /* requests recorded, each once; always arrived + outstanding */
     uint64_t repeated;    /* requests on the wire that were on record already */
     uint64_t refused;     /* requests that were impossible, or for which there was no room */
-    uint64_t arrived;     /* requests answered: all their pages passed after the request did */
-    uint64_t crossed;     /* requests whose pages had all passed before the request did */
-    uint64_t outstanding; /* requests neither arrived nor crossed: the live count */
+    uint64_t arrived;     /* requests all of whose pages have passed, or are known to be there */
+    uint64_t crossed;     /* times that all pages had passed before the request did: no latency to take */
+    uint64_t outstanding; /* requests not answered yet: the live count */
     uint64_t recorded;    /* records that have not ended */
     uint64_t confirmed;   /* records ended by a received bitmap */
     uint64_t reopened;    /* answers found lost: outstanding again */
@@ -132,7 +132,7 @@ int rf_pagemap_replay_next(struct rf_pagemap *map, uint64_t after, struct rf_req
 /* The record was written to the source. RF_OUT_OF_RANGE: no such record. */
 int rf_pagemap_replayed(struct rf_pagemap *map, uint64_t id, uint64_t now);
 
-/* The migration is over: every record ends. */
+/* The migration completed: every record ends, as answered. */
 void rf_pagemap_complete(struct rf_pagemap *map);
 
 /* From any thread. 1: a consistent picture; 0: the writer was too busy, counters may be a few events apart.

@@ -19,7 +19,7 @@ class Mode(enum.IntEnum):
 
 
 class Kind(enum.IntEnum):
-    """What an event tells; `ForwardEvent` says which fields have a meaning for which kind."""
+    """What an event tells; `Event` says which fields have a meaning for which kind."""
 
     HEADER = lib.RF_FORWARD_HEADER
     CONFIGURATION = lib.RF_FORWARD_CONFIGURATION
@@ -43,7 +43,7 @@ class Kind(enum.IntEnum):
 
 
 class Section(enum.IntEnum):
-    """`ForwardEvent.code` of a section."""
+    """`Event.code` of a section."""
 
     START = lib.RF_SECTION_START
     PART = lib.RF_SECTION_PART
@@ -52,7 +52,7 @@ class Section(enum.IntEnum):
 
 
 class Frame(enum.IntEnum):
-    """`ForwardEvent.code` of a page: how it is carried."""
+    """`Event.code` of a page: how it is carried."""
 
     ZERO = lib.RF_FRAME_ZERO
     PAGE = lib.RF_FRAME_PAGE
@@ -61,7 +61,7 @@ class Frame(enum.IntEnum):
 
 
 class Command(enum.IntEnum):
-    """`ForwardEvent.code` of a command."""
+    """`Event.code` of a command."""
 
     OPEN_RETURN_PATH = lib.RF_COMMAND_OPEN_RETURN_PATH
     PING = lib.RF_COMMAND_PING
@@ -77,7 +77,7 @@ class Command(enum.IntEnum):
 
 
 @dataclass(frozen=True, slots=True)
-class ForwardEvent:
+class Event:
     """One item of the stream. Fields that cext/forward.h names for no such kind are zero or empty.
 
     `at` and `end` are byte positions in this channel: of the item's first byte, and behind its last. Offsets
@@ -136,7 +136,7 @@ _FIELDS: dict[Kind, tuple[str, ...]] = {
 _VALUED_COMMANDS = frozenset({Command.PING, Command.PACKAGED})
 
 
-def _event(raw: Any) -> ForwardEvent:
+def _event(raw: Any) -> Event:
     kind = Kind(raw.type)
     fields: dict[str, Any] = {name: int(getattr(raw, name)) for name in _FIELDS[kind]}
     if kind is Kind.COMMAND:
@@ -150,7 +150,7 @@ def _event(raw: Any) -> ForwardEvent:
         fields["value"] = int(raw.value)
     if kind in _NAMED and raw.name != ffi.NULL:
         fields["name"] = bytes(ffi.buffer(raw.name, raw.name_length))
-    return ForwardEvent(kind, int(raw.at), int(raw.end), packaged=bool(raw.packaged), **fields)
+    return Event(kind, int(raw.at), int(raw.end), packaged=bool(raw.packaged), **fields)
 
 
 class ForwardDecoder:
@@ -162,7 +162,7 @@ class ForwardDecoder:
             raise MemoryError("no memory for the decoder")
         self._decoder = ffi.gc(pointer, lib.rf_forward_free)
 
-    def feed(self, data: bytes | memoryview) -> Iterator[ForwardEvent]:
+    def feed(self, data: bytes | memoryview) -> Iterator[Event]:
         """The events that these bytes complete. Must be iterated to its end before the next call."""
         raw = ffi.new("struct rf_forward_event *")
         with ffi.from_buffer("uint8_t[]", data) as buffer:

@@ -137,6 +137,19 @@ def read_latency(pointer: Any) -> Latency:
     return Latency(raw[0])
 
 
+def walk(pointer: Any, step: Any) -> Iterator[Request]:
+    """The records that `step`, one of pagemap.h's walks, gives of a ``struct rf_pagemap *``.
+
+    Only for the thread that writes to it.
+    """
+    raw = ffi.new("struct rf_request *")
+    after = 0
+    while step(pointer, after, raw):
+        after = int(raw.id)
+        name = bytes(ffi.buffer(raw.name, raw.name_length))
+        yield Request(after, name, int(raw.start), int(raw.length), int(raw.time), bool(raw.outstanding))
+
+
 def _checked(status: int) -> int:
     if status < 0:
         raise PageMapError(status)
@@ -188,19 +201,11 @@ class PageMap:
 
     def records(self) -> Iterator[Request]:
         """What is on record, oldest first."""
-        return self._walk(lib.rf_pagemap_next_record)
+        return walk(self._map, lib.rf_pagemap_next_record)
 
     def to_replay(self) -> Iterator[Request]:
         """What is to be written to the source again on this channel, oldest first."""
-        return self._walk(lib.rf_pagemap_replay_next)
-
-    def _walk(self, step: Any) -> Iterator[Request]:
-        raw = ffi.new("struct rf_request *")
-        after = 0
-        while step(self._map, after, raw):
-            after = int(raw.id)
-            name = bytes(ffi.buffer(raw.name, raw.name_length))
-            yield Request(after, name, int(raw.start), int(raw.length), int(raw.time), bool(raw.outstanding))
+        return walk(self._map, lib.rf_pagemap_replay_next)
 
     def replayed(self, request_id: int, now: int) -> None:
         """The record was written to the source. Raises `PageMapError` if there is none."""
