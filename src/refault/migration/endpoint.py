@@ -1,0 +1,81 @@
+"""The address in `migrate`, `migrate-incoming` and `migrate-recover`, and the same command with another
+address.
+
+QEMU: qapi/migration.json (`uri`, and `channels` since 8.2); util/qemu-sockets.c, inet_parse, for tcp.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class Inet:
+    """`tcp:HOST:PORT`; an empty host (or `0`) is every address of this machine."""
+
+    host: str
+    port: int
+
+    @property
+    def uri(self) -> str:
+        """The address as QEMU's `uri` spells it."""
+        return f"tcp:[{self.host}]:{self.port}" if ":" in self.host else f"tcp:{self.host}:{self.port}"
+
+    def as_socket_address(self) -> dict[str, object]:
+        """The address as QEMU's SocketAddress (qapi/sockets.json), for `query-migrate`'s `socket-address`."""
+        return {"type": "inet", "host": self.host, "port": str(self.port), "ipv6": ":" in self.host}
+
+
+@dataclass(frozen=True)
+class Other:
+    """An address that the relay does not carry: `unix:`, `fd:`, `exec:`, `rdma:`, `file:`, or tcp with
+    options."""
+
+    text: str
+
+    @property
+    def uri(self) -> str:
+        """The address as the client wrote it."""
+        return self.text
+
+
+Endpoint = Inet | Other
+
+_TCP = re.compile(r"tcp:(?:\[(?P<v6>[0-9A-Fa-f:.]+)\]|(?P<host>[^:,\[\]]*)):(?P<port>[0-9]{1,5})\Z")
+
+
+def parse_uri(uri: str) -> Endpoint:
+    """The endpoint that a migration `uri` names."""
+    match = _TCP.match(uri)
+    if match is None or int(match["port"]) > 65535:
+        return Other(uri)
+    return Inet(match["v6"] or match["host"], int(match["port"]))
+
+
+def endpoint_of(arguments: Mapping[str, object]) -> Endpoint | None:
+    """The endpoint in a command's arguments (`uri`, or the one main channel of `channels`); None where there
+    is none."""
+    uri = arguments.get("uri")
+    if isinstance(uri, str):
+        return parse_uri(uri)
+    channels = arguments.get("channels")
+    match channels:
+        case [
+            {
+                "channel-type": "main",
+                "addr": {"transport": "socket", "type": "inet", "host": str(), "port": str()} as addr,
+            }
+        ]:
+            plain = set(addr) <= {"transport", "type", "host", "port", "ipv4", "ipv6"}
+            port = str(addr["port"])
+            if plain and port.isdecimal() and int(port) <= 65535:
+                return Inet(str(addr["host"]), int(port))
+    return None if channels is None else Other(str(channels))
+
+
+def with_descriptor(arguments: Mapping[str, object], name: str) -> dict[str, object]:
+    """The same arguments with the address replaced by the descriptor that `getfd` named `name`."""
+    kept = {key: value for key, value in arguments.items() if key not in ("uri", "channels")}
+    return {"uri": f"fd:{name}", **kept}

@@ -1,0 +1,81 @@
+"""When the local leg may be closed, once the far leg is lost: DESIGN section 6, as a table.
+
+The rule: close it only where the table allows; else hold it open, say so, and repair what is behind it. A
+held leg is looked at again whenever more has passed, so a hold "until" something is a hold in one phase and
+a close in the next.
+"""
+
+from __future__ import annotations
+
+import enum
+from dataclasses import dataclass
+
+from refault.migration.phase import Phase, Role
+from refault.migration.versions import Version, abilities
+
+
+class Verdict(enum.Enum):
+    """What to do with the local leg."""
+
+    CLOSE = "close"
+    HOLD = "hold"
+    BY_VERSION = "close where this QEMU pauses again, else hold"
+
+
+@dataclass(frozen=True)
+class Rule:
+    """One cell of the table: the verdict, what a close does there, and what the operator can do about a
+    hold."""
+
+    verdict: Verdict
+    effect: str
+    advice: str = ""
+
+
+_CLOSE_PRECOPY = Rule(Verdict.CLOSE, "the migration fails and the guest goes on at the source; migrate again")
+_CLOSE_POSTCOPY = Rule(Verdict.CLOSE, "this QEMU pauses the migration; refault recovers it")
+_CLOSE_DONE = Rule(Verdict.CLOSE, "the migration has ended")
+_HANDSHAKE = Rule(
+    Verdict.BY_VERSION,
+    "QEMU up to 8.1 does not survive a channel lost in the recovery handshake: the destination segfaults, the"
+    " source stays in postcopy-recover",
+    "do not stop refault or QEMU; keep the other host's QEMU running; QEMU before 8.2 cannot be brought out"
+    " of this state",
+)
+
+RULES: dict[tuple[Phase, Role], Rule] = {
+    (Phase.PRECOPY, Role.SOURCE): _CLOSE_PRECOPY,
+    (Phase.PRECOPY, Role.DESTINATION): _CLOSE_PRECOPY,
+    (Phase.SWITCHOVER, Role.SOURCE): _CLOSE_POSTCOPY,
+    (Phase.SWITCHOVER, Role.DESTINATION): Rule(
+        Verdict.HOLD,
+        "the destination exits while it loads the device state",
+        "held until the destination says that it runs; if the device state came only in part it never"
+        " will: then stop"
+        " the destination QEMU and cancel at the source",
+    ),
+    (Phase.POSTCOPY, Role.SOURCE): _CLOSE_POSTCOPY,
+    (Phase.POSTCOPY, Role.DESTINATION): _CLOSE_POSTCOPY,
+    (Phase.RECOVERY_HANDSHAKE, Role.SOURCE): _HANDSHAKE,
+    (Phase.RECOVERY_HANDSHAKE, Role.DESTINATION): _HANDSHAKE,
+    (Phase.COMPLETING, Role.SOURCE): Rule(
+        Verdict.HOLD,
+        "the source goes to failed and runs the guest a second time (10.0 and later) or hangs (up to 7.2)",
+        "look at the destination: if its migration is completed, quit the source QEMU; it must not run again",
+    ),
+    (Phase.COMPLETING, Role.DESTINATION): Rule(
+        Verdict.HOLD,
+        "the destination has what it needs and is about to say so",
+        "nothing; it ends by itself",
+    ),
+    (Phase.DONE, Role.SOURCE): _CLOSE_DONE,
+    (Phase.DONE, Role.DESTINATION): _CLOSE_DONE,
+}
+
+
+def may_close(phase: Phase, role: Role, version: Version) -> tuple[bool, Rule]:
+    """Whether the local leg of a QEMU `version` may be closed now, and the rule that says so."""
+    rule = RULES[phase, role]
+    if rule.verdict is Verdict.BY_VERSION:
+        return abilities(version).pauses_again_in_handshake, rule
+    return rule.verdict is Verdict.CLOSE, rule

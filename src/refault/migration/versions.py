@@ -1,0 +1,36 @@
+"""What the versions of QEMU allow during a recovery. Tried on live QEMUs where the comment says so (DESIGN,
+6)."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+Version = tuple[int, int, int]
+
+
+@dataclass(frozen=True)
+class Abilities:
+    """What one version of QEMU survives."""
+
+    pauses_again_in_handshake: bool
+    """A channel lost in the recovery handshake brings `postcopy-paused` back. Else the destination segfaults
+    and the source stays in `postcopy-recover` for ever (tried on 5.2 and 7.2; 10.0 pauses again)."""
+    refuses_cancel_while_paused: bool
+    """`migrate_cancel` in `postcopy-paused` is an error. Else it hangs in `cancelling` (tried on 5.2 and
+    7.2)."""
+
+
+_SINCE: tuple[tuple[Version, Abilities], ...] = (
+    ((8, 2, 0), Abilities(pauses_again_in_handshake=True, refuses_cancel_while_paused=False)),
+    ((10, 0, 0), Abilities(pauses_again_in_handshake=True, refuses_cancel_while_paused=True)),
+)
+_OLDEST = Abilities(pauses_again_in_handshake=False, refuses_cancel_while_paused=False)
+
+
+def abilities(version: Version) -> Abilities:
+    """The abilities of a QEMU `version`; an unknown newer one is taken for the newest known."""
+    found = _OLDEST
+    for since, what in _SINCE:
+        if version >= since:
+            found = what
+    return found

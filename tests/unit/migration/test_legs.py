@@ -1,0 +1,47 @@
+"""The table of DESIGN section 6: complete, and each row what was tried on live QEMUs."""
+
+import pytest
+
+from refault.migration.legs import RULES, Verdict, may_close
+from refault.migration.phase import Phase, Role
+
+V52, V72, V81, V82, V100 = (5, 2, 0), (7, 2, 22), (8, 1, 5), (8, 2, 0), (10, 0, 2)
+
+
+def test_every_phase_has_a_rule_for_both_sides() -> None:
+    assert set(RULES) == {(phase, role) for phase in Phase for role in Role}
+
+
+def test_every_hold_tells_the_operator_what_to_do() -> None:
+    for rule in RULES.values():
+        assert rule.effect
+        if rule.verdict is not Verdict.CLOSE:
+            assert rule.advice
+
+
+@pytest.mark.parametrize(
+    ("phase", "role", "version", "close"),
+    [
+        (Phase.PRECOPY, Role.SOURCE, V72, True),
+        (Phase.PRECOPY, Role.DESTINATION, V72, True),
+        (Phase.SWITCHOVER, Role.SOURCE, V72, True),
+        (Phase.SWITCHOVER, Role.DESTINATION, V72, False),
+        (Phase.SWITCHOVER, Role.DESTINATION, V100, False),
+        (Phase.POSTCOPY, Role.SOURCE, V52, True),
+        (Phase.POSTCOPY, Role.DESTINATION, V100, True),
+        (Phase.RECOVERY_HANDSHAKE, Role.SOURCE, V72, False),
+        (Phase.RECOVERY_HANDSHAKE, Role.DESTINATION, V72, False),
+        (Phase.RECOVERY_HANDSHAKE, Role.DESTINATION, V81, False),
+        (Phase.RECOVERY_HANDSHAKE, Role.DESTINATION, V82, True),
+        (Phase.RECOVERY_HANDSHAKE, Role.SOURCE, V100, True),
+        (Phase.COMPLETING, Role.SOURCE, V72, False),
+        (Phase.COMPLETING, Role.SOURCE, V100, False),
+        (Phase.DONE, Role.SOURCE, V100, True),
+    ],
+)
+def test_the_table(phase: Phase, role: Role, version: tuple[int, int, int], close: bool) -> None:
+    assert may_close(phase, role, version)[0] is close
+
+
+def test_an_unknown_version_is_the_most_careful() -> None:
+    assert may_close(Phase.RECOVERY_HANDSHAKE, Role.SOURCE, (0, 0, 0))[0] is False

@@ -1,0 +1,30 @@
+import pytest
+
+from refault.migration.phase import Passed, Phase, phase_of
+
+
+@pytest.mark.parametrize(
+    ("passed", "phase"),
+    [
+        (Passed(), Phase.PRECOPY),
+        (Passed(packaged_begun=True), Phase.SWITCHOVER),
+        (Passed(packaged_begun=True, running=True), Phase.POSTCOPY),
+        (Passed(packaged_begun=True, running=True, ended=True), Phase.COMPLETING),
+        (Passed(packaged_begun=True, running=True, ended=True, shut=True), Phase.DONE),
+        (Passed(packaged_begun=True, running=True, resumed=True), Phase.RECOVERY_HANDSHAKE),
+        (Passed(packaged_begun=True, running=True, resumed=True, resume_acknowledged=True), Phase.POSTCOPY),
+        # A restarted refault has seen nothing of the switchover.
+        (Passed(resumed=True), Phase.RECOVERY_HANDSHAKE),
+        (Passed(resumed=True, resume_acknowledged=True), Phase.POSTCOPY),
+        (Passed(resumed=True, resume_acknowledged=True, ended=True), Phase.COMPLETING),
+    ],
+)
+def test_what_passed_gives_the_phase(passed: Passed, phase: Phase) -> None:
+    assert phase_of(passed) is phase
+
+
+def test_the_status_counts_only_where_the_stream_is_opaque() -> None:
+    assert phase_of(Passed(), "postcopy-active") is Phase.PRECOPY
+    assert phase_of(Passed(forward_opaque=True), "postcopy-active") is Phase.POSTCOPY
+    assert phase_of(Passed(forward_opaque=True), "postcopy-recover") is Phase.RECOVERY_HANDSHAKE
+    assert phase_of(Passed(forward_opaque=True), "active") is Phase.PRECOPY

@@ -1,0 +1,126 @@
+"""The policy: the table's reach, and the courses that matter."""
+
+from collections.abc import Iterable
+
+from hypothesis import given
+from hypothesis import strategies as st
+
+from refault.migration.recovery import TABLE, Action, Event, Pace, Recovery, State
+
+
+def after(events: Iterable[Event]) -> tuple[Recovery, list[Action]]:
+    policy = Recovery(jitter=lambda: 0.5)
+    actions = [action for event in events for action in policy.handle(event)]
+    return policy, actions
+
+
+def test_every_state_can_be_reached_and_but_for_the_end_left() -> None:
+    reached = {State.IDLE} | {target for target, _ in TABLE.values()}
+    assert reached == set(State)
+    assert {state for state, _ in TABLE} == set(State)
+
+
+def test_a_loss_that_the_relay_sees_first() -> None:
+    policy, actions = after(
+        [
+            Event.STARTED,
+            Event.CHANNEL_LOST,
+            Event.PAUSED,
+            Event.TIMER,
+            Event.ISSUED,
+            Event.RECOVERING,
+            Event.ACTIVE,
+        ]
+    )
+    assert policy.state is State.RUNNING
+    assert actions.count(Action.COUNT_LOSS) == 1
+    assert actions.count(Action.ATTEMPT) == 1
+    assert actions.count(Action.COUNT_RECOVERY) == 1
+
+
+def test_a_loss_that_only_qemu_tells() -> None:
+    policy, actions = after([Event.STARTED, Event.PAUSED, Event.ISSUED, Event.ACTIVE])
+    assert policy.state is State.RUNNING
+    assert actions.count(Action.COUNT_LOSS) == actions.count(Action.COUNT_RECOVERY) == 1
+
+
+def test_a_status_older_than_the_command_is_no_recovery() -> None:
+    policy, actions = after([Event.STARTED, Event.CHANNEL_LOST, Event.TIMER, Event.ACTIVE])
+    assert policy.state is State.ATTEMPTING
+    assert Action.COUNT_RECOVERY not in actions
+
+
+def test_a_client_that_recovers_cancels_the_attempt() -> None:
+    policy, actions = after([Event.STARTED, Event.PAUSED, Event.ISSUED, Event.CLIENT_RECOVERS])
+    assert policy.state is State.BY_CLIENT
+    assert actions[-1] is Action.CANCEL_ATTEMPT
+
+
+def test_a_client_that_pauses_is_waited_for_and_then_not() -> None:
+    policy, actions = after([Event.STARTED, Event.CLIENT_PAUSED, Event.PAUSED, Event.CHANNEL_LOST])
+    assert policy.state is State.YIELDED
+    assert Action.ATTEMPT not in actions
+    assert policy.handle(Event.TIMER) == (Action.ATTEMPT,)
+
+
+def test_a_source_that_fails_after_postcopy_is_stopped_whatever_the_state() -> None:
+    for state in set(State) - {State.IDLE, State.ENDED}:
+        policy = Recovery(jitter=lambda: 0.0)
+        policy.state = state
+        assert policy.handle(Event.FAILED_AFTER_POSTCOPY)[0] is Action.STOP_GUEST
+
+
+def test_backoff_grows_to_its_end_and_begins_anew_after_a_recovery() -> None:
+    policy, _ = after([Event.STARTED, Event.PAUSED])
+    delays = []
+    for _ in range(12):
+        (timer,) = policy.handle(Event.ATTEMPT_FAILED)
+        delays.append(policy.delay(timer))
+        policy.handle(Event.TIMER)
+    assert delays == sorted(delays)
+    assert delays[0] == Pace().first_backoff
+    assert delays[-1] == Pace().last_backoff
+    policy.handle(Event.ISSUED)
+    policy.handle(Event.ACTIVE)
+    policy.handle(Event.PAUSED)
+    (timer,) = policy.handle(Event.ATTEMPT_FAILED)
+    assert policy.delay(timer) == Pace().first_backoff
+
+
+def test_polling_slows_down_but_starts_fast_again_at_the_next_loss() -> None:
+    policy, _ = after([Event.STARTED, Event.CHANNEL_LOST])
+    first = policy.delay(Action.TIMER_POLL)
+    for _ in range(30):
+        policy.handle(Event.TIMER)
+        policy.handle(Event.NOT_YET)
+        last = policy.delay(Action.TIMER_POLL)
+    assert first == Pace().poll
+    assert last == Pace().last_poll
+    policy.handle(Event.CLIENT_RECOVERS)
+    assert policy.delay(Action.TIMER_POLL) == Pace().poll
+
+
+@given(st.lists(st.sampled_from(Event), max_size=60))
+def test_whatever_happens_attempts_do_not_pile_up_and_recoveries_follow_losses(events: list[Event]) -> None:
+    policy = Recovery(jitter=lambda: 0.5)
+    pending = False
+    losses = recoveries = 0
+    for event in events:
+        before = policy.state
+        actions = policy.handle(event)
+        if before in (State.IDLE, State.ENDED) and policy.state is State.RUNNING:
+            losses = recoveries = 0
+        for action in actions:
+            match action:
+                case Action.ATTEMPT:
+                    assert not pending
+                    pending = True
+                case Action.CANCEL_ATTEMPT:
+                    pending = False
+                case Action.COUNT_LOSS:
+                    losses += 1
+                case Action.COUNT_RECOVERY:
+                    recoveries += 1
+        if event in (Event.NOT_YET, Event.ATTEMPT_FAILED) or policy.state is State.RUNNING:
+            pending = False
+        assert recoveries <= losses

@@ -1,0 +1,28 @@
+from refault.migration.endpoint import Inet, Other
+from refault.migration.relayable import enabled_capabilities, why_not, why_not_recoverable
+
+HERE = Inet("127.0.0.1", 4444)
+
+
+def test_a_plain_postcopy_migration_is_relayed() -> None:
+    assert why_not(HERE, {"postcopy-ram", "events"}, {"tls-creds": ""}, monitor_is_unix=True) is None
+
+
+def test_each_reason_is_told() -> None:
+    assert "multifd" in (why_not(HERE, {"multifd"}, {}, monitor_is_unix=True) or "")
+    assert "TLS" in (why_not(HERE, set(), {"tls-creds": "tls0"}, monitor_is_unix=True) or "")
+    assert "monitor" in (why_not(HERE, set(), {}, monitor_is_unix=False) or "")
+    assert "rdma:h:1" in (why_not(Other("rdma:h:1"), set(), {}, monitor_is_unix=True) or "")
+
+
+def test_what_qemu_could_not_recover_is_announced() -> None:
+    assert why_not_recoverable({"postcopy-ram"}) is None
+    assert why_not_recoverable(set()) is None
+    assert "release-ram" in (why_not_recoverable({"postcopy-ram", "release-ram"}) or "")
+    assert "dirty-bitmaps" in (why_not_recoverable({"dirty-bitmaps"}) or "")
+
+
+def test_capabilities_are_read_from_qemus_answer() -> None:
+    reply = [{"capability": "xbzrle", "state": False}, {"capability": "events", "state": True}]
+    assert enabled_capabilities(reply) == {"events"}
+    assert enabled_capabilities(None) == frozenset()
