@@ -43,7 +43,19 @@ MODULES: tuple[Module, ...] = (
     Module("refault.qmp._splitter", ("json_splitter",)),
     Module(
         "refault.channel._channel",
-        ("status", "budget", "bitmap", "histogram", "forward", "returnpath", "pagemap", "tracker"),
+        (
+            "status",
+            "budget",
+            "bitmap",
+            "histogram",
+            "forward",
+            "returnpath",
+            "pagemap",
+            "tracker",
+            "leg",
+            "replay",
+            "relay",
+        ),
     ),
 )
 

@@ -1,0 +1,115 @@
+#include "leg.h"
+
+#include <errno.h>
+#include <fcntl.h>
+#include <linux/sockios.h>
+#include <netinet/in.h>
+#include <netinet/tcp.h>
+#include <poll.h>
+#include <sys/ioctl.h>
+#include <sys/socket.h>
+#include <unistd.h>
+
+enum { NOTSENT_LOWAT = 8 * 1024 };
+
+void rf_leg_init(struct rf_leg *leg) { *leg = (struct rf_leg){.fd = -1, .state = RF_LEG_NONE}; }
+
+void rf_leg_adopt(struct rf_leg *leg, int fd) {
+    int domain = AF_UNSPEC;
+    socklen_t size = sizeof(domain);
+    int flags = fcntl(fd, F_GETFL);
+
+    *leg = (struct rf_leg){.fd = fd, .state = RF_LEG_OPEN};
+    if (flags < 0 || fcntl(fd, F_SETFL, flags | O_NONBLOCK) < 0) {
+        leg->state = RF_LEG_FAILED;
+        leg->error = errno;
+        return;
+    }
+    if (getsockopt(fd, SOL_SOCKET, SO_DOMAIN, &domain, &size) == 0 &&
+        (domain == AF_INET || domain == AF_INET6)) {
+        const int on = 1;
+        const int lowat = NOTSENT_LOWAT;
+
+        /* Both only shape latency: a leg without them still carries every byte. */
+        (void)setsockopt(fd, IPPROTO_TCP, TCP_NODELAY, &on, sizeof(on));
+        (void)setsockopt(fd, IPPROTO_TCP, TCP_NOTSENT_LOWAT, &lowat, sizeof(lowat));
+        leg->is_tcp = true;
+    }
+}
+
+static void leg_broke(struct rf_leg *leg, int error) {
+    leg->state = RF_LEG_FAILED;
+    leg->error = error;
+}
+
+size_t rf_leg_read(struct rf_leg *leg, uint8_t *buf, size_t len) {
+    ssize_t n;
+
+    if (leg->state != RF_LEG_OPEN) {
+        return 0;
+    }
+    do {
+        n = recv(leg->fd, buf, len, 0);
+    } while (n < 0 && errno == EINTR);
+    if (n > 0) {
+        leg->received += (uint64_t)n;
+        return (size_t)n;
+    }
+    if (n == 0) {
+        leg->state = RF_LEG_ENDED;
+    } else if (errno != EAGAIN && errno != EWOULDBLOCK) {
+        leg_broke(leg, errno);
+    }
+    return 0;
+}
+
+size_t rf_leg_write(struct rf_leg *leg, const uint8_t *buf, size_t len) {
+    ssize_t n;
+
+    if (leg->state != RF_LEG_OPEN || leg->write_ended) {
+        return 0;
+    }
+    do {
+        n = send(leg->fd, buf, len, MSG_NOSIGNAL);
+    } while (n < 0 && errno == EINTR);
+    if (n >= 0) {
+        leg->sent += (uint64_t)n;
+        return (size_t)n;
+    }
+    if (errno != EAGAIN && errno != EWOULDBLOCK) {
+        leg_broke(leg, errno);
+    }
+    return 0;
+}
+
+bool rf_leg_writable(const struct rf_leg *leg) {
+    struct pollfd one = {.fd = leg->fd, .events = POLLOUT};
+
+    return leg->fd >= 0 && poll(&one, 1, 0) > 0;
+}
+
+void rf_leg_end_writing(struct rf_leg *leg) {
+    if (leg->fd >= 0 && !leg->write_ended) {
+        (void)shutdown(leg->fd, SHUT_WR); /* fails only where the peer is gone, which is what it would tell */
+        leg->write_ended = true;
+    }
+}
+
+uint64_t rf_leg_confirmed(const struct rf_leg *leg) {
+    int queued = 0;
+
+    if (leg->fd < 0 || ioctl(leg->fd, SIOCOUTQ, &queued) < 0 || queued < 0) {
+        return 0;
+    }
+    return (uint64_t)queued > leg->sent ? 0 : leg->sent - (uint64_t)queued;
+}
+
+void rf_leg_close(struct rf_leg *leg) {
+    if (leg->fd >= 0) {
+        close(leg->fd);
+        leg->fd = -1;
+        if (leg->state == RF_LEG_OPEN) {
+            leg->state = RF_LEG_CLOSED;
+        }
+    }
+}

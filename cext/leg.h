@@ -1,0 +1,66 @@
+/*
+ * A leg: one end of what the relay joins. The local leg is the socketpair or unix socket that the relay
+ * shares with its own QEMU; the far leg is the connection to the other host. Non-blocking, owned and closed
+ * by the pump alone.
+ */
+#ifndef RF_LEG_H
+#define RF_LEG_H
+
+#include <stdbool.h>
+#include <stddef.h>
+#include <stdint.h>
+#include <sys/types.h>
+
+/* cffi: begin */
+enum rf_leg_state {
+    RF_LEG_NONE = 0,   /* never attached */
+    RF_LEG_OPEN = 1,   /* both directions live */
+    RF_LEG_ENDED = 2,  /* the peer closed it in order (end of file) */
+    RF_LEG_FAILED = 3, /* it broke; its error says how */
+    RF_LEG_CLOSED = 4, /* we closed it */
+};
+/* cffi: end */
+
+struct rf_leg {
+    int fd; /* -1 when closed */
+    enum rf_leg_state state;
+    int error;        /* errno that broke it, 0 for end of file */
+    bool write_ended; /* shutdown(SHUT_WR) done */
+    bool is_tcp;
+    uint64_t received; /* bytes read from it */
+    uint64_t sent;     /* bytes that the kernel took from us */
+};
+
+void rf_leg_init(struct rf_leg *leg);
+
+/*
+ * Takes ownership of the descriptor, makes it non-blocking and, on TCP, sets TCP_NODELAY and
+ * TCP_NOTSENT_LOWAT, so that what waits unsent in the kernel stays small (DESIGN 7).
+ */
+void rf_leg_adopt(struct rf_leg *leg, int fd);
+
+/* Reads at most `len` bytes. Returns the count; 0 when nothing is there now or the leg is no longer open. */
+size_t rf_leg_read(struct rf_leg *leg, uint8_t *buf, size_t len);
+
+/* Writes what the kernel takes of `len` bytes and returns the count; the leg is FAILED when it took none for
+ * good. */
+size_t rf_leg_write(struct rf_leg *leg, const uint8_t *buf, size_t len);
+
+/* True where the kernel would take bytes now (or would tell that it never will). */
+bool rf_leg_writable(const struct rf_leg *leg);
+
+/* Ends our writing direction, so that the peer reads end of file after all that was sent. */
+void rf_leg_end_writing(struct rf_leg *leg);
+
+/*
+ * Bytes of `sent` that the peer's kernel has acknowledged (TCP), or that its process has read (unix: a lower
+ * bound, for the kernel counts its overhead as queued). What lies between this and `sent` may be lost with
+ * the leg.
+ */
+uint64_t rf_leg_confirmed(const struct rf_leg *leg);
+
+/* Closes the descriptor; the state becomes CLOSED where it was OPEN, else it keeps telling how the leg was
+ * lost. */
+void rf_leg_close(struct rf_leg *leg);
+
+#endif

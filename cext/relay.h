@@ -1,0 +1,83 @@
+/*
+ * The relay pump: one thread a migration that joins the local leg (our QEMU) and the far leg (the other
+ * host).
+ *
+ *     source's side                                        destination's side
+ *
+ *     local leg ──▶ forward pipe ──▶ far leg     ═TCP═     far leg ──▶ forward pipe ──▶ local leg
+ *                       │ tracker                                          │ tracker
+ *     local leg ◀── replay ◀── return pipe ◀── far leg     far leg ◀── return pipe ◀── local leg
+ *
+ * Each direction holds one chunk at the most: it is read only when the other leg can be sent to, so that a
+ * requested page never waits behind what we have buffered. The two directions never wait for each other.
+ *
+ * The pump alone reads, writes and closes its descriptors. It gets commands by a ring and an eventfd and
+ * tells of what happens by another eventfd and by atomic words; it calls nobody. When one leg is lost it
+ * closes the other one only if that is the far leg: a local leg stays open until the pump is told to close
+ * it, for when a close kills a QEMU is decided elsewhere (src/refault/migration/legs.py).
+ */
+#ifndef RF_RELAY_H
+#define RF_RELAY_H
+
+#include <stdbool.h>
+#include <stdint.h>
+
+#include "leg.h"
+#include "tracker.h"
+
+/* cffi: begin */
+enum rf_relay_side {
+    RF_RELAY_SOURCE = 0,
+    RF_RELAY_DESTINATION = 1,
+};
+
+struct rf_relay_view {
+    uint64_t channel;        /* number of the channel attached last, counted from 1; 0 for none */
+    uint64_t local_state;    /* enum rf_leg_state */
+    uint64_t far_state;      /* enum rf_leg_state */
+    uint64_t local_error;    /* errno, where FAILED */
+    uint64_t far_error;      /* errno, where FAILED */
+    uint64_t forward_bytes;  /* passed on, over the whole migration */
+    uint64_t return_bytes;   /* likewise */
+    uint64_t replayed;       /* page requests written by the relay, over the whole migration */
+    uint64_t held;           /* page requests held back until RESUME_ACK */
+    uint64_t last_replay_ns; /* CLOCK_MONOTONIC; 0 for never */
+    uint64_t lost_ns; /* CLOCK_MONOTONIC, when the first leg of this channel was lost; 0 for not lost */
+};
+
+struct rf_relay;
+
+/*
+ * Starts the pump's thread. `ceiling`: the most bytes of memory that tracking may take. NULL when memory,
+ * descriptors or threads are short (errno says which).
+ */
+struct rf_relay *rf_relay_start(int side, uint64_t ceiling);
+
+/* Becomes readable when something changed: read it as an eventfd, then look at the view and the tracker. */
+int rf_relay_notify_fd(const struct rf_relay *relay);
+
+/* The tracker, for those of its readers that are safe beside the running pump. */
+struct rf_tracker *rf_relay_tracker(struct rf_relay *relay);
+
+/* A consistent picture; false when the pump kept writing through all retries (look again later). */
+bool rf_relay_look(const struct rf_relay *relay, struct rf_relay_view *view);
+
+/*
+ * Joins two stream sockets as the next channel and takes ownership of both. `recovered`: it resumes a lost
+ * channel. `may_replay`: outstanding page requests are replayed after RESUME_ACK (the source's side only).
+ * What is left of the channel before is closed. 0, or -1 with errno (EAGAIN: the ring is full); then the
+ * descriptors are still the caller's.
+ */
+int rf_relay_attach(struct rf_relay *relay, int local_fd, int far_fd, bool recovered, bool may_replay);
+
+/* Closes what is open of `channel`, if that is still the one attached last. 0, or -1 with errno. */
+int rf_relay_close_channel(struct rf_relay *relay, uint64_t channel);
+
+/* The migration has ended: nothing is outstanding any more. 0, or -1 with errno. */
+int rf_relay_complete(struct rf_relay *relay);
+
+/* Ends the thread, closes both legs after what they hold has been offered to the kernel, and frees all. */
+void rf_relay_stop(struct rf_relay *relay);
+/* cffi: end */
+
+#endif

@@ -1,0 +1,159 @@
+#include "replay.h"
+
+#include <stdlib.h>
+#include <string.h>
+
+static bool bytes_init(struct rf_bytes *bytes, size_t room) {
+    *bytes = (struct rf_bytes){.data = malloc(room), .room = room};
+    return bytes->data != NULL;
+}
+
+static void bytes_clear(struct rf_bytes *bytes) { bytes->off = bytes->len = 0; }
+
+static bool bytes_put(struct rf_bytes *bytes, const uint8_t *data, size_t len) {
+    if (len > bytes->room - bytes->len) {
+        return false;
+    }
+    if (len > 0) {
+        memcpy(bytes->data + bytes->len, data, len);
+        bytes->len += len;
+    }
+    return true;
+}
+
+bool rf_replay_init(struct rf_replay *replay, struct rf_tracker *tracker, bool active, size_t input_max) {
+    /* One feed gives out no more than: the message begun before, all input, all that was held, and for each
+     * request in the input (at least 16 bytes) a block name of 256 more. */
+    const size_t room = RF_REPLAY_MESSAGE_MAX + input_max * 17 + RF_REPLAY_HELD_MAX;
+
+    *replay = (struct rf_replay){.tracker = tracker, .active = active};
+    return bytes_init(&replay->out, room) && bytes_init(&replay->held, RF_REPLAY_HELD_MAX);
+}
+
+void rf_replay_free(struct rf_replay *replay) {
+    free(replay->out.data);
+    free(replay->held.data);
+    replay->out.data = replay->held.data = NULL;
+}
+
+void rf_replay_channel(struct rf_replay *replay, bool recovered, bool may_replay) {
+    replay->holding = replay->active && recovered;
+    replay->may_replay = replay->active && recovered && may_replay;
+    replay->replaying = false;
+    replay->name_lost = false;
+    replay->partial_len = 0;
+    replay->after = 0;
+    bytes_clear(&replay->held);
+    bytes_clear(&replay->out);
+}
+
+size_t rf_replay_pending(const struct rf_replay *replay) { return replay->out.len - replay->out.off; }
+
+void rf_replay_discard(struct rf_replay *replay) {
+    bytes_clear(&replay->out);
+    replay->replaying = false;
+}
+
+/* A page request as the source must get it: with its block's name where it might mean another one without. */
+static size_t encode(const struct rf_replay *replay, const struct rf_returnpath_event *event, uint8_t *out,
+                     size_t room) {
+    if (event->named || !replay->name_lost || event->name_length == 0) {
+        return 0;
+    }
+    return rf_returnpath_encode_request_id(out, room, event->name, event->name_length, event->start,
+                                           event->length);
+}
+
+static void take_request(struct rf_replay *replay, const struct rf_returnpath_event *event) {
+    uint8_t message[RF_REPLAY_MESSAGE_MAX];
+    size_t named = encode(replay, event, message, sizeof(message));
+    const uint8_t *bytes = named > 0 ? message : replay->partial;
+    size_t len = named > 0 ? named : replay->partial_len;
+
+    replay->name_lost = false;
+    if (!replay->holding) {
+        bytes_put(&replay->out, bytes, len);
+    } else {
+        replay->held_count++;
+        if (!bytes_put(&replay->held, bytes, len)) {
+            replay->held_lost++;
+            replay->name_lost = true; /* the next may have counted on this one's name */
+        }
+    }
+    replay->partial_len = 0;
+}
+
+static void pass_partial(struct rf_replay *replay) {
+    bytes_put(&replay->out, replay->partial, replay->partial_len);
+    replay->partial_len = 0;
+}
+
+static void release_held(struct rf_replay *replay) {
+    replay->holding = false;
+    bytes_put(&replay->out, replay->held.data, replay->held.len);
+    bytes_clear(&replay->held);
+}
+
+void rf_replay_feed(struct rf_replay *replay, const uint8_t *buf, size_t len, uint64_t now_ns) {
+    bytes_clear(&replay->out);
+    while (len > 0) {
+        struct rf_returnpath_event event;
+        size_t n = rf_tracker_return_next(replay->tracker, buf, len, now_ns, &event);
+
+        if (!replay->active || event.type == RF_RETURN_BITMAP_DATA || event.type == RF_RETURN_BAD ||
+            n > sizeof(replay->partial) - replay->partial_len) {
+            /* Not a message that could have to wait: as it came, and at once. */
+            pass_partial(replay);
+            bytes_put(&replay->out, buf, n);
+        } else {
+            memcpy(replay->partial + replay->partial_len, buf, n);
+            replay->partial_len += n;
+            switch (event.type) {
+            case RF_RETURN_NONE:
+                break;
+            case RF_RETURN_REQUEST:
+                take_request(replay, &event);
+                break;
+            case RF_RETURN_RESUME_ACK:
+                pass_partial(replay);
+                release_held(replay);
+                replay->replaying = replay->may_replay;
+                break;
+            default:
+                pass_partial(replay);
+                break;
+            }
+        }
+        buf += n;
+        len -= n;
+    }
+}
+
+void rf_replay_refill(struct rf_replay *replay, uint64_t now_ns) {
+    struct rf_pagemap *map = rf_tracker_pagemap(replay->tracker);
+
+    if (!replay->replaying || rf_replay_pending(replay) > 0 || replay->partial_len > 0 ||
+        !rf_tracker_return_at_boundary(replay->tracker)) {
+        return;
+    }
+    bytes_clear(&replay->out);
+    while (replay->out.len < RF_REPLAY_BURST) {
+        uint8_t message[RF_REPLAY_MESSAGE_MAX];
+        struct rf_request request;
+        size_t n;
+
+        if (!rf_pagemap_replay_next(map, replay->after, &request)) {
+            replay->replaying = false;
+            return;
+        }
+        replay->after = request.id;
+        n = rf_returnpath_encode_request_id(message, sizeof(message), request.name, request.name_length,
+                                            request.start, request.length);
+        if (n > 0 && bytes_put(&replay->out, message, n)) {
+            (void)rf_pagemap_replayed(map, request.id, now_ns); /* it was on record a moment ago */
+            replay->replayed++;
+            replay->last_replay_ns = now_ns;
+            replay->name_lost = true;
+        }
+    }
+}

@@ -1,0 +1,162 @@
+"""The relay pump (cext/relay.c): one thread a migration, steered and watched from here without ever waiting
+for it."""
+
+from __future__ import annotations
+
+import enum
+import errno
+import os
+from dataclasses import dataclass
+
+from refault.channel._channel import ffi, lib
+from refault.channel.statistics import Statistics
+from refault.migration.phase import Passed, Role
+
+MEMORY_CEILING = 512 * 1024 * 1024
+"""Bytes that the tracking of one migration may take; a guest of 1 TiB whose every page was forwarded takes
+64 MiB."""
+
+
+class LegState(enum.IntEnum):
+    """The state of one leg (cext/leg.h)."""
+
+    NONE = 0
+    OPEN = 1
+    ENDED = 2
+    FAILED = 3
+    CLOSED = 4
+
+    @property
+    def lost(self) -> bool:
+        """Whether the peer ended it, or it broke."""
+        return self in (LegState.ENDED, LegState.FAILED)
+
+
+@dataclass(frozen=True)
+class RelayView:
+    """What the pump published last. Times are CLOCK_MONOTONIC in ns, 0 for never; byte counts are of the
+    migration."""
+
+    channel: int
+    local: LegState
+    far: LegState
+    local_error: int
+    far_error: int
+    forward_bytes: int
+    return_bytes: int
+    replayed: int
+    held: int
+    last_replay_ns: int
+    lost_ns: int
+
+    def far_loss(self) -> str:
+        """How the far leg was lost, in words."""
+        return _loss(self.far, self.far_error)
+
+    def local_loss(self) -> str:
+        """How the local leg was lost, in words."""
+        return _loss(self.local, self.local_error)
+
+
+def _loss(state: LegState, error: int) -> str:
+    match state:
+        case LegState.ENDED:
+            return "closed by the other side"
+        case LegState.FAILED:
+            return os.strerror(error)
+        case _:
+            return state.name.lower()
+
+
+class Relay:
+    """One migration's pump and tracker; `close` ends it."""
+
+    def __init__(self, role: Role, *, ceiling: int = MEMORY_CEILING) -> None:
+        """Starts the thread. Raises OSError where memory, descriptors or threads are short."""
+        side = lib.RF_RELAY_SOURCE if role is Role.SOURCE else lib.RF_RELAY_DESTINATION
+        self._relay = lib.rf_relay_start(side, ceiling)
+        if self._relay == ffi.NULL:
+            raise OSError(ffi.errno, os.strerror(ffi.errno))
+        self._tracker = lib.rf_relay_tracker(self._relay)
+        self.statistics = Statistics(self._tracker)
+        self._last: RelayView | None = None
+        self._resumed = False
+
+    @property
+    def notify_fd(self) -> int:
+        """An eventfd, readable when something changed; read it, then look."""
+        return int(lib.rf_relay_notify_fd(self._relay))
+
+    def look(self) -> RelayView:
+        """The newest picture (or the one before, where the pump was writing)."""
+        raw = ffi.new("struct rf_relay_view *")
+        if self._last is None or lib.rf_relay_look(self._relay, raw):
+            self._last = RelayView(
+                channel=raw.channel,
+                local=LegState(raw.local_state),
+                far=LegState(raw.far_state),
+                local_error=raw.local_error,
+                far_error=raw.far_error,
+                forward_bytes=raw.forward_bytes,
+                return_bytes=raw.return_bytes,
+                replayed=raw.replayed,
+                held=raw.held,
+                last_replay_ns=raw.last_replay_ns,
+                lost_ns=raw.lost_ns,
+            )
+        return self._last
+
+    def passed(self) -> Passed:
+        """What has passed, for the phase."""
+        facts = lib.rf_tracker_facts(self._tracker)
+        channel = lib.rf_tracker_channel_facts(self._tracker)
+        both_pongs = lib.RF_FACT_PONG_3 | lib.RF_FACT_PONG_4
+        return Passed(
+            packaged_begun=bool(facts & lib.RF_FACT_PACKAGED_BEGUN),
+            running=facts & both_pongs == both_pongs,
+            ended=bool(channel & lib.RF_FACT_EOF_PASSED),
+            shut=bool(channel & lib.RF_FACT_SHUT_PASSED),
+            resumed=self._resumed,
+            resume_acknowledged=bool(channel & lib.RF_FACT_RESUME_ACK_PASSED),
+            forward_opaque=lib.rf_tracker_forward_opaque(self._tracker) != 0,
+        )
+
+    def opaque_reason(self) -> str | None:
+        """Why the bytes are no longer read, in words; None while both directions are decoded."""
+        for reason in (
+            lib.rf_tracker_forward_opaque(self._tracker),
+            lib.rf_tracker_return_opaque(self._tracker),
+        ):
+            if reason:
+                return str(ffi.string(lib.rf_forward_reason_text(reason)).decode())
+        return None
+
+    def attach(self, local_fd: int, far_fd: int, *, recovered: bool, may_replay: bool) -> None:
+        """Joins two stream sockets as the next channel. Both descriptors are the pump's from now on, also on
+        error.
+
+        Raises OSError where the pump takes no commands any more.
+        """
+        if lib.rf_relay_attach(self._relay, local_fd, far_fd, recovered, may_replay) < 0:
+            error = ffi.errno
+            os.close(local_fd)
+            os.close(far_fd)
+            raise OSError(error, os.strerror(error))
+        self._resumed = recovered
+
+    def close_channel(self, channel: int) -> None:
+        """Closes both legs of `channel`, if it is still the one attached last."""
+        if lib.rf_relay_close_channel(self._relay, channel) < 0:
+            raise OSError(errno.EAGAIN, "the relay's command ring is full")
+
+    def complete(self) -> None:
+        """Tells the tracker that the migration has ended, so that nothing is outstanding any more."""
+        if lib.rf_relay_complete(self._relay) < 0:
+            raise OSError(errno.EAGAIN, "the relay's command ring is full")
+
+    def close(self) -> None:
+        """Ends the thread and closes both legs; the object is of no more use."""
+        if self._relay != ffi.NULL:
+            lib.rf_relay_stop(self._relay)
+            self._relay = ffi.NULL
+            self._tracker = ffi.NULL

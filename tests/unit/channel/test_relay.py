@@ -1,0 +1,284 @@
+"""The pump, between sockets that this test holds the other ends of."""
+
+import os
+import socket
+import struct
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+
+from refault.channel.relay import LegState, Relay, RelayView
+from refault.migration.phase import Role
+
+BLOCK = b"pc.ram"
+PAGE = 4096
+DEADLINE = 5.0
+
+
+@dataclass
+class Ends:
+    """The other ends of a relay's legs: what QEMU and the other host would hold."""
+
+    relay: Relay
+    qemu: socket.socket
+    host: socket.socket
+
+    def channel(self, *, recovered: bool = False, may_replay: bool = True) -> None:
+        self.qemu.close()
+        self.host.close()
+        ours_local, self.qemu = socket.socketpair()
+        ours_far, self.host = tcp_pair()
+        for end in (self.qemu, self.host):
+            end.settimeout(DEADLINE)
+        before = self.relay.look().channel
+        self.relay.attach(ours_local.detach(), ours_far.detach(), recovered=recovered, may_replay=may_replay)
+        self.until(lambda view: view.channel == before + 1)
+
+    def until(self, holds: Callable[[RelayView], bool]) -> RelayView:
+        deadline = time.monotonic() + DEADLINE
+        while not holds(view := self.relay.look()):
+            assert time.monotonic() < deadline, view
+            time.sleep(0.001)
+        return view
+
+
+def tcp_pair() -> tuple[socket.socket, socket.socket]:
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        near = socket.create_connection(server.getsockname())
+        far, _ = server.accept()
+    return near, far
+
+
+@contextmanager
+def relaying(role: Role) -> Iterator[Ends]:
+    relay = Relay(role)
+    ends = Ends(relay, *socket.socketpair())
+    try:
+        yield ends
+    finally:
+        relay.close()
+        ends.qemu.close()
+        ends.host.close()
+
+
+def read_exactly(end: socket.socket, count: int) -> bytes:
+    data = bytearray()
+    while len(data) < count:
+        chunk = end.recv(count - len(data))
+        assert chunk, f"ended after {len(data)} of {count} bytes"
+        data += chunk
+    return bytes(data)
+
+
+def nothing_comes(end: socket.socket, seconds: float = 0.1) -> bool:
+    end.settimeout(seconds)
+    try:
+        return end.recv(1, socket.MSG_PEEK) == b"never"
+    except TimeoutError:
+        return True
+    finally:
+        end.settimeout(DEADLINE)
+
+
+def request(start: int, block: bytes | None = BLOCK, length: int = PAGE) -> bytes:
+    body = struct.pack(">QI", start, length)
+    if block is None:
+        return struct.pack(">HH", 4, len(body)) + body
+    body += bytes([len(block)]) + block
+    return struct.pack(">HH", 3, len(body)) + body
+
+
+def received_bitmap(pages: set[int], total: int, block: bytes = BLOCK) -> bytes:
+    bits = sum(1 << page for page in pages)
+    size = (total + 63) // 64 * 8
+    name = bytes([len(block)]) + block
+    return (
+        struct.pack(">HH", 5, len(name)) + name + struct.pack(">Q", size)
+        + bits.to_bytes(size, "little") + struct.pack(">Q", 0x0123456789ABCDEF)
+    )  # fmt: skip
+
+
+RESUME_ACK = struct.pack(">HHI", 6, 4, 1)
+PONG = struct.pack(">HHI", 2, 4, 7)
+
+
+@pytest.mark.parametrize("role", list(Role))
+def test_bytes_pass_both_ways_as_they_came(role: Role) -> None:
+    with relaying(role) as ends:
+        ends.channel()
+        for one, other in ((ends.qemu, ends.host), (ends.host, ends.qemu)):
+            data = os.urandom(300_000)
+            received = bytearray()
+            sent = 0
+            while len(received) < len(data):
+                if sent < len(data):
+                    sent += one.send(data[sent : sent + 4096])
+                received += other.recv(1 << 20)
+            assert received == data
+
+
+def test_a_full_return_path_does_not_stop_the_forward_stream() -> None:
+    with relaying(Role.SOURCE) as ends:
+        ends.channel()
+        ends.host.setblocking(False)
+        try:
+            for _ in range(100_000):
+                ends.host.send(b"x" * 4096)  # QEMU does not read it
+        except BlockingIOError:
+            pass
+        ends.host.settimeout(DEADLINE)
+        ends.qemu.sendall(b"page" * 1000)
+        assert read_exactly(ends.host, 4000) == b"page" * 1000
+
+
+@pytest.mark.parametrize("role", list(Role))
+@pytest.mark.parametrize("reset", [False, True])
+def test_a_lost_far_leg_leaves_qemus_leg_open_until_told(role: Role, reset: bool) -> None:
+    with relaying(role) as ends:
+        ends.channel()
+        if reset:
+            ends.host.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
+        ends.host.close()
+        view = ends.until(lambda view: view.far.lost)
+        assert view.far is (LegState.FAILED if reset else LegState.ENDED)
+        assert view.local is LegState.OPEN
+        assert nothing_comes(ends.qemu)
+        ends.relay.close_channel(1)
+        assert ends.qemu.recv(1) == b""
+        assert ends.until(lambda view: view.local is LegState.CLOSED).lost_ns > 0
+
+
+def test_a_command_for_an_earlier_channel_closes_nothing() -> None:
+    with relaying(Role.SOURCE) as ends:
+        ends.channel()
+        ends.channel(recovered=True)
+        ends.relay.close_channel(1)
+        assert nothing_comes(ends.qemu)
+
+
+def test_when_qemu_ends_the_channel_all_it_wrote_arrives_first() -> None:
+    with relaying(Role.SOURCE) as ends:
+        ends.channel()
+        ends.qemu.sendall(b"last" * 1000)
+        ends.qemu.close()
+        assert read_exactly(ends.host, 4000) == b"last" * 1000
+        assert ends.host.recv(1) == b""
+        assert ends.until(lambda view: view.local.lost).local is LegState.ENDED
+
+
+def test_what_the_destination_says_is_read_while_its_leg_is_held() -> None:
+    with relaying(Role.DESTINATION) as ends:
+        ends.channel()
+        ends.host.close()
+        ends.until(lambda view: view.far.lost)
+        ends.qemu.sendall(struct.pack(">HHI", 2, 4, 3) + struct.pack(">HHI", 2, 4, 4))
+        deadline = time.monotonic() + DEADLINE
+        while not ends.relay.passed().running:
+            assert time.monotonic() < deadline
+            time.sleep(0.001)
+
+
+def lose_with(ends: Ends, *requests: bytes) -> None:
+    """A first channel in which these requests pass, and its loss."""
+    ends.channel()
+    ends.host.sendall(b"".join(requests))
+    read_exactly(ends.qemu, sum(map(len, requests)))
+    ends.host.close()
+    ends.until(lambda view: view.far.lost)
+    ends.relay.close_channel(1)
+    ends.until(lambda view: view.local is LegState.CLOSED)
+
+
+def test_outstanding_requests_are_replayed_after_resume_ack_oldest_first() -> None:
+    with relaying(Role.SOURCE) as ends:
+        lose_with(ends, request(9 * PAGE), request(3 * PAGE, None), request(5 * PAGE))
+        ends.channel(recovered=True)
+        handshake = received_bitmap({5, 6}, 64)
+        ends.host.sendall(handshake)
+        assert read_exactly(ends.qemu, len(handshake)) == handshake
+        assert nothing_comes(ends.qemu)
+        ends.host.sendall(RESUME_ACK)
+        expected = RESUME_ACK + request(9 * PAGE) + request(3 * PAGE)  # page 5 was received
+        assert read_exactly(ends.qemu, len(expected)) == expected
+        assert ends.until(lambda view: view.replayed == 2).last_replay_ns > 0
+        assert nothing_comes(ends.qemu)
+
+
+def test_a_forbidden_replay_is_not_made() -> None:
+    with relaying(Role.SOURCE) as ends:
+        lose_with(ends, request(9 * PAGE))
+        ends.channel(recovered=True, may_replay=False)
+        handshake = received_bitmap(set(), 64) + RESUME_ACK
+        ends.host.sendall(handshake)
+        assert read_exactly(ends.qemu, len(handshake)) == handshake
+        assert nothing_comes(ends.qemu)
+
+
+def test_the_destinations_requests_wait_for_resume_ack_too() -> None:
+    with relaying(Role.SOURCE) as ends:
+        lose_with(ends, request(9 * PAGE))
+        ends.channel(recovered=True)
+        bitmap = received_bitmap(set(), 64)
+        ends.host.sendall(request(9 * PAGE) + PONG + bitmap)
+        assert read_exactly(ends.qemu, len(PONG + bitmap)) == PONG + bitmap
+        assert nothing_comes(ends.qemu)
+        ends.host.sendall(RESUME_ACK)
+        expected = RESUME_ACK + request(9 * PAGE)
+        assert read_exactly(ends.qemu, len(expected)) == expected
+        assert ends.relay.look().held == 1
+        assert nothing_comes(ends.qemu)  # it asked itself: no replay beside it
+
+
+def test_a_request_without_a_name_after_a_replay_is_given_the_one_it_means() -> None:
+    with relaying(Role.SOURCE) as ends:
+        lose_with(ends, request(9 * PAGE, b"vga.vram"))
+        ends.channel(recovered=True)
+        handshake = received_bitmap(set(), 64) + received_bitmap(set(), 64, b"vga.vram") + RESUME_ACK
+        ends.host.sendall(handshake)
+        expected = handshake + request(9 * PAGE, b"vga.vram")
+        assert read_exactly(ends.qemu, len(expected)) == expected
+        ends.host.sendall(request(PAGE) + request(2 * PAGE, None))
+        expected = request(PAGE) + request(2 * PAGE, None)
+        assert read_exactly(ends.qemu, len(expected)) == expected
+
+
+@pytest.mark.parametrize("cut", [1, 3, 4, 9, 15, 20])
+def test_a_replay_never_goes_into_a_half_written_message(cut: int) -> None:
+    with relaying(Role.SOURCE) as ends:
+        lose_with(ends, request(9 * PAGE, b"vga.vram"))
+        ends.channel(recovered=True)
+        handshake = received_bitmap(set(), 64, b"vga.vram") + RESUME_ACK
+        own = request(PAGE)
+        ends.host.sendall(handshake + own[:cut])
+        time.sleep(0.05)
+        ends.host.sendall(own[cut:])
+        replayed = request(9 * PAGE, b"vga.vram")
+        got = read_exactly(ends.qemu, len(handshake + own + replayed))
+        assert got in (handshake + replayed + own, handshake + own + replayed)
+
+
+def test_nothing_is_left_behind() -> None:
+    def descriptors() -> int:
+        return len(list(Path("/proc/self/fd").iterdir()))
+
+    before = descriptors(), len(list(Path("/proc/self/task").iterdir()))
+    for _ in range(5):
+        with relaying(Role.SOURCE) as ends:
+            ends.channel()
+            ends.channel(recovered=True)
+            ends.qemu.sendall(b"x" * 1000)
+    assert (descriptors(), len(list(Path("/proc/self/task").iterdir()))) == before
+
+
+def test_an_idle_pump_costs_nothing() -> None:
+    with relaying(Role.DESTINATION) as ends:
+        ends.channel()
+        ends.host.close()
+        ends.until(lambda view: view.far.lost)
+        spent = time.process_time()
+        time.sleep(0.5)
+        assert time.process_time() - spent < 0.05
