@@ -50,6 +50,7 @@ class Request:
         "fd",
         "message",
         "name",
+        "names_of",
         "on_reply",
         "oob",
         "size",
@@ -70,6 +71,8 @@ class Request:
         """A watcher has answered, or none need be asked."""
         self.data: bytes | None = None
         """What to send instead of the message: a command without an id."""
+        self.names_of: int | None = None
+        """Whose descriptors' names are in the arguments; None: the client's."""
         self.on_reply: Callable[[bytes], bytes] | None = None
         self.done: Callable[[Message | None], None] | None = None
         """For refault's own commands: called with the reply, or None if QEMU went away."""

@@ -354,6 +354,9 @@ class Multiplexer:
             request.on_reply = verdict.on_reply
             if verdict.arguments is not None:
                 request.rebuild(verdict.arguments)
+                request.names_of = (
+                    self._own.number
+                )  # what the watcher put in, it got by a getfd of refault's own
         if request.oob:
             if request.answer is not None:
                 self._answer_oob(request)
@@ -447,7 +450,7 @@ class Multiplexer:
         return -1
 
     def _rename(self, request: Request) -> None:
-        number = request.client.number
+        number = request.client.number if request.names_of is None else request.names_of
         defines = request.name == b"getfd"
         if not self._names and not defines:
             return
