@@ -1,0 +1,88 @@
+"""The daemon: one VM served until a signal ends it."""
+
+from __future__ import annotations
+
+import logging
+import signal
+from collections.abc import AsyncIterator
+
+import trio
+
+from refault.daemon.control import serve_control
+from refault.daemon.metrics import serve_metrics
+from refault.daemon.notify import Notifier
+from refault.daemon.options import RunOptions
+from refault.daemon.snapshot import Status
+from refault.daemon.vm import Vm
+
+log = logging.getLogger("refault")
+
+PUBLISH_INTERVAL = 0.5
+STOP_PATIENCE = 60.0
+STOP_POLL = 0.05
+
+
+class Publisher:
+    """Holds the last picture of all VMs, for readers in any thread."""
+
+    def __init__(self, vms: list[Vm]) -> None:
+        self._vms = vms
+        self._status = Status(vms=())
+        self.publish()
+
+    def publish(self) -> Status:
+        """Makes a new picture; call it in the trio thread."""
+        self._status = Status(vms=tuple(vm.status() for vm in self._vms))
+        return self._status
+
+    def status(self) -> Status:
+        """The last picture; from any thread."""
+        return self._status
+
+    async def run(self) -> None:
+        """Publishes at intervals until cancelled."""
+        while True:
+            self.publish()
+            await trio.sleep(PUBLISH_INTERVAL)
+
+
+async def serve(options: RunOptions) -> None:
+    """Serves until SIGTERM or SIGINT. Raises OperatorError where something outside is not as it must be."""
+    vm = Vm(options)
+    publisher = Publisher([vm])
+    notifier = Notifier()
+    with trio.open_signal_receiver(signal.SIGTERM, signal.SIGINT) as signals:
+        async with trio.open_nursery() as nursery:
+            await nursery.start(vm.run)
+            await nursery.start(serve_control, options.control, publisher.publish)
+            if options.metrics is not None:
+                await nursery.start(serve_metrics, *options.metrics, publisher.status)
+            nursery.start_soon(publisher.run)
+            notifier.ready(f"serving {options.qemu}")
+            log.info("%s: serving %s on %s", options.name, options.qemu, ", ".join(map(str, options.listen)))
+            async for number in signals:
+                log.info("%s: %s, ending", options.name, signal.Signals(number).name)
+                notifier.stopping("ending")
+                break
+            with trio.move_on_after(STOP_PATIENCE):
+                nursery.start_soon(_second_signal, signals, nursery.cancel_scope)
+                await _until_stopping_is_safe(vm, notifier)
+            nursery.cancel_scope.cancel()
+
+
+async def _second_signal(signals: AsyncIterator[int], scope: trio.CancelScope) -> None:
+    async for _ in signals:
+        scope.cancel()
+
+
+async def _until_stopping_is_safe(vm: Vm, notifier: Notifier) -> None:
+    """Waits while our end would kill or double a guest (DESIGN, 6); a second signal cuts this short."""
+    told = False
+    while (cost := vm.migration.cost_of_stopping()) is not None and not cost[0]:
+        if not told:
+            log.warning(
+                "%s: not ending yet, for now %s; waiting %g s at most", vm.name, cost[1], STOP_PATIENCE
+            )
+            told = True
+        notifier.extend_timeout(STOP_POLL * 100)
+        await trio.sleep(STOP_POLL)

@@ -1,0 +1,247 @@
+"""The destination's commands: `migrate-incoming`, and `migrate-recover`, out-of-band, after a loss."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable
+
+import msgspec
+import trio
+
+from refault.daemon import far
+from refault.daemon.far import FarListener, Kind
+from refault.daemon.local import Deposits, LocalLeg, hand_over
+from refault.daemon.migration import AttemptFailed, Migration, NotPausedYet, inet_of
+from refault.daemon.monitor import Answer, Forward, QmpError, WatchedCommand
+from refault.migration.endpoint import Endpoint, Inet, endpoint_of, with_descriptor
+from refault.migration.phase import Role
+from refault.migration.recovery import Event, State
+
+log = logging.getLogger("refault.migration")
+
+RECOVER_TIMEOUT = 5.0
+CLOSEFD_TIMEOUT = 10.0
+_NOT_PAUSED = "postcopy is paused"
+
+
+class Destination:
+    """The role of the QEMU that the guest comes to."""
+
+    role = Role.DESTINATION
+
+    def __init__(self, migration: Migration) -> None:
+        self._migration = migration
+        self._deposits = Deposits()
+        self._listeners: list[FarListener] = []
+        self._scopes: list[trio.CancelScope] = []
+        self._first: LocalLeg | None = None
+        self._open: LocalLeg | None = None
+        self._given_up: list[LocalLeg] = []
+        self._wanted = trio.Event()
+        self._asked_for: Endpoint | None = None
+
+    # ---- clients' commands ----
+
+    async def migrate_incoming(self, command: WatchedCommand) -> Forward | Answer:
+        """A client's `migrate-incoming`: refault binds the address, QEMU gets a descriptor."""
+        migration = self._migration
+        endpoint = endpoint_of(command.arguments)
+        reason = await migration.judge(endpoint)
+        await migration.begin(self, endpoint, reason)
+        if reason is not None:
+            return Forward(on_reply=self._watch_reply)
+        try:
+            listener = await self._bind(inet_of(endpoint))
+        except OSError as error:
+            migration.refused()
+            return Answer(error=("GenericError", f"Failed to listen on {inet_of(endpoint).uri}: {error}"))
+        migration.endpoint = self._asked_for = listener.endpoint
+        try:
+            self._first = await hand_over(migration.monitor, Role.DESTINATION)
+        except (QmpError, trio.TooSlowError, OSError) as error:
+            await migration.begin(self, endpoint, f"no local leg could be made: {error}")
+            return Forward(on_reply=self._watch_reply)
+        return Forward(
+            arguments=with_descriptor(command.arguments, self._first.name), on_reply=self._watch_reply
+        )
+
+    def _watch_reply(self, reply: bytes) -> bytes:
+        if b'"error"' in reply and "error" in msgspec.json.decode(reply):
+            self._migration.refused()
+        else:
+            self._migration.accepted()
+            if self._migration.relay is not None:
+                self._migration.start_soon(self._lay)
+        return reply
+
+    async def adopt(self, endpoint: Endpoint) -> None:
+        """A migration that was met at start-up: binds its address again and lays descriptors. Raises
+        OSError, QmpError."""
+        listener = await self._bind(inet_of(endpoint))
+        self._asked_for = listener.endpoint
+        await self._deposits.fill(self._migration.monitor)
+
+    async def migrate_recover(self, command: WatchedCommand) -> Forward | Answer:
+        """A client recovers by hand: our attempt makes way; its address is bound by refault where it is
+        relayed."""
+        migration = self._migration
+        log.info("%s: a client recovers the destination by hand", migration.name)
+        endpoint = endpoint_of(command.arguments)
+        migration.feed(Event.CLIENT_RECOVERS)
+        if migration.relay is None or not isinstance(endpoint, Inet):
+            return Forward()
+        try:
+            if endpoint not in (listener.endpoint for listener in self._listeners):
+                await self._bind(endpoint)
+        except OSError as error:
+            migration.feed(Event.ATTEMPT_FAILED)
+            return Answer(error=("GenericError", f"Failed to listen on {endpoint.uri}: {error}"))
+        if self._open is not None:
+            return Answer(value={})  # QEMU waits already, and whoever comes to this address reaches it
+        leg = self._deposits.take()
+        if leg is None:
+            return Forward()
+
+        def watch(reply: bytes) -> bytes:
+            if "error" in msgspec.json.decode(reply):
+                self._deposits.put_back(leg)
+                migration.feed(Event.ATTEMPT_FAILED)
+            else:
+                self._opened(leg)
+            return reply
+
+        return Forward(arguments=with_descriptor(command.arguments, leg.name), on_reply=watch)
+
+    def show_address(self) -> Callable[[bytes], bytes] | None:
+        """What makes query-migrate show the address that the client asked for; None where QEMU shows its
+        own."""
+        listeners = list(self._listeners)
+        if not listeners or self._asked_for is None:
+            return None
+
+        def show(reply: bytes) -> bytes:
+            decoded = msgspec.json.decode(reply)
+            if not isinstance(decoded.get("return"), dict) or "socket-address" in decoded["return"]:
+                return reply
+            decoded["return"]["socket-address"] = [
+                listener.endpoint.as_socket_address() for listener in listeners
+            ]
+            return msgspec.json.encode(decoded)
+
+        return show
+
+    # ---- the far side ----
+
+    async def _bind(self, endpoint: Inet) -> FarListener:
+        listener = await FarListener.bind(endpoint)
+        self._listeners.append(listener)
+        self._migration.start_soon(self._serve, listener)
+        return listener
+
+    async def _serve(self, listener: FarListener) -> None:
+        with trio.CancelScope() as scope:
+            self._scopes.append(scope)
+            await listener.serve(self._offer)
+
+    async def _offer(self, connection: trio.socket.SocketType, kind: Kind) -> None:
+        migration = self._migration
+        if kind is Kind.FRESH:
+            if self._first is None or migration.relay is None:
+                log.warning(
+                    "%s: closed a connection that begins a migration: one is under way", migration.name
+                )
+                return
+            leg, self._first = self._first, None
+            migration.join(leg, connection, recovered=False)
+            return
+        while far.alive(connection):
+            if self._open is not None and migration.relay is not None:
+                leg, self._open = self._open, None
+                migration.join(leg, connection, recovered=True)
+                return
+            with trio.move_on_after(0.5):  # the peer may go while we wait for our own QEMU
+                await self._wanted.wait()
+        log.info("%s: a recovered channel went away before QEMU was ready for it", migration.name)
+
+    # ---- recovery ----
+
+    async def attempt(self) -> None:
+        """One recovery: `migrate-recover`, and QEMU waits for the source. No deadline: it may wait as long
+        as need be."""
+        migration = self._migration
+        if migration.relay is None:
+            await self._attempt_unrelayed()
+            return
+        if self._open is None:
+            leg = self._deposits.take()
+            if leg is None:
+                raise AttemptFailed("no descriptor is left with QEMU to recover over")
+            try:
+                await self._recover(f"fd:{leg.name}")
+            except QmpError as error:
+                self._deposits.put_back(leg)
+                raise NotPausedYet if _NOT_PAUSED in error.desc else error from None
+            except BaseException:
+                self._given_up.append(leg)  # QEMU may have taken it, so it must never close
+                raise
+            self._opened(leg)
+        migration.feed(Event.ISSUED)
+
+    def _opened(self, leg: LocalLeg) -> None:
+        if self._open is not None:
+            self._given_up.append(self._open)
+        self._open = leg
+        self._wanted.set()
+        self._wanted = trio.Event()
+
+    async def _attempt_unrelayed(self) -> None:
+        endpoint = self._migration.next_endpoint()
+        if endpoint is None:
+            raise AttemptFailed("the address of the lost channel is not known; name one with --recover-uri")
+        try:
+            await self._recover(endpoint.uri)
+        except QmpError as error:
+            if _NOT_PAUSED in error.desc:
+                raise NotPausedYet from None
+            raise
+        self._migration.feed(Event.ISSUED)
+
+    async def _recover(self, uri: str) -> None:
+        migration = self._migration
+        await migration.monitor.execute("migrate-recover", {"uri": uri}, oob=True, timeout=RECOVER_TIMEOUT)
+        migration.counters.attempts += 1
+        log.info("%s: recovery attempt %d: QEMU waits for the source (%s)",
+                 migration.name, migration.counters.attempts, uri)  # fmt: skip
+
+    async def _lay(self) -> None:
+        migration = self._migration
+        try:
+            await self._deposits.fill(migration.monitor)
+        except (QmpError, trio.TooSlowError, OSError) as error:
+            log.warning("%s: could not lay descriptors with QEMU for a recovery: %s", migration.name, error)
+
+    async def settle(self) -> None:
+        """Lays new descriptors in place of those that were used."""
+        if self._migration.relay is not None and self._migration.policy.state is State.RUNNING:
+            await self._deposits.fill(self._migration.monitor)
+
+    async def clean_up(self) -> None:
+        """Frees the address, and takes back from QEMU the descriptors that it did not need."""
+        for scope in self._scopes:
+            scope.cancel()
+        for listener in self._listeners:
+            listener.close()
+        self._scopes.clear()
+        self._listeners.clear()
+        legs = self._deposits.drain()
+        try:
+            for leg in legs:
+                await self._migration.monitor.execute(
+                    "closefd", {"fdname": leg.name}, timeout=CLOSEFD_TIMEOUT
+                )
+        finally:
+            for ours in (*legs, *self._given_up, self._open, self._first):
+                if ours is not None:
+                    ours.socket.close()
+            self._given_up.clear()
+            self._open = self._first = None

@@ -1,0 +1,98 @@
+"""The local leg: a socketpair, one end handed to QEMU with `getfd`. No path, no strangers, a send buffer
+that we size."""
+
+from __future__ import annotations
+
+import itertools
+import os
+import socket
+from collections import deque
+from dataclasses import dataclass
+from typing import Protocol
+
+from refault.migration.phase import Role
+
+GETFD_TIMEOUT = 10.0
+SOURCE_SEND_BUFFER = 8 * 1024
+DESTINATION_SEND_BUFFER = 32 * 1024
+
+_numbers = itertools.count(1)
+
+
+class Executes(Protocol):
+    """The part of the monitor that local legs need."""
+
+    async def execute(
+        self,
+        command: str,
+        arguments: dict[str, object] | None = None,
+        *,
+        oob: bool = False,
+        fd: int | None = None,
+        timeout: float,  # noqa: ASYNC109
+    ) -> object:
+        """Runs one of refault's own commands."""
+
+
+@dataclass
+class LocalLeg:
+    """Our end of a socketpair whose other end QEMU knows by `name`. Never closed but where legs.py allows
+    it."""
+
+    name: str
+    socket: socket.socket
+
+    def detach(self) -> int:
+        """Gives the descriptor away, to the pump."""
+        return self.socket.detach()
+
+
+async def hand_over(monitor: Executes, role: Role) -> LocalLeg:
+    """Makes a pair and gives one end to QEMU. Raises what `execute` raises; then both ends are closed.
+
+    QEMU reads nothing of it before a migrate command names it, so an end that was never named can be closed
+    freely.
+    """
+    ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_STREAM)
+    # What waits between QEMU and us is queued ahead of the page that a vCPU waits for (DESIGN, 7).
+    if role is Role.SOURCE:
+        theirs.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, SOURCE_SEND_BUFFER)
+    else:
+        ours.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, DESTINATION_SEND_BUFFER)
+    name = f"refault-{os.getpid()}-{next(_numbers)}"
+    with theirs:
+        try:
+            await monitor.execute("getfd", {"fdname": name}, fd=theirs.fileno(), timeout=GETFD_TIMEOUT)
+        except BaseException:
+            ours.close()
+            raise
+    return LocalLeg(name, ours)
+
+
+class Deposits:
+    """Descriptors laid with a destination QEMU before postcopy, so that a recovery needs no in-band
+    command."""
+
+    WANTED = 8
+
+    def __init__(self) -> None:
+        self._legs: deque[LocalLeg] = deque()
+
+    async def fill(self, monitor: Executes) -> None:
+        """Lays descriptors until there are enough."""
+        while len(self._legs) < self.WANTED:
+            self._legs.append(await hand_over(monitor, Role.DESTINATION))
+
+    def take(self) -> LocalLeg | None:
+        """One that QEMU knows; None where there is none left."""
+        return self._legs.popleft() if self._legs else None
+
+    def put_back(self, leg: LocalLeg) -> None:
+        """Returns one that QEMU did not take."""
+        self._legs.appendleft(leg)
+
+    def drain(self) -> list[LocalLeg]:
+        """Hands out all that are left, to be closed at both ends."""
+        legs = list(self._legs)
+        self._legs.clear()
+        return legs

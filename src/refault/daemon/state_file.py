@@ -1,0 +1,76 @@
+"""What a restarted refault must know of a migration under way: which role, which address, which QEMU."""
+
+from __future__ import annotations
+
+import logging
+import os
+from pathlib import Path
+
+import msgspec
+
+from refault.migration.phase import Role
+
+log = logging.getLogger("refault.state")
+
+
+class MigrationRecord(msgspec.Struct, frozen=True, kw_only=True):
+    """One migration, as its commands set it up."""
+
+    role: Role
+    uri: str
+    relayed: bool
+    qemu_pid: int | None
+    qemu_started: int | None
+    """Start time of that process in clock ticks since boot (/proc/PID/stat, field 22), for pids are used
+    again."""
+
+
+def process_started(pid: int | None) -> int | None:
+    """The start time of a process as in `MigrationRecord`; None where it cannot be read."""
+    if pid is None:
+        return None
+    try:
+        stat = Path(f"/proc/{pid}/stat").read_text()
+    except OSError:
+        return None
+    return int(stat.rpartition(")")[2].split()[19])
+
+
+class StateFile:
+    """The record of one VM, replaced as a whole or removed."""
+
+    def __init__(self, directory: Path, vm: str) -> None:
+        self._vm = vm
+        self._path = directory / f"{vm}.migration.json"
+
+    def save(self, record: MigrationRecord) -> None:
+        """Writes the record. A directory that cannot be written costs the recovery after a restart, nothing
+        else."""
+        temporary = self._path.with_suffix(".new")
+        try:
+            descriptor = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600)
+            with open(descriptor, "wb") as file:
+                file.write(msgspec.json.encode(record))
+            temporary.replace(self._path)
+        except OSError as error:
+            log.warning("%s: cannot save the migration to %s: %s", self._vm, self._path, error)
+
+    def load(self, pid: int | None) -> MigrationRecord | None:
+        """The record, if it is of the QEMU process `pid`; a stale, torn or foreign one is removed and
+        None."""
+        try:
+            record = msgspec.json.decode(self._path.read_bytes(), type=MigrationRecord)
+        except FileNotFoundError:
+            return None
+        except (OSError, msgspec.DecodeError) as error:
+            log.warning("%s: ignoring %s: %s", self._vm, self._path, error)
+            return None
+        if record.qemu_pid != pid or record.qemu_started != process_started(pid):
+            log.info("%s: %s is of another QEMU process; removed", self._vm, self._path)
+            self.remove()
+            return None
+        return record
+
+    def remove(self) -> None:
+        """The migration has ended."""
+        self._path.unlink(missing_ok=True)

@@ -1,0 +1,171 @@
+"""One VM: its monitor, its migration, and the picture that both give."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Mapping
+from pathlib import Path
+
+import trio
+
+from refault.daemon.destination import Destination
+from refault.daemon.migration import Migration
+from refault.daemon.monitor import (
+    Answer,
+    Forward,
+    Monitor,
+    MonitorLost,
+    QemuInfo,
+    QmpError,
+    WatchedCommand,
+)
+from refault.daemon.options import RunOptions
+from refault.daemon.picture import picture
+from refault.daemon.snapshot import VmStatus
+from refault.daemon.source import Source, cancel_while_paused
+from refault.daemon.state_file import StateFile
+from refault.migration.endpoint import Inet, parse_uri
+from refault.migration.phase import Role
+from refault.migration.recovery import Event
+
+log = logging.getLogger("refault.vm")
+
+_UNDER_WAY = frozenset(
+    {
+        "setup",
+        "active",
+        "device",
+        "postcopy-active",
+        "postcopy-paused",
+        "postcopy-recover-setup",
+        "postcopy-recover",
+    }
+)
+
+
+class Vm:
+    """Serves one QEMU for as long as `run` is not cancelled."""
+
+    def __init__(self, options: RunOptions) -> None:
+        self.options = options
+        self.name = options.name
+        self.monitor = Monitor(
+            options.name,
+            options.qemu,
+            options.listen,
+            watch={
+                "migrate": self._migrate,
+                "migrate-incoming": self._migrate_incoming,
+                "migrate-recover": self._migrate_recover,
+                "migrate-pause": self._migrate_pause,
+                "migrate_cancel": self._migrate_cancel,
+                "query-migrate": self._query_migrate,
+            },
+            on_event=self._on_event,
+            on_connect=self._on_connect,
+            on_disconnect=self._on_disconnect,
+        )
+        self.migration = Migration(
+            options.name,
+            self.monitor,
+            relay_allowed=options.relay == "auto",
+            recover_uris=options.recover_uris,
+            state_file=StateFile(options.state_dir, options.name),
+        )
+        self._destination: Destination | None = None
+        self._last_info: QemuInfo | None = None
+
+    async def run(self, *, task_status: trio.TaskStatus[None] = trio.TASK_STATUS_IGNORED) -> None:
+        """Listens, then serves. Raises what the monitor raises where an address cannot be bound."""
+        async with trio.open_nursery() as nursery:
+            await nursery.start(self.migration.run)
+            await nursery.start(self.monitor.run)
+            task_status.started()
+
+    def status(self) -> VmStatus:
+        """The picture of this VM, made now; call it in the trio thread."""
+        return picture(self.name, self.options.qemu, self._last_info, self.monitor, self.migration)
+
+    # ---- what clients ask for ----
+
+    async def _migrate(self, command: WatchedCommand) -> Forward | Answer:
+        procedure = self.migration.procedure
+        resuming = command.arguments.get("resume") is True
+        source = procedure if resuming and isinstance(procedure, Source) else Source(self.migration)
+        return await source.migrate(command)
+
+    async def _migrate_incoming(self, command: WatchedCommand) -> Forward | Answer:
+        self._destination = Destination(self.migration)
+        return await self._destination.migrate_incoming(command)
+
+    async def _migrate_recover(self, command: WatchedCommand) -> Forward | Answer:
+        procedure = self.migration.procedure
+        if isinstance(procedure, Destination):
+            return await procedure.migrate_recover(command)
+        return Forward()
+
+    async def _migrate_pause(self, command: WatchedCommand) -> Forward | Answer:
+        def watch(reply: bytes) -> bytes:
+            if b'"error"' not in reply:
+                log.info("%s: a client paused the migration; waiting for it to recover", self.name)
+                self.migration.feed(Event.CLIENT_PAUSED)
+            return reply
+
+        return Forward(on_reply=watch)
+
+    async def _migrate_cancel(self, command: WatchedCommand) -> Forward | Answer:
+        return await cancel_while_paused(self.migration, command)
+
+    async def _query_migrate(self, command: WatchedCommand) -> Forward | Answer:
+        procedure = self.migration.procedure
+        show = procedure.show_address() if isinstance(procedure, Destination) else None
+        return Forward(on_reply=show)
+
+    # ---- what QEMU says ----
+
+    def _on_event(self, name: str, data: Mapping[str, object]) -> None:
+        if name == "MIGRATION" and isinstance(status := data.get("status"), str):
+            self.migration.on_status(status)
+
+    async def _on_connect(self, info: QemuInfo) -> None:
+        same = self._last_info is not None and self._last_info.pid == info.pid and info.pid is not None
+        self._last_info = info
+        if self.migration.under_way:
+            if not same:
+                self.migration.feed(Event.QEMU_GONE)
+            else:
+                self.migration.look_soon()
+                return
+        self.migration.start_soon(self._meet)
+
+    def _on_disconnect(self) -> None:
+        pid = self._last_info.pid if self._last_info else None
+        if pid is not None and Path(f"/proc/{pid}/cwd").exists():
+            log.warning("%s: the monitor was lost, but QEMU (pid %d) still runs", self.name, pid)
+            return
+        self.migration.feed(Event.QEMU_GONE)
+
+    async def _meet(self) -> None:
+        """Looks whether a migration is under way already; one that is paused is a lost channel like any
+        other."""
+        try:
+            reply = await self.migration.query("query-migrate")
+            status = reply.get("status")
+            if not isinstance(status, str) or status not in _UNDER_WAY:
+                return
+            record = self.migration.record()
+            is_source = record.role is Role.SOURCE if record else "ram" in reply
+            endpoint = parse_uri(record.uri) if record else None
+            log.info("%s: met a migration that is %s", self.name, status)
+            if not is_source and status in ("setup", "active"):
+                return  # it listens somewhere that refault was not told of
+            procedure = Source(self.migration) if is_source else Destination(self.migration)
+            relayed = record is not None and record.relayed and isinstance(endpoint, Inet)
+            reason = None if relayed and status == "postcopy-paused" else "it was under way before refault"
+            await self.migration.begin(procedure, endpoint, reason)
+            if isinstance(procedure, Destination) and reason is None and endpoint is not None:
+                await procedure.adopt(endpoint)
+            self.migration.feed(Event.STARTED)
+            self.migration.on_status(status)
+        except (QmpError, MonitorLost, trio.TooSlowError, OSError) as error:
+            log.error("%s: ALERT: cannot take over a migration that is under way: %s", self.name, error)

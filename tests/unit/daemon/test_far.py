@@ -1,0 +1,123 @@
+"""The far leg: what is let in, judged by its first bytes."""
+
+import contextlib
+import struct
+
+import pytest
+import trio
+
+from refault.daemon import far
+from refault.daemon.far import FarListener, Kind, classify
+from refault.migration.endpoint import Inet
+
+ANY_PORT = Inet("127.0.0.1", 0)
+RECOVERED = struct.pack(">BHH", 8, 10, 7) + b"\x06pc.ram"
+
+
+@pytest.mark.parametrize(
+    ("first", "kind"),
+    [
+        (b"QEVM", Kind.FRESH),
+        (RECOVERED[:4], Kind.RESUMED),
+        (b"\x16\x03\x01\x02", Kind.FOREIGN),
+        (b"\x11\x22\x33\x44", Kind.FOREIGN),
+        (b"GET ", Kind.FOREIGN),
+        (b"QE", Kind.FOREIGN),
+        (b"", Kind.FOREIGN),
+    ],
+)
+def test_the_first_bytes_tell(first: bytes, kind: Kind) -> None:
+    assert classify(first) is kind
+
+
+class Door:
+    """A listener, and what it offered."""
+
+    def __init__(self) -> None:
+        self.offered: list[tuple[Kind, bytes]] = []
+        self.came = trio.Event()
+
+    async def offer(self, connection: trio.socket.SocketType, kind: Kind) -> None:
+        self.offered.append((kind, await connection.recv(100)))
+        self.came.set()
+
+
+async def open_door(nursery: trio.Nursery) -> tuple[Door, Inet]:
+    door = Door()
+    listener = await FarListener.bind(ANY_PORT)
+    nursery.start_soon(listener.serve, door.offer)
+    return door, listener.endpoint
+
+
+async def test_nothing_is_consumed_before_it_is_offered(nursery: trio.Nursery) -> None:
+    door, endpoint = await open_door(nursery)
+    connection = await far.connect(endpoint, 5)
+    for byte in RECOVERED[:4]:  # however slowly it comes
+        await connection.send(bytes([byte]))
+        await trio.sleep(0.002)
+    with trio.fail_after(5):
+        await door.came.wait()
+    assert door.offered == [(Kind.RESUMED, RECOVERED[:4])]
+    connection.close()
+
+
+@pytest.mark.parametrize("stranger", [b"", b"QE", b"GET / HTTP/1.0\r\n\r\n", b"\x16\x03\x01\x02\x00"])
+async def test_strangers_are_not_offered(nursery: trio.Nursery, stranger: bytes) -> None:
+    door, endpoint = await open_door(nursery)
+    connection = await far.connect(endpoint, 5)
+    if stranger:
+        await connection.send(stranger)
+    if len(stranger) < 4:
+        connection.shutdown(trio.socket.SHUT_WR)
+    with trio.fail_after(5):
+        with contextlib.suppress(ConnectionResetError):
+            assert await connection.recv(1) == b""
+    assert door.offered == []
+    connection.close()
+
+
+async def test_one_that_says_nothing_stops_nobody(nursery: trio.Nursery) -> None:
+    door, endpoint = await open_door(nursery)
+    silent = await far.connect(endpoint, 5)
+    loud = await far.connect(endpoint, 5)
+    await loud.send(b"QEVM")
+    with trio.fail_after(5):
+        await door.came.wait()
+    silent.close()
+    loud.close()
+
+
+async def test_an_address_in_use_is_never_another_port() -> None:
+    first = await FarListener.bind(ANY_PORT)
+    try:
+        with pytest.raises(OSError, match=r"[Aa]ddress already in use"):
+            await FarListener.bind(first.endpoint)
+    finally:
+        first.close()
+
+
+async def test_a_refused_connection_is_told_in_words() -> None:
+    listener = await FarListener.bind(ANY_PORT)
+    listener.close()
+    with pytest.raises(OSError, match=r"cannot connect to tcp:127\.0\.0\.1:\d+: .*[Rr]efused"):
+        await far.connect(listener.endpoint, 5)
+
+
+async def test_a_peer_that_left_is_seen_though_its_bytes_are_there(nursery: trio.Nursery) -> None:
+    seen: list[bool] = []
+    done = trio.Event()
+
+    async def offer(connection: trio.socket.SocketType, kind: Kind) -> None:
+        while far.alive(connection):
+            await trio.sleep(0.001)
+        seen.append(True)
+        done.set()
+
+    listener = await FarListener.bind(ANY_PORT)
+    nursery.start_soon(listener.serve, offer)
+    connection = await far.connect(listener.endpoint, 5)
+    await connection.send(RECOVERED)
+    connection.close()
+    with trio.fail_after(5):
+        await done.wait()
+    assert seen == [True]
