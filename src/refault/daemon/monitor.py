@@ -594,15 +594,20 @@ class Monitor:
                 self._peer = peer_of(sock)
                 self._connections += 1
                 core.upstream_connected(b'"refault-%s"' % os.urandom(6).hex().encode())
+                trouble: Exception | None = None
                 async with trio.open_nursery() as nursery:
                     self._connection = nursery
                     self._upstream = _Wire(sock, nursery.cancel_scope)
                     try:
                         with trio.fail_after(_GREETING_TIMEOUT) as greeting:
                             await self._read_upstream(sock, greeting)
+                    except (NotQmpError, trio.TooSlowError) as error:
+                        trouble = error  # outside of the nursery, which would wrap it
                     finally:
                         trio.lowlevel.notify_closing(sock)
                         nursery.cancel_scope.cancel()
+                if trouble:
+                    raise trouble
         finally:
             self._lose_upstream()
 
