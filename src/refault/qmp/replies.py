@@ -34,13 +34,10 @@ def oob_unavailable() -> bytes:
 
 
 def shape_error(members: dict[str, object], *, oob: bool) -> str | None:
-    """What is wrong with a command object, as QEMU's qmp_dispatch_check_obj() says it; None if nothing is.
-
-    QEMU looks at the members in the order of its hash table, this in theirs: with two things wrong the texts
-    differ.
-    """
+    """What is wrong with a command object, as QEMU's qmp_dispatch_check_obj() says it; None if nothing is."""
     verb = None
-    for name, value in members.items():
+    for name in sorted(reversed(members), key=_bucket):
+        value = members[name]
         if name == "execute" or (name == "exec-oob" and oob):
             if not isinstance(value, str):
                 return f"QMP input member '{name}' must be a string"
@@ -53,3 +50,10 @@ def shape_error(members: dict[str, object], *, oob: bool) -> str | None:
         elif name != "id":
             return f"QMP input member '{name}' is unexpected"
     return None if verb else "QMP input lacks member 'execute'"
+
+
+def _bucket(name: str) -> int:
+    """Where QEMU's dictionaries keep a key: which of several errors it finds first (qobject/qdict.c, gdbm's hash)."""
+    data = name.encode()
+    value = 0x238F13AF * len(data) + sum(byte << i * 5 % 24 for i, byte in enumerate(data))
+    return (1103515243 * value + 12345) % 512
