@@ -1,7 +1,8 @@
 """What refault costs a QMP client: round trips and pipelined commands, beside other ways through.
 
-One QEMU has one monitor for each way: directly, and through refault, socat, a bare trio byte pump, and a proxy written
-with the qemu.qmp library. The ways take turns in small rounds, so that what else the machine does meets all alike.
+One QEMU has one monitor for each way: directly, and through refault, socat, a bare trio byte pump, and a
+proxy written with the qemu.qmp library. The ways take turns in small rounds, so that what else the machine
+does meets all alike.
 
 Run: python tests/bench/bench_qmp.py [--qemu QEMU] [--rounds N] [--json]
 """
@@ -118,8 +119,8 @@ def serve_refault(qemu: str, listen: str) -> None:
 
 def serve_library(qemu: str, listen: str) -> None:
     """A proxy as one writes it with qemu.qmp: each command becomes a task that awaits its reply."""
-    from qemu.qmp import QMPClient  # type: ignore[import-untyped]
-    from qemu.qmp.message import Message  # type: ignore[import-untyped]
+    from qemu.qmp import QMPClient
+    from qemu.qmp.message import Message
 
     async def run() -> None:
         upstream: Any = QMPClient("bench")
@@ -217,7 +218,9 @@ def measure(qemu: str, rounds: int) -> dict[str, dict[str, float]]:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--qemu", default=os.environ.get("QEMU", "qemu-system-x86_64"))
     parser.add_argument("--rounds", type=int, default=20)
     parser.add_argument("--json", action="store_true")
@@ -232,7 +235,10 @@ def main() -> None:
         print(json.dumps(result))
         return
     direct, pump, library = result["direct"], result["pump"], result["qemu.qmp"]
-    print(f"{'way':10} {'p50 us':>8} {'p99 us':>8} {'x direct':>9} {'x pump':>7} {'commands/s':>11} {'x direct':>9}")
+    print(
+        f"{'way':10} {'p50 us':>8} {'p99 us':>8} {'x direct':>9} {'x pump':>7}"
+        f" {'commands/s':>11} {'x direct':>9}"
+    )
     for way in WAYS:
         row = result[way]
         print(

@@ -23,7 +23,9 @@ Message = dict[str, Any]
 
 
 @contextmanager
-def qemu_process(*monitors: str, qemu: str = QEMUS[0], extra: Sequence[str] = ()) -> Iterator[subprocess.Popen[bytes]]:
+def qemu_process(
+    *monitors: str, qemu: str = QEMUS[0], extra: Sequence[str] = ()
+) -> Iterator[subprocess.Popen[bytes]]:
     """A QEMU without a machine, paused with nothing to run; `monitors` are chardev arguments for -qmp."""
     argv = [qemu, "-machine", "none", "-nodefaults", "-display", "none", *extra]
     for monitor in monitors:
@@ -95,7 +97,9 @@ class Client:
             if "event" not in message and message.get("id") == spelling:
                 return message
 
-    async def command(self, name: str, arguments: Mapping[str, object] | None = None, *, oob: bool = False) -> Any:
+    async def command(
+        self, name: str, arguments: Mapping[str, object] | None = None, *, oob: bool = False
+    ) -> Any:
         """Runs a command and returns what it returns; AssertionError if that is an error."""
         members: dict[str, object] = {"exec-oob" if oob else "execute": name, "id": f"command-{name}"}
         if arguments is not None:
@@ -135,6 +139,13 @@ async def negotiated(path: Path | tuple[str, int], *enable: str) -> AsyncIterato
     async with connected(path) as client:
         await client.negotiate(*enable)
         yield client
+
+
+async def clients_gone(monitor: Monitor, remaining: int = 0) -> None:
+    """Waits until refault has noticed."""
+    with trio.fail_after(10):
+        while monitor.clients > remaining:  # noqa: ASYNC110 - nothing tells
+            await trio.sleep(0.01)
 
 
 def open_fds() -> dict[str, str]:

@@ -1,3 +1,4 @@
+# ruff: noqa: E501 - tables
 """The same exchanges with a QEMU directly and with another one through refault give the same messages."""
 
 from __future__ import annotations
@@ -8,7 +9,6 @@ from contextlib import asynccontextmanager
 from pathlib import Path
 
 import pytest
-
 from tests.integration.qmp_tools import QEMUS, Client, Message, connected, directory, qemu_process, refault
 
 pytestmark = pytest.mark.qemu
@@ -32,35 +32,113 @@ UNSAFE = {
 VOLATILE = {"timestamp", "filename", "pid", "thread-id", "label"}
 
 IDS = [
-    b"null", b"true", b"false", b"0", b"-1", b"42", b"9223372036854775807", b"-9223372036854775808",
-    b"18446744073709551615", b"1.5", b"-0.25", b"1e10", b'""', b'"x"', b"'x'", b'"\\u00e9\\n\\"\\\\/"', b'"\xc3\xa9"',
-    b'"\\ud83d\\ude00"', b'"id"', b"[]", b"{}", b"[1, [2, {\n'a' : null}]]", b'{"b": 1, "a": {"execute": "id"}}',
-    b'"refault-1"', b"1", b"'it\\'s \"quoted\"'", b'"\\u0000"',
-]  # fmt: skip
+    b"null",
+    b"true",
+    b"false",
+    b"0",
+    b"-1",
+    b"42",
+    b"9223372036854775807",
+    b"-9223372036854775808",
+    b"18446744073709551615",
+    b"1.5",
+    b"-0.25",
+    b"1e10",
+    b'""',
+    b'"x"',
+    b"'x'",
+    b'"\\u00e9\\n\\"\\\\/"',
+    b'"\xc3\xa9"',
+    b'"\\ud83d\\ude00"',
+    b'"id"',
+    b"[]",
+    b"{}",
+    b"[1, [2, {\n'a' : null}]]",
+    b'{"b": 1, "a": {"execute": "id"}}',
+    b'"refault-1"',
+    b"1",
+    b"'it\\'s \"quoted\"'",
+    b'"\\u0000"',
+]
 
 MALFORMED = [
-    b"{]", b"[}", b"{\xff", b"{\x01", b"{'bad \xff", b"{'execute': 'nonexistent', 'id':'\n", b"%p", b"null ", b"{}",
-    b"{ 'execute': true }", b"{ 'execute': 'no-such-cmd', 'arguments': [] }",
-    b"{ 'execute': 'no-such-cmd', 'extra': true }", b"[]", b"[1, 2]", b'"a string"', b"17 ", b"-", b"nul ", b"{,}",
-    b"{'a'}", b"{'a':}", b"{'a':1,}", b"{'a' 1}", b"{'a':1 'b':2}", b"[1,]", b"[,]", b"[1 2]", b"{1:2}", b"}", b"]",
-    b":", b",", b"{'execute': 'query-status', 'execute': 'query-name'}", b"{'execute': 'query-status', 'id': 01}",
-    b"{'execute': 'query-status', 'id': 1.}", b"{'execute': 'query-status', 'id': .5}",
-    b"{'execute': 'query-status', 'id': +5}", b"{'execute': 'query-status', 'id': 1e}",
-    b"{'execute': 'query-status', 'id': 0x10}", b"{'execute': 'query-status', 'id': NaN}",
-    b"{'execute': 'query-status', 'id': '\\x'}", b"{'execute': 'query-status', 'id': '\\u12'}",
-    b"{'execute': 'query-status', 'id': '\\ud800'}", b"{'execute': 'query-status', 'id': '\\ud800\\u0041'}",
-    b"{'execute': 'query-status', 'id': '\\ufffe'}", b"{'execute': 'query-status', 'id': '\xc3'}",
-    b"{'execute': 'query-status', 'id': '\xed\xa0\x80'}", b"{'execute': 'query-status', 'id': '\xc1\x81'}",
-    b"{'execute': 'query-status', 'id': {'a': 1, 'a': 2}}", b"{'execute': 'query-status', 'id': {'a': 1, '\\u0061': 2}}",
-    b"[" * 1025, b"{'a':" * 1025, b"{'execute': 'query-status'", b"'unterminated", b"{'execute': 5}",
-    b"{'exec-oob': 5}", b"{'execute': 'query-status', 'exec-oob': 'query-status'}", b"{'arguments': {}}",
-    b"{'id': 5}", b"{'execute': null, 'id': 'n'}", b"{'execute': '', 'id': 'empty'}",
-    b"{'execute': 'query-status', 'arguments': null, 'id': 3}", b"{'execute': 'query-status', 'control': {}, 'id': 4}",
-    b"{'return': {}, 'id': 1}", b"{'error': {}}", b"{'event': 'STOP'}", b"{'QMP': {}}", b"\x00", b"\xfe\xff",
-    b"{'b': 1, 'a': 2, 'execute': 3, 'arguments': 4, 'exec-oob': 5, 'id': 6}", b"{'zz': 1, 'yy': 2, 'xx': 3, 'id': 7}",
-    b"{'execute': 'query-status', 'exec-oob': 'query-status', 'id': 8}", b"{'exec-oob': 'stop', 'control': {}}",
-    b"abc", b"truefalse ", b"{'execute': 'query-status', 'arguments': {'x': undefined}}",
-]  # fmt: skip
+    b"{]",
+    b"[}",
+    b"{\xff",
+    b"{\x01",
+    b"{'bad \xff",
+    b"{'execute': 'nonexistent', 'id':'\n",
+    b"%p",
+    b"null ",
+    b"{}",
+    b"{ 'execute': true }",
+    b"{ 'execute': 'no-such-cmd', 'arguments': [] }",
+    b"{ 'execute': 'no-such-cmd', 'extra': true }",
+    b"[]",
+    b"[1, 2]",
+    b'"a string"',
+    b"17 ",
+    b"-",
+    b"nul ",
+    b"{,}",
+    b"{'a'}",
+    b"{'a':}",
+    b"{'a':1,}",
+    b"{'a' 1}",
+    b"{'a':1 'b':2}",
+    b"[1,]",
+    b"[,]",
+    b"[1 2]",
+    b"{1:2}",
+    b"}",
+    b"]",
+    b":",
+    b",",
+    b"{'execute': 'query-status', 'execute': 'query-name'}",
+    b"{'execute': 'query-status', 'id': 01}",
+    b"{'execute': 'query-status', 'id': 1.}",
+    b"{'execute': 'query-status', 'id': .5}",
+    b"{'execute': 'query-status', 'id': +5}",
+    b"{'execute': 'query-status', 'id': 1e}",
+    b"{'execute': 'query-status', 'id': 0x10}",
+    b"{'execute': 'query-status', 'id': NaN}",
+    b"{'execute': 'query-status', 'id': '\\x'}",
+    b"{'execute': 'query-status', 'id': '\\u12'}",
+    b"{'execute': 'query-status', 'id': '\\ud800'}",
+    b"{'execute': 'query-status', 'id': '\\ud800\\u0041'}",
+    b"{'execute': 'query-status', 'id': '\\ufffe'}",
+    b"{'execute': 'query-status', 'id': '\xc3'}",
+    b"{'execute': 'query-status', 'id': '\xed\xa0\x80'}",
+    b"{'execute': 'query-status', 'id': '\xc1\x81'}",
+    b"{'execute': 'query-status', 'id': {'a': 1, 'a': 2}}",
+    b"{'execute': 'query-status', 'id': {'a': 1, '\\u0061': 2}}",
+    b"[" * 1025,
+    b"{'a':" * 1025,
+    b"{'execute': 'query-status'",
+    b"'unterminated",
+    b"{'execute': 5}",
+    b"{'exec-oob': 5}",
+    b"{'execute': 'query-status', 'exec-oob': 'query-status'}",
+    b"{'arguments': {}}",
+    b"{'id': 5}",
+    b"{'execute': null, 'id': 'n'}",
+    b"{'execute': '', 'id': 'empty'}",
+    b"{'execute': 'query-status', 'arguments': null, 'id': 3}",
+    b"{'execute': 'query-status', 'control': {}, 'id': 4}",
+    b"{'return': {}, 'id': 1}",
+    b"{'error': {}}",
+    b"{'event': 'STOP'}",
+    b"{'QMP': {}}",
+    b"\x00",
+    b"\xfe\xff",
+    b"{'b': 1, 'a': 2, 'execute': 3, 'arguments': 4, 'exec-oob': 5, 'id': 6}",
+    b"{'zz': 1, 'yy': 2, 'xx': 3, 'id': 7}",
+    b"{'execute': 'query-status', 'exec-oob': 'query-status', 'id': 8}",
+    b"{'exec-oob': 'stop', 'control': {}}",
+    b"abc",
+    b"truefalse ",
+    b"{'execute': 'query-status', 'arguments': {'x': undefined}}",
+]
 
 NEGOTIATIONS: list[Exchange] = [
     [STATUS, CAPABILITIES, STATUS],
@@ -93,22 +171,61 @@ NEGOTIATIONS: list[Exchange] = [
 ]
 
 STATEFUL: list[Exchange] = [
-    [CAPABILITIES, b"{'execute': 'stop'}", STATUS, b"{'execute': 'cont', 'id': 1}", STATUS, b"{'execute': 'stop'}"],
-    [CAPABILITIES, b"{'execute': 'object-add', 'arguments': {'qom-type': 'memory-backend-ram', 'id': 'm', 'size': 4096}}"],
-    [CAPABILITIES, b"{'execute': 'qom-get', 'arguments': {'path': '/objects/m', 'property': 'size'}, 'id': 2}"],
-    [CAPABILITIES, b"{'execute': 'object-del', 'arguments': {'id': 'm'}}{'execute': 'object-del', 'arguments': {'id': 'm'}}"],
-    [CAPABILITIES, b"{'execute': 'blockdev-add', 'arguments': {'driver': 'null-co', 'node-name': 'n', 'size': 1048576}}"],
-    [CAPABILITIES, b"{'execute': 'query-named-block-nodes'}", b"{'execute': 'blockdev-del', 'arguments': {'node-name': 'n'}}"],
-    [CAPABILITIES, b"{'execute': 'getfd', 'arguments': {'fdname': 'a'}}", b"{'execute': 'closefd', 'arguments': {'fdname': 'a'}}"],
+    [
+        CAPABILITIES,
+        b"{'execute': 'stop'}",
+        STATUS,
+        b"{'execute': 'cont', 'id': 1}",
+        STATUS,
+        b"{'execute': 'stop'}",
+    ],
+    [
+        CAPABILITIES,
+        b"{'execute': 'object-add', 'arguments': {'qom-type': 'memory-backend-ram', 'id': 'm', 'size': 4096}}",
+    ],
+    [
+        CAPABILITIES,
+        b"{'execute': 'qom-get', 'arguments': {'path': '/objects/m', 'property': 'size'}, 'id': 2}",
+    ],
+    [
+        CAPABILITIES,
+        b"{'execute': 'object-del', 'arguments': {'id': 'm'}}{'execute': 'object-del', 'arguments': {'id': 'm'}}",
+    ],
+    [
+        CAPABILITIES,
+        b"{'execute': 'blockdev-add', 'arguments': {'driver': 'null-co', 'node-name': 'n', 'size': 1048576}}",
+    ],
+    [
+        CAPABILITIES,
+        b"{'execute': 'query-named-block-nodes'}",
+        b"{'execute': 'blockdev-del', 'arguments': {'node-name': 'n'}}",
+    ],
+    [
+        CAPABILITIES,
+        b"{'execute': 'getfd', 'arguments': {'fdname': 'a'}}",
+        b"{'execute': 'closefd', 'arguments': {'fdname': 'a'}}",
+    ],
     [CAPABILITIES, b"{'execute': 'getfd', 'arguments': {'fdname': '1a'}}", b"{'execute': 'add-fd'}"],
     [CAPABILITIES, b"{'execute': 'human-monitor-command', 'arguments': {'command-line': 'info version'}}"],
     [CAPABILITIES, b"{'execute': 'human-monitor-command', 'id': 2}"],
-    [CAPABILITIES, b"{'execute': 'chardev-add', 'arguments': {'id': 'c', 'backend': {'type': 'null', 'data': {}}}}"],
-    [CAPABILITIES, b"{'execute': 'chardev-remove', 'arguments': {'id': 'c'}, 'id': {'x': 18446744073709551615}}"],
-    [CAPABILITIES, b"{'execute': 'migrate-set-capabilities', 'arguments': {'capabilities': [{'capability': 'xbzrle', 'state': true}]}}",
-     b"{'execute': 'query-migrate-capabilities'}"],
-    [CAPABILITIES, b"{'execute': 'migrate-set-parameters', 'arguments': {'max-bandwidth': 18446744073709551616}}"],
-]  # fmt: skip
+    [
+        CAPABILITIES,
+        b"{'execute': 'chardev-add', 'arguments': {'id': 'c', 'backend': {'type': 'null', 'data': {}}}}",
+    ],
+    [
+        CAPABILITIES,
+        b"{'execute': 'chardev-remove', 'arguments': {'id': 'c'}, 'id': {'x': 18446744073709551615}}",
+    ],
+    [
+        CAPABILITIES,
+        b"{'execute': 'migrate-set-capabilities', 'arguments': {'capabilities': [{'capability': 'xbzrle', 'state': true}]}}",
+        b"{'execute': 'query-migrate-capabilities'}",
+    ],
+    [
+        CAPABILITIES,
+        b"{'execute': 'migrate-set-parameters', 'arguments': {'max-bandwidth': 18446744073709551616}}",
+    ],
+]
 
 
 def sentinel(serial: int) -> bytes:
@@ -179,7 +296,11 @@ async def pair_of(qemu: str, suffix: str = "") -> AsyncIterator[Pair]:
 
 
 async def test_ids(pair: Pair) -> None:
-    commands = [b'{"execute": "%s", "id": %s}' % (name, spelling) for spelling in IDS for name in (b"query-name", b"no")]
+    commands = [
+        b'{"execute": "%s", "id": %s}' % (name, spelling)
+        for spelling in IDS
+        for name in (b"query-name", b"no")
+    ]
     await pair.compare([CAPABILITIES, *commands, STATUS, b"".join(commands)])
     await pair.compare([OOB, *[b'{"id": %s, "exec-oob": "migrate-pause"}' % spelling for spelling in IDS]])
     await pair.compare([b'{"execute": "query-name", "id": %s}' % spelling for spelling in IDS])
@@ -211,6 +332,8 @@ async def test_every_command(pair: Pair) -> None:
     exchanges = [CAPABILITIES]
     for name in safe:
         exchanges.append(json.dumps({"execute": name, "id": name}).encode())
-        exchanges.append(json.dumps({"execute": name, "arguments": {"no-such-argument": [1, {"a": None}]}}).encode())
+        exchanges.append(
+            json.dumps({"execute": name, "arguments": {"no-such-argument": [1, {"a": None}]}}).encode()
+        )
     await pair.compare(exchanges)
     assert pair.exchanges >= 300

@@ -357,7 +357,7 @@ class Monitor:
                 self._paused.discard(client)
                 wire = client.transport
                 assert isinstance(wire, _Wire)  # noqa: S101
-                if wire.wake:
+                if wire.wake is not None:
                     wire.wake.set()
 
     def _flush_client(self, client: Client) -> None:
@@ -514,6 +514,8 @@ class Monitor:
                 await self._read_client(client, wire)
             except OSError:
                 pass
+            except Exception:
+                log.exception("%s: internal error; client %d is disconnected", self.name, client.number)
             finally:
                 self._paused.discard(client)
                 wire.broken = True
@@ -603,6 +605,8 @@ class Monitor:
                             await self._read_upstream(sock, greeting)
                     except (NotQmpError, trio.TooSlowError) as error:
                         trouble = error  # outside of the nursery, which would wrap it
+                    except Exception:
+                        log.exception("%s: internal error; the connection to QEMU is made anew", self.name)
                     finally:
                         trio.lowlevel.notify_closing(sock)
                         nursery.cancel_scope.cancel()

@@ -36,7 +36,8 @@ def oob_unavailable() -> bytes:
 def shape_error(members: dict[str, object], *, oob: bool) -> str | None:
     """What is wrong with a command object, as QEMU's qmp_dispatch_check_obj() says it; None if nothing is."""
     verb = None
-    for name in sorted(reversed(members), key=_bucket):
+    newest_first = list(reversed(members))  # as in a bucket
+    for name in sorted(newest_first, key=_bucket):
         value = members[name]
         if name == "execute" or (name == "exec-oob" and oob):
             if not isinstance(value, str):
@@ -53,7 +54,7 @@ def shape_error(members: dict[str, object], *, oob: bool) -> str | None:
 
 
 def _bucket(name: str) -> int:
-    """Where QEMU's dictionaries keep a key: which of several errors it finds first (qobject/qdict.c, gdbm's hash)."""
+    """Where QEMU keeps a key: which of several errors it finds first (qobject/qdict.c, gdbm's hash)."""
     data = name.encode()
     value = 0x238F13AF * len(data) + sum(byte << i * 5 % 24 for i, byte in enumerate(data))
     return (1103515243 * value + 12345) % 512

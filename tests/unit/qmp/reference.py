@@ -10,7 +10,9 @@ _TOKEN = re.compile(
     | '(?:[^'\\\x00-\x1f\xfe\xff] | \\[^\x00-\x1f\xfe\xff])*'""",
     re.VERBOSE,
 )
-_NUMBER = re.compile(rb"-?(?:0(?:\.[0-9]+(?:[eE][+-]?[0-9]+)?)?|[1-9][0-9]*(?:\.[0-9]+)?(?:[eE][+-]?[0-9]+)?)")
+_NUMBER = re.compile(
+    rb"-?(?:0(?:\.[0-9]+(?:[eE][+-]?[0-9]+)?)?|[1-9][0-9]*(?:\.[0-9]+)?(?:[eE][+-]?[0-9]+)?)"
+)
 _KEYWORD = re.compile(rb"[a-z]+")
 _ESCAPE = re.compile(r"\\(?:u([0-9a-fA-F]{4})|(.))", re.DOTALL)
 _SHORT = {"b": "\b", "f": "\f", "n": "\n", "r": "\r", "t": "\t", "/": "/", "\\": "\\", '"': '"', "'": "'"}
@@ -150,7 +152,9 @@ _PREFIXES = [
     # a regular expression for each kind of token that is read so far, and one for when it may end there
     (re.compile(rb"[a-z]*\Z"), re.compile(rb"[a-z]+\Z")),
     (
-        re.compile(rb"-?(?:0(?:\.(?:[0-9]+(?:[eE][+-]?[0-9]*)?)?)?|[1-9][0-9]*(?:\.[0-9]*)?|[1-9][0-9]*(?:\.[0-9]+)?[eE][+-]?[0-9]*)?\Z"),
+        re.compile(
+            rb"-?(?:0(?:\.(?:[0-9]+(?:[eE][+-]?[0-9]*)?)?)?|[1-9][0-9]*(?:\.[0-9]*)?|[1-9][0-9]*(?:\.[0-9]+)?[eE][+-]?[0-9]*)?\Z"
+        ),
         re.compile(_NUMBER.pattern + rb"\Z"),
     ),
     (re.compile(rb"\"(?:[^\"\\\x00-\x1f\xfe\xff]|\\[^\x00-\x1f\xfe\xff])*\\?\Z"), None),
@@ -159,7 +163,9 @@ _PREFIXES = [
 
 
 def _extent(stream: bytes, at: int) -> tuple[int, bool]:
-    """Where the token at `at` ends, and whether it is one: (end, True), or (the byte that it does not allow, False)."""
+    """Where the token at `at` ends, and whether it is one: (end, True), or (the byte that it does not allow,
+    False).
+    """
     if stream[at] in b"{}[],:":
         return at + 1, True
     for prefix, whole in _PREFIXES:
@@ -170,7 +176,9 @@ def _extent(stream: bytes, at: int) -> tuple[int, bool]:
             if whole is None and stream[stop] == stream[at] and not _escaped(stream, at, stop):
                 return stop + 1, True
             if not prefix.match(stream[at : stop + 1]):
-                return stop, whole is not None and bool(whole.match(stream[at:stop])) and not _bad_follow(stream, at, stop)
+                return stop, whole is not None and bool(whole.match(stream[at:stop])) and not _bad_follow(
+                    stream, at, stop
+                )
             stop += 1
         return stop, False
     return at, False

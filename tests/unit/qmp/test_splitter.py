@@ -1,13 +1,14 @@
 from __future__ import annotations
 
 import json
+from itertools import pairwise
 from typing import Any
 
 import pytest
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
-
 from tests.unit.qmp import reference
+
 from refault.qmp.commands import decode_arguments, decode_members, verb_name
 from refault.qmp.splitter import (
     BROKEN,
@@ -29,7 +30,7 @@ def feed(stream: bytes, cuts: list[int] | None = None, **options: Any) -> list[M
     splitter = Splitter(**options)
     messages = []
     edges = [0, *sorted(min(cut, len(stream)) for cut in cuts or []), len(stream)]
-    for begin, end in zip(edges, edges[1:], strict=False):
+    for begin, end in pairwise(edges):
         messages += splitter.feed(stream[begin:end])
     return messages
 
@@ -41,7 +42,19 @@ def one(stream: bytes, **options: Any) -> Message:
 
 def seen(messages: list[Message]) -> list[object]:
     return [
-        (m.raw, m.problem, m.shape, m.verb, m.verb_end, m.arguments, m.arguments_end, m.id, m.id_end, m.cut, m.cut_end)
+        (
+            m.raw,
+            m.problem,
+            m.shape,
+            m.verb,
+            m.verb_end,
+            m.arguments,
+            m.arguments_end,
+            m.id,
+            m.id_end,
+            m.cut,
+            m.cut_end,
+        )
         for m in messages
     ]
 
@@ -49,16 +62,67 @@ def seen(messages: list[Message]) -> list[object]:
 # streams that look like QMP, and streams that do not
 
 fragments = st.sampled_from(
-    [b"{", b"}", b"[", b"]", b",", b":", b" ", b"\n", b"\t", b'"', b"'", b"\\", b'"execute"', b"'exec-oob'", b'"id"',
-     b'"a"', b"true", b"null", b"nul", b"0", b"-", b"-0", b"01", b"12", b"1.5", b"1.", b"1e5", b"1e+", b"0e1", b"0.5e3",
-     b"\\u0041", b'"\\u0041"', b'"A"', b'"\\ud83d\\ude00"', b'"\\ud800"', b'"\\q"', b'"\xc3\xa9"', b'"\xc0\x80"',
-     b'"\xed\xa0\x80"', b'"\xef\xbf\xbf"', b"\xff", b"\xfe", b"\x00", b"\x01", b"\x7f", b"%", b"{}", b'{"a":1}']
+    [
+        b"{",
+        b"}",
+        b"[",
+        b"]",
+        b",",
+        b":",
+        b" ",
+        b"\n",
+        b"\t",
+        b'"',
+        b"'",
+        b"\\",
+        b'"execute"',
+        b"'exec-oob'",
+        b'"id"',
+        b'"a"',
+        b"true",
+        b"null",
+        b"nul",
+        b"0",
+        b"-",
+        b"-0",
+        b"01",
+        b"12",
+        b"1.5",
+        b"1.",
+        b"1e5",
+        b"1e+",
+        b"0e1",
+        b"0.5e3",
+        b"\\u0041",
+        b'"\\u0041"',
+        b'"A"',
+        b'"\\ud83d\\ude00"',
+        b'"\\ud800"',
+        b'"\\q"',
+        b'"\xc3\xa9"',
+        b'"\xc0\x80"',
+        b'"\xed\xa0\x80"',
+        b'"\xef\xbf\xbf"',
+        b"\xff",
+        b"\xfe",
+        b"\x00",
+        b"\x01",
+        b"\x7f",
+        b"%",
+        b"{}",
+        b'{"a":1}',
+    ]
 )
 garbage = st.lists(fragments | st.binary(min_size=1, max_size=2), max_size=25).map(b"".join)
 json_values = st.recursive(
-    st.none() | st.booleans() | st.integers(-(2**63), 2**64 - 1) | st.floats(allow_nan=False, allow_infinity=False)
+    st.none()
+    | st.booleans()
+    | st.integers(-(2**63), 2**64 - 1)
+    | st.floats(allow_nan=False, allow_infinity=False)
     | st.text(st.characters(exclude_categories=["Cs"], exclude_characters="￾￿"), max_size=8),
-    lambda inner: st.lists(inner, max_size=4) | st.dictionaries(st.text("abcé\n'", max_size=4), inner, max_size=4),
+    lambda inner: (
+        st.lists(inner, max_size=4) | st.dictionaries(st.text("abcé\n'", max_size=4), inner, max_size=4)
+    ),
     max_leaves=12,
 )
 
@@ -71,7 +135,9 @@ def acceptable(value: object) -> bool:
 spellings = st.tuples(json_values.filter(acceptable), st.booleans(), st.sampled_from([None, 2])).map(
     lambda given: json.dumps(given[0], ensure_ascii=given[1], indent=given[2]).encode()
 )
-streams = st.one_of(garbage, st.lists(spellings, max_size=6).map(b"\n".join), st.tuples(spellings, garbage).map(b"".join))
+streams = st.one_of(
+    garbage, st.lists(spellings, max_size=6).map(b"\n".join), st.tuples(spellings, garbage).map(b"".join)
+)
 
 
 @given(streams, st.lists(st.integers(0, 400)), st.booleans())
@@ -140,7 +206,11 @@ def test_an_id_is_taken_out(raw: bytes, without: bytes) -> None:
 
 @pytest.mark.parametrize(
     ("raw", "with_id"),
-    [(b"{}", b'{"id": 9}'), (b'{"execute":"a"}', b'{"execute":"a", "id": 9}'), (b"{'id' :'x' }", b"{'id' :9 }")],
+    [
+        (b"{}", b'{"id": 9}'),
+        (b'{"execute":"a"}', b'{"execute":"a", "id": 9}'),
+        (b"{'id' :'x' }", b"{'id' :9 }"),
+    ],
 )
 def test_an_id_is_put_in(raw: bytes, with_id: bytes) -> None:
     assert one(raw).with_id(b"9") == with_id
@@ -171,7 +241,10 @@ def test_shapes(raw: bytes, shape: int) -> None:
 
 
 def test_names_and_arguments_are_decoded() -> None:
-    message = one(b"""{'exec\\u0075te': "qu\\u0065ry", 'arguments': {'a': 1e400, "b": 'x"y', 'c': 123456789012345678901}}""")
+    message = one(
+        b"""{'exec\\u0075te': "qu\\u0065ry", 'arguments': {'a': 1e400, "b": 'x"y', 'c':
+        123456789012345678901}}"""
+    )
     assert message.shape & VERB_MASK == EXECUTE
     assert verb_name(message) == b"query"
     assert decode_arguments(message) == {"a": float("inf"), "b": 'x"y', "c": 123456789012345678901}
@@ -195,7 +268,10 @@ def test_problems_in_qemus_words(stream: bytes, problems: list[str | None]) -> N
 def test_equal_keys_among_many_are_found() -> None:
     keys = [b'"key%d": %d' % (i, i) for i in range(100)]
     assert one(b"{" + b", ".join(keys) + b"}").problem is None
-    assert one(b"{" + b", ".join([*keys, b'"k\\u0065y57": 0']) + b"}").problem == "JSON parse error, duplicate key"
+    assert (
+        one(b"{" + b", ".join([*keys, b'"k\\u0065y57": 0']) + b"}").problem
+        == "JSON parse error, duplicate key"
+    )
 
 
 @pytest.mark.parametrize("filler", [b" ", b'"', b"1", b"[1],"])
@@ -219,4 +295,4 @@ def test_qemus_infinities_pass_the_lenient_one() -> None:
     message = one(b'{"return": {"a": inf, "b": -inf, "c": -nan}, "id": 3}', lenient=True)
     assert message.problem is None
     assert message.raw[message.id : message.id_end] == b"3"
-    assert [m.problem is None for m in feed(b"[-inf]")][0] is False
+    assert feed(b"[-inf]")[0].problem is not None

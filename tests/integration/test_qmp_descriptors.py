@@ -1,0 +1,204 @@
+"""Descriptors that clients pass: the right one, under the right name, to the right command, and none left
+behind.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import socket
+from collections.abc import Iterator
+from contextlib import AsyncExitStack, contextmanager
+from pathlib import Path
+
+import pytest
+import trio
+from tests.integration.qmp_tools import (
+    Client,
+    Message,
+    clients_gone,
+    directory,
+    negotiated,
+    open_fds,
+    qemu_process,
+    refault,
+)
+
+pytestmark = pytest.mark.qemu
+
+
+@contextmanager
+def temporary(path: Path) -> Iterator[int]:
+    fd = os.open(path, os.O_RDWR | os.O_CREAT)
+    try:
+        yield fd
+    finally:
+        os.close(fd)
+
+
+def execute(name: str, spelling: object, **arguments: object) -> bytes:
+    return json.dumps({"execute": name, "arguments": arguments, "id": spelling}).encode()
+
+
+def held_by(pid: int) -> dict[int, str]:
+    return {int(name): os.readlink(f"/proc/{pid}/fd/{name}") for name in os.listdir(f"/proc/{pid}/fd")}
+
+
+async def test_pipelined_by_ten_clients_with_the_same_names() -> None:
+    names = ["a", "b", "migration"]
+    with directory() as path, qemu_process(f"unix:{path}/qemu,server=on,wait=off") as qemu:
+        fds = len(open_fds())
+        async with refault(path / "qemu", path / "front") as monitor, AsyncExitStack() as stack:
+            clients = [await stack.enter_async_context(negotiated(path / "front")) for _ in range(10)]
+            busy = await stack.enter_async_context(negotiated(path / "front"))
+
+            async def load() -> None:
+                while True:
+                    await busy.send(b'{"execute": "query-name", "id": 1}' * 20)
+                    for _ in range(20):
+                        await busy.receive()
+
+            async def pass_all(number: int, client: Client) -> None:
+                for turn in range(3):  # the later ones replace the earlier ones
+                    for name in names:
+                        with temporary(path / f"{number}-{name}-{turn}") as fd:
+                            await client.send_fd(execute("getfd", [name, turn], fdname=name), fd)
+                    with temporary(path / f"{number}-set-{turn}") as fd:
+                        await client.send_fd(execute("add-fd", ["set", turn], opaque=f"{number}/{turn}"), fd)
+                for turn in range(3):
+                    for name in names:
+                        assert await client.reply([name, turn]) == {"return": {}, "id": [name, turn]}
+                    added = (await client.reply(["set", turn]))["return"]
+                    assert held_by(qemu.pid)[added["fd"]] == str(path / f"{number}-set-{turn}")
+
+            async with trio.open_nursery() as nursery:
+                nursery.start_soon(load)
+                async with trio.open_nursery() as passing:
+                    for number, client in enumerate(clients):
+                        passing.start_soon(pass_all, number, client)
+                nursery.cancel_scope.cancel()
+
+            held = sorted(
+                target
+                for target in held_by(qemu.pid).values()
+                if "-set-" not in target and "/refault-" in target
+            )
+            wanted = sorted(str(path / f"{number}-{name}-2") for number in range(10) for name in names)
+            assert [target for target in held if target.endswith("-2")] == wanted
+            assert not [target for target in held if target.endswith(("-0", "-1"))]
+            for number, client in enumerate(clients):  # each closes its own, and no other's
+                await client.command("closefd", {"fdname": "b"})
+                assert str(path / f"{number}-b-2") not in held_by(qemu.pid).values()
+                await client.send(execute("closefd", "again", fdname="b"))
+                assert (await client.reply("again"))["error"]["desc"] == "File descriptor named 'b' not found"
+                assert str(path / f"{number}-a-2") in held_by(qemu.pid).values()
+            sets = [item["fdset-id"] for item in await clients[0].command("query-fdsets")]
+            assert len(sets) == 30
+            assert monitor.counters.dropped_replies == 0
+        assert len(open_fds()) == fds
+
+
+async def test_where_a_name_is_used() -> None:
+    """Two clients' sockets of the same name end in the chardevs and migrations of each."""
+    with directory() as path, qemu_process(f"unix:{path}/qemu,server=on,wait=off"):
+        async with (
+            refault(path / "qemu", path / "front"),
+            negotiated(path / "front") as one,
+            negotiated(path / "front") as other,
+        ):
+            ends = []
+            for client in (one, other):
+                mine, its = socket.socketpair()
+                ends.append(mine)
+                with its:
+                    await client.send_fd(execute("getfd", "get", fdname="s"), its.fileno())
+                assert await client.reply("get") == {"return": {}, "id": "get"}
+            for client, name in ((other, "second"), (one, "first")):
+                await client.command(
+                    "chardev-add",
+                    {
+                        "id": name,
+                        "backend": {
+                            "type": "socket",
+                            "data": {"addr": {"type": "fd", "data": {"str": "s"}}, "server": False},
+                        },
+                    },
+                )
+            for client, name in ((one, "first"), (other, "second")):
+                await client.command("chardev-remove", {"id": name})
+                end = ends.pop(0)
+                assert end.recv(1) == b""  # it was this one's
+                end.close()
+                for later in ends:
+                    later.setblocking(False)
+                    with pytest.raises(BlockingIOError):
+                        later.recv(1)
+                    later.setblocking(True)
+            await other.send(execute("migrate", "m", uri="fd:nothing"))
+            assert "nothing" in (await other.reply("m"))["error"]["desc"]
+
+
+async def test_a_descriptor_before_its_command() -> None:
+    """As the qemu.qmp library sends it: with a blank, ahead."""
+    with directory() as path, qemu_process(f"unix:{path}/qemu,server=on,wait=off") as qemu:
+        async with refault(path / "qemu", path / "front"), negotiated(path / "front") as client:
+            for turn in range(3):
+                with temporary(path / f"file-{turn}") as fd:
+                    await client.send_fd(b" ", fd)
+                    await client.send(execute("getfd", turn, fdname=f"n{turn}"))
+            for turn in range(3):
+                assert "return" in await client.reply(turn)
+            for turn in range(3):
+                assert str(path / f"file-{turn}") in held_by(qemu.pid).values()
+            await client.send(execute("getfd", "none", fdname="x"))
+            expected = "No file descriptor supplied via SCM_RIGHTS"
+            assert (await client.reply("none"))["error"]["desc"] == expected
+
+
+async def test_a_descriptor_with_a_command_that_takes_none_is_not_the_next_clients() -> None:
+    with directory() as path, qemu_process(f"unix:{path}/qemu,server=on,wait=off"):
+        async with (
+            refault(path / "qemu", path / "front"),
+            negotiated(path / "front") as one,
+            negotiated(path / "front") as other,
+        ):
+            with temporary(path / "file") as fd:
+                await one.send_fd(execute("query-name", 1), fd)
+                await one.reply(1)
+                await one.send_fd(execute("getfd", 2), fd)  # QEMU refuses it before it takes the descriptor
+                assert "error" in await one.reply(2)
+                await other.send(execute("getfd", 3, fdname="x"))
+                reply: Message = await other.reply(3)
+            assert reply["error"]["desc"] == "No file descriptor supplied via SCM_RIGHTS"
+
+
+@pytest.mark.parametrize(
+    "data", [b" ", b'{"execute": "query-name"}', b'{"execute": "getfd", "arguments": {"x": 1}}']
+)
+async def test_a_hostile_client_leaves_none_behind(data: bytes) -> None:
+    count = 10_000
+    with directory() as path, qemu_process(f"unix:{path}/qemu,server=on,wait=off") as qemu:
+        async with refault(path / "qemu", path / "front") as monitor, negotiated(path / "front") as normal:
+            before = open_fds()
+            in_qemu = len(held_by(qemu.pid))
+            most = 0
+            with temporary(path / "file") as fd:
+                async with negotiated(path / "front") as client, trio.open_nursery() as nursery:
+
+                    async def read() -> None:
+                        while await client.stream.receive_some():
+                            pass
+
+                    nursery.start_soon(read)
+                    rights = (socket.SOL_SOCKET, socket.SCM_RIGHTS, fd.to_bytes(4, "little") * 200)
+                    for turn in range(count // 200):
+                        await client.stream.socket.sendmsg([data], [rights])
+                        if turn % 10 == 0:
+                            most = max(most, len(open_fds()))
+                            assert await normal.command("query-name") == {}
+                    nursery.cancel_scope.cancel()
+            await clients_gone(monitor, 1)
+            await normal.command("query-name")
+            assert most <= len(before) + 30
+            assert open_fds().keys() == before.keys()
+            assert len(held_by(qemu.pid)) <= in_qemu + 1
