@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import argparse
 import re
 from pathlib import Path
 
 import pytest
+
+from refault.cli import run
 
 ROOT = Path(__file__).parents[2]
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
@@ -27,3 +30,16 @@ def test_make_targets_exist(page: Path) -> None:
 
 def test_make_help_names_every_target() -> None:
     assert set(re.findall(r"make (\w+)  ", MAKEFILE)) == TARGETS - {"help", "build"}
+
+
+def test_every_option_of_run_is_in_running_md() -> None:
+    options = set(re.findall(r"--[a-z-]+", _run_usage()))
+    rows = re.findall(r"^\| `(--[a-z-]+)", (ROOT / "docs" / "running.md").read_text(), flags=re.MULTILINE)
+    assert set(rows) == options - {"--help", "--version"}
+
+
+def _run_usage() -> str:
+    parser = argparse.ArgumentParser()
+    run.add_parser(parser.add_subparsers())
+    actions = next(action for action in parser._actions if isinstance(action, argparse._SubParsersAction))
+    return str(actions.choices["run"].format_usage())

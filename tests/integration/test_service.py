@@ -1,0 +1,230 @@
+"""`refault run` as a service manager and an operator meet it: start, status, metrics, errors, end."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import re
+import shlex
+import signal
+import socket
+import subprocess
+import sys
+import time
+import urllib.request
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from refault.cli.main import build_parser
+from refault.cli.run import run_options
+
+ROOT = Path(__file__).parents[2]
+REFAULT = [sys.executable, "-m", "refault"]
+
+
+class Daemon:
+    """A `refault run` in `directory`, with a service manager's socket to report to."""
+
+    def __init__(self, directory: Path, *arguments: str) -> None:
+        self.directory = directory
+        self.manager = socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM)
+        self.manager.bind(str(directory / "notify"))
+        self.log = directory / "log"
+        environment = os.environ | {
+            "NOTIFY_SOCKET": str(directory / "notify"),
+            "RUNTIME_DIRECTORY": str(directory),
+        }
+        with self.log.open("w") as log:
+            self.process = subprocess.Popen(
+                [*REFAULT, "run", *arguments],
+                stdin=subprocess.DEVNULL,
+                stdout=log,
+                stderr=log,
+                env=environment,
+            )
+
+    def notices(self, timeout: float = 20.0) -> Iterator[list[str]]:
+        self.manager.settimeout(timeout)
+        while True:
+            yield self.manager.recv(4096).decode().splitlines()
+
+    def wait_ready(self) -> None:
+        try:
+            assert any("READY=1" in notice for notice in self.notices())
+        except TimeoutError:
+            pytest.fail(f"never ready: {self.output()}")
+
+    def output(self) -> str:
+        return self.log.read_text()
+
+    def wait_output(self, pattern: str) -> None:
+        eventually(
+            lambda: re.search(pattern, self.output()) is not None, lambda: f"{pattern}: {self.output()}"
+        )
+
+    def status(self) -> dict[str, Any]:
+        done = subprocess.run(
+            [*REFAULT, "status", "--json"],
+            env=os.environ | {"RUNTIME_DIRECTORY": str(self.directory)},
+            capture_output=True,
+            check=True,
+            timeout=20,
+        )
+        (vm,) = json.loads(done.stdout)["vms"]
+        return vm  # type: ignore[no-any-return]
+
+    def close(self) -> None:
+        self.manager.close()
+        if self.process.poll() is None:
+            self.process.kill()
+        self.process.wait(10)
+
+
+@contextlib.contextmanager
+def daemon(directory: Path, *arguments: str) -> Iterator[Daemon]:
+    started = Daemon(directory, *arguments)
+    try:
+        yield started
+    finally:
+        started.close()
+
+
+def eventually(holds: Callable[[], bool], tell: Callable[[], str], timeout: float = 20.0) -> None:
+    deadline = time.monotonic() + timeout
+    while not holds():
+        assert time.monotonic() < deadline, tell()
+        time.sleep(0.05)
+
+
+@contextlib.contextmanager
+def qemu(monitor: Path) -> Iterator[subprocess.Popen[bytes]]:
+    """A QEMU without a machine: its monitor is what matters here."""
+    command = ["qemu-system-x86_64", "-M", "none", "-nodefaults", "-display", "none"]
+    process = subprocess.Popen(
+        [*command, "-qmp", f"unix:{monitor},server=on,wait=off"], stdin=subprocess.DEVNULL
+    )
+    try:
+        yield process
+    finally:
+        process.kill()
+        process.wait(10)
+
+
+def free_port() -> int:
+    with socket.create_server(("127.0.0.1", 0)) as probe:
+        return int(probe.getsockname()[1])
+
+
+def qmp(path: Path, *commands: str) -> list[dict[str, Any]]:
+    """The replies to `commands`, sent by a plain client."""
+    with socket.socket(socket.AF_UNIX) as connection:
+        connection.settimeout(20)
+        connection.connect(str(path))
+        stream = connection.makefile("rw")
+        assert "QMP" in json.loads(stream.readline())
+        replies = []
+        for command in ("qmp_capabilities", *commands):
+            stream.write(json.dumps({"execute": command}) + "\n")
+            stream.flush()
+            replies.append(json.loads(stream.readline()))
+    return replies[1:]
+
+
+@pytest.mark.qemu
+def test_a_service_from_start_to_end(tmp_path: Path) -> None:
+    port = free_port()
+    monitor, listen = tmp_path / "q", tmp_path / "l"
+    arguments = [
+        "--qemu",
+        str(monitor),
+        "--listen",
+        str(listen),
+        "--name",
+        "vm1",
+        "--metrics",
+        f"127.0.0.1:{port}",
+    ]
+    with daemon(tmp_path, *arguments) as running:
+        running.wait_ready()  # before there is a QEMU
+        assert listen.is_socket()
+        vm = running.status()
+        assert vm["name"] == "vm1"
+        assert vm["qemu"] == {"connected": False, "address": f"unix:{monitor}", "pid": None, "version": None}
+        with qemu(monitor) as process:
+            eventually(lambda: bool(running.status()["qemu"]["connected"]), running.output)
+            assert running.status()["qemu"]["pid"] == process.pid
+            (reply,) = qmp(listen, "query-status")
+            assert "return" in reply
+            with urllib.request.urlopen(f"http://127.0.0.1:{port}/metrics", timeout=10) as response:
+                assert 'refault_qemu_connected{vm="vm1"} ' in response.read().decode()
+        eventually(lambda: not running.status()["qemu"]["connected"], running.output)
+        running.process.send_signal(signal.SIGTERM)
+        assert any("STOPPING=1" in notice for notice in running.notices())
+        assert running.process.wait(20) == 0
+        assert "Traceback" not in running.output()
+    assert not listen.exists()
+    assert not (tmp_path / "vm1.control").exists()
+
+
+def test_the_example_of_the_unit_is_a_command_line() -> None:
+    text = (ROOT / "systemd" / "example.env").read_text()
+    (line,) = re.findall(r'^ARGS="(.*)"$', text, flags=re.MULTILINE)
+    arguments = ["run", "--name", "vm1", *shlex.split(line)]
+    assert run_options(build_parser(arguments).parse_args(arguments)).name == "vm1"
+
+
+def refused(tmp_path: Path, *arguments: str) -> str:
+    """What a `refault run` that cannot start says last, which is one line, with exit status 1."""
+    done = subprocess.run(
+        [*REFAULT, "run", "--name", "vm1", *arguments],
+        env=os.environ | {"RUNTIME_DIRECTORY": str(tmp_path)},
+        stdin=subprocess.DEVNULL,
+        capture_output=True,
+        text=True,
+        timeout=30,
+        check=False,
+    )
+    assert done.returncode == 1, done.stderr
+    assert done.stdout == ""
+    *log, told = done.stderr.splitlines()
+    assert told.startswith("refault: vm1: "), done.stderr
+    assert all(" vm1: no QEMU at " in line for line in log), done.stderr  # it may have come to that before
+    return told
+
+
+def test_what_cannot_be_bound_is_one_line(tmp_path: Path) -> None:
+    assert "directory does not exist" in refused(
+        tmp_path, "--qemu", "/q", "--listen", str(tmp_path / "none" / "l")
+    )
+    (tmp_path / "file").write_text("precious")
+    assert "no socket" in refused(tmp_path, "--qemu", "/q", "--listen", str(tmp_path / "file"))
+    assert (tmp_path / "file").read_text() == "precious"
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        port = taken.getsockname()[1]
+        assert "listens there already" in refused(
+            tmp_path, "--qemu", "/q", "--listen", f"tcp:127.0.0.1:{port}"
+        )
+        told = refused(
+            tmp_path, "--qemu", "/q", "--listen", str(tmp_path / "l"), "--metrics", f"127.0.0.1:{port}"
+        )
+        assert "cannot serve metrics" in told
+    assert not (tmp_path / "l").exists()
+
+
+def test_a_live_socket_is_left_alone_and_a_stale_one_replaced(tmp_path: Path) -> None:
+    listen = tmp_path / "l"
+    with socket.socket(socket.AF_UNIX) as live:
+        live.bind(str(listen))
+        live.listen()
+        assert "listens there already" in refused(tmp_path, "--qemu", "/q", "--listen", str(listen))
+        assert listen.is_socket()
+    with daemon(
+        tmp_path, "--qemu", "/q", "--listen", str(listen)
+    ) as running:  # closed, its file is still there
+        running.wait_ready()
+        with socket.socket(socket.AF_UNIX) as client:
+            client.connect(str(listen))
