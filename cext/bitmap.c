@@ -224,7 +224,7 @@ int rf_bitmap_clear(struct rf_bitmap *map, uint64_t index) {
 /* The end of a range, cut to the map. */
 static uint64_t range_end(const struct rf_bitmap *map, uint64_t first, uint64_t count) {
     if (first >= map->bits) {
-        return first;
+        return map->bits;
     }
     return count > map->bits - first ? map->bits : first + count;
 }

@@ -23,7 +23,10 @@ class PageMapError(Exception):
 
 @dataclass(frozen=True, slots=True)
 class PageMapStats:
-    """Counts since the map was made, as struct rf_pagemap_stats explains them; `memory` in bytes."""
+    """Counts since the map was made, as struct rf_pagemap_stats explains them; `memory` in bytes.
+
+    `consistent` is false where the writer was busy all the time: the counts may then be an event apart.
+    """
 
     requested: int
     repeated: int
@@ -41,6 +44,7 @@ class PageMapStats:
     losses: int
     memory: int
     blocks: int
+    consistent: bool
 
 
 @dataclass(frozen=True, slots=True)
@@ -115,8 +119,9 @@ class Latency:
 def read_stats(pointer: Any) -> PageMapStats:
     """The counts of a ``struct rf_pagemap *``, from any thread."""
     raw = ffi.new("struct rf_pagemap_stats *")
-    lib.rf_pagemap_stats(pointer, raw)
-    return PageMapStats(**{name: int(getattr(raw, name)) for name in PageMapStats.__slots__})
+    consistent = bool(lib.rf_pagemap_stats(pointer, raw))
+    counts = {name: int(getattr(raw, name)) for name in PageMapStats.__slots__[:-1]}
+    return PageMapStats(**counts, consistent=consistent)
 
 
 def read_block_stats(pointer: Any) -> list[BlockStats]:

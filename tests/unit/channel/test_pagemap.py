@@ -1,0 +1,368 @@
+"""The page map against a model of what DESIGN says it is."""
+
+from __future__ import annotations
+
+import random
+import threading
+from dataclasses import dataclass, field
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, rule
+
+from refault.channel.pagemap import PageMap, PageMapError
+
+PAGE = 4096
+HUGE = 16 * PAGE  # stands for 2 MiB, so that the model stays small
+BLOCKS = {b"pc.ram": (64 * PAGE, PAGE), b"huge": (16 * HUGE, HUGE), b"rom": (3 * PAGE, PAGE)}
+NAMES = st.sampled_from(sorted(BLOCKS))
+
+
+def bitmap_of(pages: set[int], count: int) -> bytes:
+    out = bytearray((count + 63) // 64 * 8)
+    for page in pages:
+        out[page // 8] |= 1 << page % 8
+    return bytes(out)
+
+
+@dataclass
+class Record:
+    name: bytes
+    start: int
+    time: int
+    unconfirmed: set[int]
+    missing: set[int]
+    requested_on: int
+    replayed_on: int = 0
+
+
+@dataclass
+class BlockModel:
+    forwarded: set[int] = field(default_factory=set)
+    bitmap_on: int = 0
+
+
+class Model(RuleBasedStateMachine):
+    """Requests for whole pages of declared blocks, mixed with arrivals, losses and received bitmaps."""
+
+    @initialize()
+    def make(self) -> None:
+        self.map = PageMap()
+        self.index = {name: self.map.declare(name, *sizes) for name, sizes in BLOCKS.items()}
+        self.blocks = {name: BlockModel() for name in BLOCKS}
+        self.records: list[Record] = []
+        self.now = 0
+        self.channel = 1
+        self.requested = self.answers = self.repeated = self.confirmed = 0
+
+    def tick(self) -> int:
+        self.now += 10
+        return self.now
+
+    def pages(self, name: bytes, unit: int) -> tuple[int, set[int]]:
+        length, size = BLOCKS[name]
+        start = unit % (length // size) * size
+        return start, set(range(start // PAGE, (start + size) // PAGE))
+
+    @rule(name=NAMES, unit=st.integers(0, 63))
+    def request(self, name: bytes, unit: int) -> None:
+        start, pages = self.pages(name, unit)
+        now = self.tick()
+        block = self.blocks[name]
+        missing = pages - block.forwarded
+        known = [record for record in self.records if (record.name, record.start) == (name, start)]
+        assert self.map.request(name, start, BLOCKS[name][1], now) == (not known)
+        if known:
+            self.repeated += 1
+            known[0].requested_on = self.channel
+            if not known[0].missing and missing:
+                known[0].missing = known[0].unconfirmed - block.forwarded
+            return
+        self.requested += 1
+        self.records.append(Record(name, start, now, set(pages), missing, self.channel))
+
+    @rule(name=NAMES, page=st.integers(0, 255), count=st.integers(1, 40))
+    def arrive(self, name: bytes, page: int, count: int) -> None:
+        total = BLOCKS[name][0] // PAGE
+        page %= total
+        self.map.arrived(self.index[name], page * PAGE, count * PAGE, self.tick())
+        gone = set(range(page, min(page + count, total)))
+        self.blocks[name].forwarded |= gone
+        for record in self.records:
+            if record.name == name and record.missing:
+                record.missing -= gone
+                self.answers += not record.missing
+
+    @rule(name=NAMES, page=st.integers(0, 255))
+    def discard(self, name: bytes, page: int) -> None:
+        page %= BLOCKS[name][0] // PAGE
+        self.map.discarded(self.index[name], page * PAGE, PAGE)
+        self.blocks[name].forwarded -= {page}
+
+    @rule()
+    def lose(self) -> None:
+        self.map.channel_lost(self.tick())
+        self.map.channel_begin(self.tick())
+        self.channel += 1
+
+    @rule(name=NAMES, seed=st.integers(0, 1 << 30), chunk=st.integers(1, 9))
+    def received(self, name: bytes, seed: int, chunk: int) -> None:
+        rng = random.Random(seed)
+        total = BLOCKS[name][0] // PAGE
+        there = {page for page in range(total) if rng.random() < rng.choice([0.1, 0.9])}
+        block = self.blocks[name]
+        report = self.map.received(name, bitmap_of(there, total), chunk)
+        assert report.received == len(there)
+        assert report.forwarded_not_received == len(block.forwarded - there)
+        assert report.received_not_forwarded == len(there - block.forwarded)
+        block.forwarded &= there
+        block.bitmap_on = self.channel
+        left = []
+        for record in self.records:
+            if record.name == name:
+                record.unconfirmed -= there
+                if not record.unconfirmed:
+                    self.confirmed += 1
+                    continue
+                record.missing = (record.missing - there) or set(record.unconfirmed)
+            left.append(record)
+        ended = len(self.records) - len(left)
+        assert (report.records_ended, report.records_left) == (
+            ended,
+            sum(record.name == name for record in left),
+        )
+        self.records = left
+
+    @rule(count=st.integers(0, 3))
+    def replay(self, count: int) -> None:
+        wanted = [record for record in self.records if self.to_replay(record)]
+        given_records = list(self.map.to_replay())
+        assert [(r.name, r.start, r.time) for r in given_records] == [
+            (r.name, r.start, r.time) for r in wanted
+        ]
+        for record, model in list(zip(given_records, wanted, strict=True))[:count]:
+            self.map.replayed(record.id, self.tick())
+            model.replayed_on = self.channel
+
+    def to_replay(self, record: Record) -> bool:
+        return bool(
+            record.missing
+            and self.blocks[record.name].bitmap_on == self.channel
+            and record.requested_on != self.channel
+            and record.replayed_on != self.channel
+        )
+
+    @rule()
+    def complete(self) -> None:
+        self.map.complete()
+        self.records.clear()
+
+    @invariant()
+    def same(self) -> None:
+        if not hasattr(self, "map"):
+            return
+        stats = self.map.stats()
+        live = sum(bool(record.missing) for record in self.records)
+        assert (stats.outstanding, stats.recorded) == (live, len(self.records))
+        assert (stats.requested, stats.repeated, stats.confirmed) == (
+            self.requested,
+            self.repeated,
+            self.confirmed,
+        )
+        assert stats.requested == stats.arrived + stats.outstanding
+        assert self.map.latency().count == self.answers
+        for block in self.map.blocks():
+            mine = [record for record in self.records if record.name == block.name]
+            assert (block.recorded, block.outstanding) == (len(mine), sum(bool(r.missing) for r in mine))
+            assert block.requested == block.arrived + block.outstanding
+        assert [(r.name, r.start, r.length, r.time, r.outstanding) for r in self.map.records()] == [
+            (r.name, r.start, BLOCKS[r.name][1], r.time, bool(r.missing)) for r in self.records
+        ]
+
+
+TestModel = Model.TestCase
+TestModel.settings = settings(max_examples=80, stateful_step_count=40, deadline=None)
+
+
+def declared(**options: int) -> PageMap:
+    page_map = PageMap(**options)
+    page_map.declare(b"pc.ram", 1 << 30)
+    return page_map
+
+
+@pytest.mark.parametrize(
+    ("name", "start", "length", "text"),
+    [
+        (b"other", 0, PAGE, "unknown RAM block"),
+        (b"", 0, PAGE, "bad name"),
+        (b"x" * 256, 0, PAGE, "bad name"),
+        (b"pc.ram", 1, PAGE, "not aligned"),
+        (b"pc.ram", 0, 0, "not aligned"),
+        (b"pc.ram", 0, 100, "not aligned"),
+        (b"pc.ram", 1 << 30, PAGE, "beyond the end"),
+        (b"pc.ram", (1 << 64) - PAGE, PAGE, "beyond the end"),
+        (b"pc.ram", (1 << 30) - PAGE, 2 * PAGE, "beyond the end"),
+    ],
+)
+def test_impossible_requests_are_refused_and_counted(name: bytes, start: int, length: int, text: str) -> None:
+    page_map = declared()
+    with pytest.raises(PageMapError, match=text):
+        page_map.request(name, start, length, 0)
+    assert page_map.stats().refused == 1
+    assert page_map.stats().requested == 0
+    assert list(page_map.records()) == []
+
+
+def test_a_request_that_crossed_its_page_is_not_outstanding_but_recorded() -> None:
+    page_map = declared()
+    page_map.arrived(0, 0, PAGE, 5)
+    page_map.request(b"pc.ram", 0, PAGE, 10)
+    stats = page_map.stats()
+    assert (stats.crossed, stats.outstanding, stats.recorded, stats.arrived) == (1, 0, 1, 1)
+    assert page_map.latency().count == 0
+
+
+def test_an_answer_lost_behind_the_relay_is_replayed() -> None:
+    page_map = declared()
+    page_map.request(b"pc.ram", 0, PAGE, 10)
+    page_map.request(b"pc.ram", PAGE, PAGE, 20)
+    page_map.arrived(0, 0, 2 * PAGE, 30)
+    page_map.channel_lost(40)
+    page_map.channel_begin(50)
+    assert list(page_map.to_replay()) == []
+    page_map.received(b"pc.ram", b"\x02" + bytes((1 << 15) - 1))
+    (request,) = page_map.to_replay()
+    assert (request.name, request.start, request.length, request.time) == (b"pc.ram", 0, PAGE, 10)
+    page_map.replayed(request.id, 60)
+    assert list(page_map.to_replay()) == []
+    page_map.arrived(0, 0, PAGE, 70)
+    stats = page_map.stats()
+    assert (stats.replayed, stats.reopened, stats.outstanding, stats.recorded) == (1, 1, 0, 1)
+    with pytest.raises(PageMapError):
+        page_map.replayed(request.id + 100, 80)
+
+
+def test_a_request_that_the_destination_repeats_is_not_replayed() -> None:
+    page_map = declared()
+    page_map.request(b"pc.ram", 0, PAGE, 10)
+    page_map.channel_begin(50)
+    page_map.received(b"pc.ram", bytes(1 << 15))
+    assert len(list(page_map.to_replay())) == 1
+    page_map.request(b"pc.ram", 0, PAGE, 60)
+    assert list(page_map.to_replay()) == []
+
+
+def test_blocks_known_by_name_until_a_bitmap_tells_their_size() -> None:
+    page_map = PageMap()
+    page_map.request(b"pc.ram", 7 * PAGE, PAGE, 1)
+    page_map.request(b"pc.ram", 4096 * PAGE, PAGE, 2)
+    (block,) = page_map.blocks()
+    assert (block.declared, block.used_length, block.outstanding) == (False, 0, 2)
+    page_map.channel_begin(3)
+    report = page_map.received(b"pc.ram", bytes(64))
+    assert (report.records_left, page_map.stats().refused) == (1, 1)
+    (block,) = page_map.blocks()
+    assert (block.used_length, block.requested, block.outstanding) == (512 * PAGE, 1, 1)
+    page_map.arrived(0, 7 * PAGE, PAGE, 4)
+    assert page_map.stats().outstanding == 0
+
+
+def test_bitmaps_of_another_size_are_refused() -> None:
+    page_map = declared()
+    for size in (8, 1 << 14, (1 << 15) + 8):
+        with pytest.raises(PageMapError, match="size contradicts"):
+            page_map.received(b"pc.ram", bytes(size))
+    with pytest.raises(PageMapError, match="unknown RAM block"):
+        page_map.received(b"other", bytes(8))
+
+
+def test_odd_requests_are_kept_as_made() -> None:
+    page_map = declared()
+    page_map.request(b"pc.ram", 0, 3 * PAGE, 1)
+    page_map.request(b"pc.ram", PAGE, PAGE, 2)
+    page_map.arrived(0, 0, 2 * PAGE, 3)
+    assert [(r.start, r.length, r.outstanding) for r in page_map.records()] == [
+        (0, 3 * PAGE, True),
+        (PAGE, PAGE, False),
+    ]
+    page_map.arrived(0, 2 * PAGE, PAGE, 4)
+    assert page_map.stats().outstanding == 0
+
+
+def test_declarations_that_contradict_each_other() -> None:
+    page_map = declared()
+    assert page_map.declare(b"pc.ram", 1 << 30, 2 << 20) == 0
+    for length, size, text in [(2 << 30, 0, "size"), (1 << 30, 3000, "aligned"), (1 << 60, 0, "size")]:
+        with pytest.raises(PageMapError, match=text):
+            page_map.declare(b"pc.ram", length, size)
+
+
+def test_the_ceiling_holds_and_answered_records_go_first() -> None:
+    ceiling = 400_000
+    page_map = declared(ceiling=ceiling)
+    page_map.request(b"pc.ram", 0, PAGE, 0)
+    refused = 0
+    for page in range(1, 20_000):
+        if page < 10_000:
+            page_map.arrived(0, page * PAGE, PAGE, page)
+        try:
+            page_map.request(b"pc.ram", page * PAGE, PAGE, page)
+        except PageMapError:
+            refused += 1
+    stats = page_map.stats()
+    assert stats.memory <= ceiling
+    assert stats.evicted > 0
+    assert refused == stats.refused > 0
+    assert stats.requested == stats.arrived + stats.outstanding
+    assert next(page_map.records()).start == 0
+
+
+def test_a_guest_of_a_tebibyte_costs_little_until_it_is_sent() -> None:
+    page_map = PageMap()
+    page_map.declare(b"pc.ram", 1 << 40)
+    assert page_map.stats().memory < 1 << 20
+
+
+def test_no_ceiling_below_the_map_itself() -> None:
+    with pytest.raises(MemoryError):
+        PageMap(ceiling=1000)
+
+
+@given(st.lists(st.integers(0, 1 << 62), min_size=1, max_size=200), st.floats(0, 1))
+@settings(deadline=None)
+def test_latencies_are_told_within_a_thirty_second(latencies: list[int], share: float) -> None:
+    page_map = declared()
+    for i, latency in enumerate(latencies):
+        page_map.request(b"pc.ram", i * PAGE, PAGE, 0)
+        page_map.arrived(0, i * PAGE, PAGE, latency)
+    told = page_map.latency()
+    latencies.sort()
+    assert (told.count, told.max_ns) == (len(latencies), latencies[-1])
+    assert told.sum_ns == sum(latencies) % (1 << 64)
+    rank = max(0, -(-int(share * len(latencies) * 2**20) // 2**20) - 1)
+    quantile = told.quantile_ns(share)
+    assert latencies[rank] * 31 // 32 <= quantile <= latencies[-1]
+    assert told.at_most((1 << 64) - 1) == len(latencies)
+
+
+def test_readers_see_consistent_counts_while_the_map_is_written() -> None:
+    page_map = declared()
+    stop = threading.Event()
+
+    def write() -> None:
+        for page in range(60_000):
+            page_map.request(b"pc.ram", page * PAGE, PAGE, page)
+            page_map.arrived(0, page * PAGE, PAGE, page + 1)
+        stop.set()
+
+    writer = threading.Thread(target=write)
+    writer.start()
+    reads = 0
+    while not stop.is_set():
+        stats = page_map.stats()
+        assert not stats.consistent or stats.requested == stats.arrived + stats.outstanding
+        reads += stats.consistent
+    writer.join()
+    assert reads > 0
+    assert page_map.stats().arrived == 60_000

@@ -1,0 +1,159 @@
+"""The tracker: facts, and the page map filled from both directions."""
+
+from __future__ import annotations
+
+import struct
+
+import pytest
+
+from refault.channel.forward import reason_text
+from refault.channel.tracker import Fact, Tracker
+
+from . import streams as s
+from .streams import PAGE
+
+RAM = b"pc.ram"
+HANDSHAKE = s.recv_bitmap(RAM) + s.recv_bitmap(b"pc.bios")
+
+
+def begun(data: bytes | None = None) -> Tracker:
+    tracker = Tracker()
+    tracker.channel_begin(recovered=False, now=0)
+    tracker.forward(s.postcopy_stream()[:-1] if data is None else data, 1)
+    return tracker
+
+
+def bitmap(*pages: int) -> bytes:
+    return sum(1 << page for page in pages).to_bytes(8, "little")
+
+
+def test_the_facts_of_a_postcopy_migration_come_in_their_order() -> None:
+    stream = s.postcopy_stream()
+    tracker = Tracker()
+    tracker.channel_begin(recovered=False, now=0)
+    order = []
+    seen = tracker.facts
+    for i in range(len(stream)):
+        tracker.forward(stream[i : i + 1], i)
+        order += list(tracker.facts & ~seen)
+        seen = tracker.facts
+    assert order == [
+        Fact.RP_OPENED,
+        Fact.POSTCOPY_ADVISE,
+        Fact.RAM_DECLARED,
+        Fact.POSTCOPY_DISCARD_SEEN,
+        Fact.PACKAGED_BEGUN,
+        Fact.PACKAGED_PASSED,
+        Fact.EOF_PASSED,
+    ]
+    assert Fact.WHOLE_STREAM_SEEN in tracker.facts
+    for value, fact in ((1, Fact(0)), (4, Fact.PONG_4), (3, Fact.PONG_3)):
+        before = tracker.facts
+        tracker.backward(s.message(2, struct.pack(">I", value)), 0)
+        assert tracker.facts & ~before == fact
+    tracker.backward(s.message(1, bytes(4)), 0)
+    assert Fact.SHUT_PASSED in tracker.facts
+    assert Fact.SHUT_ERROR not in tracker.facts
+    tracker.backward(s.message(1, b"\0\0\0\1"), 0)
+    assert Fact.SHUT_ERROR in tracker.facts
+
+
+def test_requests_and_answers() -> None:
+    tracker = begun()
+    tracker.backward(s.request(5 * PAGE, PAGE, RAM) + s.request(6 * PAGE, PAGE), 10)
+    assert (tracker.stats().outstanding, Fact.REQUEST_SEEN in tracker.facts) == (2, True)
+    tracker.channel_lost(30)
+    tracker.channel_begin(recovered=True, now=40)
+    assert Fact.REQUEST_SEEN not in tracker.channel_facts
+    tracker.forward(HANDSHAKE, 50)
+    tracker.backward(s.received(RAM, bitmap(0, 1, 2, 5)) + s.received(b"pc.bios", bitmap(0)), 60)
+    tracker.forward(s.command(9), 65)
+    tracker.backward(s.message(6, b"\0\0\0\1"), 70)
+    assert tracker.channel_facts == (
+        Fact.RECV_BITMAP_ASKED | Fact.RECV_BITMAP_SENT | Fact.RESUME_SENT | Fact.RESUME_ACK_PASSED
+    ) | (tracker.channel_facts & Fact.FOREIGN_PAGES)
+    assert [request.start for request in tracker.to_replay()] == [6 * PAGE]
+    tracker.forward(s.part() + s.page(6 * PAGE, RAM), 80)
+    assert (tracker.stats().outstanding, tracker.stats().recorded) == (0, 1)
+    tracker.complete()
+    assert list(tracker.records()) == []
+
+
+def test_a_received_bitmap_of_another_vm_is_noticed() -> None:
+    tracker = begun()
+    tracker.channel_begin(recovered=True, now=2)
+    tracker.backward(s.received(RAM, bitmap(0, 1, 2)), 3)
+    assert Fact.FOREIGN_PAGES not in tracker.facts
+    tracker.backward(s.received(RAM, bitmap(0, 1, 2, 40)), 3)
+    assert Fact.FOREIGN_PAGES in tracker.facts & tracker.channel_facts
+
+
+def test_without_the_whole_stream_no_bitmap_is_called_foreign() -> None:
+    multifd = s.postcopy_stream().replace(s.EOS, struct.pack(">Q", 0x200) + s.EOS, 1)
+    for tracker in (begun(multifd), begun(s.postcopy_stream()[:-1] + b"\x99")):
+        assert Fact.WHOLE_STREAM_SEEN not in tracker.facts
+        tracker.channel_begin(recovered=True, now=2)
+        tracker.backward(s.received(RAM, bitmap(40)), 3)
+        assert Fact.FOREIGN_PAGES not in tracker.facts
+
+
+def test_an_opaque_forward_stream_leaves_requests_outstanding_until_a_bitmap_tells() -> None:
+    tracker = begun(s.postcopy_stream()[:-1] + b"\x99")
+    assert reason_text(tracker.forward_opaque) == "an unknown section type"
+    tracker.backward(s.request(0, PAGE, RAM) + s.request(7 * PAGE, PAGE), 5)
+    assert tracker.stats().outstanding == 2
+    tracker.channel_begin(recovered=True, now=6)
+    assert tracker.forward_opaque == 0
+    tracker.backward(s.received(RAM, bitmap(0)), 7)
+    assert [request.start for request in tracker.to_replay()] == [7 * PAGE]
+
+
+@pytest.mark.parametrize(
+    ("data", "text"),
+    [
+        (s.received(RAM, bytes(16)), "a received bitmap of another size than its RAM block"),
+        (s.received(b"other", bytes(8)), "a received bitmap of an unknown RAM block"),
+        (s.message(99, b""), "an unknown return path message"),
+    ],
+)
+def test_an_opaque_return_path(data: bytes, text: str) -> None:
+    tracker = begun()
+    tracker.backward(data + s.request(0, PAGE, RAM), 5)
+    assert reason_text(tracker.return_opaque) == text
+    assert tracker.stats().requested == 0
+    tracker.channel_begin(recovered=True, now=6)
+    tracker.backward(s.request(7 * PAGE, PAGE, RAM), 7)
+    assert tracker.stats().requested == 1
+
+
+def test_pages_of_a_preempt_channel_answer_too() -> None:
+    tracker = begun()
+    tracker.preempt_begin(2)
+    tracker.backward(s.request(7 * PAGE, PAGE, RAM) + s.request(8 * PAGE, PAGE), 5)
+    tracker.preempt_forward(s.page(8 * PAGE, RAM) + s.page(7 * PAGE), 9)
+    assert tracker.stats().outstanding == 0
+    assert tracker.latency().max_ns == 4
+    tracker.preempt_forward(s.page(0, b"other"), 9)
+    assert reason_text(tracker.forward_opaque) == "a page of a RAM block that was not declared"
+
+
+def test_huge_pages_are_answered_by_their_last_target_page() -> None:
+    huge = 2 << 20
+    data = s.HEADER + s.configuration(capabilities=[b"x-ignore-shared"]) + s.advise(0x201000)
+    data += s.start(b"ram") + s.block_list([(b"mem", 2 * huge, struct.pack(">QQ", huge, 0))]) + s.EOS
+    tracker = begun(data + s.part() + s.zero(0, b"mem"))
+    assert [block.page_size for block in tracker.blocks()] == [huge]
+    assert Fact.IGNORE_SHARED in tracker.facts
+    tracker.backward(s.request(huge, huge, b"mem"), 5)
+    for offset in range(huge, 2 * huge, PAGE):
+        assert tracker.stats().outstanding == 1
+        tracker.forward(s.zero(offset), 9)
+    assert tracker.stats().outstanding == 0
+
+
+def test_a_ceiling_too_low_for_the_guest_is_opaque() -> None:
+    tracker = Tracker(ceiling=60_000)
+    tracker.channel_begin(recovered=False, now=0)
+    tracker.forward(s.postcopy_stream(length=1 << 44), 1)
+    assert reason_text(tracker.forward_opaque) == "no memory left under the ceiling"
+    tracker.backward(s.request(0, PAGE, RAM), 5)
