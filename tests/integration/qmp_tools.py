@@ -144,7 +144,7 @@ async def negotiated(path: Path | tuple[str, int], *enable: str) -> AsyncIterato
 async def clients_gone(monitor: Monitor, remaining: int = 0) -> None:
     """Waits until refault has noticed."""
     with trio.fail_after(10):
-        while monitor.clients > remaining:  # noqa: ASYNC110 - nothing tells
+        while monitor.clients > remaining:
             await trio.sleep(0.01)
 
 

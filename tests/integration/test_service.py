@@ -228,3 +228,32 @@ def test_a_live_socket_is_left_alone_and_a_stale_one_replaced(tmp_path: Path) ->
         running.wait_ready()
         with socket.socket(socket.AF_UNIX) as client:
             client.connect(str(listen))
+
+
+@contextlib.contextmanager
+def impostor(path: Path, greeting: bytes) -> Iterator[None]:
+    """A socket that accepts one connection, says `greeting`, and then nothing."""
+    command = ["socat", f"UNIX-LISTEN:{path}", "SYSTEM:cat greeting; sleep 60"]
+    (path.parent / "greeting").write_bytes(greeting)
+    process = subprocess.Popen(command, cwd=path.parent, stdin=subprocess.DEVNULL, start_new_session=True)
+    try:
+        eventually(path.is_socket, lambda: "socat does not listen")
+        yield
+    finally:
+        os.killpg(process.pid, signal.SIGKILL)
+        process.wait(10)
+
+
+@pytest.mark.parametrize("greeting", [b"SSH-2.0-OpenSSH_9.2\r\n", b'{"hello": "world"}\r\n'])
+def test_a_qemu_that_speaks_something_else_is_named_and_waited_for(tmp_path: Path, greeting: bytes) -> None:
+    with (
+        impostor(tmp_path / "q", greeting),
+        daemon(
+            tmp_path, "--qemu", str(tmp_path / "q"), "--listen", str(tmp_path / "l"), "--name", "vm1"
+        ) as running,
+    ):
+        running.wait_ready()
+        running.wait_output(r"vm1: .*QMP")
+        assert running.process.poll() is None
+        assert running.status()["qemu"]["connected"] is False
+        assert "Traceback" not in running.output()
