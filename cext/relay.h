@@ -6,7 +6,7 @@
  *
  *     local leg ──▶ forward pipe ──▶ far leg     ═TCP═     far leg ──▶ forward pipe ──▶ local leg
  *                       │ tracker                                          │ tracker
- *     local leg ◀── replay ◀── return pipe ◀── far leg     far leg ◀── return pipe ◀── local leg
+ *     local leg ◀── replay ◀── return pipe ◀── far leg     far leg ◀── replay ◀── return pipe ◀── local leg
  *
  * Each direction holds one chunk at the most: it is read only when the other leg can be sent to, so that a
  * requested page never waits behind what we have buffered. The two directions never wait for each other.
@@ -64,7 +64,7 @@ bool rf_relay_look(const struct rf_relay *relay, struct rf_relay_view *view);
 
 /*
  * Joins two stream sockets as the next channel and takes ownership of both. `recovered`: it resumes a lost
- * channel. `may_replay`: outstanding page requests are replayed after RESUME_ACK (the source's side only).
+ * channel. `may_replay`: outstanding page requests are replayed after RESUME_ACK.
  * What is left of the channel before is closed. 0, or -1 with errno (EAGAIN: the ring is full); then the
  * descriptors are still the caller's.
  */

@@ -21,12 +21,13 @@ static bool bytes_put(struct rf_bytes *bytes, const uint8_t *data, size_t len) {
     return true;
 }
 
-bool rf_replay_init(struct rf_replay *replay, struct rf_tracker *tracker, bool active, size_t input_max) {
+bool rf_replay_init(struct rf_replay *replay, struct rf_tracker *tracker, bool source_side,
+                    size_t input_max) {
     /* One feed gives out no more than: the message begun before, all input, all that was held, and for each
      * request in the input (at least 16 bytes) a block name of 256 more. */
     const size_t room = RF_REPLAY_MESSAGE_MAX + input_max * 17 + RF_REPLAY_HELD_MAX;
 
-    *replay = (struct rf_replay){.tracker = tracker, .active = active};
+    *replay = (struct rf_replay){.tracker = tracker, .source_side = source_side};
     return bytes_init(&replay->out, room) && bytes_init(&replay->held, RF_REPLAY_HELD_MAX);
 }
 
@@ -37,8 +38,8 @@ void rf_replay_free(struct rf_replay *replay) {
 }
 
 void rf_replay_channel(struct rf_replay *replay, bool recovered, bool may_replay) {
-    replay->holding = replay->active && recovered;
-    replay->may_replay = replay->active && recovered && may_replay;
+    replay->holding = replay->source_side && recovered;
+    replay->may_replay = recovered && may_replay;
     replay->replaying = false;
     replay->name_lost = false;
     replay->partial_len = 0;
@@ -100,7 +101,7 @@ void rf_replay_feed(struct rf_replay *replay, const uint8_t *buf, size_t len, ui
         struct rf_returnpath_event event;
         size_t n = rf_tracker_return_next(replay->tracker, buf, len, now_ns, &event);
 
-        if (!replay->active || event.type == RF_RETURN_BITMAP_DATA || event.type == RF_RETURN_BAD ||
+        if (event.type == RF_RETURN_BITMAP_DATA || event.type == RF_RETURN_BAD ||
             n > sizeof(replay->partial) - replay->partial_len) {
             /* Not a message that could have to wait: as it came, and at once. */
             pass_partial(replay);

@@ -1,16 +1,21 @@
 /*
- * The return path on the source's side, between the far leg and the source QEMU: passes every byte, save that
- *  - page requests are held back between the reconnection and RESUME_ACK, for QEMU 10.0 with postcopy-preempt
- * aborts on them (migration/migration.c, source_return_path_thread); they follow right after it;
+ * The return path as it goes through a relay: passes every byte, save that
+ *  - on the source's side page requests are held back between the reconnection and RESUME_ACK, for QEMU 10.0
+ * with postcopy-preempt aborts on them (migration/migration.c, source_return_path_thread); they follow right
+ * after it;
  *  - after RESUME_ACK the page requests that the record holds and the received bitmaps do not confirm are
  * written, between two messages, oldest first, as REQ_PAGES_ID;
  *  - the next REQ_PAGES after one of ours, which carries no block name, is given the one it means, for the
  * source now remembers another (migration/ram.c, ram_save_queue_pages, last_req_rb).
  *
- *      far leg ──▶ rf_replay_feed ──▶ out ──▶ local leg
- *                       │              ▲
- *                       ▼              │ rf_replay_refill, when `out` is empty
- *                    tracker ──▶ replay list
+ * Both sides replay. A request that was lost between the relays is on record at the destination's side alone;
+ * one that was lost between the source's relay and a QEMU that died, or whose answer was, may be on record at
+ * either. What one side has replayed the other sees as asked for again, and leaves.
+ *
+ *      in ──▶ rf_replay_feed ──▶ out ──▶ towards the source
+ *                  │              ▲
+ *                  ▼              │ rf_replay_refill, when `out` is empty
+ *               tracker ──▶ replay list
  */
 #ifndef RF_REPLAY_H
 #define RF_REPLAY_H
@@ -37,11 +42,11 @@ struct rf_bytes {
 
 struct rf_replay {
     struct rf_tracker *tracker;
-    bool active;     /* the source's side; else every byte passes as it came */
-    bool holding;    /* between a reconnection and RESUME_ACK */
-    bool may_replay; /* as the caller said for this channel */
-    bool replaying;  /* the list is being written */
-    bool name_lost;  /* the source remembers another block than the destination thinks */
+    bool source_side; /* where requests are held back */
+    bool holding;     /* between a reconnection and RESUME_ACK */
+    bool may_replay;  /* as the caller said for this channel */
+    bool replaying;   /* the list is being written */
+    bool name_lost;   /* the source remembers another block than the destination thinks */
 
     uint8_t partial[RF_REPLAY_MESSAGE_MAX]; /* the beginning of a message whose end has not come */
     size_t partial_len;
@@ -56,7 +61,7 @@ struct rf_replay {
 };
 
 /* `input_max`: the most bytes that one rf_replay_feed is given. False when memory is short. */
-bool rf_replay_init(struct rf_replay *replay, struct rf_tracker *tracker, bool active, size_t input_max);
+bool rf_replay_init(struct rf_replay *replay, struct rf_tracker *tracker, bool source_side, size_t input_max);
 void rf_replay_free(struct rf_replay *replay);
 
 /* A new channel begins. `recovered`: it resumes a lost one. `may_replay`: nothing forbids the replay. */

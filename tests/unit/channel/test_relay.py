@@ -208,6 +208,27 @@ def test_outstanding_requests_are_replayed_after_resume_ack_oldest_first() -> No
         assert nothing_comes(ends.qemu)
 
 
+def test_the_destinations_side_replays_what_was_lost_between_the_relays() -> None:
+    with relaying(Role.DESTINATION) as ends:
+        ends.channel()
+        lost = request(9 * PAGE, b"vga.vram") + request(3 * PAGE)
+        ends.qemu.sendall(lost)
+        assert read_exactly(ends.host, len(lost)) == lost
+        ends.host.close()
+        ends.until(lambda view: view.far.lost)
+        ends.relay.close_channel(1)
+        ends.until(lambda view: view.local is LegState.CLOSED)
+
+        ends.channel(recovered=True)
+        handshake = received_bitmap(set(), 64) + received_bitmap(set(), 64, b"vga.vram") + RESUME_ACK
+        ends.qemu.sendall(handshake + request(3 * PAGE))  # this one it asks for again by itself
+        expected = handshake + request(3 * PAGE) + request(9 * PAGE, b"vga.vram")
+        assert read_exactly(ends.host, len(expected)) == expected
+        ends.qemu.sendall(request(5 * PAGE, None))
+        expected = request(5 * PAGE)  # of pc.ram, as the destination means it
+        assert read_exactly(ends.host, len(expected)) == expected
+
+
 def test_a_forbidden_replay_is_not_made() -> None:
     with relaying(Role.SOURCE) as ends:
         lose_with(ends, request(9 * PAGE))
