@@ -9,7 +9,15 @@ import os
 from dataclasses import dataclass
 
 from refault.channel._channel import ffi, lib
-from refault.channel.statistics import Statistics
+from refault.channel.pagemap import (
+    BlockStats,
+    Latency,
+    PageMapStats,
+    read_block_stats,
+    read_latency,
+    read_stats,
+)
+from refault.channel.tracker import Fact
 from refault.migration.phase import Passed, Role
 
 MEMORY_CEILING = 512 * 1024 * 1024
@@ -78,7 +86,7 @@ class Relay:
         if self._relay == ffi.NULL:
             raise OSError(ffi.errno, os.strerror(ffi.errno))
         self._tracker = lib.rf_relay_tracker(self._relay)
-        self.statistics = Statistics(self._tracker)
+        self._map = lib.rf_tracker_pagemap(self._tracker)
         self._last: RelayView | None = None
         self._resumed = False
 
@@ -108,16 +116,15 @@ class Relay:
 
     def passed(self) -> Passed:
         """What has passed, for the phase."""
-        facts = lib.rf_tracker_facts(self._tracker)
-        channel = lib.rf_tracker_channel_facts(self._tracker)
-        both_pongs = lib.RF_FACT_PONG_3 | lib.RF_FACT_PONG_4
+        facts = Fact(lib.rf_tracker_facts(self._tracker))
+        channel = Fact(lib.rf_tracker_channel_facts(self._tracker))
         return Passed(
-            packaged_begun=bool(facts & lib.RF_FACT_PACKAGED_BEGUN),
-            running=facts & both_pongs == both_pongs,
-            ended=bool(channel & lib.RF_FACT_EOF_PASSED),
-            shut=bool(channel & lib.RF_FACT_SHUT_PASSED),
+            packaged_begun=Fact.PACKAGED_BEGUN in facts,
+            running=Fact.PONG_3 | Fact.PONG_4 in facts,
+            ended=Fact.EOF_PASSED in channel,
+            shut=Fact.SHUT_PASSED in channel,
             resumed=self._resumed,
-            resume_acknowledged=bool(channel & lib.RF_FACT_RESUME_ACK_PASSED),
+            resume_acknowledged=Fact.RESUME_ACK_PASSED in channel,
             forward_opaque=lib.rf_tracker_forward_opaque(self._tracker) != 0,
         )
 
@@ -130,6 +137,18 @@ class Relay:
             if reason:
                 return str(ffi.string(lib.rf_forward_reason_text(reason)).decode())
         return None
+
+    def pages(self) -> PageMapStats:
+        """Page requests and what became of them, over all RAM blocks."""
+        return read_stats(self._map)
+
+    def blocks(self) -> list[BlockStats]:
+        """The same by RAM block."""
+        return read_block_stats(self._map)
+
+    def latency(self) -> Latency:
+        """How long the answered requests took."""
+        return read_latency(self._map)
 
     def attach(self, local_fd: int, far_fd: int, *, recovered: bool, may_replay: bool) -> None:
         """Joins two stream sockets as the next channel. Both descriptors are the pump's from now on, also on

@@ -111,6 +111,8 @@ class Migration:
         self.relay_reason: str | None = "no migration yet"
         self.held: str | None = None
         self.channel = 0
+        self.bytes_before = (0, 0)
+        """What the relays of earlier migrations passed, forward and back."""
         self._alternatives = [parse_uri(uri) for uri in recover_uris]
         self._tries = 0
         self._state_file = state_file
@@ -428,6 +430,9 @@ class Migration:
             self._relay_scope.cancel()
             self._relay_scope = None
         if self.relay is not None:
+            view = self.relay.look()
+            forward, backward = self.bytes_before
+            self.bytes_before = (forward + view.forward_bytes, backward + view.return_bytes)
             self.relay.close()
             self.relay = None
 

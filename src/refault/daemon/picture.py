@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict
-
 from refault.channel.relay import Relay
 from refault.daemon.address import Address
 from refault.daemon.migration import Migration
@@ -20,6 +18,12 @@ from refault.daemon.snapshot import (
     RelayState,
     VmStatus,
 )
+
+LATENCY_BOUNDS = (
+    0.0001, 0.00025, 0.0005, 0.001, 0.0025, 0.005, 0.01, 0.025, 0.05,
+    0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0,
+)  # fmt: skip
+"""Upper bounds of the buckets, in seconds: a page fault takes about 1 ms, a starved one minutes."""
 
 
 def picture(
@@ -45,7 +49,7 @@ def picture(
         ),
         migration=_migration(migration, relay),
         pages=_pages(relay),
-        latency_seconds=LatencyStatus(**asdict(relay.statistics.latency())) if relay else LatencyStatus(),
+        latency_seconds=_latency(relay),
         recovery=RecoveryStatus(
             losses=counters.losses,
             attempts=counters.attempts,
@@ -53,7 +57,7 @@ def picture(
             last_seconds=counters.last_seconds,
             last_error=counters.last_error,
         ),
-        channel=_channel(relay),
+        channel=_channel(migration, relay),
     )
 
 
@@ -73,19 +77,46 @@ def _migration(migration: Migration, relay: Relay | None) -> MigrationStatus:
 def _pages(relay: Relay | None) -> PagesStatus:
     if relay is None:
         return PagesStatus()
-    pages = relay.statistics.pages()
+    pages = relay.pages()
     return PagesStatus(
         requested=pages.requested,
+        repeated=pages.repeated,
         arrived=pages.arrived,
         replayed=pages.replayed,
         outstanding=pages.outstanding,
         recorded=pages.recorded,
-        blocks=tuple(BlockStatus(**asdict(block)) for block in relay.statistics.blocks()),
+        blocks=tuple(
+            BlockStatus(
+                name=block.name.decode(errors="replace"),
+                size_bytes=block.used_length,
+                page_size_bytes=block.page_size,
+                requested=block.requested,
+                arrived=block.arrived,
+                replayed=block.replayed,
+                outstanding=block.outstanding,
+            )
+            for block in relay.blocks()
+        ),
     )
 
 
-def _channel(relay: Relay | None) -> ChannelStatus:
-    if relay is None:
-        return ChannelStatus()
-    view = relay.look()
-    return ChannelStatus(bytes_forward=view.forward_bytes, bytes_return=view.return_bytes)
+def _latency(relay: Relay | None) -> LatencyStatus:
+    latency = relay.latency() if relay else None
+    if latency is None or latency.count == 0:
+        return LatencyStatus()
+    return LatencyStatus(
+        p50=latency.quantile_ns(0.5) / 1e9,
+        p99=latency.quantile_ns(0.99) / 1e9,
+        max=latency.max_ns / 1e9,
+        count=latency.count,
+        sum=latency.sum_ns / 1e9,
+        buckets=tuple((bound, latency.at_most(int(bound * 1e9))) for bound in LATENCY_BOUNDS),
+    )
+
+
+def _channel(migration: Migration, relay: Relay | None) -> ChannelStatus:
+    forward, backward = migration.bytes_before
+    if relay is not None:
+        view = relay.look()
+        forward, backward = forward + view.forward_bytes, backward + view.return_bytes
+    return ChannelStatus(bytes_forward=forward, bytes_return=backward)

@@ -78,6 +78,8 @@ class PagesStatus(msgspec.Struct, frozen=True, kw_only=True):
 
     requested: int = 0
     """Pages asked for by the destination; a repeated request is one."""
+    repeated: int = 0
+    """Requests that the destination QEMU made again by itself, as it does after a recovery since 5.2."""
     arrived: int = 0
     """Requested pages whose last target page has passed the relay."""
     replayed: int = 0
