@@ -20,6 +20,8 @@ from refault.migration.recovery import Event, State
 log = logging.getLogger("refault.migration")
 
 RECOVER_TIMEOUT = 5.0
+ADDRESS_TIMEOUT = 15.0
+"""How long one of several addresses is listened at; longer than a source tries (source.HANDSHAKE_TIMEOUT)."""
 CLOSEFD_TIMEOUT = 10.0
 _NOT_PAUSED = "postcopy is paused"
 
@@ -205,6 +207,10 @@ class Destination:
                 raise NotPausedYet from None
             raise
         self._migration.feed(Event.ISSUED)
+        if self._migration.has_alternatives:
+            await trio.sleep(ADDRESS_TIMEOUT)
+            if self._migration.policy.state is State.OPEN:
+                raise AttemptFailed(f"the source did not come to {endpoint.uri} in {ADDRESS_TIMEOUT:g} s")
 
     async def _recover(self, uri: str) -> None:
         migration = self._migration
