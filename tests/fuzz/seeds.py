@@ -2,9 +2,9 @@
 
     python tests/fuzz/seeds.py NAME FORWARD RETURN [FORWARD RETURN]...
 
-The files are what passed in each direction on each channel of one migration (tests/integration/test_tracker.py
-saves them where REFAULT_SAVE_STREAMS names a directory); the first pair is the migration's first channel. Pages
-beyond the first few of each kind and device state are left out.
+The files are what passed in each direction on each channel of one migration, the first pair on its first
+channel (tests/integration/test_tracker.py saves them where REFAULT_SAVE_STREAMS names a directory). Pages
+beyond the first of each kind, and device state, are left out.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from pathlib import Path
 from refault.channel.forward import Command, Event, ForwardDecoder, Kind, Mode
 
 CORPUS = Path(__file__).resolve().parent / "corpus"
-PAGES_OF_A_KIND = 2
+PAGES_OF_A_KIND = 1
 DEVICE_STATE_KEPT = 80
 TAIL = 14
 

@@ -54,7 +54,6 @@ class Summary:
     blocks: dict[int, Block] = field(default_factory=dict)
     sections: dict[int, SectionUse] = field(default_factory=dict)
     commands: list[tuple[int, str]] = field(default_factory=list)
-    packages: list[tuple[int, bytes]] = field(default_factory=list)
     ended: int | None = None
     opaque: Event | None = None
     _open: int | None = None
@@ -100,7 +99,8 @@ class Summary:
 
     def _section(self, event: Event) -> None:
         if event.packaged:
-            self.packages.append((event.at, event.name))
+            told = f"device state from {printable(event.name)} on, to the end of the package"
+            self.commands.append((event.at, told))
             return
         section = self.sections.setdefault(event.id, SectionUse(event.name or b"(not started here)"))
         section.types[Section(event.code)] += 1
@@ -163,8 +163,6 @@ def render(summary: Summary, size: int) -> Iterator[str]:
     if summary.commands:
         yield from ("", "commands")
         yield from (f"  {at:>12}  {told}" for at, told in summary.commands)
-        for at, name in summary.packages:
-            yield f"  {at:>12}  device state from {printable(name)} on, to the end of the package"
     yield ""
     if summary.opaque is not None:
         section = f" (section {printable(summary.opaque.name)})" if summary.opaque.name else ""
