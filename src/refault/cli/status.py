@@ -114,6 +114,7 @@ def _vm_lines(vm: VmStatus, width: int) -> list[str]:
             f"p50 {_seconds(latency.p50)}, p99 {_seconds(latency.p99)}, max {_seconds(latency.max)}, "
             f"of {latency.count} answered requests",
         ),
+        ("repeats", f"{vm.pages.repeated} requests repeated by QEMU itself"),
     ]
     lines = [vm.name]
     for label, text in facts:

@@ -78,6 +78,7 @@ def families(status: Status) -> list[Metric]:
     recoveries = counter("recoveries", "Recoveries that brought QEMU back to postcopy-active")
     last = gauge("recovery_last_seconds", "The last recovery, from the noticed loss until postcopy-active")
     requested = counter("pages_requested", "Pages requested by the destination")
+    repeated = counter("pages_repeated", "Requests that the destination QEMU made again by itself")
     arrived = counter("pages_arrived", "Requested pages that have passed the relay")
     replayed = counter("pages_replayed", "Page requests written to the source again after a loss")
     recorded = gauge("pages_recorded", "Page requests that no received bitmap has confirmed")
@@ -108,6 +109,7 @@ def families(status: Status) -> list[Metric]:
         if vm.recovery.last_seconds is not None:
             last.add_metric([vm.name], vm.recovery.last_seconds)
         requested.add_metric([vm.name], vm.pages.requested)
+        repeated.add_metric([vm.name], vm.pages.repeated)
         arrived.add_metric([vm.name], vm.pages.arrived)
         replayed.add_metric([vm.name], vm.pages.replayed)
         recorded.add_metric([vm.name], vm.pages.recorded)

@@ -101,6 +101,7 @@ def test_lines_fit_the_terminal_and_tell_every_fact(width: int) -> None:
         "941.9 MiB forward, 4.22 KiB return path",
         "4 losses, 6 attempts, 3 recoveries, the last in 0.012 s; last error: QEMU said no",
         "p50 0.002 s, p99 0.031 s, max 1.25 s, of 110 answered requests",
+        "repeats 5 requests repeated by QEMU itself",
         "pc.ram (1 GiB of 4 KiB) 119 110 3 9",
         "all 120 110 3 10 14",
     ):

@@ -29,6 +29,7 @@ BUSY = VmStatus(
     ),
     pages=PagesStatus(
         requested=120,
+        repeated=5,
         arrived=110,
         replayed=3,
         outstanding=10,

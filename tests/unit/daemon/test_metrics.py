@@ -77,6 +77,7 @@ def test_values_are_those_of_the_status() -> None:
     assert value(text, "refault_recoveries_total", vm="vm1") == 3
     assert value(text, "refault_recovery_last_seconds", vm="vm1") == 0.012
     assert value(text, "refault_pages_requested_total", vm="vm1") == 120
+    assert value(text, "refault_pages_repeated_total", vm="vm1") == 5
     assert value(text, "refault_pages_arrived_total", vm="vm1") == 110
     assert value(text, "refault_pages_replayed_total", vm="vm1") == 3
     assert value(text, "refault_pages_recorded", vm="vm1") == 14
