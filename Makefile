@@ -20,9 +20,10 @@ SYSUSERSDIR ?= $(PREFIX)/lib/sysusers.d
 TMPFILESDIR ?= $(PREFIX)/lib/tmpfiles.d
 LIBDIR := $(PREFIX)/lib/refault
 
-C_FILES := $(wildcard cext/*.c)
-C_AND_HEADERS := $(C_FILES) $(wildcard cext/*.h)
-C_WARNINGS := -std=c11 -D_GNU_SOURCE -Wall -Wextra -Wno-unused-parameter -Werror -fsyntax-only
+CEXT := $(wildcard cext/*.c cext/*.h)
+C_FILES := $(wildcard cext/*.c tests/fuzz/*.c)
+C_AND_HEADERS := $(CEXT) $(wildcard tests/fuzz/*.c tests/fuzz/*.h)
+C_WARNINGS := -std=c11 -D_GNU_SOURCE -Wall -Wextra -Wno-unused-parameter -Werror -Icext -fsyntax-only
 
 .PHONY: help build demo test lint bench fuzz dist install clean
 .NOTPARALLEL:
@@ -45,9 +46,9 @@ $(VENV)/.installed: pyproject.toml tests/tools/bootstrap
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --upgrade 'pip>=25.1'
 	$(BIN)/python -m pip install --quiet cffi setuptools --editable .
-	touch $@
+	touch $@ $(VENV)/.compiled
 
-$(VENV)/.compiled: $(VENV)/.installed $(C_AND_HEADERS) cext/ffi.py
+$(VENV)/.compiled: $(VENV)/.installed $(CEXT) cext/ffi.py
 	$(BIN)/python cext/ffi.py
 	touch $@
 
@@ -68,12 +69,10 @@ lint: build $(VENV)/.dev
 	$(BIN)/ruff check
 	$(BIN)/ruff format --check
 	$(BIN)/mypy
-ifneq ($(C_FILES),)
 	$(BIN)/clang-format --dry-run -Werror $(C_AND_HEADERS)
 	gcc $(C_WARNINGS) $(C_FILES)
 	@if command -v clang >/dev/null; then echo clang $(C_WARNINGS) $(C_FILES); clang $(C_WARNINGS) $(C_FILES); \
 	 else echo 'clang is not installed: gcc alone has checked'; fi
-endif
 
 bench: build $(VENV)/.dev
 	$(BOOTSTRAP) test
@@ -81,7 +80,7 @@ bench: build $(VENV)/.dev
 
 fuzz: build
 	$(BOOTSTRAP) fuzz
-	SECONDS_EACH=$(SECONDS) tests/fuzz/run.sh
+	tests/fuzz/run.sh $(SECONDS)
 
 dist: $(VENV)/.dev
 	rm -rf dist

@@ -41,7 +41,7 @@ static uint64_t run(int mode, const uint8_t *data, size_t size, bool pieces) {
     uint64_t behind = 0;
     size_t at = 0;
     while (at < size) {
-        size_t piece = pieces ? 1 + data[(at * 7) % size] % 61 : size - at;
+        size_t piece = pieces ? 1U + data[(at * 7) % size] % 61 : size - at;
         piece = piece < size - at ? piece : size - at;
         /* A buffer of its own, so that the sanitizer sees a read beyond it. */
         uint8_t *copy = malloc(piece);

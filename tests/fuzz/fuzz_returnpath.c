@@ -63,7 +63,7 @@ static uint64_t run(const uint8_t *data, size_t size, bool pieces) {
     uint64_t hash = 1;
     size_t at = 0;
     while (at < size) {
-        size_t piece = pieces ? 1 + data[(at * 7) % size] % 23 : size - at;
+        size_t piece = pieces ? 1U + data[(at * 7) % size] % 23 : size - at;
         piece = piece < size - at ? piece : size - at;
         uint8_t *copy = malloc(piece);
         CHECK(copy != NULL);
