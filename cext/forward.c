@@ -147,6 +147,7 @@ struct rf_forward {
     uint64_t list_left; /* bytes of RAM that the block list has still to name */
     uint64_t extra;     /* a u64 behind a block's length, not yet known for what it is */
     bool has_extra;
+    uint32_t extras;   /* how many of them so far */
     uint32_t declared; /* the block declared last */
     uint32_t bitmap_flags;
     uint32_t bitmap_names;
@@ -765,6 +766,7 @@ static bool at_block_length(struct rf_forward *f, const uint8_t *bytes, struct r
     block->used_length = length;
     block->declared = true;
     event->length = length;
+    f->extras = 0;
     give_block(f, event, RF_FORWARD_BLOCK, f->declared);
     begin(f, f->list_left == 0 ? AT_BLOCK_LAST_EXTRA : AT_BLOCK_NAME_LENGTH);
     return true;
@@ -774,6 +776,9 @@ static bool at_block_length(struct rf_forward *f, const uint8_t *bytes, struct r
 static bool block_extra(struct rf_forward *f, struct rf_forward_event *event, uint64_t value) {
     bool size_fits = value >= page_size(f) && (value & (value - 1)) == 0;
     uint64_t size = value;
+    if (++f->extras > 2) {
+        return opaque(f, event, RF_OPAQUE_RAM_BLOCK_LIST);
+    }
     if (f->has_extra) { /* two of them: size, address */
         size = f->extra;
         f->has_extra = false;
@@ -789,7 +794,9 @@ static bool block_extra(struct rf_forward *f, struct rf_forward_event *event, ui
         return opaque(f, event, RF_OPAQUE_RAM_BLOCK_LIST);
     }
     event->value = size;
-    return give_block(f, event, RF_FORWARD_BLOCK_PAGE_SIZE, f->declared);
+    give_block(f, event, RF_FORWARD_BLOCK_PAGE_SIZE, f->declared);
+    begin(f, f->state);
+    return true;
 }
 
 static bool at_block_extra(struct rf_forward *f, const uint8_t *bytes, struct rf_forward_event *event) {

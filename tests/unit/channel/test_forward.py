@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import struct
+from itertools import pairwise
 
 import pytest
 from hypothesis import given, settings
@@ -89,13 +90,22 @@ def test_byte_by_byte() -> None:
     assert decoder.position == len(data)
 
 
+def in_line(events: list[Event]) -> None:
+    for before, after in pairwise(events):
+        assert before.end <= after.at
+        assert after.at < after.end
+
+
 def test_events_lie_one_behind_the_other() -> None:
     data = s.postcopy_stream()
     events = decode(data)
-    for before, after in itertools.pairwise(events):
-        assert before.end <= after.at
-        assert after.at < after.end
+    in_line(events)
     assert events[-1] == Event(Kind.EOF, len(data) - 1, len(data))
+
+
+def test_two_page_sizes_behind_one_length_lie_in_line_too() -> None:
+    extra = struct.pack(">QQ", PAGE, PAGE)
+    in_line(decode(opening([(RAM, PAGE, extra), (b"pc.bios", PAGE, extra)])))
 
 
 def test_a_whole_postcopy_migration() -> None:
@@ -320,6 +330,8 @@ WRONG = {
         opening([(RAM, PAGE, b""), (RAM, PAGE, b"")]),
         opening([(RAM, PAGE + 1, b""), (b"pc.bios", PAGE - 1, b"")]),
         opening([(RAM, PAGE, struct.pack(">Q", 3 * PAGE))]),
+        opening([(RAM, PAGE, struct.pack(">QQQ", PAGE, PAGE, PAGE))]),
+        opening([(RAM, PAGE, struct.pack(">QQQ", PAGE, PAGE, PAGE)), (b"pc.bios", PAGE, b"")]),
         s.HEADER
         + s.start(b"ram")
         + struct.pack(">Q", PAGE | 4)
