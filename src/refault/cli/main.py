@@ -16,7 +16,7 @@ from typing import NoReturn
 from refault import __version__
 from refault.daemon.errors import operator_errors
 
-COMMANDS: tuple[str, ...] = ("inspect", "run", "status")
+COMMANDS: tuple[str, ...] = ("demo", "inspect", "run", "status")
 
 
 class _Parser(argparse.ArgumentParser):

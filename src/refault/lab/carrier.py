@@ -10,9 +10,10 @@ line when it is done:
 
     ready    nothing: it can take commands
     target N connect to port N of the far end from now on
+    once N M I,J  connect to port N or M, to each listening socket once, to those with inodes I and J never
     open     start to forward (before that it holds no port: a spare one waits like this)
     reset    break all connections, both sides see a reset
-    close    break all connections, both sides see an orderly end
+    close    close all connections: the sides see an orderly end
 
 It ends when its standard input does.
 """
@@ -26,7 +27,7 @@ import socket
 import struct
 import time
 
-from .procnet import is_listening
+from .procnet import listeners
 
 _CHUNK = 64 << 10
 _POLL = 0.005
@@ -54,6 +55,9 @@ class Carrier:
     def __init__(self, listen: tuple[str, int], connect: tuple[str, int]) -> None:
         self._listen = listen
         self._connect = connect
+        self._ports = [connect[1]]
+        self._inodes: set[int] = set()
+        self._used: set[int] | None = None
         self._selector = selectors.DefaultSelector()
         self._listener: socket.socket | None = None
         self._look_again = 0.0
@@ -79,7 +83,7 @@ class Carrier:
     def _follow_far_end(self) -> None:
         if not self._opened or time.monotonic() < self._look_again:
             return
-        wanted = is_listening(self._connect[1])
+        wanted = self._find_far_end()
         self._look_again = time.monotonic() + self._poll()
         if wanted and self._listener is None:
             family = socket.AF_INET6 if ":" in self._listen[0] else socket.AF_INET
@@ -95,6 +99,15 @@ class Carrier:
             self._listener.close()
             self._listener = None
 
+    def _find_far_end(self) -> bool:
+        for port in self._ports:
+            found = listeners(port) - (self._used or set())
+            if found:
+                self._connect = (self._connect[0], port)
+                self._inodes = found
+                return True
+        return False
+
     def _poll(self) -> float:
         return _POLL_CLOSED if self._listener is None else _POLL
 
@@ -108,8 +121,11 @@ class Carrier:
             if line == b"open":
                 self._opened = True
                 self._follow_far_end()
-            elif line.startswith(b"target "):
-                self._connect = (self._connect[0], int(line.split()[1]))
+            elif line.startswith((b"target ", b"once ")):
+                word, *ports = line.split()
+                used = ports.pop() if word == b"once" else b""
+                self._ports = [int(port) for port in ports]
+                self._used = {int(inode) for inode in used.split(b",")} if used else None
                 self._look_again = 0.0
                 self._follow_far_end()
             elif line in (b"reset", b"close"):
@@ -130,6 +146,9 @@ class Carrier:
         except OSError:
             _reset(near)
             return
+        if self._used is not None:
+            self._used |= self._inodes
+            self._look_again = 0.0
         one, other = _End(near), _End(far)
         one.peer, other.peer = other, one
         self._ends += [one, other]
@@ -183,8 +202,10 @@ class Carrier:
             if reset:
                 _reset(each.sock)
             else:
-                # Unread bytes would make the kernel send a reset instead of the orderly end.
-                _end_orderly(each.sock)
+                # As any forwarder closes; an end whose bytes were not all read sees a reset. To read them
+                # first would leave a sender that had filled the window blocked: for a minute the kernel
+                # acknowledges its probes, with the window still closed.
+                each.sock.close()
 
 
 def _send(sock: socket.socket, data: bytes) -> int:
@@ -196,17 +217,6 @@ def _send(sock: socket.socket, data: bytes) -> int:
 
 def _reset(sock: socket.socket) -> None:
     sock.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
-    sock.close()
-
-
-def _end_orderly(sock: socket.socket) -> None:
-    deadline = time.monotonic() + 0.05
-    try:
-        sock.shutdown(socket.SHUT_RDWR)
-        while sock.recv(_CHUNK) and time.monotonic() < deadline:
-            pass
-    except OSError:
-        pass  # it had been broken before
     sock.close()
 
 

@@ -15,7 +15,7 @@ from pathlib import Path
 import trio
 
 from .process import Process, ProcessFailed, started
-from .procnet import ESTABLISHED, is_listening, tcp_sockets
+from .procnet import ESTABLISHED, is_listening, listeners, tcp_sockets
 from .tasks import background
 
 _LOOK = 0.05  # how long a stopped carrier is watched for a request before it may go on and be stopped again
@@ -75,6 +75,8 @@ class Channel:
         self._processes = processes
         self._directory = directory
         self._target = target
+        self._others: tuple[int, ...] = ()
+        self._aim = f"target {target}"
         self._count = 0
         self._spare: _Carrier | None = None
         self._spare_there = trio.Event()
@@ -95,12 +97,24 @@ class Channel:
         """What the destination's `migrate-incoming` or `migrate-recover` is given."""
         return f"tcp:{self.host}:{self._target}"
 
-    async def retarget(self) -> None:
-        """Leads to another port of the destination from now on: its old listener may be open for ever (DESIGN
-        6).
+    async def retarget(self, port: int | None = None) -> None:
+        """Leads to another port of the destination from now on, by default a free one; connections stay.
+
+        What listens on the first is QEMU's old listener, which may be open for ever (DESIGN section 6).
         """
-        self._target = free_port()
-        await self._running().command(f"target {self._target}")
+        self._target = port or free_port()
+        self._aim = f"target {self._target}"
+        await self._running().command(self._aim)
+
+    async def lead_once(self, other: int) -> None:
+        """Leads to what begins to listen on the target port or ``other``, to each socket once.
+
+        QEMU's old listeners stay open and are dangerous to connect to (DESIGN section 6): in this network
+        nobody makes that mistake.
+        """
+        self._others = (other,)
+        self._pass_over_listeners()
+        await self._running().command(self._aim)
 
     async def wait_open(self) -> None:
         """Waits until the channel accepts, which it does when the destination does; the deadline is the
@@ -142,6 +156,8 @@ class Channel:
                     await trio.sleep(random.uniform(0.001, 0.01))  # noqa: S311
         carrier = self._running()
         when = trio.current_time()
+        if self._others:
+            self._pass_over_listeners()  # the next carrier cannot know them: the end may listen anew at once
         carrier.killed = True
         carrier.process.kill()
         await self._replace()
@@ -157,8 +173,14 @@ class Channel:
 
     def unread_requests(self) -> int:
         """Bytes that the destination sent and the carrier has not read yet; of use while it is frozen."""
+        ports = (self._target, *self._others)
         rows = tcp_sockets(self.pid)
-        return sum(row.unread for row in rows if row.state == ESTABLISHED and row.remote[1] == self._target)
+        return sum(row.unread for row in rows if row.state == ESTABLISHED and row.remote[1] in ports)
+
+    def _pass_over_listeners(self) -> None:
+        ports = (self._target, *self._others)
+        used = set().union(*map(listeners, ports)) or {0}
+        self._aim = f"once {' '.join(map(str, ports))} {','.join(map(str, used))}"
 
     def _running(self) -> _Carrier:
         if self._carrier is None:
@@ -184,7 +206,7 @@ class Channel:
         carrier, self._spare = self._spare, None
         if carrier is None:
             raise RuntimeError("two losses at once")
-        await carrier.command(f"target {self._target}")
+        await carrier.command(self._aim)
         await carrier.command("open")
         self._carrier = carrier
         self._spare_there = trio.Event()

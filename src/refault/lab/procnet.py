@@ -32,9 +32,14 @@ def tcp_sockets(pid: int | str = "self") -> list[TcpSocket]:
     return [row for table in ("tcp", "tcp6") for row in _rows(Path(f"/proc/{pid}/net/{table}"))]
 
 
+def listeners(port: int, pid: int | str = "self") -> set[int]:
+    """The inodes of the sockets that listen on a port in that namespace, found without connecting to it."""
+    return {row.inode for row in tcp_sockets(pid) if row.state == LISTEN and row.local[1] == port}
+
+
 def is_listening(port: int, pid: int | str = "self") -> bool:
     """Whether somebody listens on a port in that namespace, found without connecting to it."""
-    return any(row.state == LISTEN and row.local[1] == port for row in tcp_sockets(pid))
+    return bool(listeners(port, pid))
 
 
 def _rows(path: Path) -> Iterator[TcpSocket]:

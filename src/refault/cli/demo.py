@@ -1,0 +1,156 @@
+"""`refault demo`: the main job on two real QEMUs on this host, so that it is a self-check of the host too."""
+
+from __future__ import annotations
+
+import argparse
+import functools
+import json
+import re
+import signal
+import sys
+import tempfile
+from pathlib import Path
+from typing import Any
+
+import trio
+from rich.console import Console
+
+from refault import __version__
+from refault.daemon.errors import OperatorError
+from refault.lab.host_check import Finding, check_host
+from refault.lab.live_view import show_findings, show_outcome, showing
+from refault.lab.process import ProcessFailed
+from refault.lab.qemu import DEFAULT_BINARY
+from refault.lab.qmp_client import QmpClosed, QmpError
+from refault.lab.report import report
+from refault.lab.scenario import Options, ScenarioFailed, run
+from refault.lab.story import Story
+
+_UNITS = {"": 20, "K": 10, "M": 20, "G": 30}
+_SIZE = re.compile(r"(\d+)([KMG]?)(?:iB|B)?", re.IGNORECASE)
+_SMALLEST, _LARGEST = 16 << 20, 2 << 30
+
+
+def add_parser(subparsers: Any) -> None:
+    """Adds the command to argparse's `subparsers`."""
+    parser: argparse.ArgumentParser = subparsers.add_parser(
+        "demo",
+        help="show and check here what refault does",
+        description="Migrates a guest between two QEMUs here, loses the channel again and again, lets "
+        "refault recover it, and compares every page of the guest's memory. Exit status 0: every loss was "
+        "recovered and memory is right.",
+    )
+    parser.add_argument("--losses", type=_losses, default=6, metavar="N", help="how often (default: 6)")
+    parser.add_argument(
+        "--memory",
+        type=_size,
+        default=256 << 20,
+        metavar="SIZE",
+        help="what the guest writes to, as 64M or 1G (default: 256M)",
+    )
+    parser.add_argument(
+        "--relay", choices=("auto", "off"), default="auto", help="off: recover over QMP alone (default: auto)"
+    )
+    parser.add_argument(
+        "--qemu", default=DEFAULT_BINARY, metavar="PROGRAM", help=f"QEMU (default: {DEFAULT_BINARY})"
+    )
+    parser.add_argument("--json", action="store_true", help="the result as one JSON document")
+    parser.add_argument("--report", type=Path, metavar="FILE.html", help="write the run as one HTML page")
+    parser.set_defaults(execute=execute)
+
+
+def execute(arguments: argparse.Namespace) -> int:
+    """Runs the demo: 0 if every loss was recovered and memory is right, 1 if not, 130 when interrupted."""
+    console = Console(stderr=arguments.json)
+    if arguments.report is not None and not arguments.report.parent.is_dir():
+        raise OperatorError(f"--report {arguments.report}: there is no directory {arguments.report.parent}")
+    findings, version = check_host(arguments.qemu)
+    show_findings(console, findings)
+    missing = [each for each in findings if each.grade == "missing"]
+    if missing or version is None:
+        raise OperatorError("the demo cannot run here: " + "; ".join(each.text for each in missing))
+    options = Options(arguments.losses, arguments.memory, arguments.relay, binary=arguments.qemu)
+    story = trio.run(functools.partial(_run, options, console))
+    if story is None:
+        print("refault: interrupted; everything that was started has been ended", file=sys.stderr)
+        return 130
+    show_outcome(console, story)
+    if arguments.report is not None:
+        arguments.report.write_text(report(story, findings))
+        console.print(f"report: {arguments.report}", highlight=False)
+    if arguments.json:
+        print(json.dumps(_document(story, findings, options)))
+    return 0 if story.ok else 1
+
+
+async def _run(options: Options, console: Console) -> Story | None:
+    """The run's story, whatever came of it; None when a signal ended it."""
+    story = Story(options.losses, options.who)
+    interrupted = False
+
+    async def watch_signals(task_status: trio.TaskStatus[None]) -> None:
+        nonlocal interrupted
+        with trio.open_signal_receiver(signal.SIGINT, signal.SIGTERM) as signals:
+            task_status.started()
+            async for _ in signals:
+                interrupted = True
+                nursery.cancel_scope.cancel()
+
+    with tempfile.TemporaryDirectory(prefix="refault-") as directory:
+        async with trio.open_nursery() as nursery:
+            await nursery.start(watch_signals)
+            async with showing(console, story):
+                story.failure = await _tell_failure(options, story, Path(directory))
+            nursery.cancel_scope.cancel()
+    return None if interrupted else story
+
+
+async def _tell_failure(options: Options, story: Story, directory: Path) -> str | None:
+    """Runs the scenario; gives what made it end early, and the end of refault's logs with it."""
+    try:
+        await run(options, story, directory)
+    except ProcessFailed as error:
+        return str(error)
+    except (ScenarioFailed, QmpError, QmpClosed) as error:
+        failure = str(error)
+    except trio.TooSlowError:
+        failure = "something took too long; is this host very busy?"
+    else:
+        return None
+    return failure + _last_words(directory)
+
+
+def _last_words(directory: Path) -> str:
+    """The end of refault's logs."""
+    said = ""
+    for log in sorted(directory.glob("refault-*.log")):
+        lines = log.read_text(errors="replace").splitlines()[-15:]
+        said += "".join(f"\n{log.stem}: {line}" for line in lines)
+    return said
+
+
+def _document(story: Story, findings: list[Finding], options: Options) -> dict[str, Any]:
+    return {
+        "version": __version__,
+        "relay": options.relay,
+        "memory_bytes": options.guest.written_bytes,
+        "vcpus": options.guest.vcpus,
+        "host": [each.document() for each in findings],
+        **story.document(),
+    }
+
+
+def _losses(text: str) -> int:
+    if not text.isascii() or not text.isdigit() or int(text) > 1000:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a number from 0 to 1000")
+    return int(text)
+
+
+def _size(text: str) -> int:
+    match = _SIZE.fullmatch(text)
+    if match is None:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a size such as 64M or 1G")
+    size = int(match[1]) << _UNITS[match[2].upper()]
+    if not _SMALLEST <= size <= _LARGEST:
+        raise argparse.ArgumentTypeError(f"{text!r} is out of range: 16M to 2G")
+    return size

@@ -1,0 +1,126 @@
+"""The run as it happens: a live view on a terminal, plain lines elsewhere; at the end a table."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import AsyncIterator, Iterable
+
+import trio
+from rich.console import Console, Group, RenderableType
+from rich.live import Live
+from rich.progress_bar import ProgressBar
+from rich.table import Table
+from rich.text import Text
+
+from .host_check import Finding, Grade
+from .story import SIDES, Story
+from .tasks import background
+
+_GRADES: dict[Grade, tuple[str, str]] = {
+    "ok": ("ok", "green"),
+    "note": ("note", "yellow"),
+    "danger": ("danger", "yellow"),
+    "missing": ("MISSING", "bold red"),
+}
+_BARS = " ▁▂▃▄▅▆▇█"
+_REFRESH = 0.1
+_NOTES = 12
+
+
+def show_findings(console: Console, findings: Iterable[Finding]) -> None:
+    """Says what was found on the host."""
+    table = Table.grid(padding=(0, 2))
+    for finding in findings:
+        word, style = _GRADES[finding.grade]
+        table.add_row(Text(word, style), finding.subject, finding.text)
+    console.print(table)
+
+
+@contextlib.asynccontextmanager
+async def showing(console: Console, story: Story) -> AsyncIterator[None]:
+    """Shows ``story`` on ``console`` while the block runs."""
+    if not console.is_terminal:
+        story.on_note = lambda when, text: console.print(
+            f"{when:7.2f} s  {text}", highlight=False, soft_wrap=True
+        )
+        yield
+        return
+    with Live(_view(story, console.width), console=console, auto_refresh=False, transient=False) as live:
+
+        async def refresh() -> None:
+            while True:
+                live.update(_view(story, console.width), refresh=True)
+                await trio.sleep(_REFRESH)
+
+        try:
+            async with background() as nursery:
+                nursery.start_soon(refresh)
+                yield
+        finally:
+            live.update(_view(story, console.width), refresh=True)
+
+
+def _view(story: Story, width: int) -> RenderableType:
+    states = Table.grid(padding=(0, 2))
+    for side in SIDES:
+        states.add_row(side, _status(story.status(side)))
+    remaining = next((s.remaining for s in reversed(story.samples) if s.remaining is not None), story.total)
+    arrived = story.total - (0 if story.completed is not None else remaining)
+    states.add_row(
+        "memory", ProgressBar(total=max(story.total, 1), completed=arrived, width=min(width - 16, 60))
+    )
+    states.add_row("waiting", Text(sparkline(story, min(width - 16, 60)), "cyan"))
+    states.add_row("recovered", f"{story.recoveries} of {story.wanted_losses} losses")
+    notes = Table.grid(padding=(0, 1))
+    for when, text in story.notes[-_NOTES:]:
+        notes.add_row(Text(f"{when:7.2f} s", "dim"), Text(text))
+    return Group(states, Text(""), notes)
+
+
+def _status(status: str) -> Text:
+    if status in ("postcopy-active", "completed"):
+        return Text(status, "green")
+    lost = status in ("postcopy-paused", "failed")
+    return Text(status, "bold red" if lost else "yellow")
+
+
+def sparkline(story: Story, width: int) -> str:
+    """The outstanding requests of the last samples, the newest at the right."""
+    values = [sample.outstanding for sample in story.samples[-width:]]
+    top = max((value for value in values if value is not None), default=0)
+    if top == 0:
+        return ""
+    return "".join(_BARS[0 if value is None else -(-value * 8 // top)] for value in values) + f"  of {top}"
+
+
+def show_outcome(console: Console, story: Story) -> None:
+    """The table at the end, and in one line whether all is well."""
+    if story.losses:
+        console.print(_losses(story))
+    if story.failure is not None:
+        console.print(Text(f"FAILED: {story.failure}", "bold red"), soft_wrap=True)
+    if story.verdict is not None:
+        console.print(Text(f"memory: {story.verdict}", "green" if story.verdict.right else "bold red"))
+    if story.ok:
+        who = f"recovered by {story.recovered_by} alone"
+        console.print(Text(f"{story.recoveries} of {story.wanted_losses} losses {who}", "bold green"))
+
+
+def _losses(story: Story) -> Table:
+    table = Table("loss", "lost by", title="Losses and recoveries", title_justify="left")
+    for heading in ("lost inside", "both active again after", "requests outstanding", "replayed"):
+        table.add_column(heading, justify="right")
+    for loss in story.losses:
+        table.add_row(
+            str(loss.number),
+            loss.loss.value,
+            f"{loss.bytes_inside} B" if loss.bytes_inside else "-",
+            "never" if loss.recovered is None else f"{loss.recovered * 1000:.0f} ms",
+            _count(loss.outstanding),
+            _count(loss.replayed),
+        )
+    return table
+
+
+def _count(value: int | None) -> str:
+    return "-" if value is None else str(value)

@@ -1,0 +1,133 @@
+"""What happened in a run of the scenario, as the views show, the report draws and `--json` prints it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+import trio
+
+from .channel import Loss
+from .memory import Verdict
+
+Side = Literal["source", "destination"]
+SIDES: tuple[Side, ...] = ("source", "destination")
+
+
+@dataclass(frozen=True)
+class Sample:
+    """One look at both ends: ``when`` in seconds since the beginning; None is what nobody could tell.
+
+    Page counts are host pages, as in `refault status`; ``remaining`` is what the source still has, in bytes.
+    """
+
+    when: float
+    outstanding: int | None = None
+    requested: int | None = None
+    arrived: int | None = None
+    replayed: int | None = None
+    remaining: int | None = None
+
+
+@dataclass
+class LossResult:
+    """One loss and its recovery; ``when`` in seconds since the beginning, ``recovered`` in seconds from the
+    loss.
+    """
+
+    number: int
+    loss: Loss
+    when: float
+    bytes_inside: int
+    outstanding: int | None = None
+    replayed: int | None = None
+    recovered: float | None = None
+
+    def document(self) -> dict[str, Any]:
+        """Its part of the JSON document."""
+        return {
+            "number": self.number,
+            "loss": self.loss.value,
+            "at_seconds": round(self.when, 4),
+            "recovered_seconds": None if self.recovered is None else round(self.recovered, 4),
+            "requests_outstanding": self.outstanding,
+            "requests_replayed": self.replayed,
+            "return_path_bytes_lost": self.bytes_inside,
+        }
+
+
+@dataclass
+class Story:
+    """The run, from its beginning: filled by the scenario, read by the views while it goes on."""
+
+    wanted_losses: int
+    recovered_by: str
+    on_note: Callable[[float, str], None] = lambda when, text: None
+    began: float = field(default_factory=trio.current_time)
+    facts: dict[str, str] = field(default_factory=dict)
+    notes: list[tuple[float, str]] = field(default_factory=list)
+    statuses: dict[Side, list[tuple[float, str]]] = field(
+        default_factory=lambda: {side: [] for side in SIDES}
+    )
+    samples: list[Sample] = field(default_factory=list)
+    losses: list[LossResult] = field(default_factory=list)
+    total: int = 0
+    completed: float | None = None
+    verdict: Verdict | None = None
+    failure: str | None = None
+
+    def now(self) -> float:
+        """Seconds since the beginning."""
+        return trio.current_time() - self.began
+
+    def note(self, text: str) -> None:
+        """Says what happens, to whoever looks on."""
+        when = self.now()
+        self.notes.append((when, text))
+        self.on_note(when, text)
+
+    def status(self, side: Side) -> str:
+        """The side's migration status, as far as it is known."""
+        return self.statuses[side][-1][1] if self.statuses[side] else "none"
+
+    @property
+    def recoveries(self) -> int:
+        """How many losses were recovered."""
+        return sum(loss.recovered is not None for loss in self.losses)
+
+    @property
+    def ok(self) -> bool:
+        """Whether every loss was made and recovered, the migration completed, and memory is right."""
+        return (
+            self.failure is None
+            and self.completed is not None
+            and self.recoveries == self.wanted_losses
+            and self.verdict is not None
+            and self.verdict.right
+        )
+
+    def document(self) -> dict[str, Any]:
+        """The run as one JSON document."""
+        verdict = self.verdict
+        return {
+            "ok": self.ok,
+            "failure": self.failure,
+            "recovered_by": self.recovered_by,
+            "facts": self.facts,
+            "wanted_losses": self.wanted_losses,
+            "recoveries": self.recoveries,
+            "losses": [loss.document() for loss in self.losses],
+            "completed_seconds": None if self.completed is None else round(self.completed, 3),
+            "memory": verdict
+            and {
+                "right": verdict.right,
+                "pages_compared": verdict.pages,
+                "pages_wrong": verdict.wrong,
+                "wrong": [str(each) for each in verdict.mismatches],
+                "stuck_vcpus": list(verdict.stuck_vcpus),
+            },
+            "statuses": {
+                side: [[round(when, 4), status] for when, status in self.statuses[side]] for side in SIDES
+            },
+        }

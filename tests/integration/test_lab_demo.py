@@ -1,0 +1,137 @@
+"""`refault demo` and its scenario on real QEMUs, the floor (a script recovers), and checks that must fail."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+from refault.lab.guest import ARENA_BASE
+from refault.lab.qemu import DEFAULT_BINARY, Pair
+from refault.lab.scenario import Options, ScenarioFailed, run
+from refault.lab.story import Story
+
+pytestmark = [pytest.mark.qemu, pytest.mark.timeout(90)]
+
+BINARIES = [DEFAULT_BINARY, *(["qemu-10"] if shutil.which("qemu-10") else [])]
+SMALL = Options(losses=3, memory=32 << 20, who="script")
+DEMO = [sys.executable, "-m", "refault", "demo"]
+
+
+async def told(options: Options, directory: Path) -> Story:
+    story = Story(options.losses, options.who)
+    await run(options, story, directory)
+    return story
+
+
+@pytest.mark.parametrize("binary", BINARIES)
+async def test_the_floor_a_script_recovers(tmp_path: Path, binary: str) -> None:
+    story = await told(replace(SMALL, binary=binary), tmp_path)
+    assert story.ok
+    assert [loss.loss.value for loss in story.losses] == ["reset", "close", "killed carrier"]
+    assert story.losses[2].bytes_inside > 0
+    assert story.status("source") == story.status("destination") == "completed"
+
+
+async def test_where_nobody_recovers_the_run_stays_paused_and_says_so(tmp_path: Path) -> None:
+    story = Story(3, "nobody")
+    with pytest.raises(ScenarioFailed, match=r"loss 1 \(reset\) was not recovered in 2 s.*postcopy-paused"):
+        await run(replace(SMALL, who="nobody", recovery_deadline=2), story, tmp_path)
+    assert not story.ok
+    assert story.recoveries == 0
+
+
+async def test_a_byte_changed_behind_the_guests_back_is_told(tmp_path: Path) -> None:
+    def meddle(pair: Pair) -> None:
+        pair.destination.memory.flip(ARENA_BASE + 8192 + 4095)
+
+    story = await told(replace(SMALL, losses=0, meddle=meddle), tmp_path)
+    assert not story.ok
+    assert story.verdict is not None
+    assert story.verdict.wrong == 1
+    assert f"pc.ram offset {ARENA_BASE + 8192:#x}" in str(story.verdict)
+
+
+@pytest.mark.parametrize("relay", ["auto", "off"])
+@pytest.mark.parametrize("binary", BINARIES)
+def test_refault_alone_recovers(tmp_path: Path, binary: str, relay: str) -> None:
+    page = tmp_path / "page.html"
+    options = ["--losses", "3", "--memory", "32M", "--qemu", binary, "--relay", relay, "--report", str(page)]
+    done = subprocess.run(
+        [*DEMO, *options, "--json"], capture_output=True, text=True, timeout=80, check=False
+    )
+    assert done.returncode == 0, done.stderr
+    document = json.loads(done.stdout)
+    assert document["ok"] is True
+    assert (document["recoveries"], document["relay"]) == (3, relay)
+    assert document["memory"]["pages_wrong"] == 0
+    assert [finding["subject"] for finding in document["host"]][:3] == ["QEMU", "KVM", "userfaultfd"]
+    assert "loss 3: killed carrier" in done.stderr
+    assert "3 of 3 losses recovered by refault" in page.read_text()
+    assert not any(tmp_path.glob("refault-*"))
+
+
+def belonging_to(directory: Path) -> list[str]:
+    """The command lines of processes that work in the directory."""
+    found = []
+    for process in Path("/proc").glob("[0-9]*/cmdline"):
+        try:
+            words = process.read_bytes().split(b"\0")
+        except OSError:
+            continue
+        if any(os.fsencode(directory) in word for word in words):
+            found.append(b" ".join(words).decode(errors="replace"))
+    return found
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGKILL])
+def test_whatever_ends_the_demo_leaves_no_process_behind(tmp_path: Path, number: signal.Signals) -> None:
+    environment = {**os.environ, "TMPDIR": str(tmp_path)}
+    command = [*DEMO, "--memory", "64M", "--json"]
+    with subprocess.Popen(
+        command, env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE
+    ) as demo:
+        deadline = time.monotonic() + 20
+        while len(belonging_to(tmp_path)) < 4 and time.monotonic() < deadline:
+            time.sleep(0.05)
+        assert len(belonging_to(tmp_path)) >= 4
+        demo.send_signal(number)
+        _, said = demo.communicate(timeout=20)
+    if number is not signal.SIGKILL:
+        assert demo.returncode == 130
+        assert said.endswith(b"refault: interrupted; everything that was started has been ended\n")
+        assert b"Traceback" not in said
+        assert not any(tmp_path.iterdir())
+    deadline = time.monotonic() + 5
+    while belonging_to(tmp_path) and time.monotonic() < deadline:
+        time.sleep(0.05)
+    assert belonging_to(tmp_path) == []
+
+
+@pytest.mark.parametrize(
+    ("options", "status", "says"),
+    [
+        (["--qemu", "no-such-qemu"], 1, "refault: the demo cannot run here: there is no no-such-qemu"),
+        (
+            ["--report", "/no/such/page.html"],
+            1,
+            "refault: --report /no/such/page.html: there is no directory",
+        ),
+        (["--memory", "3M"], 2, "'3M' is out of range: 16M to 2G"),
+        (["--memory", "much"], 2, "'much' is not a size such as 64M or 1G"),
+        (["--losses", "-1"], 2, "'-1' is not a number from 0 to 1000"),
+    ],
+)
+def test_what_cannot_be_is_one_clear_line(options: list[str], status: int, says: str) -> None:
+    done = subprocess.run([*DEMO, *options], capture_output=True, text=True, timeout=30, check=False)
+    assert done.returncode == status
+    assert says in done.stderr
+    assert done.stderr.count("\n") == 1
