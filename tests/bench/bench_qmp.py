@@ -182,7 +182,7 @@ def process(argv: list[str]) -> Iterator[subprocess.Popen[bytes]]:
 
 
 def measure(qemu: str, rounds: int) -> dict[str, dict[str, float]]:
-    """For each way: p50 and p99 of the round trip in microseconds, pipelined commands a second (median)."""
+    """For each way: p50 and p99 of the round trip in us, and pipelined commands a second (median)."""
     with ExitStack() as stack:
         directory = Path(stack.enter_context(tempfile.TemporaryDirectory()))
         monitors = {way: directory / f"{way}.qemu" for way in WAYS}

@@ -60,7 +60,9 @@ __all__ = [
 
 log = logging.getLogger("refault.qmp")
 
-_READ = 16 << 10
+_READ = 4 << 10
+_READ_MORE = 64 << 10
+"""Bytes to read from a client at a time, and while it is in the midst of a longer message."""
 _UPSTREAM_READ = 64 << 10
 _ONE_FD = socket.CMSG_LEN(4)
 """Room for one descriptor: the kernel closes the others, as QEMU would."""
@@ -404,8 +406,6 @@ class Monitor:
                 backlog.popleft()
             else:
                 backlog[0] = backlog[0][sent:]
-            if client in self._paused:
-                self._flush()
         self._core.dirty.append(client)
         self._flush()
 
@@ -524,18 +524,19 @@ class Monitor:
                 self._flush()
 
     async def _read_client(self, client: Client, wire: _Wire) -> None:
-        sock, core = wire.sock, self._core
+        sock, core, splitter = wire.sock, self._core, client.splitter
         passes_fds = sock.family == socket.AF_UNIX
         while True:
             await trio.lowlevel.wait_readable(sock)
             fd = -1
+            size = _READ if splitter.held < _READ else _READ_MORE
             try:
                 if passes_fds:
-                    data, ancillary, _, _ = sock.recvmsg(_READ, _ONE_FD, socket.MSG_CMSG_CLOEXEC)
+                    data, ancillary, _, _ = sock.recvmsg(size, _ONE_FD, socket.MSG_CMSG_CLOEXEC)
                     if ancillary:
                         fd = _descriptor(ancillary)
                 else:
-                    data = sock.recv(_READ)
+                    data = sock.recv(size)
             except BlockingIOError:
                 continue
             if not data:
@@ -546,10 +547,15 @@ class Monitor:
                 await trio.sleep_forever()
             core.receive(client, data, fd)
             self._flush()
-            while client.paused:
-                self._paused.add(client)
-                wire.wake = trio.Event()
-                await wire.wake.wait()
+            while client.paused or splitter.more:
+                if client.paused:
+                    self._paused.add(client)
+                    wire.wake = trio.Event()
+                    await wire.wake.wait()
+                else:
+                    await trio.lowlevel.checkpoint()
+                    core.receive(client, b"")
+                    self._flush()
 
     # QEMU
 

@@ -45,6 +45,8 @@ from refault.qmp.splitter import (
 
 WINDOW = 6
 """In-band commands with QEMU at a time."""
+SHARE = 2
+"""Of these, one client's: the next is there when QEMU is done with one, and others need not wait for many."""
 WINDOW_BYTES = 64 << 10
 """Of these commands together, where there is more than one: QEMU reads byte by byte, and an out-of-band
 command behind.
@@ -173,8 +175,11 @@ class Multiplexer:
 
         A descriptor belongs to the last command in `data` that takes one, else to the next; one that is never
         taken is replaced by a later one, as in QEMU (chardev/char-socket.c, tcp_chr_recv).
+
+        Takes one batch of messages: while `client.splitter.more`, call again with nothing, after others had
+        their turn.
         """
-        messages = client.splitter.feed(data)
+        messages = client.splitter.feed(data, batch=fd < 0)
         takes: list[Request] = []
         for message in messages:
             request = Request(client, message)
@@ -398,8 +403,8 @@ class Multiplexer:
                 self._fd_waiting.append(client)
                 client.ready = True
                 continue
-            if client is self._own and client.in_flight:
-                continue  # comes back when that is answered
+            if client.in_flight >= (1 if client is self._own else SHARE):
+                continue  # comes back when one is answered
             self._unqueue(client)
             client.in_flight += 1
             self._in_flight += 1

@@ -23,7 +23,6 @@ class Limits:
     queued_fds: int = 16
     out_of_band: int = 64
     unsent: int = 16 << 20
-    unsent_pause: int = 1 << 20
     clients: int = 512
 
 
@@ -100,7 +99,6 @@ class Client:
             or len(self.queue) >= limits.queued_commands
             or self.queued_fds >= limits.queued_fds
             or self.oob_in_flight >= limits.out_of_band
-            or self.unsent > limits.unsent_pause
         )
 
     @property

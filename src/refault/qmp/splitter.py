@@ -20,7 +20,9 @@ EXTENDED: int = lib.RF_EXTENDED
 BROKEN: int = lib.RF_BROKEN
 EMPTY: int = lib.RF_EMPTY
 
-_BATCH = 32
+BATCH = 32
+"""Messages that are taken in one go from a client: what the others wait for."""
+
 _SIZE: int = lib.RF_RECORD_SIZE
 _WELL_FORMED: int = lib.RF_JSON_VALUE
 _STRAY: int = lib.RF_JSON_STRAY
@@ -106,44 +108,49 @@ def compact(value: bytes) -> bytes:
 class Splitter:
     """Splits a stream fed in chunks of any size. `lenient` for QEMU's output, which is not always JSON."""
 
-    __slots__ = ("_held", "_keep", "_records", "_splitter")
+    __slots__ = ("_held", "_keep", "_records", "_splitter", "more")
 
     def __init__(self, *, max_bytes: int = MAX_MESSAGE, lenient: bool = False) -> None:
         splitter = lib.rf_splitter_new(max_bytes, lenient)
         if splitter == ffi.NULL:
             raise MemoryError
         self._splitter = ffi.gc(splitter, lib.rf_splitter_free)
-        self._records = ffi.new("int64_t[]", _BATCH * _SIZE)
+        self._records = ffi.new("int64_t[]", BATCH * _SIZE)
         self._keep = ffi.new("size_t *")
         self._held = bytearray()
+        self.more = False
 
     @property
     def held(self) -> int:
         """Bytes of an unfinished message."""
         return len(self._held)
 
-    def feed(self, data: bytes) -> list[Message]:
-        """The messages that `data` completes, in order."""
+    def feed(self, data: bytes, *, batch: bool = False) -> list[Message]:
+        """The messages that `data` completes, in order.
+
+        With `batch` no more than `BATCH`; while `more` says that there may be others, feeding nothing gives
+        them.
+        """
         if not self._held:
-            messages, keep = self._scan(data)
+            messages, keep = self._scan(data, batch)
             if keep < len(data):
                 self._held += data[keep:] if keep else data
             return messages
         self._held += data
         with memoryview(self._held) as view:
-            messages, keep = self._scan(view)
+            messages, keep = self._scan(view, batch)
         if keep:
             del self._held[:keep]
         return messages
 
-    def _scan(self, data: bytes | memoryview) -> tuple[list[Message], int]:
+    def _scan(self, data: bytes | memoryview, batch: bool) -> tuple[list[Message], int]:
         messages: list[Message] = []
         records, keep = self._records, self._keep
         with ffi.from_buffer(data) as start:
             size = len(data)
             done = 0
             while True:
-                count = lib.rf_splitter_scan(self._splitter, start + done, size - done, records, _BATCH, keep)
+                count = lib.rf_splitter_scan(self._splitter, start + done, size - done, records, BATCH, keep)
                 if count < 0:
                     raise MemoryError
                 if count:
@@ -154,7 +161,8 @@ class Splitter:
                         problem = None if record[0] == _WELL_FORMED else _problem(raw, record)
                         messages.append(Message(raw, record, problem))
                 done += keep[0]
-                if count < _BATCH:
+                if count < BATCH or batch:
+                    self.more = count == BATCH
                     return messages, done
 
 
