@@ -76,10 +76,6 @@ class Message:
         ) = record
         self.problem = problem
 
-    def verb_bytes(self) -> bytes:
-        """The verb's value as it came in."""
-        return self.raw[self.verb : self.verb_end]
-
     def without_id(self) -> bytes:
         """The message as it would be had nobody sent an id."""
         if not self.id_end:

@@ -1,0 +1,439 @@
+"""The multiplexer with a QEMU that is played: what real ones cannot be made to do."""
+
+from __future__ import annotations
+
+import json
+import random
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from refault.qmp.commands import Answer, Forward, Request
+from refault.qmp.multiplexer import SHARE, WINDOW, Multiplexer, NotQmpError
+from refault.qmp.session import Client, Limits
+from refault.qmp.splitter import Message, Splitter
+
+GREETING = b'{"QMP": {"version": {"qemu": {"micro": 22, "minor": 2, "major": 7}, "package": "v"}, "capabilities": [%s]}}\r\n'
+
+
+class Played:
+    """A multiplexer, what it sends to its QEMU, and what it asks."""
+
+    def __init__(
+        self, *, oob: bool = True, watch: tuple[str, ...] = (), limits: Limits | None = None
+    ) -> None:
+        self.asked: list[Request] = []
+        self.closed: list[int] = []
+        self.events: list[tuple[str, Mapping[str, object]]] = []
+        self.connects = 0
+        self.core = Multiplexer(
+            limits=limits or Limits(),
+            watch=watch,
+            ask=self.asked.append,
+            discard=self.closed.append,
+            on_event=lambda name, data: self.events.append((name, data)),
+            on_ready=lambda: None,
+        )
+        self.splitter = Splitter()
+        self.fds: list[int] = []
+        self.oob = oob
+        self.connect()
+
+    def connect(self) -> None:
+        self.connects += 1
+        self.negotiation = b'"negotiation-%d"' % self.connects
+        self.core.upstream_connected(self.negotiation)
+        self.core.receive_upstream(GREETING % (b'"oob"' if self.oob else b""))
+        [(sent, _)] = self.take()
+        enable = ["oob"] if self.oob else []
+        assert json.loads(sent)["arguments"] == {"enable": enable}
+        self.core.receive_upstream(b'{"return": {}, "id": %s}\r\n' % self.negotiation)
+
+    def client(self, *enable: str) -> Client:
+        client = self.core.join()
+        command = {"execute": "qmp_capabilities", "arguments": {"enable": list(enable)}}
+        self.core.receive(client, json.dumps(command).encode())
+        greeting, reply = self.replies(client)
+        assert "QMP" in greeting
+        assert reply == {"return": {}}
+        return client
+
+    def take(self) -> list[tuple[bytes, int]]:
+        out, self.core.upstream_out = self.core.upstream_out, []
+        return out
+
+    def commands(self) -> list[dict[str, Any]]:
+        """What came to QEMU."""
+        found = []
+        for data, fd in self.take():
+            if fd >= 0:
+                self.fds.append(fd)
+            found.append(json.loads(data))
+        return found
+
+    def reply(self, number: object, value: object = None) -> None:
+        self.core.receive_upstream(json.dumps({"return": value or {}, "id": number}).encode() + b"\r\n")
+
+    @staticmethod
+    def replies(client: Client) -> list[dict[str, Any]]:
+        lines = b"".join(client.out).split(b"\r\n")
+        client.unsent = 0
+        client.out.clear()
+        assert lines.pop() == b""
+        return [json.loads(line) for line in lines]
+
+
+def command(name: str, spelling: object = None, **arguments: object) -> bytes:
+    members: dict[str, object] = {"execute": name}
+    if spelling is not None:
+        members["id"] = spelling
+    if arguments:
+        members["arguments"] = arguments
+    return json.dumps(members).encode()
+
+
+@pytest.mark.parametrize(("oob", "window"), [(True, WINDOW), (False, 1)])
+def test_the_window(oob: bool, window: int) -> None:
+    played = Played(oob=oob)
+    clients = [played.client() for _ in range(10)]
+    for number, client in enumerate(clients):
+        played.core.receive(client, command("a", number) * 3)
+    for turn in range(30):
+        waiting = played.commands()
+        assert len(waiting) == (window if turn == 0 else 1 if turn <= 30 - window else 0)
+        if turn == 0:
+            queue = waiting
+        else:
+            queue += waiting
+        played.reply(queue.pop(0)["id"])
+    for number, client in enumerate(clients):
+        assert [reply["id"] for reply in played.replies(client)] == [number] * 3
+
+
+def test_one_clients_share() -> None:
+    played = Played()
+    first, second = played.client(), played.client()
+    played.core.receive(first, command("a") * 20)
+    assert len(played.commands()) == SHARE
+    played.core.receive(second, command("b"))
+    assert [sent["execute"] for sent in played.commands()] == ["b"]
+
+
+def test_a_big_command_does_not_fill_the_way_to_qemu() -> None:
+    played = Played()
+    first, second = played.client("oob"), played.client()
+    played.core.receive(first, command("big", x="x" * 100_000))
+    played.core.receive(second, command("big", x="x" * 100_000))
+    [sent] = played.commands()
+    played.core.receive(first, b'{"exec-oob": "migrate-pause"}')
+    assert [next(iter(later)) for later in played.commands()] == ["exec-oob"]
+    played.reply(sent["id"])
+    assert len(played.commands()) == 1
+
+
+def test_late_replies_are_dropped() -> None:
+    played = Played()
+    first, second = played.client(), played.client()
+    played.core.receive(first, command("a", 1) * 5)
+    sent = played.commands()
+    played.core.leave(first)
+    played.core.receive(second, command("b", 2))
+    for one in sent:
+        played.reply(one["id"])
+    [later] = played.commands()
+    assert later["execute"] == "b"
+    played.reply(later["id"])
+    assert played.replies(second) == [{"return": {}, "id": 2}]
+    assert first.out == []
+
+
+def test_what_ran_before_a_reconnect_is_answered_to_nobody() -> None:
+    played = Played()
+    client = played.client()
+    played.core.receive(client, command("slow", 1))
+    [old] = played.commands()
+    assert played.core.upstream_lost() == [client]
+    played.core.leave(client)
+    played.core.upstream_connected(b'"second"')
+    played.core.receive_upstream(GREETING % b'"oob"')
+    client = played.core.join()
+    played.core.receive(client, command("qmp_capabilities") + command("fast", 2))
+    played.take()
+    played.reply(old["id"], "slow")  # its turn comes before our negotiation's
+    played.reply("negotiation-1")
+    played.reply("second")
+    assert played.core.counters.dropped_replies == 2
+    [sent] = played.commands()
+    played.reply(sent["id"], "fast")
+    assert played.replies(client)[-1] == {"return": "fast", "id": 2}
+
+
+def test_events_go_to_those_who_negotiated_in_order_with_replies() -> None:
+    played = Played()
+    client, early = played.client(), played.core.join()
+    played.replies(early)
+    played.core.receive(client, command("stop", 1))
+    [sent] = played.commands()
+    played.core.receive_upstream(b'{"event": "STOP", "timestamp": {"seconds": 1, "microseconds": 2}}\r\n')
+    played.reply(sent["id"])
+    played.core.receive_upstream(b'{"event": "X", "data": {"a": 1}}\r\n')
+    assert [reply.get("event", reply.get("id")) for reply in played.replies(client)] == ["STOP", 1, "X"]
+    assert early.out == []
+    assert played.events == [("STOP", {}), ("X", {"a": 1})]
+
+
+def test_bytes_are_forwarded_as_they_came() -> None:
+    played = Played()
+    client = played.client()
+    raw = (
+        b'{ "arguments":{"b":1.0e2 , "a":18446744073709551615,"s":"\\u00e9\xc3\xa9"} ,"execute":"x","id":7 }'
+    )
+    played.core.receive(client, raw)
+    [(sent, _)] = played.take()
+    number = json.loads(sent)["id"]
+    assert sent == raw.replace(b":7}", b":%d}" % number)
+    played.core.receive_upstream(b'{"return": {"n":1.50, "m": "\\u0041"}, "id": %d}\r\n' % number)
+    assert client.out == [b'{"return": {"n":1.50, "m": "\\u0041"}, "id": 7}\r\n']
+
+
+def test_only_changed_arguments_are_spelt_anew() -> None:
+    played = Played(watch=("migrate",))
+    client = played.client()
+    raw = b"{'execute': 'migrate', 'arguments': {'uri': 'tcp:a:1', 'x': 1.50, 'y': {'z' : 1e2}}, 'id': 'm'}"
+    played.core.receive(client, raw)
+    [request] = played.asked
+    assert request.raw_arguments() == b"{'uri': 'tcp:a:1', 'x': 1.50, 'y': {'z' : 1e2}}"
+    played.core.answer(request, Forward({**request.arguments(), "uri": "fd:f", "new": True}))
+    [(sent, _)] = played.take()
+    assert b'"x":1.50,"y":{"z":1e2}' in sent
+    assert json.loads(sent)["arguments"] == {"uri": "fd:f", "x": 1.5, "y": {"z": 100.0}, "new": True}
+    assert json.loads(sent)["execute"] == "migrate"
+
+
+def test_watched_commands() -> None:
+    played = Played(watch=("migrate", "quit"))
+    client, other = played.client("oob"), played.client()
+    played.core.receive(client, command("a", 1) + command("migrate", 2) + command("b", 3) + b"}" + b"[]")
+    [sent] = played.commands()
+    played.core.receive(other, command("c", 4))
+    assert [one["execute"] for one in played.commands()] == ["c"]
+    played.core.answer(played.asked[0], Answer(error=("GenericError", "no")))
+    assert played.replies(client) == []  # a is not answered yet
+    played.reply(sent["id"])
+    replies = played.replies(client)
+    assert [reply["id"] for reply in replies] == [1, 2]
+    assert replies[1]["error"] == {"class": "GenericError", "desc": "no"}
+    [sent] = played.commands()
+    played.reply(sent["id"])
+    assert [reply.get("id", "error") for reply in played.replies(client)] == [3, "error", "error"]
+
+
+def test_a_watched_command_outlives_its_client_but_not_its_qemu() -> None:
+    played = Played(watch=("migrate",))
+    seen: list[bytes] = []
+
+    def on_reply(reply: bytes) -> bytes:
+        seen.append(reply)
+        return reply
+
+    client = played.client()
+    played.core.receive(client, command("migrate", 1) + command("a", 2))
+    played.core.leave(client)
+    played.core.answer(played.asked[0], Forward(on_reply=on_reply))
+    [sent] = played.commands()
+    assert sent["execute"] == "migrate"
+    played.reply(sent["id"])
+    assert seen == [b'{"return": {}}']
+    client = played.client()
+    played.core.receive(client, command("migrate", 1))
+    played.core.upstream_lost()
+    played.connect()
+    played.core.answer(played.asked[1], Forward())
+    assert played.commands() == []
+
+
+def test_own_commands_run_one_at_a_time_and_out_of_band_ones_at_once() -> None:
+    played = Played()
+    client = played.client()
+    done: list[str] = []
+
+    def call(name: str, oob: bool = False) -> Request:
+        def note(reply: Message | None) -> None:
+            done.append(f"{name} {'lost' if reply is None else 'replied'}")
+
+        return played.core.call(name, {"x": 1}, oob=oob, fd=-1, done=note)
+
+    call("first")
+    second = call("second")
+    call("third")
+    call("urgent", oob=True)
+    played.core.receive(client, command("a"))
+    sent = played.commands()
+    assert [one.get("execute", one.get("exec-oob")) for one in sent] == ["first", "urgent", "a"]
+    played.reply(sent[1]["id"])
+    played.core.forget(second)
+    played.reply(sent[0]["id"])
+    assert done == ["urgent replied", "first replied"]
+    assert [one["execute"] for one in played.commands()] == ["third"]
+    played.core.upstream_lost()
+    assert done[2:] == ["third lost"]
+
+
+def test_descriptors_go_one_at_a_time_and_never_with_other_commands() -> None:
+    played = Played()
+    first, second = played.client(), played.client()
+    played.core.receive(first, command("getfd", 1, fdname="n"), 101)
+    played.core.receive(second, command("getfd", 1, fdname="n"), 102)
+    played.core.receive(first, command("a", 2), 103)
+    sent = played.commands()
+    assert [one["execute"] for one in sent] == ["getfd", "a"]
+    assert played.fds == [101]
+    played.reply(sent[0]["id"])
+    [other] = played.commands()
+    assert other["arguments"]["fdname"] != "n"
+    assert played.fds == [101, 102]
+    played.core.receive_upstream(
+        b'{"error": {"class": "GenericError", "desc": "%s"}, "id": %d}\r\n'
+        % (b"about " + other["arguments"]["fdname"].encode(), other["id"])
+    )
+    assert played.replies(second)[-1]["error"]["desc"] == "about n"
+    played.core.leave(first)
+    assert played.closed == [103]
+
+
+def test_descriptors_of_commands_that_are_never_sent_are_closed() -> None:
+    played = Played()
+    client, blocker = played.client(), played.client()
+    played.core.receive(blocker, command("getfd", 1, fdname="n"), 100)
+    for fd in range(101, 110):
+        played.core.receive(client, command("getfd", fd, fdname="n"), fd)
+    assert client.queued_fds == 9
+    played.core.receive(client, b" ", 110)
+    played.core.receive(client, b" ", 111)
+    assert played.closed == [110]
+    played.core.leave(client)
+    assert sorted(played.closed) == [*range(101, 110), 110, 111]
+
+
+def test_a_reply_without_an_id_is_the_oldest_commands() -> None:
+    """Should QEMU ever find malformed what is well-formed here."""
+    played = Played()
+    client = played.client()
+    played.core.receive(client, command("a", 1) + command("b", 2))
+    sent = played.commands()
+    played.core.receive_upstream(b'{"error": {"class": "GenericError", "desc": "JSON parse error"}}\r\n')
+    played.reply(sent[1]["id"])
+    assert [reply["id"] for reply in played.replies(client)] == [1, 2]
+
+
+@pytest.mark.parametrize("data", [b"220 ready\r\n", b'{"return": {}}', b'{"QMP": {}}', b"}"])
+def test_not_qmp(data: bytes) -> None:
+    played = Played()
+    played.core.upstream_lost()
+    played.core.upstream_connected(b"1")
+    with pytest.raises(NotQmpError):
+        played.core.receive_upstream(data)
+
+
+def test_a_slow_client_is_marked_and_the_others_are_not() -> None:
+    played = Played(limits=Limits(unsent=1000))
+    slow, fine = played.client(), played.client()
+    for _ in range(100):
+        played.core.receive_upstream(b'{"event": "X", "data": {"text": "something"}}\r\n')
+        assert len(played.replies(fine)) == 1
+    assert slow.overflow
+    assert not fine.overflow
+    assert slow.unsent <= 1000
+    assert played.core.counters.slow_clients == 1
+
+
+# any course of events: every reply to its asker, in its order
+
+steps = st.lists(
+    st.one_of(
+        st.tuples(st.just("send"), st.integers(0, 4), st.integers(1, 4)),
+        st.tuples(st.just("bad"), st.integers(0, 4), st.just(0)),
+        st.tuples(st.just("answer"), st.integers(0, 4), st.just(0)),
+        st.tuples(st.just("verdict"), st.integers(0, 4), st.just(0)),
+        st.tuples(st.just("leave"), st.integers(0, 4), st.just(0)),
+        st.tuples(st.just("own"), st.just(0), st.just(0)),
+        st.tuples(st.just("pass"), st.integers(0, 4), st.just(0)),
+    ),
+    max_size=60,
+)
+
+
+@given(steps, st.integers())
+@settings(max_examples=300, deadline=None)
+def test_every_reply_to_its_asker_in_order(course: list[tuple[str, int, int]], seed: int) -> None:
+    chance = random.Random(seed)
+    played = Played(watch=("watched",))
+    clients = [played.client() for _ in range(5)]
+    wanted: dict[int, list[object]] = {client.number: [] for client in clients}
+    got: dict[int, list[object]] = {client.number: [] for client in clients}
+    running: list[dict[str, Any]] = []
+    own: list[object] = []
+    serial = 0
+    most = 0
+
+    def drain() -> None:
+        nonlocal most
+        running.extend(played.commands())
+        most = max(most, len(running))
+        for client in clients:
+            got[client.number] += [reply.get("id") for reply in played.replies(client)]
+
+    def note(number: int) -> Callable[[Message | None], None]:
+        return lambda reply: own.append(number)
+
+    calls = 0
+    for kind, who, count in course:
+        client = clients[who]
+        if kind == "send":
+            data = b""
+            for _ in range(count):
+                serial += 1
+                wanted[client.number].append(serial)
+                data += command(chance.choice(("plain", "watched", "getfd")), serial, fdname="n")
+            cut = chance.randrange(len(data))
+            played.core.receive(client, data[:cut])
+            played.core.receive(client, data[cut:])
+        elif kind == "pass":
+            serial += 1
+            wanted[client.number].append(serial)
+            played.core.receive(client, command("getfd", serial, fdname="n"), 1000 + serial)
+        elif kind == "bad":
+            wanted[client.number].append(None)
+            played.core.receive(client, b"}")
+        elif kind == "answer" and running:
+            played.reply(running.pop(0)["id"])
+        elif kind == "verdict" and played.asked:
+            played.core.answer(
+                played.asked.pop(0), chance.choice((Forward(), Answer(), Forward({"fdname": "m"})))
+            )
+        elif kind == "leave":
+            played.core.leave(client)
+            clients[who] = played.client()
+            for table in (wanted, got):
+                table.pop(client.number, None)
+                table[clients[who].number] = []
+        elif kind == "own":
+            played.core.call("own", None, oob=False, fd=-1, done=note(calls))
+            calls += 1
+        drain()
+    for _ in range(1000):
+        if played.asked:
+            played.core.answer(played.asked.pop(0), Forward())
+        if running:
+            played.reply(running.pop(0)["id"])
+        drain()
+        if not running and not played.asked:
+            break
+    assert got == wanted
+    assert own == list(range(calls))
+    assert most <= WINDOW
+    assert len(set(played.fds)) == len(played.fds)
+    assert not set(played.fds) & set(played.closed)
