@@ -41,7 +41,7 @@ async def use(path: str, file: Path) -> list[str]:
     await other.disconnect()
     await client.execute("quit")
     async for event in listener:
-        events.append(event["event"])
+        events.append(str(event["event"]))
         if event["event"] == "SHUTDOWN":
             break
     await client.disconnect()

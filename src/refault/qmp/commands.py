@@ -110,7 +110,7 @@ class Request:
         verb = b"exec-oob" if self.oob else b"execute"
         self.data = b'{"%s": %s, "arguments": %s}' % (
             verb,
-            message.verb_bytes(),
+            _strict(message, message.verb, message.verb_end),
             msgspec.json.encode(members),
         )
 

@@ -16,7 +16,10 @@ from refault.qmp.multiplexer import SHARE, WINDOW, Multiplexer, NotQmpError
 from refault.qmp.session import Client, Limits
 from refault.qmp.splitter import Message, Splitter
 
-GREETING = b'{"QMP": {"version": {"qemu": {"micro": 22, "minor": 2, "major": 7}, "package": "v"}, "capabilities": [%s]}}\r\n'
+GREETING = (
+    b'{"QMP": {"version": {"qemu": {"micro": 22, "minor": 2, "major": 7}, "package": "v"},'
+    b' "capabilities": [%s]}}\r\n'
+)
 
 
 class Played:
@@ -194,7 +197,7 @@ def test_bytes_are_forwarded_as_they_came() -> None:
     played.core.receive(client, raw)
     [(sent, _)] = played.take()
     number = json.loads(sent)["id"]
-    assert sent == raw.replace(b":7}", b":%d}" % number)
+    assert sent == raw.replace(b":7 ", b":%d " % number)
     played.core.receive_upstream(b'{"return": {"n":1.50, "m": "\\u0041"}, "id": %d}\r\n' % number)
     assert client.out == [b'{"return": {"n":1.50, "m": "\\u0041"}, "id": 7}\r\n']
 

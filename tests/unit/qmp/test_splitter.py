@@ -141,7 +141,7 @@ streams = st.one_of(
 
 
 @given(streams, st.lists(st.integers(0, 400)), st.booleans())
-@settings(max_examples=500, deadline=None)
+@settings(max_examples=200, deadline=None)
 def test_any_chunking_gives_the_same_messages(stream: bytes, cuts: list[int], lenient: bool) -> None:
     whole = seen(feed(stream, lenient=lenient))
     assert seen(feed(stream, cuts, lenient=lenient)) == whole
@@ -155,7 +155,7 @@ def test_any_chunking_gives_the_same_messages(stream: bytes, cuts: list[int], le
 @example(b"-0.5e+7]")
 @example(b"'it''s'")
 @example(b'"\\')
-@settings(max_examples=1000, deadline=None)
+@settings(max_examples=400, deadline=None)
 def test_agrees_with_the_reference(stream: bytes) -> None:
     assert [(m.raw, m.problem is None) for m in feed(stream)] == reference.split(stream)
 
