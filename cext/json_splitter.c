@@ -763,7 +763,7 @@ size_t rf_json_compact(const char *value, size_t len, char *out) {
                 out[n++] = '\\';
             }
             out[n++] = c;
-        } else if (c == (char)0xC0 && i + 1 < len) { /* U+0000; nothing else begins so */
+        } else if (c == (char)0xC0 && i + 1 < len && value[i + 1] == (char)0x80) { /* U+0000 */
             memcpy(out + n, "\\u0000", 6);
             n += 6;
             i++;
