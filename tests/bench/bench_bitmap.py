@@ -1,10 +1,10 @@
 """The sparse bitmap beside pyroaring and bitarray, on a guest of 1 TiB: 2^28 bits, 10 to 10^6 of them set.
 
-iterate and clear hands over every set bit and leaves the map empty, each by the fastest way it offers: drain,
-to an array; to_array and clear; search and setall. take each hands over one bit after another to Python and
-clears each. and-not takes away a received bitmap, 90 % ones, of which ours and bitarray are given the 32 MiB of
-bytes that come over the wire; pyroaring is given a BitMap, once made beforehand and once out of those bytes.
-set, test and clear are single calls from Python and mostly measure the call; the relay makes them in C.
+"iterate and clear" hands over every set bit and leaves the map empty, each by the fastest way it offers:
+drain, to an array; to_array and clear; search and setall. "take one by one" finds the lowest bit and clears
+it, in Python, for up to 1000 bits. "and-not" takes away a received bitmap, 90 % ones: ours and bitarray are
+given the 32 MiB of bytes that come over the wire, pyroaring a BitMap made beforehand. "set", "test" and
+"clear" are single calls from Python and mostly measure the call; the relay makes them in C.
 
 Run: python tests/bench/bench_bitmap.py [--rounds N] [--json]
 """
@@ -17,6 +17,7 @@ import random
 import time
 from array import array
 from collections.abc import Callable, Sequence
+from functools import partial
 
 import bitarray
 import pyroaring
@@ -26,7 +27,7 @@ from refault.channel.bitmap import Bitmap
 BITS = 1 << 28
 COUNTS = (10, 1_000, 10_000, 100_000, 1_000_000)
 CALLS = 2_000
-BULK = ("iterate and clear", "and-not")
+TAKEN = 1_000
 
 
 class Ours:
@@ -43,6 +44,11 @@ class Ours:
 
     def and_not(self) -> None:
         self.map.and_not(self.received)
+
+    def take(self, room: int) -> None:
+        while room and (index := self.map.next(0)) is not None:
+            self.map.clear(index)
+            room -= 1
 
     def set(self, index: int) -> None:
         self.map.set(index)
@@ -76,6 +82,11 @@ class Roaring:
     def and_not(self) -> None:
         self.map -= self.received
 
+    def take(self, room: int) -> None:
+        while room and self.map:
+            self.map.discard(self.map.min())
+            room -= 1
+
     def set(self, index: int) -> None:
         self.map.add(index)
 
@@ -106,6 +117,12 @@ class Dense:
 
     def and_not(self) -> None:
         self.map &= ~bitarray.bitarray(buffer=self.received, endian="little")
+
+    def take(self, room: int) -> None:
+        index = -1
+        while room and (index := self.map.find(1, index + 1)) >= 0:
+            self.map[index] = 0
+            room -= 1
 
     def set(self, index: int) -> None:
         self.map[index] = 1
@@ -155,6 +172,8 @@ def measure(count: int, rounds: int, received: bytes) -> dict[str, dict[str, flo
             left.add(len(subject))
             for operation in (subject.set, subject.test, subject.clear):
                 note(operation.__name__, kind.name, calls(operation, some))
+            subject = kind(indexes, received)
+            note("take one by one", kind.name, timed(partial(subject.take, TAKEN)))
             subject = kind(indexes, received)
             note("iterate and clear", kind.name, timed(subject.iterate_and_clear))
             if len(subject) != 0:
