@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import enum
 import logging
+import os
 import socket
 import struct
 from collections.abc import Awaitable, Callable
@@ -61,10 +62,12 @@ async def connect(endpoint: Inet, timeout: float) -> trio.socket.SocketType:  # 
 
 
 def _root(error: OSError) -> str:
-    cause = error.__cause__
-    if isinstance(cause, ExceptionGroup):
-        return "; ".join(sorted({str(e) for e in cause.exceptions}))
-    return str(cause or error)
+    """What the system said, without trio's words around it."""
+    cause = error.__cause__ or error
+    errors = cause.exceptions if isinstance(cause, ExceptionGroup) else [cause]
+    return "; ".join(
+        sorted({os.strerror(e.errno) if isinstance(e, OSError) and e.errno else str(e) for e in errors})
+    )
 
 
 class FarListener:

@@ -1,0 +1,156 @@
+"""Two `refault run` and two real QEMUs: what is recovered, what is not without the engine, and restarts."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import AsyncIterator, Sequence
+from contextlib import asynccontextmanager
+from pathlib import Path
+
+import pytest
+import trio
+
+from refault.lab import bare
+from refault.lab.channel import Channel, Loss, free_port, start_channel
+from refault.lab.driver import RefaultDriver, refault_driver
+from refault.lab.guest import Guest
+from refault.lab.memory import compare
+from refault.lab.process import started
+from refault.lab.qemu import Pair, start_pair
+
+pytestmark = [pytest.mark.qemu, pytest.mark.timeout(90)]
+
+GUEST = Guest(vcpus=4, log_pages=11, tick_ns=1_000_000)
+REFAULT = [sys.executable, "-m", "refault"]
+WITHOUT_ENGINE = """
+import sys
+from refault.migration import recovery
+for key, (state, actions) in recovery.TABLE.items():
+    recovery.TABLE[key] = (state, tuple(a for a in actions if a is not recovery.Action.ATTEMPT))
+from refault.cli.main import main
+sys.exit(main())
+"""
+
+
+@asynccontextmanager
+async def fronted(
+    directory: Path, command: Sequence[str] = REFAULT
+) -> AsyncIterator[tuple[Pair, Channel, RefaultDriver]]:
+    """A pair of QEMUs with a refault in front of each, and clients at those."""
+    async with (
+        start_pair(GUEST, directory) as pair,
+        start_channel(directory, free_port()) as channel,
+        refault_driver(pair, channel, directory, command=command) as driver,
+    ):
+        yield pair, channel, driver
+
+
+async def begin_postcopy(channel: Channel, driver: RefaultDriver) -> None:
+    await bare.start_postcopy(driver.source, driver.destination, channel, bandwidth=1 << 20)
+
+
+def command_of(pid: int) -> list[str]:
+    return Path(f"/proc/{pid}/cmdline").read_text().split("\0")[:-1]
+
+
+async def memory_is_right(pair: Pair, driver: RefaultDriver) -> None:
+    await pair.destination.wait_progress()
+    await bare.finish(driver.source)
+    verdict = await compare(GUEST, pair.destination.qmp, pair.source.qmp)
+    assert verdict.right, verdict
+
+
+async def test_without_the_engine_the_loss_stays(tmp_path: Path) -> None:
+    async with fronted(tmp_path, [sys.executable, "-c", WITHOUT_ENGINE]) as (pair, channel, driver):
+        await begin_postcopy(channel, driver)
+        await channel.lose(Loss.CLOSE)
+        await trio.sleep(3)
+        assert await bare.migration_status(pair.source.qmp) == "postcopy-paused"
+        statuses = await driver.statuses()
+        assert {vm.migration.status for vm in statuses} == {"postcopy-paused"}
+        assert [(vm.recovery.losses, vm.recovery.recoveries) for vm in statuses] == [(1, 0), (1, 0)]
+
+
+async def test_the_status_tells_the_whole_story(tmp_path: Path) -> None:
+    async with fronted(tmp_path) as (pair, channel, driver):
+        await begin_postcopy(channel, driver)
+        for loss in Loss:
+            await trio.sleep(0.2)
+            since = len(driver.destination.events)
+            await channel.lose(loss)
+            with trio.fail_after(10):
+                await driver.destination.wait_migration("postcopy-active", since=since)
+                await bare.wait_status(driver.source, "postcopy-active")
+        source, destination = await driver.statuses()
+        assert (source.migration.role, destination.migration.role) == ("source", "destination")
+        for vm, qemu in ((source, pair.source), (destination, pair.destination)):
+            assert vm.qemu.pid == qemu.pid
+            assert vm.qemu.version is not None
+            assert vm.clients.connected == 1
+            assert (vm.migration.relay, vm.migration.phase) == ("tracking", "postcopy")
+            assert (vm.recovery.losses, vm.recovery.recoveries) == (3, 3)
+            assert vm.recovery.last_seconds is not None
+            assert 0 < vm.recovery.last_seconds < 5
+            assert vm.pages.requested == vm.pages.arrived + vm.pages.outstanding > 0
+            assert vm.pages.blocks[0].name == "pc.ram"
+            assert vm.latency_seconds.count > 0
+            assert vm.channel.bytes_forward > vm.channel.bytes_return > 0
+        await memory_is_right(pair, driver)
+        with trio.fail_after(5):
+            while any(vm.migration.status != "completed" for vm in await driver.statuses()):
+                await trio.sleep(0.05)
+        assert [vm.pages.outstanding for vm in await driver.statuses()] == [0, 0]
+
+
+async def test_a_lost_precopy_leaves_the_guest_at_the_source_and_the_next_migration_works(
+    tmp_path: Path,
+) -> None:
+    async with fronted(tmp_path) as (pair, channel, driver):
+        source = driver.source
+        await bare.set_capabilities(source, *bare.CAPABILITIES)
+        await source.execute("migrate-set-parameters", {"max-bandwidth": 1 << 20})
+        await bare.set_capabilities(driver.destination, *bare.CAPABILITIES)
+        await driver.destination.execute("migrate-incoming", {"uri": channel.target_uri})
+        await channel.wait_open()
+        await source.execute("migrate", {"uri": channel.uri})
+        await bare.wait_status(source, "active")
+        await channel.lose(Loss.RESET)
+        with trio.fail_after(10):
+            await bare.wait_status(source, "failed")
+        assert (await source.execute("query-status"))["running"]
+        await pair.source.wait_progress()
+
+
+async def test_a_migration_to_nowhere_is_refused_and_harms_nothing(tmp_path: Path) -> None:
+    async with fronted(tmp_path) as (pair, _, driver):
+        with pytest.raises(Exception, match="Connection refused"):
+            await driver.source.execute("migrate", {"uri": f"tcp:127.0.0.1:{free_port()}"})
+        assert (await driver.source.execute("query-status"))["running"]
+        await pair.source.wait_progress()
+
+
+async def test_what_the_client_asks_back_is_the_address_it_asked_for(tmp_path: Path) -> None:
+    async with fronted(tmp_path) as (_, _, driver):
+        await driver.destination.execute("migrate-incoming", {"uri": "tcp:127.0.0.1:0"})
+        [address] = (await driver.destination.execute("query-migrate"))["socket-address"]
+        assert (address["type"], address["host"]) == ("inet", "127.0.0.1")
+        assert int(address["port"]) > 0
+
+
+@pytest.mark.parametrize("side", [0, 1], ids=["source", "destination"])
+async def test_a_killed_refault_finds_the_lost_channel_and_recovers_it(tmp_path: Path, side: int) -> None:
+    async with fronted(tmp_path) as (pair, channel, driver):
+        await begin_postcopy(channel, driver)
+        monitors = pair.source.qmp, pair.destination.qmp
+        since = [len(qmp.events) for qmp in monitors]
+        process = driver.processes[side]
+        command = command_of(process.pid)
+        process.kill()
+        with started("refault again", command, tmp_path / "again.log"):
+            with trio.fail_after(20):
+                for qmp, seen in zip(monitors, since, strict=True):
+                    await qmp.wait_migration("postcopy-active", since=seen)
+            await pair.destination.wait_progress()
+            await bare.finish(pair.source.qmp)
+            verdict = await compare(GUEST, pair.destination.qmp, pair.source.qmp)
+            assert verdict.right, verdict
