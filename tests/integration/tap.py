@@ -50,8 +50,8 @@ class Tap(Channel):
     async def wait_open(self) -> None:
         await self._channel.wait_open()
 
-    async def retarget(self) -> None:
-        await self._channel.retarget()
+    async def retarget(self, port: int | None = None) -> None:
+        await self._channel.retarget(port)
 
     def save(self, directory: Path, name: str) -> None:
         """Writes what passed, for tests/fuzz/seeds.py."""
