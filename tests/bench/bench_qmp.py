@@ -199,22 +199,33 @@ def measure(qemu: str, rounds: int) -> dict[str, dict[str, float]]:
             clients[way] = Client(listen)
         for client in clients.values():
             client.round_trips(50)
-        times: dict[str, list[float]] = {way: [] for way in WAYS}
+        times: dict[str, list[list[float]]] = {way: [] for way in WAYS}
         rates: dict[str, list[float]] = {way: [] for way in WAYS}
         for turn in range(rounds):
             order = WAYS[turn % len(WAYS) :] + WAYS[: turn % len(WAYS)]
             for way in order:
-                times[way] += clients[way].round_trips(PER_ROUND)
+                times[way].append(clients[way].round_trips(PER_ROUND))
             for way in order:
                 rates[way].append(clients[way].pipelined(PIPELINED))
-        return {
-            way: {
-                "p50_us": statistics.median(times[way]) * 1e6,
-                "p99_us": statistics.quantiles(times[way], n=100)[98] * 1e6,
-                "commands_per_second": statistics.median(rates[way]),
-            }
-            for way in WAYS
-        }
+        return {way: row(times, rates, way) for way in WAYS}
+
+
+def row(times: dict[str, list[list[float]]], rates: dict[str, list[float]], way: str) -> dict[str, float]:
+    """A way's figures. Ratios are medians over the rounds, each round's ways compared with each other."""
+    every = [time for turn in times[way] for time in turn]
+    medians = {name: [statistics.median(turn) for turn in turns] for name, turns in times.items()}
+
+    def ratio(of: list[float], to: list[float]) -> float:
+        return statistics.median(one / other for one, other in zip(of, to, strict=True))
+
+    return {
+        "p50_us": statistics.median(every) * 1e6,
+        "p99_us": statistics.quantiles(every, n=100)[98] * 1e6,
+        "p50_to_direct": ratio(medians[way], medians["direct"]),
+        "p50_to_pump": ratio(medians[way], medians["pump"]),
+        "commands_per_second": statistics.median(rates[way]),
+        "rate_to_direct": ratio(rates[way], rates["direct"]),
+    }
 
 
 def main() -> None:
@@ -234,20 +245,17 @@ def main() -> None:
     if options.json:
         print(json.dumps(result))
         return
-    direct, pump, library = result["direct"], result["pump"], result["qemu.qmp"]
     print(
         f"{'way':10} {'p50 us':>8} {'p99 us':>8} {'x direct':>9} {'x pump':>7}"
         f" {'commands/s':>11} {'x direct':>9}"
     )
     for way in WAYS:
-        row = result[way]
+        line = result[way]
         print(
-            f"{way:10} {row['p50_us']:8.1f} {row['p99_us']:8.1f} {row['p50_us'] / direct['p50_us']:9.2f}"
-            f" {row['p50_us'] / pump['p50_us']:7.2f} {row['commands_per_second']:11.0f}"
-            f" {row['commands_per_second'] / direct['commands_per_second']:9.2f}"
+            f"{way:10} {line['p50_us']:8.1f} {line['p99_us']:8.1f} {line['p50_to_direct']:9.2f}"
+            f" {line['p50_to_pump']:7.2f} {line['commands_per_second']:11.0f} {line['rate_to_direct']:9.2f}"
         )
-    added = result["refault"]["p50_us"] - direct["p50_us"]
-    theirs = library["p50_us"] - direct["p50_us"]
+    added, theirs = (result[way]["p50_us"] - result["direct"]["p50_us"] for way in ("refault", "qemu.qmp"))
     print(f"added to the round trip: refault {added:.1f} us, a qemu.qmp proxy {theirs:.1f} us")
 
 

@@ -11,9 +11,12 @@ In-band commands: a client's go in its order; clients take turns; at most `WINDO
 queue holds 8 and once that is full QEMU reads nothing, not even out-of-band commands (monitor/qmp.c,
 QMP_REQ_QUEUE_LEN_MAX). Out-of-band commands of clients that have the right go at once.
 
-Ids: QEMU gets ours, short ones, for it reads a monitor byte by byte (monitor/monitor.c, monitor_can_read).
-What a connection before this one left running is answered before our qmp_capabilities, which is in-band too;
-so an id need be unique to the process only there, and replies that come earlier than that one are dropped.
+Ids: QEMU gets ours. One is used again only when its reply has come. What a connection before this one left
+running is answered before our qmp_capabilities, which is in-band too; so that one's id is unlike any other,
+and replies that come before its are dropped.
+
+QEMU reads a monitor byte by byte (monitor/monitor.c, monitor_can_read), which takes it microseconds for each:
+so a command goes to it with a short id and no white space around its members, whose bytes are as they came.
 """
 
 from __future__ import annotations
@@ -45,6 +48,7 @@ from refault.qmp.splitter import (
 
 WINDOW = 6
 """In-band commands with QEMU at a time."""
+SHORT_IDS = 99
 SHARE = 2
 """Of these, one client's: the next is there when QEMU is done with one, and others need not wait for many."""
 WINDOW_BYTES = 64 << 10
@@ -415,8 +419,9 @@ class Multiplexer:
     def _send(self, request: Request) -> None:
         pending = self._pending
         number = self._last_id
+        most = SHORT_IDS if len(pending) < SHORT_IDS // 2 else 999_999
         while True:
-            number = number % 999_999 + 1
+            number = number % most + 1
             if number not in pending:
                 break
         self._last_id = number
@@ -426,11 +431,18 @@ class Multiplexer:
         fd = -1
         if request.name in TAKES_FD:
             fd = self._take_fd(request)
-        spelling = b"%d" % number
-        if request.data is None:
-            data = request.message.with_id(spelling)
+        if request.data is not None:
+            data = insert_id(request.data, b"%d" % number)
         else:
-            data = insert_id(request.data, spelling)
+            message = request.message
+            raw = message.raw
+            head = b'{"exec-oob":' if message.shape & VERB_MASK == EXEC_OOB else b'{"execute":'
+            verb = raw[message.verb : message.verb_end]
+            if message.arguments_end:
+                arguments = raw[message.arguments : message.arguments_end]
+                data = b'%b%b,"arguments":%b,"id":%d}' % (head, verb, arguments, number)
+            else:
+                data = b'%b%b,"id":%d}' % (head, verb, number)
         if request.client is self._own:
             self.counters.own += 1
         elif request.oob:
