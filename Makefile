@@ -58,11 +58,11 @@ $(VENV)/.dev: $(VENV)/.installed
 
 demo: build
 	$(BOOTSTRAP) demo
-	$(BIN)/refault demo $(DEMO)
+	tests/tools/with-userfaultfd $(BIN)/refault demo $(DEMO)
 
 test: build $(VENV)/.dev
 	$(BOOTSTRAP) test
-	$(BIN)/python -m pytest $(TEST)
+	tests/tools/with-userfaultfd $(BIN)/python -m pytest $(TEST)
 
 lint: build $(VENV)/.dev
 	$(BOOTSTRAP) $(if $(CI),lint,build)
@@ -76,7 +76,7 @@ lint: build $(VENV)/.dev
 
 bench: build $(VENV)/.dev
 	$(BOOTSTRAP) test
-	set -e; for bench in tests/bench/bench_*.py; do echo "== $$bench"; $(BIN)/python "$$bench" $(BENCH); done
+	set -e; for bench in tests/bench/bench_*.py; do echo "== $$bench"; tests/tools/with-userfaultfd $(BIN)/python "$$bench" $(BENCH); done
 
 fuzz: build
 	$(BOOTSTRAP) fuzz

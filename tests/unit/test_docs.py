@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 
 from refault.cli import run
+from refault.cli.main import COMMANDS
 
 ROOT = Path(__file__).parents[2]
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
@@ -23,9 +24,10 @@ def test_links_lead_somewhere(page: Path) -> None:
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
-def test_make_targets_exist(page: Path) -> None:
+def test_make_targets_and_commands_exist(page: Path) -> None:
     text = page.read_text()
     assert set(re.findall(r"(?:`|^    )make (\w+)", text, flags=re.MULTILINE)) <= TARGETS
+    assert set(re.findall(r"(?:`|^    )refault (\w+)", text, flags=re.MULTILINE)) <= set(COMMANDS)
 
 
 def test_make_help_names_every_target() -> None:
