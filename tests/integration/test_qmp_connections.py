@@ -211,6 +211,20 @@ async def test_a_client_that_closes_its_sending_side_gets_its_replies() -> None:
             await clients_gone(monitor)
 
 
+async def test_a_client_that_is_gone_while_it_is_not_read_from() -> None:
+    """It sent more than is taken of one client, and QEMU answers nothing for the time being."""
+    with directory() as path, listening(path / "qemu") as silent:
+        async with refault(path / "qemu", path / "front") as monitor:
+            connection, _ = await trio.to_thread.run_sync(silent.accept)
+            with connection:
+                async with await dial(path / "front") as stream:
+                    with trio.move_on_after(0.3):
+                        while True:
+                            await stream.send_all(b'{"execute": "query-status"}' * 100)
+                    assert monitor.clients == 1
+                await clients_gone(monitor)
+
+
 # what is not as it should be: one clear line each
 
 

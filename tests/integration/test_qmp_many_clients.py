@@ -17,7 +17,7 @@ from tests.integration.qmp_tools import (
     refault,
 )
 
-pytestmark = [pytest.mark.qemu, pytest.mark.slow]
+pytestmark = [pytest.mark.qemu, pytest.mark.slow, pytest.mark.timeout(300)]
 
 CLIENTS = 100
 COMMANDS = 1000

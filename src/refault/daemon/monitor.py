@@ -69,6 +69,8 @@ _ONE_FD = socket.CMSG_LEN(4)
 _CONNECT_TIMEOUT = 10.0
 _GREETING_TIMEOUT = 10.0
 _CLOSE_TIMEOUT = 5.0
+_FINISH_TIMEOUT = 0.3
+_HANG_UP_CHECK = 1.0
 _BACKOFF = (0.05, 1.0)
 _FLAGS = socket.MSG_NOSIGNAL | socket.MSG_DONTWAIT
 
@@ -206,6 +208,12 @@ class Monitor:
                 async with trio.open_nursery() as nursery:
                     self._nursery = nursery
                     for listener in bound:
+                        if not _is_local(listener.address):
+                            log.warning(
+                                "%s: whoever can reach %s controls the VM; prefer a unix socket",
+                                self.name,
+                                listener.address,
+                            )
                         nursery.start_soon(self._accept, listener)
                     for address in self.listen:
                         if not address.server:
@@ -398,8 +406,8 @@ class Monitor:
         while backlog and not wire.broken:
             try:
                 await trio.lowlevel.wait_writable(wire.sock)
-            except (trio.ClosedResourceError, ValueError, OSError):
-                return
+            except (trio.ClosedResourceError, trio.BusyResourceError):
+                return  # it is closed, or somebody else does this
             sent = wire.send(backlog[0])
             client.unsent -= sent
             if sent == len(backlog[0]):
@@ -518,10 +526,17 @@ class Monitor:
                 log.exception("%s: internal error; client %d is disconnected", self.name, client.number)
             finally:
                 self._paused.discard(client)
+                if wire.backlog and not wire.broken:
+                    await self._finish(client, wire)
                 wire.broken = True
                 self._core.leave(client)
                 trio.lowlevel.notify_closing(sock)
                 self._flush()
+
+    async def _finish(self, client: Client, wire: _Wire) -> None:
+        """Has a message that is sent in part sent whole, if the client reads it at all."""
+        with trio.move_on_after(_FINISH_TIMEOUT, shield=True):
+            await self._drain_client(client, wire)
 
     async def _read_client(self, client: Client, wire: _Wire) -> None:
         sock, core, splitter = wire.sock, self._core, client.splitter
@@ -544,14 +559,20 @@ class Monitor:
                     return
                 core.half_close(client)
                 self._flush()
-                await trio.sleep_forever()
+                while True:
+                    await trio.sleep(_HANG_UP_CHECK)
+                    if _hung_up(sock):
+                        return
             core.receive(client, data, fd)
             self._flush()
             while client.paused or splitter.more:
                 if client.paused:
                     self._paused.add(client)
                     wire.wake = trio.Event()
-                    await wire.wake.wait()
+                    with trio.move_on_after(_HANG_UP_CHECK):
+                        await wire.wake.wait()
+                    if _hung_up(sock):
+                        return
                 else:
                     await trio.lowlevel.checkpoint()
                     core.receive(client, b"")
@@ -659,6 +680,10 @@ class Monitor:
                 self._on_disconnect()
             except Exception:
                 log.exception("%s: internal error on the loss of QEMU", self.name)
+
+
+def _is_local(address: Address) -> bool:
+    return address.path is not None or address.host in ("localhost", "::1") or address.host.startswith("127.")
 
 
 def _why(error: BaseException) -> str:
