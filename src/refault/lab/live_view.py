@@ -13,7 +13,7 @@ from rich.table import Table
 from rich.text import Text
 
 from .host_check import Finding, Grade
-from .story import SIDES, Story
+from .story import REPLAY, SIDES, Story
 from .tasks import background
 
 _GRADES: dict[Grade, tuple[str, str]] = {
@@ -97,6 +97,8 @@ def show_outcome(console: Console, story: Story) -> None:
     """The table at the end, and in one line whether all is well."""
     if story.losses:
         console.print(_losses(story))
+        if any(loss.replayed == 0 for loss in story.losses):
+            console.print(Text(REPLAY, "dim"))
     if story.failure is not None:
         console.print(Text(f"FAILED: {story.failure}", "bold red"), soft_wrap=True)
     if story.verdict is not None:

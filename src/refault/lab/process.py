@@ -80,7 +80,12 @@ class Process:
     def must_run(self) -> None:
         """Raises ProcessFailed when it has ended."""
         if (status := self.status) is not None:
-            raise ProcessFailed(f"{self.name} ended with status {status}; its last output:\n{self.tail()}")
+            how = (
+                f"was ended by {signal.Signals(-status).name}"
+                if status < 0
+                else f"ended with status {status}"
+            )
+            raise ProcessFailed(f"{self.name} {how}; its last output:\n{self.tail()}")
 
 
 def _start(

@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterable, Sequence
 from html import escape
 
 from .host_check import Finding
-from .story import SIDES, Story
+from .story import REPLAY, SIDES, Story
 
 _WIDTH, _LEFT, _RIGHT = 960, 110, 20
 _LANE = 26
@@ -57,6 +57,7 @@ def report(story: Story, findings: Iterable[Finding]) -> str:
         _outstanding(story),
         "<h2>Losses and recoveries</h2>",
         _losses(story),
+        f"<p>{escape(REPLAY)}</p>" if any(loss.replayed == 0 for loss in story.losses) else "",
         "<h2>The host</h2>",
         _table(
             ("", "what", "found"), [(each.grade, each.subject, each.text) for each in findings], numbers=0
@@ -105,11 +106,17 @@ def _axis(story: Story, top: int, bottom: int) -> list[str]:
 
 def _loss_lines(story: Story, top: int, bottom: int, *, named: bool) -> list[str]:
     at, parts = _scale(story), []
+    free = 0.0  # the labels reach so far
     for loss in story.losses:
         x = at(loss.when)
         parts.append(f'<line class="loss" x1="{x:.1f}" x2="{x:.1f}" y1="{top}" y2="{bottom}"/>')
         if named:
             name = f"{loss.number} {loss.loss.value.split()[0]}"
+            if x - 4 * len(name) < free:
+                name = str(loss.number)
+            if x - 4 * len(name) < free:
+                continue
+            free = x + 4 * len(name)
             parts.append(
                 f'<text class="soft" x="{x:.1f}" y="{top - 5}" text-anchor="middle">{escape(name)}</text>'
             )
@@ -126,6 +133,8 @@ def _timeline(story: Story) -> str:
         changes = story.statuses[side]
         for at_change, (when, status) in enumerate(changes):
             until = changes[at_change + 1][0] if at_change + 1 < len(changes) else end
+            if status == "setup" and any("postcopy" in before for _, before in changes[:at_change]):
+                status = "postcopy-paused"  # what QEMU 7.2 emits for migrate-recover while it is still paused
             x, width = at(when), max(at(until) - at(when), 1)
             seconds = f"{status}: {until - when:.3f} s"
             parts.append(

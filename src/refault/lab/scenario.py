@@ -6,7 +6,7 @@ from __future__ import annotations
 
 import contextlib
 import itertools
-from collections.abc import AsyncIterator, Callable, Iterator
+from collections.abc import AsyncIterator, Callable, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
@@ -84,13 +84,18 @@ async def run(options: Options, story: Story, directory: Path) -> None:
         start_channel(directory, free_port()) as channel,
     ):
         async with _driver(options, pair, channel, directory) as driver, background() as nursery:
-            for process in (pair.source.process, pair.destination.process, *driver.processes):
+            processes = (pair.source.process, pair.destination.process, *driver.processes)
+            for process in processes:
                 nursery.start_soon(_must_live, process)
             nursery.start_soon(_watch, driver, story)
-            await _begin(driver, channel, options, story)
-            for number, loss in enumerate(itertools.islice(itertools.cycle(Loss), options.losses), 1):
-                await _lose(driver, channel, loss, number, options, story)
-            await _complete(driver, options, story)
+            try:
+                await _begin(driver, channel, options, story)
+                for number, loss in enumerate(itertools.islice(itertools.cycle(Loss), options.losses), 1):
+                    await _lose(driver, channel, loss, number, options, story)
+                await _complete(driver, options, story)
+            except QmpClosed:
+                await _who_ended(processes)
+                raise
         await _check_memory(pair, options, story)
 
 
@@ -102,6 +107,15 @@ async def _driver(options: Options, pair: Pair, channel: Channel, directory: Pat
     else:
         async with bare_driver(pair, channel, by_hand=options.who == "script") as driver:
             yield driver
+
+
+async def _who_ended(processes: Iterable[Process]) -> None:
+    """A closed monitor is the first sign of a process that dies; raises ProcessFailed when one has."""
+    with trio.move_on_after(2):
+        while True:
+            for process in processes:
+                process.must_run()
+            await trio.sleep(0.01)
 
 
 async def _must_live(process: Process) -> None:

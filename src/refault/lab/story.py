@@ -12,6 +12,10 @@ from .channel import Loss
 from .memory import Verdict
 
 Side = Literal["source", "destination"]
+REPLAY = (
+    "Outstanding requests that QEMU's destination has repeated by itself after a recovery are not replayed; "
+    "refault replays the others."
+)
 SIDES: tuple[Side, ...] = ("source", "destination")
 
 

@@ -156,5 +156,5 @@ async def test_a_carrier_that_dies_by_itself_is_a_failure(tmp_path: Path) -> Non
             channel._running().process.kill()
             await trio.sleep(5)
 
-    with pytest.raises(ProcessFailed, match="carrier ended with status"):
+    with pytest.raises(ProcessFailed, match="carrier was ended by SIGKILL"):
         await use()
