@@ -35,6 +35,7 @@
 #define BITMAP_BODY_MAX 10240 /* dirty_bitmap_load_bits refuses more */
 
 #define NAME_MAX_LENGTH 255
+#define EXTRAS_MAX 2 /* behind a block's length: page size and address */
 #define BLOCKS_MAX 4096
 #define DEFAULT_PAGE_BITS 12
 #define NO_BLOCK UINT32_MAX
@@ -657,6 +658,7 @@ static bool frame(struct rf_forward *f, struct rf_forward_event *event) {
             break;
         }
         f->list_left = f->frame - flags;
+        f->extras = EXTRAS_MAX; /* the list begins with a name */
         if (f->list_left == 0) {
             begin(f, AT_FRAME);
         } else {
@@ -776,7 +778,7 @@ static bool at_block_length(struct rf_forward *f, const uint8_t *bytes, struct r
 static bool block_extra(struct rf_forward *f, struct rf_forward_event *event, uint64_t value) {
     bool size_fits = value >= page_size(f) && (value & (value - 1)) == 0;
     uint64_t size = value;
-    if (++f->extras > 2) {
+    if (++f->extras > EXTRAS_MAX) {
         return opaque(f, event, RF_OPAQUE_RAM_BLOCK_LIST);
     }
     if (f->has_extra) { /* two of them: size, address */

@@ -329,6 +329,7 @@ WRONG = {
         opening([(RAM, PAGE, b""), (RAM, PAGE, b"")]),
         opening([(RAM, PAGE + 1, b""), (b"pc.bios", PAGE - 1, b"")]),
         opening([(RAM, PAGE, struct.pack(">Q", 3 * PAGE))]),
+        s.HEADER + s.start(b"ram") + struct.pack(">Q", PAGE | 4) + struct.pack(">Q", PAGE) + s.EOS,
         opening([(RAM, PAGE, struct.pack(">QQQ", PAGE, PAGE, PAGE))]),
         opening([(RAM, PAGE, struct.pack(">QQQ", PAGE, PAGE, PAGE)), (b"pc.bios", PAGE, b"")]),
         s.HEADER
