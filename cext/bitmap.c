@@ -4,19 +4,28 @@
 #include <string.h>
 
 #define FAN 64u
+#define FEW 31
 #define LEAF_BITS ((uint64_t)FAN * 64)
 #define MIDDLE_BITS ((uint64_t)FAN * LEAF_BITS)
 #define LEAF_BYTES ((size_t)LEAF_BITS / 8)
 #define BITS_MAX ((uint64_t)1 << 44)
 
-struct leaf {
-    uint64_t summary;
+/* A leaf is one of two kinds: the places of its few bits, in order, in one cache line; or a word for each 64
+ * bits. A leaf of many stays one until it is empty. */
+struct few {
+    uint16_t length;
+    uint16_t places[FEW];
+};
+
+struct many {
+    uint64_t summary; /* which words are not zero */
     uint64_t words[FAN];
 };
 
 struct middle {
-    uint64_t summary;
-    struct leaf *leaves[FAN];
+    uint64_t summary; /* which leaves there are; there is none without a bit */
+    uint64_t many;    /* and which of them are of that kind */
+    void *leaves[FAN];
 };
 
 struct rf_bitmap {
@@ -91,9 +100,11 @@ struct rf_bitmap *rf_bitmap_new_within(struct rf_budget *budget, uint64_t bits) 
 struct rf_bitmap *rf_bitmap_new(uint64_t bits) { return rf_bitmap_new_within(NULL, bits); }
 
 static void free_leaf(struct rf_bitmap *map, struct middle *middle, unsigned slot) {
-    give_back(map, middle->leaves[slot], sizeof(struct leaf));
+    bool many = (middle->many & bit(slot)) != 0;
+    give_back(map, middle->leaves[slot], many ? sizeof(struct many) : sizeof(struct few));
     middle->leaves[slot] = NULL;
     middle->summary &= ~bit(slot);
+    middle->many &= ~bit(slot);
 }
 
 static void free_middle(struct rf_bitmap *map, size_t slot) {
@@ -133,72 +144,127 @@ uint64_t rf_bitmap_count(const struct rf_bitmap *map) { return map->count; }
 
 uint64_t rf_bitmap_memory(const struct rf_bitmap *map) { return map->memory; }
 
-static struct leaf *find_leaf(const struct rf_bitmap *map, uint64_t index) {
-    const struct middle *middle = map->middles[index / MIDDLE_BITS];
-    return middle == NULL ? NULL : middle->leaves[index / LEAF_BITS % FAN];
+/* Where a bit is, or would be. */
+struct place {
+    struct middle *middle;
+    size_t top;      /* of the middle */
+    unsigned slot;   /* of the leaf in it */
+    uint64_t base;   /* the leaf's first bit */
+    struct few *few; /* the leaf, one of the two, or neither */
+    struct many *many;
+};
+
+static struct place find(const struct rf_bitmap *map, uint64_t index) {
+    struct place at = {.top = (size_t)(index / MIDDLE_BITS),
+                       .slot = (unsigned)(index / LEAF_BITS % FAN),
+                       .base = index - index % LEAF_BITS};
+    at.middle = map->middles[at.top];
+    if (at.middle != NULL && (at.middle->many & bit(at.slot)) != 0) {
+        at.many = at.middle->leaves[at.slot];
+    } else if (at.middle != NULL) {
+        at.few = at.middle->leaves[at.slot];
+    }
+    return at;
 }
 
-/* The leaf, made if it is not there; NULL without memory. An empty one must be filled or dropped at once. */
-static struct leaf *need_leaf(struct rf_bitmap *map, uint64_t index) {
-    size_t top = (size_t)(index / MIDDLE_BITS);
-    unsigned slot = (unsigned)(index / LEAF_BITS % FAN);
-    struct middle *middle = map->middles[top];
-    if (middle == NULL) {
-        middle = take(map, sizeof(*middle));
-        if (middle == NULL) {
-            return NULL;
-        }
-        map->middles[top] = middle;
-        map->summary[top / 64] |= bit(top);
+/* Makes an empty leaf where there is none, in place of a full one of few where it is to be of many; false
+ * without memory. An empty one must be filled or dropped at once. */
+static bool need(struct rf_bitmap *map, struct place *at, bool many) {
+    if (at->many != NULL || (at->few != NULL && !many)) {
+        return true;
     }
-    if (middle->leaves[slot] == NULL) {
-        struct leaf *leaf = take(map, sizeof(*leaf));
-        if (leaf == NULL) {
-            if (middle->summary == 0) {
-                free_middle(map, top);
-            }
-            return NULL;
-        }
-        middle->leaves[slot] = leaf;
-        middle->summary |= bit(slot);
+    void *leaf = take(map, many ? sizeof(struct many) : sizeof(struct few));
+    if (leaf == NULL) {
+        return false;
     }
-    return middle->leaves[slot];
+    if (at->middle == NULL) {
+        at->middle = take(map, sizeof(struct middle));
+        if (at->middle == NULL) {
+            give_back(map, leaf, many ? sizeof(struct many) : sizeof(struct few));
+            return false;
+        }
+        map->middles[at->top] = at->middle;
+        map->summary[at->top / 64] |= bit(at->top);
+    }
+    at->middle->leaves[at->slot] = leaf;
+    at->middle->summary |= bit(at->slot);
+    if (!many) {
+        at->few = leaf;
+        return true;
+    }
+    at->many = leaf;
+    at->middle->many |= bit(at->slot);
+    if (at->few != NULL) {
+        for (unsigned i = 0; i < at->few->length; i++) {
+            uint16_t place = at->few->places[i];
+            at->many->words[place / 64] |= bit(place);
+            at->many->summary |= bit(place / 64);
+        }
+        give_back(map, at->few, sizeof(struct few));
+        at->few = NULL;
+    }
+    return true;
 }
 
-static void drop_if_empty(struct rf_bitmap *map, uint64_t index) {
-    size_t top = (size_t)(index / MIDDLE_BITS);
-    unsigned slot = (unsigned)(index / LEAF_BITS % FAN);
-    struct middle *middle = map->middles[top];
-    if (middle->leaves[slot]->summary == 0) {
-        free_leaf(map, middle, slot);
-        if (middle->summary == 0) {
-            free_middle(map, top);
+static void drop_if_empty(struct rf_bitmap *map, const struct place *at) {
+    if (at->many != NULL ? at->many->summary == 0 : at->few->length == 0) {
+        free_leaf(map, at->middle, at->slot);
+        if (at->middle->summary == 0) {
+            free_middle(map, at->top);
         }
     }
+}
+
+/* How many of the few bits lie below this place in the leaf. */
+static unsigned few_below(const struct few *few, uint64_t place) {
+    unsigned below = 0;
+    while (below < few->length && few->places[below] < place) {
+        below++;
+    }
+    return below;
+}
+
+static bool few_has(const struct few *few, uint64_t place) {
+    unsigned below = few_below(few, place);
+    return below < few->length && few->places[below] == place;
 }
 
 int rf_bitmap_test(const struct rf_bitmap *map, uint64_t index) {
     if (index >= map->bits) {
         return 0;
     }
-    const struct leaf *leaf = find_leaf(map, index);
-    return leaf != NULL && (leaf->words[index / 64 % FAN] & bit(index)) != 0;
+    struct place at = find(map, index);
+    if (at.many != NULL) {
+        return (at.many->words[index / 64 % FAN] & bit(index)) != 0;
+    }
+    return at.few != NULL && few_has(at.few, index - at.base);
 }
 
 int rf_bitmap_set(struct rf_bitmap *map, uint64_t index) {
     if (index >= map->bits) {
         return RF_OUT_OF_RANGE;
     }
-    struct leaf *leaf = need_leaf(map, index);
-    if (leaf == NULL) {
-        return RF_NO_MEMORY;
-    }
-    uint64_t word = index / 64 % FAN;
-    if ((leaf->words[word] & bit(index)) != 0) {
+    struct place at = find(map, index);
+    if (at.few != NULL && few_has(at.few, index - at.base)) {
         return 1;
     }
-    leaf->words[word] |= bit(index);
-    leaf->summary |= bit(word);
+    if (!need(map, &at, at.few != NULL && at.few->length == FEW)) {
+        return RF_NO_MEMORY;
+    }
+    if (at.many != NULL) {
+        uint64_t word = index / 64 % FAN;
+        if ((at.many->words[word] & bit(index)) != 0) {
+            return 1;
+        }
+        at.many->words[word] |= bit(index);
+        at.many->summary |= bit(word);
+    } else {
+        unsigned below = few_below(at.few, index - at.base);
+        memmove(&at.few->places[below + 1], &at.few->places[below],
+                (size_t)(at.few->length - below) * sizeof(uint16_t));
+        at.few->places[below] = (uint16_t)(index - at.base);
+        at.few->length++;
+    }
     map->count++;
     return 0;
 }
@@ -207,18 +273,7 @@ int rf_bitmap_clear(struct rf_bitmap *map, uint64_t index) {
     if (index >= map->bits) {
         return 0;
     }
-    struct leaf *leaf = find_leaf(map, index);
-    uint64_t word = index / 64 % FAN;
-    if (leaf == NULL || (leaf->words[word] & bit(index)) == 0) {
-        return 0;
-    }
-    leaf->words[word] &= ~bit(index);
-    map->count--;
-    if (leaf->words[word] == 0) {
-        leaf->summary &= ~bit(word);
-        drop_if_empty(map, index);
-    }
-    return 1;
+    return (int)rf_bitmap_clear_range(map, index, 1);
 }
 
 /* The end of a range, cut to the map. */
@@ -231,24 +286,46 @@ static uint64_t range_end(const struct rf_bitmap *map, uint64_t first, uint64_t 
 
 static uint64_t smaller(uint64_t a, uint64_t b) { return a < b ? a : b; }
 
+static int64_t set_few(struct rf_bitmap *map, uint64_t first, uint64_t end) {
+    for (; first < end; first++) {
+        int old = rf_bitmap_set(map, first);
+        if (old < 0) {
+            return old;
+        }
+    }
+    return 0;
+}
+
+static void set_many(struct rf_bitmap *map, struct many *many, uint64_t first, uint64_t end) {
+    while (first < end) {
+        uint64_t upto = smaller(end, (first / 64 + 1) * 64);
+        uint64_t word = first / 64 % FAN;
+        uint64_t bits = mask(first % 64, upto - (first - first % 64));
+        map->count += ones(bits & ~many->words[word]);
+        many->words[word] |= bits;
+        many->summary |= bit(word);
+        first = upto;
+    }
+}
+
 int64_t rf_bitmap_set_range(struct rf_bitmap *map, uint64_t first, uint64_t count) {
     uint64_t end = range_end(map, first, count);
     uint64_t before = map->count;
     while (first < end) {
-        struct leaf *leaf = need_leaf(map, first);
-        if (leaf == NULL) {
-            return RF_NO_MEMORY;
+        struct place at = find(map, first);
+        uint64_t leaf_end = smaller(end, at.base + LEAF_BITS);
+        uint64_t there = at.few == NULL ? 0 : at.few->length;
+        if (at.many == NULL && there + (leaf_end - first) <= FEW) {
+            if (set_few(map, first, leaf_end) < 0) {
+                return RF_NO_MEMORY;
+            }
+        } else {
+            if (!need(map, &at, true)) {
+                return RF_NO_MEMORY;
+            }
+            set_many(map, at.many, first, leaf_end);
         }
-        uint64_t leaf_end = smaller(end, (first / LEAF_BITS + 1) * LEAF_BITS);
-        while (first < leaf_end) {
-            uint64_t upto = smaller(leaf_end, (first / 64 + 1) * 64);
-            uint64_t word = first / 64 % FAN;
-            uint64_t bits = mask(first % 64, upto - (first - first % 64));
-            map->count += ones(bits & ~leaf->words[word]);
-            leaf->words[word] |= bits;
-            leaf->summary |= bit(word);
-            first = upto;
-        }
+        first = leaf_end;
     }
     return (int64_t)(map->count - before);
 }
@@ -283,25 +360,41 @@ static uint64_t next_leaf(const struct rf_bitmap *map, uint64_t index) {
     return map->bits;
 }
 
+static void clear_few(struct rf_bitmap *map, struct few *few, uint64_t from, uint64_t upto) {
+    unsigned first = few_below(few, from);
+    unsigned end = few_below(few, upto);
+    memmove(&few->places[first], &few->places[end], (size_t)(few->length - end) * sizeof(uint16_t));
+    few->length = (uint16_t)(few->length - (end - first));
+    map->count -= end - first;
+}
+
+static void clear_many(struct rf_bitmap *map, struct many *many, uint64_t first, uint64_t end) {
+    while (first < end) {
+        uint64_t upto = smaller(end, (first / 64 + 1) * 64);
+        uint64_t word = first / 64 % FAN;
+        uint64_t bits = mask(first % 64, upto - (first - first % 64));
+        map->count -= ones(many->words[word] & bits);
+        many->words[word] &= ~bits;
+        if (many->words[word] == 0) {
+            many->summary &= ~bit(word);
+        }
+        first = upto;
+    }
+}
+
 int64_t rf_bitmap_clear_range(struct rf_bitmap *map, uint64_t first, uint64_t count) {
     uint64_t end = range_end(map, first, count);
     uint64_t before = map->count;
     while ((first = next_leaf(map, first)) < end) {
-        struct leaf *leaf = find_leaf(map, first);
-        uint64_t inside = first;
-        uint64_t leaf_end = smaller(end, (first / LEAF_BITS + 1) * LEAF_BITS);
-        while (first < leaf_end) {
-            uint64_t upto = smaller(leaf_end, (first / 64 + 1) * 64);
-            uint64_t word = first / 64 % FAN;
-            uint64_t bits = mask(first % 64, upto - (first - first % 64));
-            map->count -= ones(leaf->words[word] & bits);
-            leaf->words[word] &= ~bits;
-            if (leaf->words[word] == 0) {
-                leaf->summary &= ~bit(word);
-            }
-            first = upto;
+        struct place at = find(map, first);
+        uint64_t leaf_end = smaller(end, at.base + LEAF_BITS);
+        if (at.many != NULL) {
+            clear_many(map, at.many, first, leaf_end);
+        } else {
+            clear_few(map, at.few, first - at.base, leaf_end - at.base);
         }
-        drop_if_empty(map, inside);
+        drop_if_empty(map, &at);
+        first = leaf_end;
     }
     return (int64_t)(before - map->count);
 }
@@ -310,11 +403,15 @@ uint64_t rf_bitmap_count_range(const struct rf_bitmap *map, uint64_t first, uint
     uint64_t end = range_end(map, first, count);
     uint64_t sum = 0;
     while ((first = next_leaf(map, first)) < end) {
-        const struct leaf *leaf = find_leaf(map, first);
-        uint64_t leaf_end = smaller(end, (first / LEAF_BITS + 1) * LEAF_BITS);
+        struct place at = find(map, first);
+        uint64_t leaf_end = smaller(end, at.base + LEAF_BITS);
+        if (at.few != NULL) {
+            sum += few_below(at.few, leaf_end - at.base) - few_below(at.few, first - at.base);
+            first = leaf_end;
+        }
         while (first < leaf_end) {
             uint64_t upto = smaller(leaf_end, (first / 64 + 1) * 64);
-            sum += ones(leaf->words[first / 64 % FAN] & mask(first % 64, upto - (first - first % 64)));
+            sum += ones(at.many->words[first / 64 % FAN] & mask(first % 64, upto - (first - first % 64)));
             first = upto;
         }
     }
@@ -322,79 +419,67 @@ uint64_t rf_bitmap_count_range(const struct rf_bitmap *map, uint64_t first, uint
 }
 
 uint64_t rf_bitmap_next(const struct rf_bitmap *map, uint64_t from) {
-    while ((from = next_leaf(map, from)) < map->bits) {
-        const struct leaf *leaf = find_leaf(map, from);
-        uint64_t base = from - from % LEAF_BITS;
-        uint64_t word = from / 64 % FAN;
-        uint64_t here = leaf->words[word] & mask(from % 64, 64);
-        if (here != 0) {
-            return base + word * 64 + lowest(here);
+    uint64_t found;
+    return rf_bitmap_list(map, &from, &found, 1) == 1 ? found : RF_BITMAP_END;
+}
+
+/* The bits of one leaf from `from` on; returns how many. */
+static size_t list_leaf(const struct place *at, uint64_t from, uint64_t *out, size_t room) {
+    size_t found = 0;
+    uint64_t start = from - at->base;
+    if (at->few != NULL) {
+        for (unsigned i = few_below(at->few, start); i < at->few->length && found < room; i++) {
+            out[found++] = at->base + at->few->places[i];
         }
-        uint64_t left = word == FAN - 1 ? 0 : leaf->summary & mask(word + 1, 64);
-        if (left != 0) {
-            word = lowest(left);
-            return base + word * 64 + lowest(leaf->words[word]);
-        }
-        from = base + LEAF_BITS;
+        return found;
     }
-    return RF_BITMAP_END;
+    uint64_t words = at->many->summary & mask(start / 64, 64);
+    for (; words != 0 && found < room; words &= words - 1) {
+        uint64_t word = lowest(words);
+        uint64_t left = at->many->words[word];
+        if (word == start / 64) {
+            left &= mask(start % 64, 64);
+        }
+        for (; left != 0 && found < room; left &= left - 1) {
+            out[found++] = at->base + word * 64 + lowest(left);
+        }
+    }
+    return found;
 }
 
 size_t rf_bitmap_list(const struct rf_bitmap *map, uint64_t *from, uint64_t *out, size_t room) {
     size_t found = 0;
     uint64_t index = *from;
     while (found < room && (index = next_leaf(map, index)) < map->bits) {
-        const struct leaf *leaf = find_leaf(map, index);
-        uint64_t base = index - index % LEAF_BITS;
-        uint64_t start = index - base;
-        uint64_t words = leaf->summary & mask(start / 64, 64);
-        for (; words != 0 && found < room; words &= words - 1) {
-            uint64_t word = lowest(words);
-            uint64_t left = leaf->words[word];
-            if (word == start / 64) {
-                left &= mask(start % 64, 64);
-            }
-            for (; left != 0 && found < room; left &= left - 1) {
-                out[found++] = base + word * 64 + lowest(left);
-            }
-        }
-        index = base + LEAF_BITS;
+        struct place at = find(map, index);
+        found += list_leaf(&at, index, out + found, room - found);
+        index = at.base + LEAF_BITS;
     }
     if (found > 0) {
-        *from = found == room ? out[found - 1] + 1 : map->bits;
+        *from = out[found - 1] + 1;
     }
     return found;
 }
 
 size_t rf_bitmap_drain(struct rf_bitmap *map, uint64_t *out, size_t room) {
     size_t found = 0;
-    for (size_t group = 0; group < map->summary_length; group++) {
-        while (map->summary[group] != 0) {
-            size_t top = group * 64 + lowest(map->summary[group]);
-            struct middle *middle = map->middles[top];
-            while (middle->summary != 0) {
-                unsigned slot = lowest(middle->summary);
-                struct leaf *leaf = middle->leaves[slot];
-                uint64_t base = top * MIDDLE_BITS + slot * LEAF_BITS;
-                for (; leaf->summary != 0; leaf->summary &= leaf->summary - 1) {
-                    unsigned word = lowest(leaf->summary);
-                    uint64_t left = leaf->words[word];
-                    for (; left != 0; left &= left - 1) {
-                        if (found == room) {
-                            leaf->words[word] = left;
-                            map->count -= found;
-                            return found;
-                        }
-                        out[found++] = base + word * 64 + lowest(left);
-                    }
-                    leaf->words[word] = 0;
-                }
-                free_leaf(map, middle, slot);
+    uint64_t index = 0;
+    while (found < room && (index = next_leaf(map, index)) < map->bits) {
+        struct place at = find(map, index);
+        size_t part = list_leaf(&at, at.base, out + found, room - found);
+        found += part;
+        index = at.base + LEAF_BITS;
+        uint64_t upto = found < room ? index : out[found - 1] + 1;
+        if (at.many != NULL && upto == index) {
+            map->count -= part;
+            free_leaf(map, at.middle, at.slot);
+            if (at.middle->summary == 0) {
+                free_middle(map, at.top);
             }
-            free_middle(map, top);
+        } else {
+            rf_bitmap_clear_range(map, at.base, upto - at.base);
         }
     }
-    map->count -= found;
     return found;
 }
 
@@ -414,6 +499,27 @@ static const uint8_t *leaf_bytes(uint64_t leaf_first_byte, uint64_t first_byte, 
     return copy;
 }
 
+static void clear_few_where(struct rf_bitmap *map, struct few *few, const uint8_t *with, uint64_t flip) {
+    unsigned kept = 0;
+    for (unsigned i = 0; i < few->length; i++) {
+        uint16_t place = few->places[i];
+        few->places[kept] = place;
+        kept += ((((with[place / 8] ^ flip) >> place % 8) & 1) == 0);
+    }
+    map->count -= few->length - kept;
+    few->length = (uint16_t)kept;
+}
+
+static void clear_many_where(struct rf_bitmap *map, struct many *many, const uint8_t *with, uint64_t flip) {
+    for (uint64_t words = many->summary; words != 0; words &= words - 1) {
+        unsigned word = lowest(words);
+        uint64_t gone = many->words[word] & (load_le64(with + (size_t)word * 8) ^ flip);
+        many->words[word] ^= gone;
+        map->count -= ones(gone);
+        many->summary &= ~((uint64_t)(many->words[word] == 0) << word);
+    }
+}
+
 /* Clears where `dense`, turned over by `flip`, has ones. */
 static uint64_t clear_where(struct rf_bitmap *map, uint64_t first_byte, const uint8_t *dense, size_t bytes,
                             uint64_t flip) {
@@ -425,18 +531,15 @@ static uint64_t clear_where(struct rf_bitmap *map, uint64_t first_byte, const ui
     uint64_t before = map->count;
     uint64_t index = first_byte * 8;
     while ((index = next_leaf(map, index)) < map->bits && index / 8 < first_byte + bytes) {
-        uint64_t base = index - index % LEAF_BITS;
-        struct leaf *leaf = find_leaf(map, index);
-        const uint8_t *with = leaf_bytes(base / 8, first_byte, dense, bytes, neutral, copy);
-        for (uint64_t words = leaf->summary; words != 0; words &= words - 1) {
-            unsigned word = lowest(words);
-            uint64_t gone = leaf->words[word] & (load_le64(with + (size_t)word * 8) ^ flip);
-            leaf->words[word] ^= gone;
-            map->count -= ones(gone);
-            leaf->summary &= ~((uint64_t)(leaf->words[word] == 0) << word);
+        struct place at = find(map, index);
+        const uint8_t *with = leaf_bytes(at.base / 8, first_byte, dense, bytes, neutral, copy);
+        if (at.many != NULL) {
+            clear_many_where(map, at.many, with, flip);
+        } else {
+            clear_few_where(map, at.few, with, flip);
         }
-        drop_if_empty(map, index);
-        index = base + LEAF_BITS;
+        drop_if_empty(map, &at);
+        index = at.base + LEAF_BITS;
     }
     return before - map->count;
 }
@@ -484,14 +587,17 @@ void rf_bitmap_compare(const struct rf_bitmap *map, uint64_t first_byte, const u
     uint64_t common = 0;
     uint64_t index = first_byte * 8;
     while ((index = next_leaf(map, index)) < map->bits && index / 8 < first_byte + bytes) {
-        uint64_t base = index - index % LEAF_BITS;
-        const struct leaf *leaf = find_leaf(map, index);
-        const uint8_t *with = leaf_bytes(base / 8, first_byte, dense, bytes, 0, copy);
-        for (uint64_t words = leaf->summary; words != 0; words &= words - 1) {
-            unsigned word = lowest(words);
-            common += ones(leaf->words[word] & load_le64(with + (size_t)word * 8));
+        struct place at = find(map, index);
+        const uint8_t *with = leaf_bytes(at.base / 8, first_byte, dense, bytes, 0, copy);
+        for (unsigned i = 0; at.few != NULL && i < at.few->length; i++) {
+            uint16_t place = at.few->places[i];
+            common += (with[place / 8] >> place % 8) & 1;
         }
-        index = base + LEAF_BITS;
+        for (uint64_t words = at.many != NULL ? at.many->summary : 0; words != 0; words &= words - 1) {
+            unsigned word = lowest(words);
+            common += ones(at.many->words[word] & load_le64(with + (size_t)word * 8));
+        }
+        index = at.base + LEAF_BITS;
     }
     *only_map += rf_bitmap_count_range(map, first_byte * 8, (uint64_t)bytes * 8) - common;
     *only_dense += count_inside(map, first_byte, dense, bytes) - common;
