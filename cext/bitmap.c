@@ -470,7 +470,7 @@ size_t rf_bitmap_drain(struct rf_bitmap *map, uint64_t *out, size_t room) {
         found += part;
         index = at.base + LEAF_BITS;
         uint64_t upto = found < room ? index : out[found - 1] + 1;
-        if (at.many != NULL && upto == index) {
+        if (upto == index) {
             map->count -= part;
             free_leaf(map, at.middle, at.slot);
             if (at.middle->summary == 0) {
