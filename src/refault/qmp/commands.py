@@ -50,9 +50,10 @@ class Request:
         "fd",
         "message",
         "name",
-        "names_of",
+        "new_name",
         "on_reply",
         "oob",
+        "rebuilt",
         "size",
         "spelling",
         "upstream_name",
@@ -71,8 +72,10 @@ class Request:
         """A watcher has answered, or none need be asked."""
         self.data: bytes | None = None
         """What to send instead of the message: a command without an id."""
-        self.names_of: int | None = None
-        """Whose descriptors' names are in the arguments; None: the client's."""
+        self.rebuilt = False
+        """A watcher has changed the arguments."""
+        self.new_name: str | None = None
+        """The name that a getfd gives, if the client had none such before."""
         self.on_reply: Callable[[bytes], bytes] | None = None
         self.done: Callable[[Message | None], None] | None = None
         """For refault's own commands: called with the reply, or None if QEMU went away."""

@@ -70,6 +70,15 @@ class FdNames:
             return known
         return name if name not in self._owner else self._private(name)
 
+    def has(self, client: int, name: str) -> bool:
+        """Whether the client passed a descriptor as `name`."""
+        return (client, name) in self._upstream
+
+    def forget(self, client: int, name: str) -> None:
+        """QEMU no longer has what the client passed as `name`."""
+        if (upstream := self._upstream.pop((client, name), None)) is not None:
+            del self._owner[upstream]
+
     def leave(self, client: int) -> None:
         """The client is gone. As with QEMU, what it passed stays, for anybody, under QEMU's name."""
         for key in [key for key in self._upstream if key[0] == client]:

@@ -133,6 +133,8 @@ class Multiplexer:
         self._fd_waiting: list[Client] = []
         self._names = FdNames()
         self._asked: set[Request] = set()
+        self._early: list[Request] = []
+        """Out-of-band commands that came before QEMU could take any."""
 
     def _internal(self, number: int) -> Client:
         client = Client(number, Limits())
@@ -183,36 +185,43 @@ class Multiplexer:
         Takes one batch of messages: while `client.splitter.more`, call again with nothing, after others had
         their turn.
         """
-        messages = client.splitter.feed(data, batch=fd < 0)
-        takes: list[Request] = []
-        for message in messages:
-            request = Request(client, message)
-            shape = message.shape
-            if message.problem is not None:
-                self.counters.malformed += 1
-                request.answer = replies.error(replies.GENERIC, message.problem)
-            elif shape & NOT_OBJECT:
-                request.answer = replies.NOT_OBJECT
-            else:
-                verb = shape & VERB_MASK
-                if verb in (EXECUTE, EXEC_OOB) and not shape & UNUSUAL:
-                    request.name = verb_name(message)
-                    if request.name in TAKES_FD:
-                        takes.append(request)
-                if client.oob and self._is_oob(message):
-                    self._out_of_band(request)
-                    continue
+        if client.closing:
+            if fd >= 0:
+                self.discard(fd)
+            return
+        requests = [self._request(client, message) for message in client.splitter.feed(data, batch=fd < 0)]
+        if fd >= 0 or client.fd >= 0:
+            self._hand_out(client, requests, fd)
+        for request in requests:
+            if client.oob and self._is_oob(request):
+                self._out_of_band(request)
+                continue
             client.queue.append(request)
             client.queued += request.size
             if not client.negotiated:
                 self._settle(client)  # what follows may be out-of-band already
-        if takes or fd >= 0:
-            self._hand_out(client, takes, fd)
         if client.queue:
             self._settle(client)
             self._pump()
 
-    def _hand_out(self, client: Client, takes: list[Request], fd: int) -> None:
+    def _request(self, client: Client, message: Message) -> Request:
+        request = Request(client, message)
+        shape = message.shape
+        if message.problem is not None:
+            self.counters.malformed += 1
+            request.answer = replies.error(replies.GENERIC, message.problem)
+        elif shape & NOT_OBJECT:
+            request.answer = replies.NOT_OBJECT
+        elif not shape & UNUSUAL and shape & VERB_MASK in (EXECUTE, EXEC_OOB):
+            request.name = verb_name(message)
+        return request
+
+    def _hand_out(self, client: Client, requests: list[Request], fd: int) -> None:
+        takes = [
+            request
+            for request in requests
+            if request.name in TAKES_FD and request.message.shape & VERB_MASK == EXECUTE
+        ]
         if takes and client.fd >= 0:
             self._give(client, takes.pop(0), client.fd)
             client.fd = -1
@@ -235,10 +244,13 @@ class Multiplexer:
             request.fd = -1
             request.client.queued_fds -= 1
 
-    def _is_oob(self, message: Message) -> bool:
+    def _is_oob(self, request: Request) -> bool:
         """QEMU's qmp_is_oob(): has exec-oob and has not execute."""
+        message = request.message
         if not message.shape & UNUSUAL:
             return message.shape & VERB_MASK == EXEC_OOB
+        if request.answer is not None:
+            return False
         members = decode_members(message)
         return "exec-oob" in members and "execute" not in members
 
@@ -252,9 +264,11 @@ class Multiplexer:
         while queue and not client.ready and client.held is None and client.greeted:
             request = queue[0]
             if request.answer is None and not request.cleared:
-                if client.oob and client is not self._own and self._is_oob(request.message):
+                if client.oob and self._is_oob(request):
                     self._out_of_band(self._unqueue(client))
                     continue
+                if not client.negotiated and client.in_flight:
+                    return  # that is a qmp_capabilities
                 request.answer = self._own_answer(client, request)
             if request.answer is not None:
                 if client.in_flight:
@@ -266,6 +280,8 @@ class Multiplexer:
             elif request.cleared or not self._is_watched(client, request):
                 client.ready = True
                 self._turns.append(client)
+            elif not self.ready:
+                return  # the watcher may want to ask QEMU something
             else:
                 self._unqueue(client)
                 client.held = request
@@ -334,6 +350,8 @@ class Multiplexer:
                 request.answer = replies.error(replies.GENERIC, error)
         if request.answer is not None:
             self._answer_oob(request)
+        elif not self.ready:
+            self._early.append(request)
         elif self._is_watched(client, request):
             self._asked.add(request)
             self.ask(request)
@@ -363,9 +381,7 @@ class Multiplexer:
             request.on_reply = verdict.on_reply
             if verdict.arguments is not None:
                 request.rebuild(verdict.arguments)
-                request.names_of = (
-                    self._own.number
-                )  # what the watcher put in, it got by a getfd of refault's own
+                request.rebuilt = True
         if request.oob:
             if request.answer is not None:
                 self._answer_oob(request)
@@ -467,14 +483,20 @@ class Multiplexer:
         return -1
 
     def _rename(self, request: Request) -> None:
-        number = request.client.number if request.names_of is None else request.names_of
+        names, number = self._names, request.client.number
         defines = request.name == b"getfd"
-        if not self._names and not defines:
+        if not names and not defines:
             return
         used: list[tuple[str, str]] = []
 
         def change(name: str) -> str:
-            upstream = self._names.define(number, name) if defines else self._names.use(number, name)
+            if defines:
+                request.new_name = None if names.has(number, name) else name
+                upstream = names.define(number, name)
+            elif request.rebuilt and names.has(self._own.number, name):
+                upstream = names.use(self._own.number, name)  # the watcher put it in
+            else:
+                upstream = names.use(number, name)
             if upstream != name:
                 used.append((name, upstream))
             return upstream
@@ -505,6 +527,9 @@ class Multiplexer:
         queued = list(self._own.queue)
         self.ready = False
         self.greeting = None
+        for _, fd in self.upstream_out:
+            if fd >= 0:
+                self.discard(fd)
         self.upstream_out.clear()
         self._in_flight = self._in_flight_bytes = 0
         self._turns.clear()
@@ -512,6 +537,7 @@ class Multiplexer:
         self._fd_waiting.clear()
         self._names.clear()
         self._asked.clear()
+        self._early.clear()
         for client in (self._own, self._orphans):
             self._forget_commands(client)
         lost = [client for client in self.clients.values() if client.greeted]
@@ -605,6 +631,10 @@ class Multiplexer:
             if request is self._fd_request:
                 self._fd_request = None
                 self._fd_answered()
+        if request.name == b"getfd" and request.new_name and message.shape & VERB_MASK == ERROR:
+            self._names.forget(client.number, request.new_name)
+        elif request.name == b"closefd" and message.shape & VERB_MASK == RETURN:
+            self._names.forget(client.number, str(request.arguments().get("fdname")))
         if request.done:
             request.done(message)
         else:
@@ -629,6 +659,13 @@ class Multiplexer:
             return
         self.ready = True
         self.on_ready()
+        early, self._early = self._early, []
+        for request in early:
+            request.client.oob_in_flight -= 1
+            if request.client.connected:
+                self._out_of_band(request)
+        for client in list(self.clients.values()):
+            self._settle(client)
         self._pump()
 
     def _fd_answered(self) -> None:

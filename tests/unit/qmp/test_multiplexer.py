@@ -322,6 +322,107 @@ def test_descriptors_of_commands_that_are_never_sent_are_closed() -> None:
     assert sorted(played.closed) == [*range(101, 110), 110, 111]
 
 
+def test_descriptors_with_commands_that_are_answered_here_are_closed() -> None:
+    played = Played()
+    stranger = played.core.join()
+    played.core.receive(stranger, command("getfd", 1, fdname="n"), 100)
+    played.core.receive(stranger, b'{"exec-oob": "getfd", "arguments": {"fdname": "n"}}', 101)
+    client = played.client("oob")
+    played.core.receive(client, b'{"exec-oob": "getfd", "arguments": {"fdname": "n"}}', 102)
+    played.core.receive(client, b'{"execute": "getfd", "extra": 1}', 103)
+    assert played.fds == []
+    for one in (stranger, client):
+        assert one.queued_fds == 0
+        played.core.leave(one)
+    assert sorted(played.closed) == [100, 101, 102, 103]
+
+
+def test_a_descriptor_behind_the_negotiation_in_one_write() -> None:
+    played = Played()
+    client = played.core.join()
+    played.core.receive(client, command("qmp_capabilities") + command("getfd", 1, fdname="n"), 100)
+    [sent] = played.commands()
+    assert sent["execute"] == "getfd"
+    assert played.fds == [100]
+
+
+def test_descriptors_on_the_way_when_qemu_goes_are_closed() -> None:
+    played = Played()
+    client = played.client()
+    played.core.receive(client, command("getfd", 1, fdname="n"), 100)
+    played.core.upstream_lost()
+    assert played.closed == [100]
+    played.core.receive(client, command("getfd", 1, fdname="n"), 101)
+    assert played.closed == [100, 101]
+
+
+def test_what_a_lost_client_still_sends_is_not_the_next_qemus() -> None:
+    played = Played()
+    client = played.client()
+    played.core.upstream_lost()
+    played.core.receive(client, command("quit"))
+    played.connect()
+    assert played.commands() == []
+
+
+def test_names_of_descriptors() -> None:
+    played = Played()
+    first, second = played.client(), played.client()
+
+    def run(client: Client, name: str, error: bool = False) -> str:
+        fd = 100 if name == "getfd" else -1
+        played.core.receive(client, command(name, 1, fdname="n"), fd)
+        [sent] = played.commands()
+        if error:
+            reply = b'{"error": {"class": "GenericError", "desc": "no"}, "id": %d}\r\n' % sent["id"]
+            played.core.receive_upstream(reply)
+        else:
+            played.reply(sent["id"])
+        upstream = sent["arguments"]["fdname"]
+        assert isinstance(upstream, str)
+        return upstream
+
+    assert run(first, "getfd", error=True) == "n"
+    assert run(second, "getfd") == "n"  # the first one's is not there
+    mine = run(first, "getfd")
+    assert mine != "n"
+    assert run(first, "getfd", error=True) == mine  # and the old one is still there
+    assert run(first, "closefd") == mine
+    assert run(first, "closefd", error=True) not in ("n", mine)
+    played.core.leave(second)
+    assert run(first, "closefd") == "n"  # what a client left is anybody's, as on QEMU's monitor
+
+
+def test_a_watcher_is_not_asked_before_it_can_ask_qemu() -> None:
+    played = Played(watch=("migrate", "migrate-pause"))
+    played.core.upstream_lost()
+    played.core.upstream_connected(b'"n"')
+    client = played.core.join()
+    data = b'{"execute": "qmp_capabilities", "arguments": {"enable": ["oob"]}}' + command("migrate", 1)
+    played.core.receive(client, data)
+    played.core.receive_upstream(GREETING % b'"oob"')
+    played.core.receive(client, b'{"exec-oob": "migrate-pause"}')
+    assert played.asked == []
+    played.reply("n")
+    assert [request.name for request in played.asked] == [b"migrate-pause", b"migrate"]
+    assert client.oob_in_flight == 1
+
+
+def test_a_watchers_own_names_and_the_clients() -> None:
+    played = Played(watch=("migrate",))
+    client = played.client()
+    played.core.receive(client, command("getfd", 1, fdname="n"), 100)
+    played.core.call("getfd", {"fdname": "own"}, oob=False, fd=101, done=lambda reply: None)
+    for _ in range(2):
+        played.reply(played.commands()[0]["id"])
+    for name in ("n", "own"):
+        played.core.receive(client, command("migrate", 2, uri="tcp:x:1"))
+        played.core.answer(played.asked.pop(), Forward({"uri": f"fd:{name}"}))
+        [sent] = played.commands()
+        assert sent["arguments"]["uri"] == f"fd:{name}"
+        played.reply(sent["id"])
+
+
 def test_a_reply_without_an_id_is_the_oldest_commands() -> None:
     """Should QEMU ever find malformed what is well-formed here."""
     played = Played()
