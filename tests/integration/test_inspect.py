@@ -17,6 +17,7 @@ from refault.lab.qemu import DEFAULT_BINARY, start_qemu
 pytestmark = [pytest.mark.qemu, pytest.mark.timeout(60)]
 
 BINARIES = [DEFAULT_BINARY, *(["qemu-10"] if shutil.which("qemu-10") else [])]
+ROUNDS = 6  # XBZRLE has something to compare with from the third on
 GUEST = Guest(vcpus=1, log_pages=10, tick_ns=1_000_000)
 
 
@@ -49,6 +50,40 @@ async def test_a_saved_precopy_stream(
     assert whole * 4096 > GUEST.written_bytes
     assert re.search(r"ram +\d+ +1 +\d+ +1 +0 +\d+\n", told)
     assert re.search(r"cannot be read from byte \d+ on: device state, .*\(section timer\)\n$", told)
+
+
+@pytest.mark.parametrize(
+    ("binary", "capability", "column"),
+    [*((binary, "xbzrle", 2) for binary in BINARIES), (DEFAULT_BINARY, "compress", 3)],
+)
+async def test_every_page_is_counted_by_its_kind(
+    tmp_path: Path, binary: str, capability: str, column: int, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """A guest that keeps writing, in several rounds, against QEMU's own count of what it sent."""
+    file = tmp_path / "stream"
+    busy = Guest(vcpus=2, log_pages=10, tick_ns=300_000)
+    async with start_qemu(busy, tmp_path, binary=binary) as qemu:
+        await qemu.wait_guest()
+        await bare.set_capabilities(qemu.qmp, capability)
+        await qemu.qmp.execute("migrate-set-parameters", {"max-bandwidth": 30 << 20, "downtime-limit": 1})
+        await qemu.qmp.execute("migrate", {"uri": f"exec:cat >{file}"})
+        with trio.fail_after(20):
+            while (answer := await bare.wait_status(qemu.qmp, "active", "completed"))["status"] == "active":
+                if answer["ram"]["dirty-sync-count"] >= ROUNDS:
+                    break
+                await trio.sleep(0.05)
+        await qemu.qmp.execute("migrate-set-parameters", {"max-bandwidth": 1 << 34, "downtime-limit": 2000})
+        with trio.fail_after(20):
+            sent = (await bare.wait_status(qemu.qmp, "completed"))["ram"]
+    assert main(["inspect", str(file)]) == 0
+    told = capsys.readouterr().out
+    rows = re.findall(r"\S+ +\d+ +host's +(\d+) +(\d+) +(\d+) +(\d+) +0\n", told)
+    whole, zero, *packed = (sum(int(row[i]) for row in rows) for i in range(4))
+    assert packed[column - 2] > 0
+    assert whole + zero + sum(packed) >= busy.ram_bytes // 4096
+    if capability == "xbzrle":
+        assert (whole, zero) == (sent["normal"], sent["duplicate"])
+    assert re.search(r"on: device state, .*\(section timer\)\n$", told)
 
 
 @pytest.mark.parametrize("binary", BINARIES)
