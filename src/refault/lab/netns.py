@@ -1,4 +1,8 @@
-"""Two network namespaces and a veth pair: two hosts, as far as TCP can tell. Needs root and iproute2."""
+"""Two network namespaces and a veth pair: two hosts, as far as TCP can tell. Needs root and iproute2.
+
+Namespaces are entered with nsenter (util-linux): `ip -n` and `ip netns exec` make a mount namespace too and
+remount what is below `/` as slaves, which is refused where `/` is no mount point, as in a chroot.
+"""
 
 from __future__ import annotations
 
@@ -19,17 +23,18 @@ class Host:
     @property
     def prefix(self) -> list[str]:
         """The beginning of a command line that runs inside."""
-        return ["ip", "netns", "exec", self.namespace]
+        return ["nsenter", f"--net=/run/netns/{self.namespace}", "--"]
 
     def link(self, state: str) -> None:
         """Sets its end of the link `up` or `down`; down, the network is silent for both."""
-        _ip("-n", self.namespace, "link", "set", "veth0", state)
+        _ip("link", "set", "veth0", state, inside=self)
 
 
-def _ip(*arguments: str) -> None:
-    result = subprocess.run(["ip", *arguments], capture_output=True, text=True, check=False)
+def _ip(*arguments: str, inside: Host | None = None) -> None:
+    command = [*(inside.prefix if inside else ()), "ip", *arguments]
+    result = subprocess.run(command, capture_output=True, text=True, check=False)
     if result.returncode:
-        raise OSError(f"ip {' '.join(arguments)}: {result.stderr.strip() or result.returncode}")
+        raise OSError(f"{' '.join(command)}: {result.stderr.strip() or result.returncode}")
 
 
 @contextlib.contextmanager
@@ -47,7 +52,7 @@ def two_hosts(subnet: str = "192.0.2") -> Iterator[tuple[Host, Host]]:
         peer = ["peer", "name", "veth0", "netns", other.namespace]
         _ip("link", "add", "veth0", "netns", one.namespace, "type", "veth", *peer)
         for host in hosts:
-            _ip("-n", host.namespace, "addr", "add", f"{host.address}/24", "dev", "veth0")
-            _ip("-n", host.namespace, "link", "set", "lo", "up")
+            _ip("addr", "add", f"{host.address}/24", "dev", "veth0", inside=host)
+            _ip("link", "set", "lo", "up", inside=host)
             host.link("up")
         yield one, other
