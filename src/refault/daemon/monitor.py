@@ -363,7 +363,7 @@ class Monitor:
                 for client in dirty:
                     self._flush_client(client)
         if self._paused:
-            for client in [client for client in self._paused if not client.paused]:
+            for client in [client for client in self._paused if client.resumable]:
                 self._paused.discard(client)
                 wire = client.transport
                 assert isinstance(wire, _Wire)  # noqa: S101
@@ -565,18 +565,25 @@ class Monitor:
                         return
             core.receive(client, data, fd)
             self._flush()
-            while client.paused or splitter.more:
+            while splitter.more or client.paused:
                 if client.paused:
-                    self._paused.add(client)
-                    wire.wake = trio.Event()
-                    with trio.move_on_after(_HANG_UP_CHECK):
-                        await wire.wake.wait()
-                    if _hung_up(sock):
+                    if not await self._until_resumable(client, wire):
                         return
                 else:
                     await trio.lowlevel.checkpoint()
                     core.receive(client, b"")
                     self._flush()
+
+    async def _until_resumable(self, client: Client, wire: _Wire) -> bool:
+        """Waits; False if the client is gone meanwhile, which reading would have told."""
+        self._paused.add(client)
+        wire.wake = trio.Event()
+        while True:
+            with trio.move_on_after(_HANG_UP_CHECK):
+                await wire.wake.wait()
+                return True
+            if _hung_up(wire.sock):
+                return False
 
     # QEMU
 

@@ -26,6 +26,10 @@ class Limits:
     clients: int = 512
 
 
+_READ_AHEAD = 16
+_NEARLY_USED_UP = 4
+
+
 class Client:
     """One connection of a client: its own negotiation, its commands in their order, what is still to be sent
     to it.
@@ -92,14 +96,23 @@ class Client:
 
     @property
     def paused(self) -> bool:
-        """Whether no more should be read from it for now."""
+        """Whether no more should be read from it for now.
+
+        Of one that has not the right to send out-of-band commands nothing can be urgent, so a few in advance
+        are enough, and the others can be read together when these are nearly used up: see `resumable`.
+        """
         limits = self.limits
         return (
-            self.queued > limits.queued
-            or len(self.queue) >= limits.queued_commands
+            len(self.queue) >= (limits.queued_commands if self.oob else _READ_AHEAD)
+            or self.queued > limits.queued
             or self.queued_fds >= limits.queued_fds
             or self.oob_in_flight >= limits.out_of_band
         )
+
+    @property
+    def resumable(self) -> bool:
+        """Whether one that was paused should be read from again."""
+        return len(self.queue) <= _NEARLY_USED_UP and not self.paused
 
     @property
     def idle(self) -> bool:
