@@ -49,7 +49,7 @@ from refault.qmp.splitter import (
 WINDOW = 6
 """In-band commands with QEMU at a time."""
 SHORT_IDS = 99
-SHARE = 3
+SHARE = 2
 """Of these, one client's: QEMU always has its next one, and others need not wait for many."""
 WINDOW_BYTES = 64 << 10
 """Of these commands together, where there is more than one: QEMU reads byte by byte, and an out-of-band
