@@ -150,6 +150,8 @@ def _page_table(vm: VmStatus, width: int) -> list[str]:
             lines.append(f"  {name}")
             name = ""
         lines.append(f"  {name:<{min(names, max(room, 5))}}{cells}".rstrip())
+    if pages.kernel_waiting is not None:
+        lines.append(f"  threads waiting for a page, as the kernel counts: {pages.kernel_waiting}")
     return lines
 
 

@@ -82,6 +82,7 @@ def families(status: Status) -> list[Metric]:
     arrived = counter("pages_arrived", "Requested pages that have passed the relay")
     replayed = counter("pages_replayed", "Page requests written to the source again after a loss")
     recorded = gauge("pages_recorded", "Page requests that no received bitmap has confirmed")
+    kernel = gauge("kernel_waiting_threads", "The kernel's count of threads that wait for a page")
     outstanding = gauge("pages_outstanding", "Requested pages that have not passed the relay", "block")
     latency = HistogramMetricFamily(
         "refault_page_request_latency_seconds",
@@ -113,6 +114,8 @@ def families(status: Status) -> list[Metric]:
         arrived.add_metric([vm.name], vm.pages.arrived)
         replayed.add_metric([vm.name], vm.pages.replayed)
         recorded.add_metric([vm.name], vm.pages.recorded)
+        if vm.pages.kernel_waiting is not None:
+            kernel.add_metric([vm.name], vm.pages.kernel_waiting)
         for block in vm.pages.blocks:
             outstanding.add_metric([vm.name, block.name], block.outstanding)
         _add_latency(latency, vm, vm.latency_seconds)

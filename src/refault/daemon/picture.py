@@ -18,6 +18,8 @@ from refault.daemon.snapshot import (
     RelayState,
     VmStatus,
 )
+from refault.daemon.userfaultfd import Waiting, waiting
+from refault.migration.phase import Role
 
 LATENCY_BOUNDS = (
     0.0001, 0.00025, 0.0005, 0.001, 0.0025, 0.005, 0.01, 0.025, 0.05,
@@ -48,7 +50,7 @@ def picture(
             slow_disconnected=monitor.counters.slow_clients,
         ),
         migration=_migration(migration, relay),
-        pages=_pages(relay),
+        pages=_pages(relay, _kernel(info, migration)),
         latency_seconds=_latency(relay),
         recovery=RecoveryStatus(
             losses=counters.losses,
@@ -74,9 +76,17 @@ def _migration(migration: Migration, relay: Relay | None) -> MigrationStatus:
     )
 
 
-def _pages(relay: Relay | None) -> PagesStatus:
+def _kernel(info: QemuInfo | None, migration: Migration) -> Waiting | None:
+    if info is None or info.pid is None or migration.role is not Role.DESTINATION or not migration.under_way:
+        return None
+    return waiting(info.pid)
+
+
+def _pages(relay: Relay | None, kernel: Waiting | None) -> PagesStatus:
+    pending = kernel.pending if kernel else None
+    total = kernel.total if kernel else None
     if relay is None:
-        return PagesStatus()
+        return PagesStatus(kernel_pending=pending, kernel_waiting=total)
     pages = relay.pages()
     return PagesStatus(
         requested=pages.requested,
@@ -85,6 +95,8 @@ def _pages(relay: Relay | None) -> PagesStatus:
         replayed=pages.replayed,
         outstanding=pages.outstanding,
         recorded=pages.recorded,
+        kernel_pending=pending,
+        kernel_waiting=total,
         blocks=tuple(
             BlockStatus(
                 name=block.name.decode(errors="replace"),

@@ -88,6 +88,10 @@ class PagesStatus(msgspec.Struct, frozen=True, kw_only=True):
     """Requested pages that have not passed the relay."""
     recorded: int = 0
     """Requests that no received bitmap has confirmed; the next replay draws on these."""
+    kernel_pending: int | None = None
+    """Threads of a destination whose fault QEMU has not read yet; null where the kernel does not tell us."""
+    kernel_waiting: int | None = None
+    """All its threads that wait for a page."""
     blocks: tuple[BlockStatus, ...] = ()
 
 

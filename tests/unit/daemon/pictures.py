@@ -34,6 +34,8 @@ BUSY = VmStatus(
         replayed=3,
         outstanding=10,
         recorded=14,
+        kernel_pending=1,
+        kernel_waiting=8,
         blocks=(
             BlockStatus(
                 name="pc.ram",

@@ -81,6 +81,7 @@ def test_values_are_those_of_the_status() -> None:
     assert value(text, "refault_pages_arrived_total", vm="vm1") == 110
     assert value(text, "refault_pages_replayed_total", vm="vm1") == 3
     assert value(text, "refault_pages_recorded", vm="vm1") == 14
+    assert value(text, "refault_kernel_waiting_threads", vm="vm1") == 8
     assert value(text, "refault_pages_outstanding", vm="vm1", block="pc.ram") == 9
     assert value(text, "refault_pages_outstanding", vm="vm1", block="/rom@etc/acpi") == 1
     name = "refault_page_request_latency_seconds"
