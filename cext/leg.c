@@ -106,6 +106,13 @@ uint64_t rf_leg_confirmed(const struct rf_leg *leg) {
 
 void rf_leg_close(struct rf_leg *leg) {
     if (leg->fd >= 0) {
+        (void)shutdown(leg->fd, SHUT_RDWR); /* fails only where the peer is gone already */
+    }
+    rf_leg_let_go(leg);
+}
+
+void rf_leg_let_go(struct rf_leg *leg) {
+    if (leg->fd >= 0) {
         close(leg->fd);
         leg->fd = -1;
         if (leg->state == RF_LEG_OPEN) {

@@ -59,8 +59,13 @@ void rf_leg_end_writing(struct rf_leg *leg);
  */
 uint64_t rf_leg_confirmed(const struct rf_leg *leg);
 
-/* Closes the descriptor; the state becomes CLOSED where it was OPEN, else it keeps telling how the leg was
- * lost. */
+/*
+ * Ends both directions and closes the descriptor: the peer reads end of file even where the socket has been
+ * duplicated. The state becomes CLOSED where it was OPEN, else it keeps telling how the leg was lost.
+ */
 void rf_leg_close(struct rf_leg *leg);
+
+/* Closes the descriptor only: where the socket has been duplicated, the peer sees nothing. */
+void rf_leg_let_go(struct rf_leg *leg);
 
 #endif

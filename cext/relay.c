@@ -32,6 +32,7 @@ struct command {
     bool recovered;
     bool may_replay;
     uint64_t channel;
+    bool keep_local;
 };
 
 struct told {
@@ -370,6 +371,9 @@ static bool take_commands(struct rf_relay *relay) {
             rf_tracker_complete(relay->tracker);
             break;
         case COMMAND_STOP:
+            if (command.keep_local) {
+                rf_leg_let_go(&relay->local);
+            }
             close_channel(relay);
             go_on = false;
             break;
@@ -542,10 +546,10 @@ int rf_relay_complete(struct rf_relay *relay) {
     return give(relay, &(struct command){.kind = COMMAND_COMPLETE});
 }
 
-void rf_relay_stop(struct rf_relay *relay) {
+void rf_relay_stop(struct rf_relay *relay, bool keep_local) {
     const struct timespec pause = {.tv_nsec = 1000000};
 
-    while (give(relay, &(struct command){.kind = COMMAND_STOP}) < 0) {
+    while (give(relay, &(struct command){.kind = COMMAND_STOP, .keep_local = keep_local}) < 0) {
         nanosleep(&pause, NULL); /* the ring is full for as long as the pump needs to empty it */
     }
     pthread_join(relay->thread, NULL);

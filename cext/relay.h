@@ -76,8 +76,11 @@ int rf_relay_close_channel(struct rf_relay *relay, uint64_t channel);
 /* The migration has ended: nothing is outstanding any more. 0, or -1 with errno. */
 int rf_relay_complete(struct rf_relay *relay);
 
-/* Ends the thread, closes both legs after what they hold has been offered to the kernel, and frees all. */
-void rf_relay_stop(struct rf_relay *relay);
+/*
+ * Ends the thread, closes both legs after what they hold has been offered to the kernel, and frees all.
+ * `keep_local`: the local leg's socket has been duplicated, and QEMU is not to see it end.
+ */
+void rf_relay_stop(struct rf_relay *relay, bool keep_local);
 /* cffi: end */
 
 #endif

@@ -6,7 +6,9 @@ from __future__ import annotations
 import enum
 import errno
 import os
+import time
 from dataclasses import dataclass
+from typing import Any
 
 from refault.channel._channel import ffi, lib
 from refault.channel.pagemap import (
@@ -23,6 +25,9 @@ from refault.migration.phase import Passed, Role
 MEMORY_CEILING = 512 * 1024 * 1024
 """Bytes that the tracking of one migration may take; a guest of 1 TiB whose every page was forwarded takes
 64 MiB."""
+
+RUN_SECONDS = 1.0
+"""From PONG 3 until RUN has surely been carried out: it is the next command and a bottom half (savevm.c)."""
 
 
 class LegState(enum.IntEnum):
@@ -85,20 +90,31 @@ class Relay:
         self._relay = lib.rf_relay_start(side, ceiling)
         if self._relay == ffi.NULL:
             raise OSError(ffi.errno, os.strerror(ffi.errno))
+        self.notify_fd = int(lib.rf_relay_notify_fd(self._relay))
+        """An eventfd, readable when something changed; read it, then look."""
         self._tracker = lib.rf_relay_tracker(self._relay)
         self._map = lib.rf_tracker_pagemap(self._tracker)
         self._last: RelayView | None = None
+        self._loaded_at: float | None = None
+        self.stale = False
+        """Whether `look` gave an older picture, for the pump kept writing: look again soon."""
         self._resumed = False
 
     @property
-    def notify_fd(self) -> int:
-        """An eventfd, readable when something changed; read it, then look."""
-        return int(lib.rf_relay_notify_fd(self._relay))
+    def closed(self) -> bool:
+        """Whether `close` was called."""
+        return bool(self._relay == ffi.NULL)
+
+    def _open(self) -> Any:
+        if self.closed:
+            raise ValueError("the relay is closed")
+        return self._relay
 
     def look(self) -> RelayView:
         """The newest picture (or the one before, where the pump was writing)."""
         raw = ffi.new("struct rf_relay_view *")
-        if self._last is None or lib.rf_relay_look(self._relay, raw):
+        self.stale = not lib.rf_relay_look(self._open(), raw)
+        if not self.stale or self._last is None:
             self._last = RelayView(
                 channel=raw.channel,
                 local=LegState(raw.local_state),
@@ -116,20 +132,30 @@ class Relay:
 
     def passed(self) -> Passed:
         """What has passed, for the phase."""
+        self._open()
         facts = Fact(lib.rf_tracker_facts(self._tracker))
         channel = Fact(lib.rf_tracker_channel_facts(self._tracker))
         return Passed(
             packaged_begun=Fact.PACKAGED_BEGUN in facts,
-            running=Fact.PONG_3 | Fact.PONG_4 in facts,
+            running=self._runs(facts),
             ended=Fact.EOF_PASSED in channel,
             shut=Fact.SHUT_PASSED in channel,
             resumed=self._resumed,
             resume_acknowledged=Fact.RESUME_ACK_PASSED in channel,
-            forward_opaque=lib.rf_tracker_forward_opaque(self._tracker) != 0,
+            opaque=self.opaque_reason() is not None,
         )
+
+    def _runs(self, facts: Fact) -> bool:
+        """PONG 3 comes right before RUN (tracker.h), PONG 4 may be lost with the channel, then time tells."""
+        if Fact.PONG_3 not in facts:
+            return False
+        if self._loaded_at is None:
+            self._loaded_at = time.monotonic()
+        return Fact.PONG_4 in facts or time.monotonic() - self._loaded_at >= RUN_SECONDS
 
     def opaque_reason(self) -> str | None:
         """Why the bytes are no longer read, in words; None while both directions are decoded."""
+        self._open()
         for reason in (
             lib.rf_tracker_forward_opaque(self._tracker),
             lib.rf_tracker_return_opaque(self._tracker),
@@ -140,14 +166,17 @@ class Relay:
 
     def pages(self) -> PageMapStats:
         """Page requests and what became of them, over all RAM blocks."""
+        self._open()
         return read_stats(self._map)
 
     def blocks(self) -> list[BlockStats]:
         """The same by RAM block."""
+        self._open()
         return read_block_stats(self._map)
 
     def latency(self) -> Latency:
         """How long the answered requests took."""
+        self._open()
         return read_latency(self._map)
 
     def attach(self, local_fd: int, far_fd: int, *, recovered: bool, may_replay: bool) -> None:
@@ -156,7 +185,7 @@ class Relay:
 
         Raises OSError where the pump takes no commands any more.
         """
-        if lib.rf_relay_attach(self._relay, local_fd, far_fd, recovered, may_replay) < 0:
+        if lib.rf_relay_attach(self._open(), local_fd, far_fd, recovered, may_replay) < 0:
             error = ffi.errno
             os.close(local_fd)
             os.close(far_fd)
@@ -165,17 +194,20 @@ class Relay:
 
     def close_channel(self, channel: int) -> None:
         """Closes both legs of `channel`, if it is still the one attached last."""
-        if lib.rf_relay_close_channel(self._relay, channel) < 0:
+        if lib.rf_relay_close_channel(self._open(), channel) < 0:
             raise OSError(errno.EAGAIN, "the relay's command ring is full")
 
     def complete(self) -> None:
         """Tells the tracker that the migration has ended, so that nothing is outstanding any more."""
-        if lib.rf_relay_complete(self._relay) < 0:
+        if lib.rf_relay_complete(self._open()) < 0:
             raise OSError(errno.EAGAIN, "the relay's command ring is full")
 
-    def close(self) -> None:
-        """Ends the thread and closes both legs; the object is of no more use."""
-        if self._relay != ffi.NULL:
-            lib.rf_relay_stop(self._relay)
+    def close(self, *, keep_local: bool = False) -> None:
+        """Ends the thread and closes both legs; the object is of no more use.
+
+        `keep_local`: QEMU holds our end of the local leg too by now, and must not see it end.
+        """
+        if not self.closed:
+            lib.rf_relay_stop(self._relay, keep_local)
             self._relay = ffi.NULL
             self._tracker = ffi.NULL

@@ -19,6 +19,9 @@ log = logging.getLogger("refault")
 
 PUBLISH_INTERVAL = 0.5
 STOP_PATIENCE = 60.0
+"""Seconds that a stop may take where it would harm a guest; after that it happens all the same."""
+PHASE_PATIENCE = 2.0
+EXTENSION = 15.0
 STOP_POLL = 0.05
 
 
@@ -53,10 +56,10 @@ async def serve(options: RunOptions) -> None:
     notifier = Notifier()
     with trio.open_signal_receiver(signal.SIGTERM, signal.SIGINT) as signals:
         async with trio.open_nursery() as nursery:
-            await nursery.start(vm.run)
             await nursery.start(serve_control, options.control, publisher.publish)
             if options.metrics is not None:
                 await nursery.start(serve_metrics, *options.metrics, publisher.status)
+            await nursery.start(vm.run)
             nursery.start_soon(publisher.run)
             notifier.ready(f"serving {options.qemu}")
             log.info("%s: serving %s on %s", options.name, options.qemu, ", ".join(map(str, options.listen)))
@@ -77,12 +80,12 @@ async def _second_signal(signals: AsyncIterator[int], scope: trio.CancelScope) -
 
 async def _until_stopping_is_safe(vm: Vm, notifier: Notifier) -> None:
     """Waits while our end would kill or double a guest (DESIGN, 6); a second signal cuts this short."""
-    told = False
-    while (cost := vm.migration.cost_of_stopping()) is not None and not cost[0]:
-        if not told:
-            log.warning(
-                "%s: not ending yet, for now %s; waiting %g s at most", vm.name, cost[1], STOP_PATIENCE
-            )
-            told = True
-        notifier.extend_timeout(STOP_POLL * 100)
-        await trio.sleep(STOP_POLL)
+    # Switchover, handshake and completion are short where all goes well.
+    with trio.move_on_after(PHASE_PATIENCE):
+        while (cost := vm.migration.cost_of_stopping()) is not None and not cost[0]:
+            notifier.extend_timeout(EXTENSION)
+            await trio.sleep(STOP_POLL)
+    while not await vm.migration.prepare_to_stop():
+        log.warning("%s: not ending yet: QEMU does not take back a leg that may not be closed now", vm.name)
+        notifier.extend_timeout(EXTENSION)
+        await trio.sleep(1)

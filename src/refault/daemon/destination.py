@@ -10,9 +10,9 @@ import trio
 
 from refault.daemon import far
 from refault.daemon.far import FarListener, Kind
-from refault.daemon.local import Deposits, LocalLeg, hand_over
-from refault.daemon.migration import AttemptFailed, Migration, NotPausedYet, inet_of
-from refault.daemon.monitor import Answer, Forward, QmpError, WatchedCommand
+from refault.daemon.local import Deposits, LocalLeg, give_back, hand_over, take_back
+from refault.daemon.migration import AttemptFailed, Migration, NotPausedYet, inet_of, is_error, words
+from refault.daemon.monitor import Answer, Forward, MonitorLost, QmpError, WatchedCommand
 from refault.migration.endpoint import Endpoint, Inet, endpoint_of, with_descriptor
 from refault.migration.phase import Role
 from refault.migration.recovery import Event, State
@@ -21,7 +21,8 @@ log = logging.getLogger("refault.migration")
 
 RECOVER_TIMEOUT = 5.0
 ADDRESS_TIMEOUT = 15.0
-"""How long one of several addresses is listened at; longer than a source tries (source.HANDSHAKE_TIMEOUT)."""
+"""How long an address is listened at before the next one, or the same again, is tried; longer than a source
+tries (source.HANDSHAKE_TIMEOUT)."""
 CLOSEFD_TIMEOUT = 10.0
 _NOT_PAUSED = "postcopy is paused"
 
@@ -38,7 +39,9 @@ class Destination:
         self._scopes: list[trio.CancelScope] = []
         self._first: LocalLeg | None = None
         self._open: LocalLeg | None = None
-        self._given_up: list[LocalLeg] = []
+        self._spare: list[LocalLeg] = []
+        """Ends of pairs on which QEMU may still listen though another was used: it must never see them
+        end."""
         self._wanted = trio.Event()
         self._asked_for: Endpoint | None = None
 
@@ -68,7 +71,7 @@ class Destination:
         )
 
     def _watch_reply(self, reply: bytes) -> bytes:
-        if b'"error"' in reply and "error" in msgspec.json.decode(reply):
+        if is_error(reply):
             self._migration.refused()
         else:
             self._migration.accepted()
@@ -81,7 +84,6 @@ class Destination:
         OSError, QmpError."""
         listener = await self._bind(inet_of(endpoint))
         self._asked_for = listener.endpoint
-        await self._deposits.fill(self._migration.monitor)
 
     async def migrate_recover(self, command: WatchedCommand) -> Forward | Answer:
         """A client recovers by hand: our attempt makes way; its address is bound by refault where it is
@@ -91,7 +93,7 @@ class Destination:
         endpoint = endpoint_of(command.arguments)
         migration.feed(Event.CLIENT_RECOVERS)
         if migration.relay is None or not isinstance(endpoint, Inet):
-            return Forward()
+            return Forward(on_reply=self._watch_recover)
         try:
             if endpoint not in (listener.endpoint for listener in self._listeners):
                 await self._bind(endpoint)
@@ -102,10 +104,10 @@ class Destination:
             return Answer(value={})  # QEMU waits already, and whoever comes to this address reaches it
         leg = self._deposits.take()
         if leg is None:
-            return Forward()
+            return Forward(on_reply=self._watch_recover)
 
         def watch(reply: bytes) -> bytes:
-            if "error" in msgspec.json.decode(reply):
+            if is_error(reply):
                 self._deposits.put_back(leg)
                 migration.feed(Event.ATTEMPT_FAILED)
             else:
@@ -113,6 +115,11 @@ class Destination:
             return reply
 
         return Forward(arguments=with_descriptor(command.arguments, leg.name), on_reply=watch)
+
+    def _watch_recover(self, reply: bytes) -> bytes:
+        if is_error(reply):
+            self._migration.feed(Event.ATTEMPT_FAILED)
+        return reply
 
     def show_address(self) -> Callable[[bytes], bytes] | None:
         """What makes query-migrate show the address that the client asked for; None where QEMU shows its
@@ -175,23 +182,23 @@ class Destination:
             await self._attempt_unrelayed()
             return
         if self._open is None:
-            leg = self._deposits.take()
-            if leg is None:
-                raise AttemptFailed("no descriptor is left with QEMU to recover over")
-            try:
-                await self._recover(f"fd:{leg.name}")
-            except QmpError as error:
-                self._deposits.put_back(leg)
-                raise NotPausedYet if _NOT_PAUSED in error.desc else error from None
-            except BaseException:
-                self._given_up.append(leg)  # QEMU may have taken it, so it must never close
-                raise
-            self._opened(leg)
-        migration.feed(Event.ISSUED)
+            leg = self._deposits.take() or await hand_over(migration.monitor, Role.DESTINATION)
+            with trio.CancelScope(shield=True):  # once sent it runs, whether or not we wait for the reply
+                try:
+                    await self._recover(f"fd:{leg.name}")
+                except QmpError as error:
+                    self._deposits.put_back(leg)
+                    raise NotPausedYet if _NOT_PAUSED in error.desc else error from None
+                except (MonitorLost, trio.TooSlowError):
+                    self._opened(leg)  # QEMU may listen on it, so the next attempt goes on with this one
+                    raise
+                self._opened(leg)
+        await migration.issued()
+        migration.start_soon(self._lay)
 
     def _opened(self, leg: LocalLeg) -> None:
         if self._open is not None:
-            self._given_up.append(self._open)
+            self._spare.append(self._open)
         self._open = leg
         self._wanted.set()
         self._wanted = trio.Event()
@@ -206,8 +213,8 @@ class Destination:
             if _NOT_PAUSED in error.desc:
                 raise NotPausedYet from None
             raise
-        self._migration.feed(Event.ISSUED)
-        if self._migration.has_alternatives:
+        await self._migration.issued()
+        while self._migration.policy.state in (State.OPEN, State.HANDSHAKE):
             await trio.sleep(ADDRESS_TIMEOUT)
             if self._migration.policy.state is State.OPEN:
                 raise AttemptFailed(f"the source did not come to {endpoint.uri} in {ADDRESS_TIMEOUT:g} s")
@@ -223,13 +230,20 @@ class Destination:
         migration = self._migration
         try:
             await self._deposits.fill(migration.monitor)
-        except (QmpError, trio.TooSlowError, OSError) as error:
-            log.warning("%s: could not lay descriptors with QEMU for a recovery: %s", migration.name, error)
+        except (QmpError, MonitorLost, trio.TooSlowError, OSError) as error:
+            log.warning(
+                "%s: could not lay descriptors with QEMU for a recovery: %s", migration.name, words(error)
+            )
 
     async def settle(self) -> None:
         """Lays new descriptors in place of those that were used."""
         if self._migration.relay is not None and self._migration.policy.state is State.RUNNING:
             await self._deposits.fill(self._migration.monitor)
+
+    async def prepare_to_stop(self) -> bool:
+        """Gives QEMU our ends of those pairs on which it listens; False where it did not take one."""
+        legs = [leg for leg in (*self._spare, self._open) if leg is not None]
+        return all([await give_back(self._migration.monitor, leg.socket) for leg in legs])
 
     async def clean_up(self) -> None:
         """Frees the address, and takes back from QEMU the descriptors that it did not need."""
@@ -240,14 +254,13 @@ class Destination:
         self._scopes.clear()
         self._listeners.clear()
         legs = self._deposits.drain()
-        try:
-            for leg in legs:
-                await self._migration.monitor.execute(
-                    "closefd", {"fdname": leg.name}, timeout=CLOSEFD_TIMEOUT
-                )
-        finally:
-            for ours in (*legs, *self._given_up, self._open, self._first):
-                if ours is not None:
-                    ours.socket.close()
-            self._given_up.clear()
-            self._open = self._first = None
+        for leg in legs:
+            await take_back(self._migration.monitor, leg.name)
+            leg.close()
+        # QEMU wakes up on an end that it was told of, even long after the migration, and may abort: give it
+        # both.
+        for leg in [leg for leg in (*self._spare, self._open, self._first) if leg is not None]:
+            if not self._migration.qemu_lives or await give_back(self._migration.monitor, leg.socket):
+                leg.close()
+        self._spare.clear()
+        self._open = self._first = None

@@ -29,6 +29,9 @@ class Kind(enum.Enum):
     FOREIGN = "no migration stream"
 
 
+Offer = Callable[[trio.socket.SocketType, Kind], Awaitable[None]]
+
+
 def classify(first: bytes) -> Kind:
     """Reads the first 4 bytes: QEMU_VM_FILE_MAGIC, or the command section that opens a recovered channel.
 
@@ -89,7 +92,7 @@ class FarListener:
         port = listeners[0].socket.getsockname()[1]
         return cls(listeners, Inet(endpoint.host, port))
 
-    async def serve(self, offer: Callable[[trio.socket.SocketType, Kind], Awaitable[None]]) -> None:
+    async def serve(self, offer: Offer) -> None:
         """Accepts until cancelled, then frees the address.
 
         `offer` gets each connection whose first bytes are there; it detaches its descriptor, or the
@@ -97,22 +100,29 @@ class FarListener:
         """
 
         async def greet(stream: trio.SocketStream) -> None:
-            connection = stream.socket
-            peer = connection.getpeername()[0]
-            first = None
-            with trio.move_on_after(FIRST_BYTES_TIMEOUT):
-                first = await _peek(connection)
-            if first is None:
-                log.warning("%s: closed a connection from %s that said nothing", self.endpoint.uri, peer)
-            elif (kind := classify(first)) is Kind.FOREIGN:
-                log.warning("%s: closed a connection from %s: %s", self.endpoint.uri, peer, _why(first))
-            else:
-                await offer(connection, kind)  # what it does not take is closed when this returns
+            try:
+                await self._greet(stream.socket, offer)
+            except OSError as error:
+                log.warning("%s: a connection broke: %s", self.endpoint.uri, error)
+            except Exception:
+                log.exception("%s: internal error on a connection", self.endpoint.uri)
 
         try:
             await trio.serve_listeners(greet, self._listeners)
         finally:
             self.close()
+
+    async def _greet(self, connection: trio.socket.SocketType, offer: Offer) -> None:
+        peer = connection.getpeername()[0]
+        first = None
+        with trio.move_on_after(FIRST_BYTES_TIMEOUT):
+            first = await _peek(connection)
+        if first is None:
+            log.warning("%s: closed a connection from %s that said nothing", self.endpoint.uri, peer)
+        elif (kind := classify(first)) is Kind.FOREIGN:
+            log.warning("%s: closed a connection from %s: %s", self.endpoint.uri, peer, _why(first))
+        else:
+            await offer(connection, kind)  # what it does not take is closed when this returns
 
     def close(self) -> None:
         """Frees the address."""

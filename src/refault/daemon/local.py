@@ -4,6 +4,7 @@ that we size."""
 from __future__ import annotations
 
 import itertools
+import logging
 import os
 import socket
 from collections import deque
@@ -13,8 +14,11 @@ from typing import Protocol
 from refault.migration.phase import Role
 
 GETFD_TIMEOUT = 10.0
+GIVE_BACK_TIMEOUT = 5.0
 SOURCE_SEND_BUFFER = 8 * 1024
 DESTINATION_SEND_BUFFER = 32 * 1024
+
+log = logging.getLogger("refault.local")
 
 _numbers = itertools.count(1)
 
@@ -42,6 +46,10 @@ class LocalLeg:
     name: str
     socket: socket.socket
 
+    def close(self) -> None:
+        """Closes our end, where QEMU has not been told to use its own, or has gone."""
+        self.socket.close()
+
     def detach(self) -> int:
         """Gives the descriptor away, to the pump."""
         return self.socket.detach()
@@ -67,6 +75,25 @@ async def hand_over(monitor: Executes, role: Role) -> LocalLeg:
             ours.close()
             raise
     return LocalLeg(name, ours)
+
+
+async def take_back(monitor: Executes, name: str) -> None:
+    """Has QEMU close an end that it will not use. A QEMU that does not answer keeps it, to no harm."""
+    try:
+        await monitor.execute("closefd", {"fdname": name}, timeout=GIVE_BACK_TIMEOUT)
+    except Exception as error:
+        log.debug("QEMU keeps the descriptor %s: %s", name, error)
+
+
+async def give_back(monitor: Executes, ours: socket.socket) -> bool:
+    """Hands QEMU our end too, so that the pair never ends though we do. False where QEMU does not take it."""
+    name = f"refault-kept-{os.getpid()}-{next(_numbers)}"
+    try:
+        await monitor.execute("getfd", {"fdname": name}, fd=ours.fileno(), timeout=GIVE_BACK_TIMEOUT)
+    except Exception as error:
+        log.warning("QEMU did not take back its descriptor: %s", error)
+        return False
+    return True
 
 
 class Deposits:

@@ -10,15 +10,17 @@ from __future__ import annotations
 import logging
 import os
 import random
+import socket
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Awaitable, Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Protocol
 
+import msgspec
 import trio
 
-from refault.channel.relay import LegState, Relay, RelayView
-from refault.daemon.local import LocalLeg
+from refault.channel.relay import RUN_SECONDS, LegState, Relay, RelayView
+from refault.daemon.local import LocalLeg, give_back
 from refault.daemon.monitor import MonitorLost, QmpError
 from refault.daemon.state_file import MigrationRecord, StateFile, process_started
 from refault.migration.endpoint import Endpoint, Inet, parse_uri
@@ -69,6 +71,9 @@ class RoleProcedure(Protocol):
 
     async def settle(self) -> None:
         """After QEMU is active again: readies what the next recovery needs."""
+
+    async def prepare_to_stop(self) -> bool:
+        """Makes our end harmless to QEMU; False where that could not be done."""
 
     async def clean_up(self) -> None:
         """The migration has ended: frees addresses and descriptors."""
@@ -125,6 +130,11 @@ class Migration:
         self._lost_at: float | None = None
         self._settled_channel = 0
         self._ended_channel = 0
+        self._duplicate: socket.socket | None = None
+        self._kept_by_qemu = False
+        self.qemu_pid: int | None = None
+        """The process behind the monitor, also while the monitor is lost; None where it is not known."""
+        self._attempting = trio.Lock()
 
     # ---- what the rest of the daemon calls ----
 
@@ -132,14 +142,15 @@ class Migration:
         """Serves until cancelled."""
         try:
             async with trio.open_nursery() as self._nursery:
-                self._nursery.start_soon(self._poll_status)
+                self.start_soon(self._poll_status)
                 task_status.started()
                 await trio.sleep_forever()
         finally:
             self._say_what_stopping_costs()
             if self.relay is not None:
-                self.relay.close()
+                self.relay.close(keep_local=self._kept_by_qemu)
                 self.relay = None
+            self._hold(None)
 
     @property
     def version(self) -> tuple[int, int, int]:
@@ -151,6 +162,11 @@ class Migration:
     def role(self) -> Role | None:
         """The role in the current migration."""
         return self.procedure.role if self.procedure else None
+
+    @property
+    def qemu_lives(self) -> bool:
+        """Whether QEMU may still look at what it was given."""
+        return self.monitor.qemu is not None or process_started(self.qemu_pid) is not None
 
     @property
     def under_way(self) -> bool:
@@ -190,6 +206,8 @@ class Migration:
     async def begin(self, procedure: RoleProcedure, endpoint: Endpoint | None, reason: str | None) -> None:
         """A migration is being set up: forgets the one before. `reason`: why it is not relayed, None if it
         is."""
+        self._cancel_timer()
+        self._cancel_attempt()
         if self.procedure is not None:
             await self.procedure.clean_up()
         self._drop_relay()
@@ -230,31 +248,68 @@ class Migration:
         self.feed(Event.STARTED)
 
     def refused(self) -> None:
-        """QEMU did not take it."""
+        """The command that would have set it up did not come to that."""
         self._drop_relay()
+        self.relay_reason = "no migration yet"
         self._spawn_clean_up()
+
+    def bytes_passed(self) -> int:
+        """Bytes that the relay has passed in both directions; 0 without one."""
+        view = self.relay.look() if self.relay is not None else None
+        return view.forward_bytes + view.return_bytes if view is not None else 0
 
     def record(self) -> MigrationRecord | None:
         """What the state file says of a migration of this QEMU."""
         info = self.monitor.qemu
         return self._state_file.load(info.pid if info else None)
 
-    def start_soon(self, task: object, *args: object) -> None:
-        """Runs a task for as long as this VM is served."""
+    def start_soon(self, task: Callable[..., Awaitable[None]], *args: object) -> None:
+        """Runs a task for as long as this VM is served. Its failure is logged, and nothing else is lost."""
         if self._nursery is not None:
-            self._nursery.start_soon(task, *args)  # type: ignore[arg-type]
+            self._nursery.start_soon(self._guarded, task, *args)
+
+    async def _guarded(self, task: Callable[..., Awaitable[None]], *args: object) -> None:
+        try:
+            await task(*args)
+        except Exception:
+            log.exception("%s: internal error in %s", self.name, task.__qualname__)
 
     def join(self, local: LocalLeg, far: trio.socket.SocketType, *, recovered: bool) -> None:
-        """Gives both legs to the pump as the next channel."""
+        """Gives both legs to the pump as the next channel. Raises AttemptFailed where the one before must
+        stay."""
         if self.relay is None:
             raise AttemptFailed("the relay has ended")
+        cost = self.cost_of_stopping()
+        if self.channel and cost is not None and not cost[0]:
+            raise AttemptFailed(f"the channel before is still held: {cost[1]}")
         may_replay = self.counters.doubtful_losses < 2
         if recovered and not may_replay:
             log.warning(
                 "%s: recovering without replay: the channel was lost twice right after one", self.name
             )
+        self._hold(local.socket.dup())
         self.relay.attach(local.detach(), far.detach(), recovered=recovered, may_replay=may_replay)
         self.channel += 1
+
+    def _hold(self, duplicate: socket.socket | None) -> None:
+        """Keeps a duplicate of our end of the local leg, so that QEMU can be given it when we must stop."""
+        if self._duplicate is not None:
+            self._duplicate.close()
+        self._duplicate = duplicate
+
+    async def prepare_to_stop(self) -> bool:
+        """Makes our end harmless, where it would kill or double a guest. False where that could not be done.
+
+        QEMU gets our end of each such leg as a descriptor of its own, which it never uses: with both ends in
+        its hands it sees no end of file, and waits, paused or in its handshake, for whoever comes after us.
+        """
+        safe = True
+        cost = self.cost_of_stopping()
+        if cost is not None and not cost[0] and self._duplicate is not None:
+            safe = self._kept_by_qemu = await give_back(self.monitor, self._duplicate)
+        if self.procedure is not None and self.under_way:
+            safe = await self.procedure.prepare_to_stop() and safe
+        return safe
 
     def abandon(self, channel: int) -> None:
         """Closes a channel that this QEMU did not take, or that it pauses again on."""
@@ -308,13 +363,14 @@ class Migration:
                 self._count_recovery()
             case Action.ATTEMPT:
                 self._cancel_timer()
-                self.start_soon(self._attempt)
+                self._attempt_scope = trio.CancelScope()
+                self.start_soon(self._attempt, self._attempt_scope)
             case Action.CANCEL_ATTEMPT:
-                if self._attempt_scope is not None:
-                    self._attempt_scope.cancel()
+                self._cancel_attempt()
             case Action.TIMER_POLL | Action.TIMER_BACKOFF | Action.TIMER_CLIENT:
                 self._cancel_timer()
-                self.start_soon(self._timer, self.policy.delay(action))
+                self._timer_scope = trio.CancelScope()
+                self.start_soon(self._timer, self._timer_scope, self.policy.delay(action))
             case Action.RESET_BACKOFF:
                 self._tries = 0
             case Action.CLEAN_UP:
@@ -350,39 +406,62 @@ class Migration:
             return
         try:
             await self.procedure.settle()
-        except (QmpError, MonitorLost, trio.TooSlowError) as error:
-            log.warning("%s: could not ready the next recovery: %s", self.name, _words(error))
+        except (QmpError, MonitorLost, trio.TooSlowError, OSError) as error:
+            log.warning("%s: could not ready the next recovery: %s", self.name, words(error))
 
-    async def _timer(self, seconds: float) -> None:
-        with trio.CancelScope() as self._timer_scope:
+    async def _timer(self, scope: trio.CancelScope, seconds: float) -> None:
+        with scope:
             await trio.sleep(seconds)
             self._timer_scope = None
             self.feed(Event.TIMER)
+
+    def _cancel_attempt(self) -> None:
+        if self._attempt_scope is not None:
+            self._attempt_scope.cancel()
+            self._attempt_scope = None
 
     def _cancel_timer(self) -> None:
         if self._timer_scope is not None:
             self._timer_scope.cancel()
             self._timer_scope = None
 
-    async def _attempt(self) -> None:
-        if self.procedure is None:
-            return
+    async def _attempt(self, scope: trio.CancelScope) -> None:
         outcome = None
-        with trio.CancelScope() as scope:
-            self._attempt_scope = scope
-            try:
-                await self.procedure.attempt()
-            except NotPausedYet:
-                outcome = Event.NOT_YET
-            except (AttemptFailed, QmpError, MonitorLost, trio.TooSlowError, OSError) as error:
-                outcome = Event.ATTEMPT_FAILED
-                self.counters.last_error = _words(error)
-                log.warning("%s: recovery attempt %d failed: %s; trying again",
-                            self.name, self.counters.attempts, self.counters.last_error)  # fmt: skip
+        with scope:
+            # One cancelled while QEMU had its command ends first: never two at once.
+            async with self._attempting:
+                outcome = await self._try()
         if self._attempt_scope is scope:
             self._attempt_scope = None
-        if outcome is not None:
+        if outcome is not None and not scope.cancel_called:
             self.feed(outcome)
+
+    async def _try(self) -> Event | None:
+        if self.procedure is None:
+            return None
+        try:
+            await self.procedure.attempt()
+        except NotPausedYet:
+            return Event.NOT_YET
+        except Exception as error:
+            expected = (AttemptFailed, QmpError, MonitorLost, trio.TooSlowError, OSError)
+            if not isinstance(error, expected):
+                log.exception("%s: internal error in a recovery attempt", self.name)
+            self.counters.last_error = words(error)
+            log.warning(
+                "%s: recovery attempt %d failed: %s; trying again",
+                self.name,
+                self.counters.attempts,
+                self.counters.last_error,
+            )
+            return Event.ATTEMPT_FAILED
+        return None
+
+    async def issued(self) -> None:
+        """QEMU took the attempt's command. Raises trio.Cancelled where the attempt was cancelled
+        meanwhile."""
+        await trio.lowlevel.checkpoint_if_cancelled()
+        self.feed(Event.ISSUED)
 
     async def _stop_guest(self) -> None:
         log.error(
@@ -394,7 +473,7 @@ class Migration:
             await self.monitor.execute("stop", timeout=QUERY_TIMEOUT)
         except (QmpError, MonitorLost, trio.TooSlowError) as error:
             log.error(
-                "%s: ALERT: could not stop the source's guest: %s; stop it by hand", self.name, _words(error)
+                "%s: ALERT: could not stop the source's guest: %s; stop it by hand", self.name, words(error)
             )
 
     # ---- QEMU's status, asked for ----
@@ -410,6 +489,8 @@ class Migration:
             self._wake_poller = trio.Event()
             if not self.under_way or self.monitor.qemu is None:
                 continue
+            if self.relay is not None:
+                self._relay_changed(self.relay)
             asked_in = self.policy.state
             try:
                 status = (await self.query("query-migrate")).get("status")
@@ -417,7 +498,10 @@ class Migration:
                 continue  # a destination's main thread may be stuck on a missing page: that tells nothing
             # An answer to a question from before a transition tells of the time before it.
             if isinstance(status, str) and self.policy.state is asked_in:
-                self.on_status(status)
+                try:
+                    self.on_status(status)
+                except Exception:
+                    log.exception("%s: internal error on status %s", self.name, status)
 
     def _poll_interval(self) -> float:
         if self.relay is None:
@@ -428,7 +512,8 @@ class Migration:
 
     def _start_relay(self, role: Role) -> None:
         self.relay = Relay(role)
-        self.start_soon(self._watch_relay, self.relay)
+        self._relay_scope = trio.CancelScope()
+        self.start_soon(self._watch_relay, self._relay_scope, self.relay)
 
     def _drop_relay(self) -> None:
         if self._relay_scope is not None:
@@ -441,12 +526,17 @@ class Migration:
             self.relay.close()
             self.relay = None
 
-    async def _watch_relay(self, relay: Relay) -> None:
-        with trio.CancelScope() as self._relay_scope:
-            while True:
+    async def _watch_relay(self, scope: trio.CancelScope, relay: Relay) -> None:
+        with scope:
+            while not relay.closed:
                 await trio.lowlevel.wait_readable(relay.notify_fd)
+                if relay.closed:
+                    return
                 os.eventfd_read(relay.notify_fd)
                 self._relay_changed(relay)
+                while not relay.closed and relay.stale:
+                    await trio.sleep(0.001)
+                    self._relay_changed(relay)
 
     def _relay_changed(self, relay: Relay) -> None:
         view = relay.look()
@@ -497,21 +587,32 @@ class Migration:
                 rule.advice,
             )
             self.feed(Event.LEG_HELD)
+            self.start_soon(self._look_again, relay)
+
+    async def _look_again(self, relay: Relay) -> None:
+        """A hold may end by time alone: the destination surely runs a second after it said it was about
+        to."""
+        await trio.sleep(RUN_SECONDS * 1.1)
+        if not relay.closed:
+            self._relay_changed(relay)
 
     # ---- the end ----
 
     def _spawn_clean_up(self) -> None:
-        self._state_file.remove()
-        if self.relay is not None:
-            self.relay.complete()
+        try:
+            self._state_file.remove()
+            if self.relay is not None:
+                self.relay.complete()
+        except OSError as error:
+            log.warning("%s: could not clear the ended migration: %s", self.name, error)
         if self.procedure is not None:
             self.start_soon(self._clean_up, self.procedure)
 
     async def _clean_up(self, procedure: RoleProcedure) -> None:
         try:
             await procedure.clean_up()
-        except (QmpError, MonitorLost, trio.TooSlowError) as error:
-            log.warning("%s: could not take back what was laid with QEMU: %s", self.name, _words(error))
+        except (QmpError, MonitorLost, trio.TooSlowError, OSError) as error:
+            log.warning("%s: could not take back what was laid with QEMU: %s", self.name, words(error))
 
     def _say_what_stopping_costs(self) -> None:
         cost = self.cost_of_stopping()
@@ -533,11 +634,17 @@ def inet_of(endpoint: Endpoint | None) -> Inet:
     return endpoint
 
 
+def is_error(reply: bytes) -> bool:
+    """Whether a reply object is an error."""
+    return b'"error"' in reply and "error" in msgspec.json.decode(reply)
+
+
 def _age(monotonic_ns: int) -> float:
     return max(0.0, (time.monotonic_ns() - monotonic_ns) / 1e9) if monotonic_ns else 0.0
 
 
-def _words(error: BaseException) -> str:
+def words(error: BaseException) -> str:
+    """An error as the operator reads it."""
     if isinstance(error, trio.TooSlowError):
         return "QEMU did not answer in time"
     if isinstance(error, MonitorLost):

@@ -3,16 +3,21 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Mapping
 
-import msgspec
 import trio
 
 from refault.daemon import far
-from refault.daemon.local import LocalLeg, hand_over
-from refault.daemon.migration import QUERY_TIMEOUT, AttemptFailed, Migration, NotPausedYet, inet_of
+from refault.daemon.local import hand_over, take_back
+from refault.daemon.migration import (
+    AttemptFailed,
+    Migration,
+    NotPausedYet,
+    inet_of,
+    is_error,
+    words,
+)
 from refault.daemon.monitor import Answer, Forward, MonitorLost, QmpError, WatchedCommand
-from refault.migration.endpoint import Endpoint, Inet, endpoint_of, with_descriptor
+from refault.migration.endpoint import Inet, endpoint_of, with_descriptor
 from refault.migration.phase import Role
 from refault.migration.recovery import Event, State
 from refault.migration.versions import abilities
@@ -31,61 +36,82 @@ class Source:
 
     def __init__(self, migration: Migration) -> None:
         self._migration = migration
-        self._unused: LocalLeg | None = None
 
     async def migrate(self, command: WatchedCommand) -> Forward | Answer:
         """A client's `migrate`: joined to the relay where it can be, else passed as it came."""
         migration = self._migration
         endpoint = endpoint_of(command.arguments)
-        if command.arguments.get("resume") is True:
-            return await self._client_resumes(command, endpoint)
         reason = await migration.judge(endpoint)
         await migration.begin(self, endpoint, reason)
         if reason is None:
             try:
-                return await self._relayed(command.arguments, inet_of(endpoint), recovered=False)
-            except (QmpError, trio.TooSlowError, OSError) as error:
-                await migration.begin(self, endpoint, f"no local leg could be made: {error}")
+                name = await self._join(inet_of(endpoint), recovered=False)
+            except (AttemptFailed, OSError) as error:
+                log.warning("%s: migrate refused: %s", migration.name, error)
+                migration.refused()
+                return Answer(error=("GenericError", str(error)))
+            except (QmpError, trio.TooSlowError) as error:
+                await migration.begin(self, endpoint, f"no local leg could be made: {words(error)}")
+            else:
+                return Forward(with_descriptor(command.arguments, name), on_reply=self._watch_reply)
         return Forward(on_reply=self._watch_reply)
 
-    async def _relayed(
-        self, arguments: Mapping[str, object], endpoint: Inet, *, recovered: bool
-    ) -> Forward | Answer:
+    async def _join(self, endpoint: Inet, *, recovered: bool) -> str:
+        """Makes both legs and joins them; the name by which QEMU knows its end.
+
+        Dialled last and joined at once: a connection to a QEMU that listens for a recovery must not be given
+        up. Raises OSError, AttemptFailed, and what `execute` raises.
+        """
+        migration = self._migration
+        local = await hand_over(migration.monitor, Role.SOURCE)
         try:
             connection = await far.connect(endpoint, CONNECT_TIMEOUT)
-        except OSError as error:
-            log.warning("%s: migrate refused: %s", self._migration.name, error)
-            if recovered:
-                self._migration.feed(Event.ATTEMPT_FAILED)
-            else:
-                self._migration.refused()
-            return Answer(error=("GenericError", str(error)))
-        with connection:
-            local = await hand_over(self._migration.monitor, Role.SOURCE)
-            self._migration.join(local, connection, recovered=recovered)
-        return Forward(arguments=with_descriptor(arguments, local.name), on_reply=self._watch_reply)
+            with connection:
+                migration.join(local, connection, recovered=recovered)
+        except BaseException:
+            local.close()
+            with trio.CancelScope(shield=True):
+                await take_back(migration.monitor, local.name)
+            raise
+        return local.name
 
     def _watch_reply(self, reply: bytes) -> bytes:
-        if b'"error"' in reply and "error" in msgspec.json.decode(reply):
+        if is_error(reply):
             self._migration.refused()
         else:
             self._migration.accepted()
         return reply
 
-    async def _client_resumes(self, command: WatchedCommand, endpoint: Endpoint | None) -> Forward | Answer:
-        """A client recovers by hand: our attempt makes way, and its channel goes through the relay if it
-        can."""
+    async def client_resumes(self, command: WatchedCommand) -> Forward | Answer:
+        """A client recovers by hand: our attempt makes way, and its channel goes through the relay if it can.
+
+        Where a handshake is under way its outcome stands: QEMU refuses the command by itself.
+        """
         migration = self._migration
         log.info("%s: a client recovers the source by hand", migration.name)
-        migration.feed(Event.CLIENT_RECOVERS)
-        if (
-            migration.relay is None
-            or not isinstance(endpoint, Inet)
-            or migration.policy.state is not State.BY_CLIENT
-        ):
+        if migration.policy.state in (State.OPEN, State.HANDSHAKE, State.HELD):
             return Forward()
+        migration.feed(Event.CLIENT_RECOVERS)
+        endpoint = endpoint_of(command.arguments)
+        if migration.relay is None or not isinstance(endpoint, Inet):
+            return Forward(on_reply=self._watch_resume)
+        try:
+            name = await self._join(endpoint, recovered=True)
+        except (AttemptFailed, OSError) as error:
+            migration.feed(Event.ATTEMPT_FAILED)
+            return Answer(error=("GenericError", str(error)))
+        except (QmpError, trio.TooSlowError):
+            return Forward(on_reply=self._watch_resume)
         migration.endpoint = endpoint
-        return await self._relayed(command.arguments, endpoint, recovered=True)
+        return Forward(with_descriptor(command.arguments, name), on_reply=self._watch_resume)
+
+    def _watch_resume(self, reply: bytes) -> bytes:
+        migration = self._migration
+        if is_error(reply):
+            if migration.relay is not None and migration.policy.state is State.BY_CLIENT:
+                migration.abandon(migration.channel)
+            migration.feed(Event.ATTEMPT_FAILED)
+        return reply
 
     async def attempt(self) -> None:
         """One recovery: is it paused, dial, hand over, resume, and wait until QEMU is active again."""
@@ -105,41 +131,43 @@ class Source:
             migration.counters.attempts,
             endpoint.uri if endpoint else "?",
         )
-        if migration.relay is not None:
-            await self._attempt_relayed(inet_of(endpoint))
-        elif endpoint is not None:
-            await migration.monitor.execute(
-                "migrate", {"uri": endpoint.uri, "resume": True}, timeout=MIGRATE_TIMEOUT
-            )
-        else:
+        if migration.relay is None and endpoint is None:
             raise AttemptFailed("the address of the lost channel is not known; name one with --recover-uri")
-        migration.feed(Event.ISSUED)
+        await trio.sleep(abilities(migration.version).resume_after)
+        # Once the other host has been dialled and QEMU has its command, the course is run to its end.
+        with trio.CancelScope(shield=True):
+            if migration.relay is not None:
+                await self._resume_relayed(inet_of(endpoint))
+            elif endpoint is not None:
+                await self._resume(endpoint.uri)
+        await migration.issued()
         await self._until_active()
 
-    async def _attempt_relayed(self, endpoint: Inet) -> None:
+    async def _resume_relayed(self, endpoint: Inet) -> None:
         migration = self._migration
-        connection = await far.connect(endpoint, CONNECT_TIMEOUT)
-        with connection:
-            local = await hand_over(migration.monitor, Role.SOURCE)
-            with trio.CancelScope(
-                shield=True
-            ):  # between the two QEMU must not be left with a named, dead descriptor
-                migration.join(local, connection, recovered=True)
-                channel = migration.channel
-                try:
-                    await migration.monitor.execute(
-                        "migrate", {"uri": f"fd:{local.name}", "resume": True}, timeout=MIGRATE_TIMEOUT
-                    )
-                except QmpError:
-                    migration.abandon(channel)
-                    raise
+        name = await self._join(endpoint, recovered=True)
+        channel = migration.channel
+        try:
+            await self._resume(f"fd:{name}")
+        except QmpError:
+            migration.abandon(channel)
+            raise
+
+    async def _resume(self, uri: str) -> None:
+        await self._migration.monitor.execute(
+            "migrate", {"uri": uri, "resume": True}, timeout=MIGRATE_TIMEOUT
+        )
 
     async def _until_active(self) -> None:
-        """Waits for the handshake; its success ends this attempt from outside, by cancellation or by the
-        policy."""
+        """Waits for the handshake to end, which the policy hears of by other ways; gives up where nothing
+        moves."""
         migration = self._migration
-        deadline = trio.current_time() + HANDSHAKE_TIMEOUT
+        moved = -1
+        deadline = 0.0
         while migration.policy.state in (State.OPEN, State.HANDSHAKE):
+            now = migration.bytes_passed()
+            if now != moved:  # the received bitmaps of a large guest take their time
+                moved, deadline = now, trio.current_time() + HANDSHAKE_TIMEOUT
             await trio.sleep(0.05)
             if migration.policy.state is State.OPEN and migration.relay is None:
                 status = (await migration.query("query-migrate")).get("status")
@@ -167,6 +195,10 @@ class Source:
     async def settle(self) -> None:
         """A source needs nothing laid ahead."""
 
+    async def prepare_to_stop(self) -> bool:
+        """A source has no legs but the one that is joined."""
+        return True
+
     async def clean_up(self) -> None:
         """A source leaves nothing with QEMU."""
 
@@ -182,6 +214,3 @@ async def cancel_while_paused(migration: Migration, command: WatchedCommand) -> 
     if status != "postcopy-paused":
         return Forward()
     return Answer(error=("GenericError", "Postcopy migration in progress, cannot cancel."))
-
-
-__all__ = ["CONNECT_TIMEOUT", "QUERY_TIMEOUT", "Source", "cancel_while_paused"]

@@ -26,14 +26,15 @@ class MigrationRecord(msgspec.Struct, frozen=True, kw_only=True):
 
 
 def process_started(pid: int | None) -> int | None:
-    """The start time of a process as in `MigrationRecord`; None where it cannot be read."""
+    """The start time of a process as in `MigrationRecord`; None where it has ended or cannot be read."""
     if pid is None:
         return None
     try:
         stat = Path(f"/proc/{pid}/stat").read_text()
     except OSError:
         return None
-    return int(stat.rpartition(")")[2].split()[19])
+    fields = stat.rpartition(")")[2].split()
+    return None if fields[0] in "ZX" else int(fields[19])
 
 
 class StateFile:

@@ -4,12 +4,11 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Mapping
-from pathlib import Path
 
 import trio
 
 from refault.daemon.destination import Destination
-from refault.daemon.migration import Migration
+from refault.daemon.migration import AttemptFailed, Migration, is_error, words
 from refault.daemon.monitor import (
     Answer,
     Forward,
@@ -23,7 +22,7 @@ from refault.daemon.options import RunOptions
 from refault.daemon.picture import picture
 from refault.daemon.snapshot import VmStatus
 from refault.daemon.source import Source, cancel_while_paused
-from refault.daemon.state_file import StateFile
+from refault.daemon.state_file import StateFile, process_started
 from refault.migration.endpoint import Inet, parse_uri
 from refault.migration.phase import Role
 from refault.migration.recovery import Event
@@ -41,6 +40,10 @@ _UNDER_WAY = frozenset(
         "postcopy-recover",
     }
 )
+
+
+MEET_PAUSE = 0.05
+MEET_LONGEST_PAUSE = 2.0
 
 
 class Vm:
@@ -72,7 +75,6 @@ class Vm:
             recover_uris=options.recover_uris,
             state_file=StateFile(options.state_dir, options.name),
         )
-        self._destination: Destination | None = None
         self._last_info: QemuInfo | None = None
 
     async def run(self, *, task_status: trio.TaskStatus[None] = trio.TASK_STATUS_IGNORED) -> None:
@@ -90,13 +92,26 @@ class Vm:
 
     async def _migrate(self, command: WatchedCommand) -> Forward | Answer:
         procedure = self.migration.procedure
-        resuming = command.arguments.get("resume") is True
-        source = procedure if resuming and isinstance(procedure, Source) else Source(self.migration)
-        return await source.migrate(command)
+        if command.arguments.get("resume") is True:
+            return await procedure.client_resumes(command) if isinstance(procedure, Source) else Forward()
+        if await self._busy():
+            return Forward()
+        return await Source(self.migration).migrate(command)
 
     async def _migrate_incoming(self, command: WatchedCommand) -> Forward | Answer:
-        self._destination = Destination(self.migration)
-        return await self._destination.migrate_incoming(command)
+        if await self._busy():
+            return Forward()
+        return await Destination(self.migration).migrate_incoming(command)
+
+    async def _busy(self) -> bool:
+        """Whether a migration is under way, so that QEMU will refuse another and ours must not be touched."""
+        if not self.migration.under_way:
+            return False
+        try:
+            status = (await self.migration.query("query-migrate")).get("status")
+        except (QmpError, MonitorLost, trio.TooSlowError):
+            return True
+        return status not in (None, "none", "completed", "failed", "cancelled")
 
     async def _migrate_recover(self, command: WatchedCommand) -> Forward | Answer:
         procedure = self.migration.procedure
@@ -106,7 +121,7 @@ class Vm:
 
     async def _migrate_pause(self, command: WatchedCommand) -> Forward | Answer:
         def watch(reply: bytes) -> bytes:
-            if b'"error"' not in reply:
+            if not is_error(reply):
                 log.info("%s: a client paused the migration; waiting for it to recover", self.name)
                 self.migration.feed(Event.CLIENT_PAUSED)
             return reply
@@ -130,42 +145,58 @@ class Vm:
     async def _on_connect(self, info: QemuInfo) -> None:
         same = self._last_info is not None and self._last_info.pid == info.pid and info.pid is not None
         self._last_info = info
+        self.migration.qemu_pid = info.pid
         if self.migration.under_way:
-            if not same:
-                self.migration.feed(Event.QEMU_GONE)
-            else:
+            if same:
                 self.migration.look_soon()
                 return
-        self.migration.start_soon(self._meet)
+            self.migration.feed(Event.QEMU_GONE)
+        self.migration.start_soon(self._meet, info)
 
     def _on_disconnect(self) -> None:
-        pid = self._last_info.pid if self._last_info else None
-        if pid is not None and Path(f"/proc/{pid}/cwd").exists():
-            log.warning("%s: the monitor was lost, but QEMU (pid %d) still runs", self.name, pid)
+        if process_started(self.migration.qemu_pid) is not None:
+            log.warning(
+                "%s: the monitor was lost, but QEMU (pid %s) still runs", self.name, self.migration.qemu_pid
+            )
             return
         self.migration.feed(Event.QEMU_GONE)
 
-    async def _meet(self) -> None:
-        """Looks whether a migration is under way already; one that is paused is a lost channel like any
-        other."""
-        try:
-            reply = await self.migration.query("query-migrate")
-            status = reply.get("status")
-            if not isinstance(status, str) or status not in _UNDER_WAY:
+    async def _meet(self, info: QemuInfo) -> None:
+        """Takes over a migration that is under way; one that is paused is a lost channel like any other."""
+        pause = MEET_PAUSE
+        while self.monitor.qemu is info and not self.migration.under_way:
+            try:
+                await self._take_over()
                 return
-            record = self.migration.record()
-            is_source = record.role is Role.SOURCE if record else "ram" in reply
-            endpoint = parse_uri(record.uri) if record else None
-            log.info("%s: met a migration that is %s", self.name, status)
-            if not is_source and status in ("setup", "active"):
-                return  # it listens somewhere that refault was not told of
-            procedure = Source(self.migration) if is_source else Destination(self.migration)
-            relayed = record is not None and record.relayed and isinstance(endpoint, Inet)
-            reason = None if relayed and status == "postcopy-paused" else "it was under way before refault"
-            await self.migration.begin(procedure, endpoint, reason)
-            if isinstance(procedure, Destination) and reason is None and endpoint is not None:
-                await procedure.adopt(endpoint)
-            self.migration.feed(Event.STARTED)
-            self.migration.on_status(status)
-        except (QmpError, MonitorLost, trio.TooSlowError, OSError) as error:
-            log.error("%s: ALERT: cannot take over a migration that is under way: %s", self.name, error)
+            except (QmpError, MonitorLost, trio.TooSlowError, OSError, AttemptFailed) as error:
+                log.error(
+                    "%s: cannot take over the migration that is under way: %s; trying again",
+                    self.name,
+                    words(error),
+                )
+            await trio.sleep(pause)
+            pause = min(pause * 2, MEET_LONGEST_PAUSE)
+
+    async def _take_over(self) -> None:
+        migration = self.migration
+        reply = await migration.query("query-migrate")
+        status = reply.get("status")
+        if not isinstance(status, str) or status not in _UNDER_WAY:
+            return
+        record = migration.record()
+        is_source = record.role is Role.SOURCE if record else "ram" in reply
+        endpoint = parse_uri(record.uri) if record else None
+        if not is_source and status in ("setup", "active"):
+            return  # it listens somewhere that refault was not told of
+        relayed = record is not None and record.relayed and isinstance(endpoint, Inet)
+        if relayed and status == "postcopy-active":
+            # Its channel ended with the refault that carried it; QEMU will notice in a moment.
+            raise AttemptFailed("it has not paused yet")
+        log.info("%s: met a migration that is %s", self.name, status)
+        procedure = Source(migration) if is_source else Destination(migration)
+        reason = None if relayed and status == "postcopy-paused" else "it was under way before refault"
+        await migration.begin(procedure, endpoint, reason)
+        if isinstance(procedure, Destination) and reason is None and endpoint is not None:
+            await procedure.adopt(endpoint)
+        migration.feed(Event.STARTED)
+        migration.on_status(status)

@@ -43,8 +43,8 @@ class Passed:
     """This channel replaces a lost one."""
     resume_acknowledged: bool = False
     """MIG_RP_MSG_RESUME_ACK on this channel."""
-    forward_opaque: bool = False
-    """The forward stream could not be decoded, so the facts above may be missing."""
+    opaque: bool = False
+    """A direction could not be decoded, so the facts above may be missing."""
 
 
 # The first row whose condition holds gives the phase.
@@ -58,8 +58,10 @@ _PHASES: tuple[tuple[Callable[[Passed], bool], Phase], ...] = (
 )
 
 # Where the stream tells nothing, QEMU's own word for it does.
+# `postcopy-active` begins at LISTEN, before the destination runs: what is not known to be over is taken as
+# under way.
 _BY_STATUS = {
-    "postcopy-active": Phase.POSTCOPY,
+    "postcopy-active": Phase.SWITCHOVER,
     "postcopy-paused": Phase.POSTCOPY,
     "postcopy-recover-setup": Phase.RECOVERY_HANDSHAKE,
     "postcopy-recover": Phase.RECOVERY_HANDSHAKE,
@@ -69,9 +71,11 @@ _BY_STATUS = {
 
 def phase_of(passed: Passed, status: str | None = None) -> Phase:
     """The phase, from what passed; `status` (query-migrate's word) counts only where the stream is opaque."""
+    if passed.opaque and passed.resumed and not passed.shut and status == "postcopy-active":
+        return Phase.POSTCOPY  # RESUME_ACK may have passed unread; QEMU says so after it
     for holds, phase in _PHASES:
         if holds(passed):
             return phase
-    if passed.forward_opaque and status is not None:
+    if passed.opaque and status is not None:
         return _BY_STATUS.get(status, Phase.PRECOPY)
     return Phase.PRECOPY

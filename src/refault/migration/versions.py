@@ -19,12 +19,23 @@ class Abilities:
     """`migrate_cancel` in `postcopy-paused` is an error. Else it hangs in `cancelling` (tried on 5.2 and
     7.2)."""
 
+    resume_after: float
+    """Seconds that the source is left alone after it has paused. Before 8.2 its return-path thread may come
+    to the old channel's end only after a resume has opened the new one, and then frees the new one's file
+    (migration/migration.c, source_return_path_thread; seen once on 7.2 as a segfault)."""
+
 
 _SINCE: tuple[tuple[Version, Abilities], ...] = (
-    ((8, 2, 0), Abilities(pauses_again_in_handshake=True, refuses_cancel_while_paused=False)),
-    ((10, 0, 0), Abilities(pauses_again_in_handshake=True, refuses_cancel_while_paused=True)),
+    (
+        (8, 2, 0),
+        Abilities(pauses_again_in_handshake=True, refuses_cancel_while_paused=False, resume_after=0.0),
+    ),
+    (
+        (10, 0, 0),
+        Abilities(pauses_again_in_handshake=True, refuses_cancel_while_paused=True, resume_after=0.0),
+    ),
 )
-_OLDEST = Abilities(pauses_again_in_handshake=False, refuses_cancel_while_paused=False)
+_OLDEST = Abilities(pauses_again_in_handshake=False, refuses_cancel_while_paused=False, resume_after=0.05)
 
 
 def abilities(version: Version) -> Abilities:

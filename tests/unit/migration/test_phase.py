@@ -25,6 +25,12 @@ def test_what_passed_gives_the_phase(passed: Passed, phase: Phase) -> None:
 
 def test_the_status_counts_only_where_the_stream_is_opaque() -> None:
     assert phase_of(Passed(), "postcopy-active") is Phase.PRECOPY
-    assert phase_of(Passed(forward_opaque=True), "postcopy-active") is Phase.POSTCOPY
-    assert phase_of(Passed(forward_opaque=True), "postcopy-recover") is Phase.RECOVERY_HANDSHAKE
-    assert phase_of(Passed(forward_opaque=True), "active") is Phase.PRECOPY
+    assert phase_of(Passed(opaque=True), "postcopy-active") is Phase.SWITCHOVER
+    assert phase_of(Passed(opaque=True, running=True), "postcopy-active") is Phase.POSTCOPY
+    assert phase_of(Passed(opaque=True), "postcopy-recover") is Phase.RECOVERY_HANDSHAKE
+    assert phase_of(Passed(opaque=True), "active") is Phase.PRECOPY
+
+
+def test_an_acknowledgement_that_passed_unread_is_taken_from_the_status() -> None:
+    assert phase_of(Passed(resumed=True, opaque=True), "postcopy-recover") is Phase.RECOVERY_HANDSHAKE
+    assert phase_of(Passed(resumed=True, opaque=True), "postcopy-active") is Phase.POSTCOPY

@@ -2,6 +2,7 @@
 
 from collections.abc import Iterable
 
+import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -53,7 +54,20 @@ def test_a_status_older_than_the_command_is_no_recovery() -> None:
 def test_a_client_that_recovers_cancels_the_attempt() -> None:
     policy, actions = after([Event.STARTED, Event.PAUSED, Event.ISSUED, Event.CLIENT_RECOVERS])
     assert policy.state is State.BY_CLIENT
-    assert actions[-1] is Action.CANCEL_ATTEMPT
+    assert actions[-2:] == [Action.CANCEL_ATTEMPT, Action.TIMER_CLIENT]
+
+
+def test_a_client_whose_recovery_comes_to_nothing_is_not_waited_for_for_ever() -> None:
+    policy, _ = after([Event.STARTED, Event.PAUSED, Event.CLIENT_RECOVERS])
+    assert policy.handle(Event.TIMER) == (Action.ATTEMPT,)
+
+
+@pytest.mark.parametrize("seen", [[], [Event.PAUSED], [Event.PAUSED, Event.ISSUED], [Event.CHANNEL_LOST]])
+def test_a_clients_pause_counts_though_its_reply_comes_late(seen: list[Event]) -> None:
+    policy, actions = after([Event.STARTED, *seen, Event.CLIENT_PAUSED])
+    assert policy.state is State.YIELDED
+    assert actions[-1] is Action.TIMER_CLIENT
+    assert actions.count(Action.COUNT_LOSS) == 1
 
 
 def test_a_client_that_pauses_is_waited_for_and_then_not() -> None:
