@@ -26,6 +26,8 @@ UNSAFE = {
     "query-memory-size-summary",  # needs a machine
     "x-query-virtio",
     "migrate-start-postcopy",
+    "rtc-reset-reinjection",  # needs a machine too
+    "qom-list-types",  # loads all modules, and aborts where one is of another build
 }
 """Commands that change what the others see, or that QEMU does not survive without a machine."""
 
@@ -311,6 +313,7 @@ async def test_malformed(pair: Pair) -> None:
         await pair.compare([bad], resynchronise=True)
         await pair.compare([CAPABILITIES, bad, STATUS], resynchronise=True)
     await pair.compare([OOB, *MALFORMED], resynchronise=True)
+    print(f"{pair.exchanges} exchanges")
     assert pair.exchanges >= 150
 
 
@@ -336,4 +339,5 @@ async def test_every_command(pair: Pair) -> None:
             json.dumps({"execute": name, "arguments": {"no-such-argument": [1, {"a": None}]}}).encode()
         )
     await pair.compare(exchanges)
+    print(f"{pair.exchanges} exchanges")
     assert pair.exchanges >= 300
