@@ -74,6 +74,13 @@ def test_refault_alone_recovers(tmp_path: Path, binary: str, relay: str) -> None
     assert (document["recoveries"], document["relay"]) == (3, relay)
     assert document["memory"]["pages_wrong"] == 0
     assert [finding["subject"] for finding in document["host"]][:3] == ["QEMU", "KVM", "userfaultfd"]
+    for loss in document["losses"]:
+        counts = [loss[f"requests_{what}"] for what in ("outstanding", "repeated_by_qemu", "replayed")]
+        if relay == "off":
+            assert counts == [None, None, None]
+        elif loss["return_path_bytes_lost"]:  # what was lost has been asked for again, by one or the other
+            assert counts[0] > 0
+            assert counts[1] + counts[2] > 0
     assert "loss 3: killed carrier" in done.stderr
     assert "3 of 3 losses recovered by refault" in page.read_text()
     assert not any(tmp_path.glob("refault-*"))

@@ -6,6 +6,7 @@ import contextlib
 from collections.abc import AsyncIterator, Iterable
 
 import trio
+from rich.box import SIMPLE_HEAD
 from rich.console import Console, Group, RenderableType
 from rich.live import Live
 from rich.progress_bar import ProgressBar
@@ -13,7 +14,7 @@ from rich.table import Table
 from rich.text import Text
 
 from .host_check import Finding, Grade
-from .story import REPLAY, SIDES, Story
+from .story import REPLAY, REQUESTS, SIDES, Story
 from .tasks import background
 
 _GRADES: dict[Grade, tuple[str, str]] = {
@@ -96,8 +97,10 @@ def sparkline(story: Story, width: int) -> str:
 def show_outcome(console: Console, story: Story) -> None:
     """The table at the end, and in one line whether all is well."""
     if story.losses:
+        console.print(Text("\nLosses and recoveries", "bold"))
         console.print(_losses(story))
-        if any(loss.replayed == 0 for loss in story.losses):
+        console.print()
+        if any(loss.repeated for loss in story.losses):
             console.print(Text(REPLAY, "dim"))
     if story.failure is not None:
         console.print(Text(f"FAILED: {story.failure}", "bold red"), soft_wrap=True)
@@ -109,17 +112,19 @@ def show_outcome(console: Console, story: Story) -> None:
 
 
 def _losses(story: Story) -> Table:
-    table = Table("loss", "lost by", title="Losses and recoveries", title_justify="left")
-    for heading in ("lost inside", "both active again after", "requests outstanding", "replayed"):
-        table.add_column(heading, justify="right")
+    table = Table(box=SIMPLE_HEAD, show_edge=False, pad_edge=False, padding=(0, 1, 0, 0))
+    for heading in ("loss", "lost by"):
+        table.add_column(heading, no_wrap=True)
+    requests = [heading.replace(" ", "\n", 1) for heading in REQUESTS]  # all fits into 80 columns
+    for heading in ("lost\ninside", "both active\nagain after", *requests):
+        table.add_column(heading, justify="right", no_wrap=True)
     for loss in story.losses:
         table.add_row(
             str(loss.number),
             loss.loss.value,
             f"{loss.bytes_inside} B" if loss.bytes_inside else "-",
             "never" if loss.recovered is None else f"{loss.recovered * 1000:.0f} ms",
-            _count(loss.outstanding),
-            _count(loss.replayed),
+            *(_count(count) for count in (loss.outstanding, loss.repeated, loss.replayed)),
         )
     return table
 

@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterable, Sequence
 from html import escape
 
 from .host_check import Finding
-from .story import REPLAY, SIDES, Story
+from .story import REPLAY, REQUESTS, SIDES, Story
 
 _WIDTH, _LEFT, _RIGHT = 960, 110, 20
 _LANE = 26
@@ -57,7 +57,7 @@ def report(story: Story, findings: Iterable[Finding]) -> str:
         _outstanding(story),
         "<h2>Losses and recoveries</h2>",
         _losses(story),
-        f"<p>{escape(REPLAY)}</p>" if any(loss.replayed == 0 for loss in story.losses) else "",
+        f"<p>{escape(REPLAY)}</p>" if any(loss.repeated for loss in story.losses) else "",
         "<h2>The host</h2>",
         _table(
             ("", "what", "found"), [(each.grade, each.subject, each.text) for each in findings], numbers=0
@@ -189,8 +189,7 @@ def _losses(story: Story) -> str:
         "lost by",
         "requests' bytes lost inside",
         "both active again after",
-        "outstanding",
-        "replayed",
+        *REQUESTS,
     )
     rows = [
         (
@@ -198,12 +197,14 @@ def _losses(story: Story) -> str:
             loss.loss.value,
             str(loss.bytes_inside or "-"),
             "never" if loss.recovered is None else f"{loss.recovered * 1000:.0f} ms",
-            "-" if loss.outstanding is None else str(loss.outstanding),
-            "-" if loss.replayed is None else str(loss.replayed),
+            *(
+                "-" if count is None else str(count)
+                for count in (loss.outstanding, loss.repeated, loss.replayed)
+            ),
         )
         for loss in story.losses
     ]
-    return _table(heads, rows, numbers=4)
+    return _table(heads, rows, numbers=5)
 
 
 def _table(heads: Sequence[str], rows: Iterable[Sequence[str]], *, numbers: int) -> str:

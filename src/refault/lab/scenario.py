@@ -23,13 +23,15 @@ from .memory import compare
 from .process import Process
 from .qemu import DEFAULT_BINARY, Pair, PairOptions, start_pair
 from .qmp_client import QmpClosed, QmpError
-from .story import SIDES, LossResult, Sample, Story
+from .story import SIDES, LossResult, Sample, Side, Story
 from .tasks import background
 
 Who = Literal["refault", "script", "nobody"]
+_Counts = dict[Side, PagesStatus]
 VCPUS = 4
 _GAP = 0.3  # seconds between a recovery and the next loss, so that requests are made
 _SAMPLE = 0.03
+_SETTLE = 0.3  # seconds after a recovery in which requests are repeated and replayed
 _FAST = 1 << 40
 
 
@@ -157,9 +159,12 @@ async def _lose(
         raise ScenarioFailed(
             f"the migration completed before loss {number}: give the guest more to do with --memory"
         )
-    replayed = await _replayed(driver)
+    before = await _counts(driver)
     lost = await channel.lose(loss)
+    at_loss = await _counts(driver)
     result = LossResult(number, loss, lost.when - story.began, lost.bytes_inside)
+    if "destination" in at_loss:
+        result.outstanding = at_loss["destination"].outstanding
     story.losses.append(result)
     inside = f" with {lost.bytes_inside} bytes of page requests inside" if lost.bytes_inside else ""
     story.note(f"loss {number}: {loss.value}{inside}")
@@ -176,14 +181,35 @@ async def _lose(
             f"loss {number} ({loss.value}) was not recovered in {options.recovery_deadline:g} s: {states}; "
             "nothing but a recovery helps the guest now, and this lab's guest is given up"
         )
-    await trio.sleep(2 * _SAMPLE)  # the counts may come a moment after QEMU's event
+    await _count_requests(driver, before, result, story)
+    counts = f"; {result.counts}" if result.counts else ""
+    story.note(f"loss {number}: both active again after {result.recovered * 1000:.0f} ms{counts}")
+
+
+async def _count_requests(driver: Driver, before: _Counts, result: LossResult, story: Story) -> None:
+    """Fills in the loss's page requests; waits a little, for they may come after QEMU's events."""
     during = [sample.outstanding for sample in story.samples if sample.when >= result.when - _SAMPLE]
-    result.outstanding = max((count for count in during if count is not None), default=None)
-    after = await _replayed(driver)
-    result.replayed = None if replayed is None or after is None else after - replayed
-    counts = "" if result.outstanding is None else f", {result.outstanding} requests outstanding"
-    counts += "" if result.replayed is None else f", {result.replayed} replayed"
-    story.note(f"loss {number}: both sides active again after {result.recovered * 1000:.0f} ms{counts}")
+    counted = [count for count in (result.outstanding, *during) if count is not None]
+    result.outstanding = max(counted, default=None)
+    deadline = trio.current_time() + _SETTLE
+    while True:
+        await trio.sleep(_SAMPLE)
+        after = await _counts(driver)
+        result.repeated = _since(before, after, "repeated", ("destination",))
+        result.replayed = _since(before, after, "replayed", SIDES)
+        again = (result.repeated or 0) + (result.replayed or 0)
+        if again >= (result.outstanding or 0) or trio.current_time() >= deadline:
+            return
+
+
+def _since(
+    before: _Counts, after: _Counts, count: Literal["repeated", "replayed"], sides: Iterable[Side]
+) -> int | None:
+    """How much a count has grown over the sides; None where one of them could not tell."""
+    if not all(side in each for side in sides for each in (before, after)):
+        return None
+    growth: list[int] = [getattr(after[side], count) - getattr(before[side], count) for side in sides]
+    return sum(growth)
 
 
 async def _complete(driver: Driver, options: Options, story: Story) -> None:
@@ -224,13 +250,15 @@ async def _watch(driver: Driver, story: Story) -> None:
         remaining = await _remaining(driver) if turn % 5 == 0 else None
         counts = await _counts(driver)
         sample = Sample(story.now(), remaining=remaining)
-        if counts:
+        if "destination" in counts:  # the source's refault does not know what was lost on the way
+            seen_there = counts["destination"]
             sample = Sample(
                 sample.when,
-                max(each.outstanding for each in counts),
-                max(each.requested for each in counts),
-                max(each.arrived for each in counts),
-                sum(each.replayed for each in counts),
+                seen_there.outstanding,
+                seen_there.requested,
+                seen_there.arrived,
+                seen_there.repeated,
+                sum(each.replayed for each in counts.values()),
                 remaining,
             )
         story.samples.append(sample)
@@ -247,14 +275,14 @@ async def _remaining(driver: Driver) -> int | None:
     return None if remaining is None else int(remaining)
 
 
-async def _replayed(driver: Driver) -> int | None:
-    counts = await _counts(driver)
-    return sum(each.replayed for each in counts) if counts else None
-
-
-async def _counts(driver: Driver) -> list[PagesStatus]:
-    """The page counts of the refaults that can read the channel."""
-    return [vm.pages for vm in await driver.statuses() if vm.migration.relay == "tracking"]
+async def _counts(driver: Driver) -> _Counts:
+    """The page counts of the refaults that can read the channel, by their side."""
+    statuses = {vm.migration.role: vm for vm in await driver.statuses()}
+    return {
+        side: statuses[side].pages
+        for side in SIDES
+        if side in statuses and statuses[side].migration.relay == "tracking"
+    }
 
 
 @contextlib.contextmanager

@@ -13,9 +13,10 @@ from .memory import Verdict
 
 Side = Literal["source", "destination"]
 REPLAY = (
-    "Outstanding requests that QEMU's destination has repeated by itself after a recovery are not replayed; "
-    "refault replays the others."
+    "After a recovery QEMU's destination (since 5.2) repeats its outstanding requests by itself; "
+    "refault replays those that it does not repeat."
 )
+REQUESTS = ("requests outstanding", "repeated by QEMU", "replayed by refault")
 SIDES: tuple[Side, ...] = ("source", "destination")
 
 
@@ -23,13 +24,15 @@ SIDES: tuple[Side, ...] = ("source", "destination")
 class Sample:
     """One look at both ends: ``when`` in seconds since the beginning; None is what nobody could tell.
 
-    Page counts are host pages, as in `refault status`; ``remaining`` is what the source still has, in bytes.
+    Page counts are the destination side's, in host pages, as in `refault status`; ``replayed`` is the sum of
+    both sides. ``remaining`` is what the source still has, in bytes.
     """
 
     when: float
     outstanding: int | None = None
     requested: int | None = None
     arrived: int | None = None
+    repeated: int | None = None
     replayed: int | None = None
     remaining: int | None = None
 
@@ -38,6 +41,10 @@ class Sample:
 class LossResult:
     """One loss and its recovery; ``when`` in seconds since the beginning, ``recovered`` in seconds from the
     loss.
+
+    Page requests, None where nobody could tell: ``outstanding`` when the channel was lost, of these or later
+    ones ``repeated`` by the destination QEMU itself after the recovery and ``replayed`` by refault (both
+    sides).
     """
 
     number: int
@@ -45,6 +52,7 @@ class LossResult:
     when: float
     bytes_inside: int
     outstanding: int | None = None
+    repeated: int | None = None
     replayed: int | None = None
     recovered: float | None = None
 
@@ -56,9 +64,20 @@ class LossResult:
             "at_seconds": round(self.when, 4),
             "recovered_seconds": None if self.recovered is None else round(self.recovered, 4),
             "requests_outstanding": self.outstanding,
+            "requests_repeated_by_qemu": self.repeated,
             "requests_replayed": self.replayed,
             "return_path_bytes_lost": self.bytes_inside,
         }
+
+    @property
+    def counts(self) -> str:
+        """Its page requests in words; empty where nobody could tell."""
+        counts = (
+            (self.outstanding, "requests outstanding"),
+            (self.repeated, "repeated by QEMU"),
+            (self.replayed, "replayed"),
+        )
+        return ", ".join(f"{count} {words}" for count, words in counts if count is not None)
 
 
 @dataclass

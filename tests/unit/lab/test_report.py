@@ -30,10 +30,10 @@ def finished(verdict: Verdict = RIGHT) -> Story:
             (2.2, "postcopy-active"),
             (4.0, "completed"),
         ]
-    story.samples = [Sample(1 + n / 10, n % 4, 9, 5, 1, 1000) for n in range(30)]
+    story.samples = [Sample(1 + n / 10, n % 4, 9, 5, 3, 1, 1000) for n in range(30)]
     story.losses = [
-        LossResult(1, Loss.RESET, 2.0, 0, 3, 1, 0.2),
-        LossResult(2, Loss.KILL, 3.0, 16, None, None, 0.1),
+        LossResult(1, Loss.RESET, 2.0, 0, 17, 13, 4, 0.2),
+        LossResult(2, Loss.KILL, 3.0, 16, None, None, None, 0.1),
     ]
     story.total, story.completed, story.verdict = 2000, 4.0, verdict
     story.notes = [(1.0, "begin & <end>")]
@@ -54,6 +54,9 @@ def test_the_page_is_self_contained_and_its_pictures_are_well_formed() -> None:
     for rect in timeline.findall("rect"):
         assert 0 <= float(rect.get("x", "")) <= 960
         assert float(rect.get("width", "")) > 0
+    cells = "".join(f'<td class="n">{count}</td>' for count in (17, 13, 4))
+    assert re.search(rf"<td>reset</td>.*{cells}</tr>", page)
+    assert "those that it does not repeat" in page
     assert "begin &amp; &lt;end&gt;" in page
     assert "7.2.0 &lt;qemu&gt;" in page
     assert "2 of 2 losses recovered by refault" in page
@@ -94,8 +97,9 @@ def test_the_document_tells_each_loss_and_the_memory() -> None:
         "loss": "reset",
         "at_seconds": 2.0,
         "recovered_seconds": 0.2,
-        "requests_outstanding": 3,
-        "requests_replayed": 1,
+        "requests_outstanding": 17,
+        "requests_repeated_by_qemu": 13,
+        "requests_replayed": 4,
         "return_path_bytes_lost": 0,
     }
     assert document["memory"]["pages_wrong"] == 1
@@ -106,7 +110,7 @@ def test_the_document_tells_each_loss_and_the_memory() -> None:
 
 async def test_plain_lines_where_there_is_no_terminal() -> None:
     out = io.StringIO()
-    console = Console(file=out, width=100)
+    console = Console(file=out, width=80)
     story = Story(1, "refault")
     show_findings(console, FINDINGS)
     async with showing(console, story):
@@ -114,7 +118,8 @@ async def test_plain_lines_where_there_is_no_terminal() -> None:
     show_outcome(console, finished(WRONG))
     text = out.getvalue()
     assert re.search(r"\d\.\d\d s  it begins\n", text)
-    assert "killed carrier" in text
+    assert re.search(r"1 +reset +- +200 ms +17 +13 +4 *\n", text)
+    assert re.search(r"2 +killed carrier +16 B +100 ms +- +- +- *\n", text)
     assert "100 pages compared, 1 wrong" in text
     assert "alone" not in text
     assert "\x1b" not in text
