@@ -10,7 +10,10 @@
 #include <sys/socket.h>
 #include <unistd.h>
 
-enum { NOTSENT_LOWAT = 8 * 1024 };
+enum {
+    NOTSENT_LOWAT = 8 * 1024,
+    UNANSWERED_PROBES = 3,
+};
 
 void rf_leg_init(struct rf_leg *leg) { *leg = (struct rf_leg){.fd = -1, .state = RF_LEG_NONE}; }
 
@@ -86,6 +89,37 @@ bool rf_leg_writable(const struct rf_leg *leg) {
     struct pollfd one = {.fd = leg->fd, .events = POLLOUT};
 
     return leg->fd >= 0 && poll(&one, 1, 0) > 0;
+}
+
+void rf_leg_probe(struct rf_leg *leg, unsigned dead_after_s) {
+    const int on = 1;
+    const int interval_s = 1;
+    const int probes = 3;
+    const int idle_s = dead_after_s > 4 ? (int)dead_after_s - probes * interval_s : 1;
+
+    if (leg->is_tcp && leg->state == RF_LEG_OPEN) {
+        /* Where one fails the silence of an idle channel shows later, at the first byte that is sent. */
+        (void)setsockopt(leg->fd, IPPROTO_TCP, TCP_KEEPIDLE, &idle_s, sizeof(idle_s));
+        (void)setsockopt(leg->fd, IPPROTO_TCP, TCP_KEEPINTVL, &interval_s, sizeof(interval_s));
+        (void)setsockopt(leg->fd, IPPROTO_TCP, TCP_KEEPCNT, &probes, sizeof(probes));
+        (void)setsockopt(leg->fd, SOL_SOCKET, SO_KEEPALIVE, &on, sizeof(on));
+    }
+}
+
+void rf_leg_check_silence(struct rf_leg *leg, unsigned dead_after_s) {
+    struct tcp_info info = {0};
+    socklen_t size = sizeof(info);
+
+    if (!leg->is_tcp || leg->state != RF_LEG_OPEN ||
+        getsockopt(leg->fd, IPPROTO_TCP, TCP_INFO, &info, &size) < 0) {
+        return;
+    }
+    /* A peer with a closed window answers probes, which are the rarer the longer it lasts: one may be on its
+     * way. */
+    if (info.tcpi_last_ack_recv > dead_after_s * 1000u &&
+        (info.tcpi_unacked > 0 || info.tcpi_probes >= UNANSWERED_PROBES)) {
+        leg_broke(leg, ETIMEDOUT);
+    }
 }
 
 void rf_leg_end_writing(struct rf_leg *leg) {

@@ -49,6 +49,20 @@ size_t rf_leg_write(struct rf_leg *leg, const uint8_t *buf, size_t len);
 /* True where the kernel would take bytes now (or would tell that it never will). */
 bool rf_leg_writable(const struct rf_leg *leg);
 
+/*
+ * From now on the peer's silence counts: the kernel probes an idle connection, so that a host that is gone
+ * shows within `dead_after_s` seconds. For postcopy only: in precopy a network that comes back is worth
+ * waiting for (DESIGN 6).
+ */
+void rf_leg_probe(struct rf_leg *leg, unsigned dead_after_s);
+
+/*
+ * FAILED (ETIMEDOUT) where TCP has had no sign of life for so long though it asked for one: bytes
+ * unacknowledged, or window probes unanswered. Never by TCP_USER_TIMEOUT, which kills a live peer whose
+ * window is closed.
+ */
+void rf_leg_check_silence(struct rf_leg *leg, unsigned dead_after_s);
+
 /* Ends our writing direction, so that the peer reads end of file after all that was sent. */
 void rf_leg_end_writing(struct rf_leg *leg);
 

@@ -19,6 +19,7 @@ enum {
     RETURN_CHUNK = 4 * 1024,
     RING_SIZE = 16,
     LOOK_RETRIES = 100,
+    SILENCE_LOOK_MS = 250,
     LINGER_MS = 1000, /* for the far side to take what was sent before it */
     VIEW_WORDS = sizeof(struct rf_relay_view) / sizeof(uint64_t),
 };
@@ -67,6 +68,9 @@ struct rf_relay {
     struct rf_leg far;
     struct rf_relay_view view;
     struct told told;
+    unsigned dead_after_s;
+    bool probing;             /* postcopy: the far leg's silence counts */
+    uint64_t next_silence_ns; /* when to look at it again */
     uint64_t
         linger_until_ns; /* the local leg has ended and the far one is read until it ends too; 0 for not */
     bool forward_waits;  /* there is something to read, but no room to send it */
@@ -326,6 +330,7 @@ static void attach(struct rf_relay *relay, const struct command *command) {
     relay->view.lost_ns = 0;
     relay->forward_off = relay->forward_len = 0;
     relay->linger_until_ns = 0;
+    relay->probing = false;
     rf_tracker_channel_begin(relay->tracker, command->recovered, now_ns());
     rf_replay_channel(&relay->replay, command->recovered, command->may_replay);
     rf_leg_adopt(&relay->local, command->local_fd);
@@ -452,6 +457,36 @@ static void move_bytes(struct rf_relay *relay, const struct pollfd *polls) {
     }
 }
 
+static bool silence_counts(const struct rf_relay *relay) {
+    return rf_tracker_facts(relay->tracker) & (RF_FACT_PONG_3 | RF_FACT_RESUME_ACK_PASSED) ||
+           rf_tracker_channel_facts(relay->tracker) & RF_FACT_RECV_BITMAP_ASKED;
+}
+
+static void mind_silence(struct rf_relay *relay) {
+    uint64_t now;
+
+    if (relay->far.state != RF_LEG_OPEN || (!relay->probing && !silence_counts(relay))) {
+        return;
+    }
+    if (!relay->probing) {
+        relay->probing = true;
+        rf_leg_probe(&relay->far, relay->dead_after_s);
+    }
+    now = now_ns();
+    if (now >= relay->next_silence_ns) {
+        relay->next_silence_ns = now + (uint64_t)SILENCE_LOOK_MS * 1000000u;
+        rf_leg_check_silence(&relay->far, relay->dead_after_s);
+    }
+}
+
+static int poll_timeout_ms(const struct rf_relay *relay) {
+    if (relay->linger_until_ns != 0) {
+        return LINGER_MS / 10;
+    }
+    /* In precopy no deadline: the legs may be silent for as long as the guest and the network are. */
+    return relay->probing && relay->far.state == RF_LEG_OPEN ? SILENCE_LOOK_MS : -1;
+}
+
 static void *pump(void *opaque) {
     struct rf_relay *relay = opaque;
     bool go_on = true;
@@ -460,12 +495,11 @@ static void *pump(void *opaque) {
         struct pollfd polls[POLL_COUNT];
 
         prepare_polls(relay, polls);
-        /* No deadline but while lingering: the legs may be silent for as long as the guest asks for nothing.
-         */
-        if (poll(polls, POLL_COUNT, relay->linger_until_ns != 0 ? LINGER_MS / 10 : -1) < 0) {
+        if (poll(polls, POLL_COUNT, poll_timeout_ms(relay)) < 0) {
             continue; /* EINTR cannot be, all signals are blocked; ENOMEM passes */
         }
         move_bytes(relay, polls);
+        mind_silence(relay);
         settle_legs(relay);
         if (polls[POLL_COMMAND].revents != 0) {
             go_on = take_commands(relay);
@@ -489,7 +523,7 @@ static void relay_free(struct rf_relay *relay) {
     free(relay);
 }
 
-struct rf_relay *rf_relay_start(int side, uint64_t ceiling) {
+struct rf_relay *rf_relay_start(int side, uint64_t ceiling, unsigned dead_after_s) {
     struct rf_relay *relay = calloc(1, sizeof(*relay));
     sigset_t all;
     sigset_t before;
@@ -498,6 +532,7 @@ struct rf_relay *rf_relay_start(int side, uint64_t ceiling) {
     if (relay == NULL) {
         return NULL;
     }
+    relay->dead_after_s = dead_after_s;
     relay->side = side == RF_RELAY_SOURCE ? RF_RELAY_SOURCE : RF_RELAY_DESTINATION;
     rf_leg_init(&relay->local);
     rf_leg_init(&relay->far);

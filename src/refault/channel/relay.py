@@ -26,6 +26,8 @@ MEMORY_CEILING = 512 * 1024 * 1024
 """Bytes that the tracking of one migration may take; a guest of 1 TiB whose every page was forwarded takes
 64 MiB."""
 
+DEAD_AFTER_SECONDS = 5
+"""How long the other host may be silent in postcopy, though asked, before the channel counts as lost."""
 RUN_SECONDS = 1.0
 """From PONG 3 until RUN has surely been carried out: it is the next command and a bottom half (savevm.c)."""
 
@@ -84,10 +86,12 @@ def _loss(state: LegState, error: int) -> str:
 class Relay:
     """One migration's pump and tracker; `close` ends it."""
 
-    def __init__(self, role: Role, *, ceiling: int = MEMORY_CEILING) -> None:
+    def __init__(
+        self, role: Role, *, ceiling: int = MEMORY_CEILING, dead_after: int = DEAD_AFTER_SECONDS
+    ) -> None:
         """Starts the thread. Raises OSError where memory, descriptors or threads are short."""
         side = lib.RF_RELAY_SOURCE if role is Role.SOURCE else lib.RF_RELAY_DESTINATION
-        self._relay = lib.rf_relay_start(side, ceiling)
+        self._relay = lib.rf_relay_start(side, ceiling, dead_after)
         if self._relay == ffi.NULL:
             raise OSError(ffi.errno, os.strerror(ffi.errno))
         self.notify_fd = int(lib.rf_relay_notify_fd(self._relay))
