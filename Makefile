@@ -21,11 +21,11 @@ TMPFILESDIR ?= $(PREFIX)/lib/tmpfiles.d
 LIBDIR := $(PREFIX)/lib/refault
 
 CEXT := $(wildcard cext/*.c cext/*.h)
-C_FILES := $(wildcard cext/*.c tests/fuzz/*.c)
-C_AND_HEADERS := $(CEXT) $(wildcard tests/fuzz/*.c tests/fuzz/*.h)
+C_FILES := $(wildcard cext/*.c tests/fuzz/*.c tests/tsan/*.c)
+C_AND_HEADERS := $(CEXT) $(wildcard tests/fuzz/*.c tests/fuzz/*.h tests/tsan/*.c)
 C_WARNINGS := -std=c11 -D_GNU_SOURCE -Wall -Wextra -Wno-unused-parameter -Werror -Icext -fsyntax-only
 
-.PHONY: help build demo test lint bench fuzz dist install clean
+.PHONY: help build demo test lint bench fuzz tsan dist install clean
 .NOTPARALLEL:
 
 help:
@@ -34,6 +34,7 @@ help:
 	@echo 'make lint     ruff, mypy, clang-format, gcc and clang'
 	@echo 'make bench    benchmarks'
 	@echo 'make fuzz     fuzz targets under sanitizers (SECONDS=600 each)'
+	@echo 'make tsan     the pump and its readers under the thread sanitizer and others (SECONDS=60 each)'
 	@echo 'make dist     sdist and wheel, in dist/'
 	@echo 'make install  program, systemd unit and directories (DESTDIR, PREFIX)'
 	@echo 'make clean    removes what was built, .venv included'
@@ -81,6 +82,10 @@ bench: build $(VENV)/.dev
 fuzz: build
 	$(BOOTSTRAP) fuzz
 	tests/fuzz/run.sh $(SECONDS)
+
+tsan:
+	$(BOOTSTRAP) fuzz
+	tests/tsan/run.sh $(SECONDS)
 
 dist: $(VENV)/.dev
 	rm -rf dist
