@@ -168,6 +168,11 @@ class Relay:
                 return str(ffi.string(lib.rf_forward_reason_text(reason)).decode())
         return None
 
+    def foreign_pages(self) -> bool:
+        """Whether a received bitmap claims pages that never passed, though the whole stream was seen."""
+        self._open()
+        return Fact.FOREIGN_PAGES in Fact(lib.rf_tracker_facts(self._tracker))
+
     def pages(self) -> PageMapStats:
         """Page requests and what became of them, over all RAM blocks."""
         self._open()

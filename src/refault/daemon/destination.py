@@ -16,10 +16,14 @@ from refault.daemon.monitor import Answer, Forward, MonitorLost, QmpError, Watch
 from refault.migration.endpoint import Endpoint, Inet, endpoint_of, with_descriptor
 from refault.migration.phase import Role
 from refault.migration.recovery import Event, State
+from refault.migration.versions import abilities
 
 log = logging.getLogger("refault.migration")
 
 RECOVER_TIMEOUT = 5.0
+FIRST_COMMAND_TIMEOUT = 5.0
+STALL_TIMEOUT = 20.0
+"""How long a handshake may stand still: longer than at the source, which begins anew then."""
 ADDRESS_TIMEOUT = 15.0
 """How long an address is listened at before the next one, or the same again, is tried; longer than a source
 tries (source.HANDSHAKE_TIMEOUT)."""
@@ -43,6 +47,7 @@ class Destination:
         """Ends of pairs on which QEMU may still listen though another was used: it must never see them
         end."""
         self._wanted = trio.Event()
+        self._newest: trio.socket.SocketType | None = None
         self._asked_for: Endpoint | None = None
 
     # ---- clients' commands ----
@@ -163,14 +168,36 @@ class Destination:
             leg, self._first = self._first, None
             migration.join(leg, connection, recovered=False)
             return
-        while far.alive(connection):
+        if not await self._is_ours(connection):
+            log.warning("%s: closed a connection that recovers another VM, or none", migration.name)
+            return
+        self._newest = connection  # whoever made it has given up the one before
+        while far.alive(connection) and self._newest is connection:
             if self._open is not None and migration.relay is not None:
                 leg, self._open = self._open, None
                 migration.join(leg, connection, recovered=True)
+                migration.start_soon(self._watch_handshake, migration.channel)
                 return
             with trio.move_on_after(0.5):  # the peer may go while we wait for our own QEMU
                 await self._wanted.wait()
         log.info("%s: a recovered channel went away before QEMU was ready for it", migration.name)
+
+    async def _is_ours(self, connection: trio.socket.SocketType) -> bool:
+        """Whether a recovered channel speaks of one of our RAM blocks; True also where none are known."""
+        name = None
+        with trio.move_on_after(FIRST_COMMAND_TIMEOUT):
+            name = await far.first_block(connection)
+        known = {block.name for block in self._migration.relay.blocks()} if self._migration.relay else set()
+        return name is not None and (not known or name in known)
+
+    async def _watch_handshake(self, channel: int) -> None:
+        migration = self._migration
+        if not await migration.handshake_stalls(STALL_TIMEOUT) or migration.channel != channel:
+            return
+        if abilities(migration.version).pauses_again_in_handshake:
+            log.warning("%s: no end of the recovery handshake in %g s", migration.name, STALL_TIMEOUT)
+            migration.abandon(channel)
+            migration.feed(Event.CHANNEL_LOST)
 
     # ---- recovery ----
 

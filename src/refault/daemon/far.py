@@ -45,6 +45,19 @@ def classify(first: bytes) -> Kind:
     return Kind.FOREIGN
 
 
+async def first_block(connection: trio.socket.SocketType) -> bytes | None:
+    """The RAM block that a recovered channel asks about first, not consumed; None if the channel goes away.
+
+    migration/savevm.c, qemu_savevm_send_recv_bitmap: section type, command and length, then the counted name.
+    """
+    while alive(connection):
+        first = await connection.recv(6 + 255, socket.MSG_PEEK)
+        if len(first) > 5 and len(first) >= 6 + first[5]:
+            return first[6 : 6 + first[5]]
+        await trio.sleep(0.001)
+    return None
+
+
 def alive(connection: trio.socket.SocketType) -> bool:
     """Whether the peer has not closed its end (TCP_INFO's first byte is the state)."""
     info = connection.getsockopt(socket.IPPROTO_TCP, socket.TCP_INFO, 1)

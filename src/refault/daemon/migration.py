@@ -50,7 +50,9 @@ _STATUS_EVENTS = {
     "completed": Event.COMPLETED,
     "cancelled": Event.FAILED,
 }
-_POSTCOPY = frozenset({"postcopy-active", "postcopy-paused", "postcopy-recover-setup", "postcopy-recover"})
+_POSTCOPY = frozenset(
+    {"postcopy-device", "postcopy-active", "postcopy-paused", "postcopy-recover-setup", "postcopy-recover"}
+)
 
 
 class AttemptFailed(Exception):  # noqa: N818 - it says what happened
@@ -132,6 +134,7 @@ class Migration:
         self._ended_channel = 0
         self._duplicate: socket.socket | None = None
         self._kept_by_qemu = False
+        self._told_foreign = False
         self.qemu_pid: int | None = None
         """The process behind the monitor, also while the monitor is lost; None where it is not known."""
         self._attempting = trio.Lock()
@@ -218,6 +221,7 @@ class Migration:
         self.status = None
         self._postcopy_began = False
         self._lost_at = None
+        self._told_foreign = False
         self._tries = 0
         self.channel = self._settled_channel = self._ended_channel = 0
         self.counters.doubtful_losses = 0
@@ -253,10 +257,22 @@ class Migration:
         self.relay_reason = "no migration yet"
         self._spawn_clean_up()
 
-    def bytes_passed(self) -> int:
-        """Bytes that the relay has passed in both directions; 0 without one."""
-        view = self.relay.look() if self.relay is not None else None
-        return view.forward_bytes + view.return_bytes if view is not None else 0
+    async def handshake_stalls(self, patience: float) -> bool:
+        """Waits for the end of the handshake. True when no byte has moved for `patience` seconds.
+
+        The received bitmaps of a large guest take their time, so it may last as long as something moves.
+        """
+        moved = -1
+        deadline = 0.0
+        while self.policy.state in (State.OPEN, State.HANDSHAKE) and self.relay is not None:
+            view = self.relay.look()
+            if view.forward_bytes + view.return_bytes != moved:
+                moved = view.forward_bytes + view.return_bytes
+                deadline = trio.current_time() + patience
+            if trio.current_time() > deadline:
+                return True
+            await trio.sleep(0.05)
+        return False
 
     def record(self) -> MigrationRecord | None:
         """What the state file says of a migration of this QEMU."""
@@ -545,12 +561,23 @@ class Migration:
         passed = relay.passed()
         if passed.running:
             self._postcopy_began = True
+        self._tell_foreign_pages(relay)
         if passed.resumed and passed.resume_acknowledged and not (view.local.lost or view.far.lost):
             self.feed(Event.RESUME_ACKNOWLEDGED)
         if view.local.lost:
             self._local_ended(view)
         elif view.far.lost:
             self._far_lost(relay, view)
+
+    def _tell_foreign_pages(self, relay: Relay) -> None:
+        if relay.foreign_pages() and not self._told_foreign:
+            self._told_foreign = True
+            log.error(
+                "%s: ALERT: the destination says it has pages that were never sent to it: is %s another VM's"
+                " address? Look at both guests before you trust them",
+                self.name,
+                self.endpoint.uri if self.endpoint else "the address",
+            )
 
     def _local_ended(self, view: RelayView) -> None:
         phase = self.phase

@@ -159,29 +159,20 @@ class Source:
         )
 
     async def _until_active(self) -> None:
-        """Waits for the handshake to end, which the policy hears of by other ways; gives up where nothing
-        moves."""
+        """Waits for the end of the handshake, which the policy hears of by other ways."""
         migration = self._migration
-        moved = -1
-        deadline = 0.0
-        while migration.policy.state in (State.OPEN, State.HANDSHAKE):
-            now = migration.bytes_passed()
-            if now != moved:  # the received bitmaps of a large guest take their time
-                moved, deadline = now, trio.current_time() + HANDSHAKE_TIMEOUT
-            await trio.sleep(0.05)
-            if migration.policy.state is State.OPEN and migration.relay is None:
-                status = (await migration.query("query-migrate")).get("status")
-                if status == "postcopy-paused":
-                    raise AttemptFailed("QEMU could not connect, or lost the connection again")
-            if trio.current_time() > deadline:
+        if migration.relay is not None:
+            if await migration.handshake_stalls(HANDSHAKE_TIMEOUT):
                 self._out_of_time()
-                return
+            return
+        deadline = trio.current_time() + HANDSHAKE_TIMEOUT
+        while migration.policy.state is State.OPEN and trio.current_time() < deadline:
+            await trio.sleep(0.05)
+            if (await migration.query("query-migrate")).get("status") == "postcopy-paused":
+                raise AttemptFailed("QEMU could not connect, or lost the connection again")
 
     def _out_of_time(self) -> None:
         migration = self._migration
-        if migration.relay is None:
-            migration.look_soon()
-            return
         if abilities(migration.version).pauses_again_in_handshake:
             migration.abandon(migration.channel)
             raise AttemptFailed(f"no end of the recovery handshake in {HANDSHAKE_TIMEOUT:g} s")

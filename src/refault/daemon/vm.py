@@ -34,6 +34,7 @@ _UNDER_WAY = frozenset(
         "setup",
         "active",
         "device",
+        "postcopy-device",
         "postcopy-active",
         "postcopy-paused",
         "postcopy-recover-setup",

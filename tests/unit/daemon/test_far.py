@@ -121,3 +121,27 @@ async def test_a_peer_that_left_is_seen_though_its_bytes_are_there(nursery: trio
     with trio.fail_after(5):
         await done.wait()
     assert seen == [True]
+
+
+@pytest.mark.parametrize("cut", [0, 3, 5, 6, 9])
+async def test_the_first_block_is_read_without_being_consumed(nursery: trio.Nursery, cut: int) -> None:
+    names: list[bytes | None] = []
+    left: list[bytes] = []
+    done = trio.Event()
+
+    async def offer(connection: trio.socket.SocketType, kind: Kind) -> None:
+        names.append(await far.first_block(connection))
+        left.append(await connection.recv(100))
+        done.set()
+
+    listener = await FarListener.bind(ANY_PORT)
+    nursery.start_soon(listener.serve, offer)
+    connection = await far.connect(listener.endpoint, 5)
+    if cut:
+        await connection.send(RECOVERED[:cut])
+        await trio.sleep(0.01)
+    await connection.send(RECOVERED[cut:])
+    with trio.fail_after(5):
+        await done.wait()
+    assert (names, left) == ([b"pc.ram"], [RECOVERED])
+    connection.close()
