@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import struct
 import sys
 from collections.abc import AsyncIterator, Sequence
 from contextlib import asynccontextmanager
@@ -100,6 +101,48 @@ async def test_the_status_tells_the_whole_story(tmp_path: Path) -> None:
             while any(vm.migration.status != "completed" for vm in await driver.statuses()):
                 await trio.sleep(0.05)
         assert [vm.pages.outstanding for vm in await driver.statuses()] == [0, 0]
+
+
+def recv_bitmap(block: bytes) -> bytes:
+    return struct.pack(">BHHB", 8, 10, 1 + len(block), len(block)) + block
+
+
+STRANGERS = [
+    b"",
+    b"GET / HTTP/1.0\r\n\r\n",
+    b"QEVM\x00\x00\x00\x03",
+    recv_bitmap(b"")[:4],
+    recv_bitmap(b"another.ram"),
+]
+
+
+async def test_strangers_at_a_paused_destination_harm_nothing(tmp_path: Path) -> None:
+    async with fronted(tmp_path) as (pair, channel, driver):
+        await begin_postcopy(channel, driver)
+        source = driver.processes[0]
+        command = command_of(source.pid)
+        since = len(pair.destination.qmp.events)
+        source.kill()
+        await pair.destination.qmp.wait_migration("postcopy-paused", since=since)
+        port = int(channel.target_uri.rpartition(":")[2])
+        for stranger in STRANGERS:
+            for reset in (False, True):
+                connection = await trio.open_tcp_stream("127.0.0.1", port)
+                if stranger:
+                    await connection.send_all(stranger)
+                if reset:
+                    linger = struct.pack("ii", 1, 0)
+                    connection.socket.setsockopt(trio.socket.SOL_SOCKET, trio.socket.SO_LINGER, linger)
+                await connection.aclose()
+                await trio.sleep(0.02)
+        since = len(pair.destination.qmp.events)
+        with started("refault again", command, tmp_path / "again.log"):
+            with trio.fail_after(20):
+                await pair.destination.qmp.wait_migration("postcopy-active", since=since)
+            await pair.destination.wait_progress()
+            await bare.finish(pair.source.qmp)
+            verdict = await compare(GUEST, pair.destination.qmp, pair.source.qmp)
+            assert verdict.right, verdict
 
 
 async def test_a_lost_precopy_leaves_the_guest_at_the_source_and_the_next_migration_works(
