@@ -25,11 +25,12 @@ C_FILES := $(wildcard cext/*.c tests/fuzz/*.c tests/tsan/*.c)
 C_AND_HEADERS := $(CEXT) $(wildcard tests/fuzz/*.c tests/fuzz/*.h tests/tsan/*.c)
 C_WARNINGS := -std=c11 -D_GNU_SOURCE -Wall -Wextra -Wno-unused-parameter -Werror -Icext -fsyntax-only
 
-.PHONY: help build demo test lint bench fuzz tsan dist install clean
+.PHONY: help build demo picture test lint bench fuzz tsan dist install clean
 .NOTPARALLEL:
 
 help:
 	@echo 'make demo     a real migration between two QEMUs, broken and recovered (DEMO="--losses 6")'
+	@echo 'make picture  docs/demo.svg anew, from a run of the demo'
 	@echo 'make test     unit and integration tests (TEST=tests/unit for some of them)'
 	@echo 'make lint     ruff, mypy, clang-format, gcc and clang'
 	@echo 'make bench    benchmarks'
@@ -60,6 +61,11 @@ $(VENV)/.dev: $(VENV)/.installed
 demo: build
 	$(BOOTSTRAP) demo
 	tests/tools/with-userfaultfd $(BIN)/refault demo $(DEMO)
+
+# The README's picture of it, anew.
+picture: build
+	$(BOOTSTRAP) demo
+	tests/tools/with-userfaultfd $(BIN)/python docs/picture.py docs/demo.svg
 
 test: build $(VENV)/.dev
 	$(BOOTSTRAP) test

@@ -46,11 +46,11 @@ async def showing(console: Console, story: Story) -> AsyncIterator[None]:
         )
         yield
         return
-    with Live(_view(story, console.width), console=console, auto_refresh=False, transient=False) as live:
+    with Live(view(story, console.width), console=console, auto_refresh=False, transient=False) as live:
 
         async def refresh() -> None:
             while True:
-                live.update(_view(story, console.width), refresh=True)
+                live.update(view(story, console.width), refresh=True)
                 await trio.sleep(_REFRESH)
 
         try:
@@ -58,10 +58,11 @@ async def showing(console: Console, story: Story) -> AsyncIterator[None]:
                 nursery.start_soon(refresh)
                 yield
         finally:
-            live.update(_view(story, console.width), refresh=True)
+            live.update(view(story, console.width), refresh=True)
 
 
-def _view(story: Story, width: int) -> RenderableType:
+def view(story: Story, width: int) -> RenderableType:
+    """The live view's picture of now, ``width`` columns wide."""
     states = Table.grid(padding=(0, 2))
     for side in SIDES:
         states.add_row(side, _status(story.status(side)))

@@ -27,7 +27,7 @@ h1 { font-size: 1.5rem; margin-bottom: .2rem; } h2 { font-size: 1.1rem; margin-t
 @media (prefers-color-scheme: dark) { .right { color: #5fc18e; } .wrong { color: #f0776a; } }
 table { border-collapse: collapse; width: 100%; } th, td { text-align: left; padding: .25rem .8rem .25rem 0;
   border-bottom: 1px solid var(--line); vertical-align: top; } th { color: var(--soft); font-weight: 500; }
-td.n, th.n { text-align: right; font-variant-numeric: tabular-nums; }
+td:nth-child(2) { white-space: nowrap; } td.n, th.n { text-align: right; font-variant-numeric: tabular-nums; }
 svg { width: 100%; height: auto; display: block; } svg text { font: 12px system-ui, sans-serif; fill: var(--text); }
 svg .soft { fill: var(--soft); } svg .grid { stroke: var(--line); } svg .loss { stroke: #c8402f; stroke-dasharray: 3 3; }
 svg .count { stroke: var(--count); fill: none; stroke-width: 1.5; } svg .under { fill: var(--count); opacity: .18; }
@@ -187,7 +187,7 @@ def _losses(story: Story) -> str:
     heads = (
         "loss",
         "lost by",
-        "requests' bytes lost inside",
+        "bytes lost inside",
         "both active again after",
         *REQUESTS,
     )
