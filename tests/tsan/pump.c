@@ -404,7 +404,8 @@ int main(int argc, char **argv) {
 
         atomic_store(&ending, false);
         for (int side = 0; side < SIDES; side++) {
-            relays[side] = rf_relay_start(side == SOURCE ? RF_RELAY_SOURCE : RF_RELAY_DESTINATION, 64 << 20);
+            relays[side] =
+                rf_relay_start(side == SOURCE ? RF_RELAY_SOURCE : RF_RELAY_DESTINATION, 64 << 20, 5);
             CHECK(relays[side] != NULL);
             for (int i = 0; i < READERS_EACH; i++) {
                 CHECK(pthread_create(&readers[side][i], NULL, reader, relays[side]) == 0);
