@@ -47,7 +47,7 @@ class _Carrier:
     async def command(self, word: str) -> None:
         line = word.encode() + b"\n"
         answer = b""
-        with trio.fail_after(10):
+        with trio.fail_after(30):
             await self._control.send_all(line)
             while answer != line:
                 answer += (more := await self._control.receive_some(len(line) - len(answer)))
@@ -201,7 +201,7 @@ class Channel:
         return inside
 
     async def _replace(self) -> None:
-        with trio.fail_after(20):
+        with trio.fail_after(30):
             await self._spare_there.wait()
         carrier, self._spare = self._spare, None
         if carrier is None:

@@ -135,7 +135,7 @@ async def refault_driver(
             processes.append(process)
             controls.append(control)
         for process, control, side in zip(processes, controls, ("source", "destination"), strict=True):
-            with trio.move_on_after(15):
+            with trio.move_on_after(30):
                 while not (control.exists() and (directory / f"{side}.client").exists()):
                     process.must_run()
                     await trio.sleep(0.01)

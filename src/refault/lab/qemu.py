@@ -42,7 +42,7 @@ class Qemu:
         """How far each vCPU has come, read from outside: no monitor is asked, no page requested."""
         return self.memory.progress(self.guest)
 
-    async def wait_guest(self, timeout: float = 30.0) -> None:
+    async def wait_guest(self, timeout: float = 60.0) -> None:
         """Waits until each vCPU has written to all its pages; raises trio.TooSlowError after ``timeout``
         seconds, or ProcessFailed.
         """
@@ -51,7 +51,7 @@ class Qemu:
                 self.process.must_run()
                 await trio.sleep(0.02)
 
-    async def wait_progress(self, timeout: float = 10.0) -> None:
+    async def wait_progress(self, timeout: float = 30.0) -> None:
         """Waits until each vCPU has come further than now; raises trio.TooSlowError after ``timeout``
         seconds.
         """
@@ -126,7 +126,7 @@ async def start_qemu(
 
 
 async def _own_monitor(stack: contextlib.AsyncExitStack, process: Process, path: Path) -> QmpClient:
-    with trio.move_on_after(10):
+    with trio.move_on_after(30):
         while not path.exists():
             process.must_run()
             await trio.sleep(0.005)

@@ -67,7 +67,7 @@ class QmpClient:
         *,
         oob: bool = False,
         fds: Sequence[int] = (),
-        timeout: float = 10.0,
+        timeout: float = 30.0,
     ) -> Any:
         """Runs one command (``oob``: out-of-band) and gives its return value.
 
@@ -174,7 +174,7 @@ async def _open(address: str) -> trio.SocketStream:
 
 @contextlib.asynccontextmanager
 async def connect(
-    address: str, *, name: str = "", oob: bool = True, wait: float = 10.0
+    address: str, *, name: str = "", oob: bool = True, wait: float = 30.0
 ) -> AsyncIterator[QmpClient]:
     """Connects, waits up to ``wait`` seconds for the listener and its greeting, and negotiates.
 

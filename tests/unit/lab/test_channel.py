@@ -14,7 +14,7 @@ from refault.lab.procnet import is_listening
 
 async def far_end(channel: Channel, port: int) -> trio.SocketListener:
     (listener,) = await trio.open_tcp_listeners(port, host="127.0.0.1")
-    with trio.fail_after(5):
+    with trio.fail_after(20):
         await channel.wait_open()
     return listener
 
@@ -24,7 +24,7 @@ async def connected(
     channel: Channel, listener: trio.SocketListener
 ) -> AsyncIterator[tuple[trio.SocketStream, trio.SocketStream]]:
     async with await trio.open_tcp_stream("127.0.0.1", channel.port) as near:
-        with trio.fail_after(5):
+        with trio.fail_after(20):
             far = await listener.accept()
         async with far:
             yield near, far
@@ -48,7 +48,7 @@ async def test_it_listens_only_where_the_far_end_does(tmp_path: Path) -> None:
         assert not is_listening(channel.port)
         listener = await far_end(channel, port)
         await listener.aclose()
-        with trio.fail_after(2):
+        with trio.fail_after(20):
             while is_listening(channel.port):
                 await trio.sleep(0.005)
         with pytest.raises(OSError, match=r"attempt|refused"):
@@ -82,7 +82,7 @@ async def test_what_both_ends_see_of_a_loss(tmp_path: Path, loss: Loss) -> None:
                 assert await ends[1].receive_some() == b"x"
                 await channel.lose(loss)
                 for end in ends:
-                    with trio.fail_after(5):
+                    with trio.fail_after(20):
                         if loss is Loss.CLOSE:
                             assert await end.receive_some() == b""
                         else:
@@ -114,7 +114,7 @@ async def test_it_is_killed_with_bytes_of_the_return_path_inside_and_is_there_ag
                     except trio.BrokenResourceError:
                         await trio.sleep(5)
                 assert channel.pid != first
-                with trio.fail_after(5):
+                with trio.fail_after(20):
                     await channel.wait_open()
 
 
@@ -123,7 +123,7 @@ async def test_no_request_no_kill(tmp_path: Path) -> None:
         with pytest.raises(trio.TooSlowError):
             await channel.kill(deadline=0.3)
         await near.send_all(b"goes on")
-        with trio.fail_after(5):
+        with trio.fail_after(20):
             assert await far.receive_some() == b"goes on"
 
 
@@ -135,7 +135,7 @@ async def test_silence_tells_nobody_and_ends(tmp_path: Path) -> None:
             await far.receive_some()
         assert silence.cancelled_caught
         channel.thaw()
-        with trio.fail_after(5):
+        with trio.fail_after(20):
             assert await far.receive_some() == b"waits"
 
 
