@@ -67,6 +67,7 @@ async def serve(options: RunOptions) -> None:
                 log.info("%s: %s, ending", options.name, signal.Signals(number).name)
                 notifier.stopping("ending")
                 break
+            vm.stopping = True
             with trio.move_on_after(STOP_PATIENCE):
                 nursery.start_soon(_second_signal, signals, nursery.cancel_scope)
                 await _until_stopping_is_safe(vm, notifier)

@@ -76,6 +76,8 @@ class Vm:
             recover_uris=options.recover_uris,
             state_file=StateFile(options.state_dir, options.name),
         )
+        self.stopping = False
+        """Whether the daemon is about to end: then a lost monitor is no news."""
         self._last_info: QemuInfo | None = None
 
     async def run(self, *, task_status: trio.TaskStatus[None] = trio.TASK_STATUS_IGNORED) -> None:
@@ -155,6 +157,8 @@ class Vm:
         self.migration.start_soon(self._meet, info)
 
     def _on_disconnect(self) -> None:
+        if self.stopping:
+            return
         if process_started(self.migration.qemu_pid) is not None:
             log.warning(
                 "%s: the monitor was lost, but QEMU (pid %s) still runs", self.name, self.migration.qemu_pid
