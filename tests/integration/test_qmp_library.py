@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import subprocess
 import sys
 from pathlib import Path
@@ -44,7 +45,8 @@ async def use(path: str, file: Path) -> list[str]:
         events.append(str(event["event"]))
         if event["event"] == "SHUTDOWN":
             break
-    await client.disconnect()
+    with contextlib.suppress(EOFError):  # the library tells of an end of file that came before: QEMU has quit
+        await client.disconnect()
     return events
 
 
