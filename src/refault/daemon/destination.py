@@ -241,10 +241,9 @@ class Destination:
                 raise NotPausedYet from None
             raise
         await self._migration.issued()
-        while self._migration.policy.state in (State.OPEN, State.HANDSHAKE):
-            await trio.sleep(ADDRESS_TIMEOUT)
-            if self._migration.policy.state is State.OPEN:
-                raise AttemptFailed(f"the source did not come to {endpoint.uri} in {ADDRESS_TIMEOUT:g} s")
+        await trio.sleep(ADDRESS_TIMEOUT)  # a recovery ends this attempt, and so this wait
+        if self._migration.policy.state is State.OPEN:
+            raise AttemptFailed(f"the source did not come to {endpoint.uri} in {ADDRESS_TIMEOUT:g} s")
 
     async def _recover(self, uri: str) -> None:
         migration = self._migration

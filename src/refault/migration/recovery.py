@@ -74,7 +74,7 @@ class Action(enum.Enum):
 
 S, E, A = State, Event, Action
 
-_RECOVERED = (A.COUNT_RECOVERY, A.RESET_BACKOFF)
+_RECOVERED = (A.COUNT_RECOVERY, A.RESET_BACKOFF, A.CANCEL_ATTEMPT)
 _AGAIN = (A.CANCEL_ATTEMPT, A.TIMER_BACKOFF)
 
 TABLE: dict[tuple[State, Event], tuple[State, tuple[Action, ...]]] = {

@@ -39,6 +39,13 @@ def test_a_loss_that_the_relay_sees_first() -> None:
     assert actions.count(Action.COUNT_RECOVERY) == 1
 
 
+def test_a_recovery_ends_the_attempt_so_that_the_next_need_not_wait_for_it() -> None:
+    for target, (state, actions) in TABLE.items():
+        if Action.COUNT_RECOVERY in actions:
+            assert state is State.RUNNING, target
+            assert Action.CANCEL_ATTEMPT in actions, target
+
+
 def test_a_loss_that_only_qemu_tells() -> None:
     policy, actions = after([Event.STARTED, Event.PAUSED, Event.ISSUED, Event.ACTIVE])
     assert policy.state is State.RUNNING
