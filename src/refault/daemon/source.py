@@ -85,11 +85,13 @@ class Source:
     async def client_resumes(self, command: WatchedCommand) -> Forward | Answer:
         """A client recovers by hand: our attempt makes way, and its channel goes through the relay if it can.
 
-        Where a handshake is under way its outcome stands: QEMU refuses the command by itself.
+        Where a channel works or a handshake is under way that stands: QEMU refuses the command by itself.
         """
         migration = self._migration
         log.info("%s: a client recovers the source by hand", migration.name)
-        if migration.policy.state in (State.OPEN, State.HANDSHAKE, State.HELD):
+        state = migration.policy.state
+        works = state is State.RUNNING and migration.cost_of_stopping() is not None
+        if works or state in (State.OPEN, State.HANDSHAKE, State.HELD):
             return Forward()
         migration.feed(Event.CLIENT_RECOVERS)
         endpoint = endpoint_of(command.arguments)
