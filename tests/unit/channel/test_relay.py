@@ -1,5 +1,6 @@
 """The pump, between sockets that this test holds the other ends of."""
 
+import contextlib
 import os
 import socket
 import struct
@@ -303,3 +304,49 @@ def test_an_idle_pump_costs_nothing() -> None:
         spent = time.process_time()
         time.sleep(0.5)
         assert time.process_time() - spent < 0.05
+
+
+def test_the_first_look_shows_what_is_there() -> None:
+    relay = Relay(Role.SOURCE)
+    local, qemu = socket.socketpair()
+    far, host = tcp_pair()
+    with contextlib.closing(relay), qemu:
+        relay.attach(local.detach(), far.detach(), recovered=False, may_replay=True)
+        host.close()
+        time.sleep(0.2)
+        view = relay.look()
+        assert view.channel == 1
+        assert view.far.lost
+
+
+@pytest.mark.parametrize(
+    "use",
+    [
+        Relay.look,
+        Relay.passed,
+        Relay.opaque_reason,
+        Relay.pages,
+        Relay.blocks,
+        Relay.latency,
+        Relay.complete,
+        lambda relay: relay.close_channel(1),
+    ],
+)
+def test_a_closed_relay_is_an_error_not_a_crash(use: Callable[[Relay], object]) -> None:
+    relay = Relay(Role.SOURCE)
+    relay.close()
+    relay.close()
+    assert relay.closed
+    with pytest.raises(ValueError, match="closed"):
+        use(relay)
+
+
+@pytest.mark.parametrize("kept", [True, False])
+def test_a_duplicated_leg_ends_with_the_relay_unless_it_is_kept(kept: bool) -> None:
+    relay = Relay(Role.DESTINATION)
+    local, qemu = socket.socketpair()
+    far, host = tcp_pair()
+    with contextlib.closing(relay), qemu, host, local.dup():
+        relay.attach(local.detach(), far.detach(), recovered=False, may_replay=True)
+        relay.close(keep_local=kept)
+        assert nothing_comes(qemu) is kept

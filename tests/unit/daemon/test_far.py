@@ -1,6 +1,7 @@
 """The far leg: what is let in, judged by its first bytes."""
 
 import contextlib
+import socket
 import struct
 
 import pytest
@@ -85,6 +86,43 @@ async def test_one_that_says_nothing_stops_nobody(nursery: trio.Nursery) -> None
         await door.came.wait()
     silent.close()
     loud.close()
+
+
+async def test_connections_that_break_at_once_stop_nobody(nursery: trio.Nursery) -> None:
+    door, endpoint = await open_door(nursery)
+    for _ in range(
+        20
+    ):  # reset before the listener has come to it: not even its peer's name is known any more
+        connection = socket.create_connection((endpoint.host, endpoint.port))
+        connection.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
+        connection.close()
+    await trio.sleep(0.01)
+    later = await far.connect(endpoint, 5)
+    await later.send(b"QEVM")
+    with trio.fail_after(5):
+        await door.came.wait()
+    assert door.offered == [(Kind.FRESH, b"QEVM")]
+    later.close()
+
+
+@pytest.mark.parametrize("error", [OSError("it broke"), RuntimeError("a mistake of ours")])
+async def test_an_offer_that_fails_stops_nobody(nursery: trio.Nursery, error: Exception) -> None:
+    offers = 0
+
+    async def offer(connection: trio.socket.SocketType, kind: Kind) -> None:
+        nonlocal offers
+        offers += 1
+        raise error
+
+    listener = await FarListener.bind(ANY_PORT)
+    nursery.start_soon(listener.serve, offer)
+    for _ in range(2):
+        connection = await far.connect(listener.endpoint, 5)
+        await connection.send(b"QEVM")
+        with trio.fail_after(5), contextlib.suppress(ConnectionResetError):
+            assert await connection.recv(1) == b""
+        connection.close()
+    assert offers == 2
 
 
 async def test_an_address_in_use_is_never_another_port() -> None:

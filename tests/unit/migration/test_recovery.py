@@ -77,6 +77,40 @@ def test_a_clients_pause_counts_though_its_reply_comes_late(seen: list[Event]) -
     assert actions.count(Action.COUNT_LOSS) == 1
 
 
+BY_CLIENT = [Event.STARTED, Event.CHANNEL_LOST, Event.CLIENT_RECOVERS]
+OPEN = [Event.STARTED, Event.PAUSED, Event.ISSUED]
+
+
+@pytest.mark.parametrize(
+    ("before", "event", "state", "actions"),
+    [
+        (BY_CLIENT, Event.TIMER, State.ATTEMPTING, (Action.ATTEMPT,)),
+        (BY_CLIENT, Event.CLIENT_RECOVERS, State.BY_CLIENT, (Action.TIMER_CLIENT,)),
+        (BY_CLIENT, Event.ATTEMPT_FAILED, State.YIELDED, (Action.TIMER_CLIENT,)),
+        (BY_CLIENT, Event.CHANNEL_LOST, State.YIELDED, (Action.TIMER_CLIENT,)),
+        (BY_CLIENT, Event.PAUSED, State.BY_CLIENT, ()),
+        (OPEN, Event.PAUSED, State.OPEN, ()),
+        (OPEN, Event.TIMER, State.OPEN, ()),
+        (OPEN, Event.NOT_YET, State.OPEN, ()),
+        (OPEN, Event.ATTEMPT_FAILED, State.WAITING, (Action.TIMER_BACKOFF,)),
+        (OPEN, Event.CHANNEL_LOST, State.WAITING, (Action.CANCEL_ATTEMPT, Action.TIMER_BACKOFF)),
+        (OPEN, Event.CLIENT_PAUSED, State.YIELDED, (Action.CANCEL_ATTEMPT, Action.TIMER_CLIENT)),
+        (
+            [*OPEN, Event.RECOVERING],
+            Event.PAUSED,
+            State.WAITING,
+            (Action.CANCEL_ATTEMPT, Action.TIMER_BACKOFF),
+        ),
+    ],
+)
+def test_no_state_waits_for_what_will_not_come(
+    before: list[Event], event: Event, state: State, actions: tuple[Action, ...]
+) -> None:
+    policy, _ = after(before)
+    assert policy.handle(event) == actions
+    assert policy.state is state
+
+
 def test_a_client_that_pauses_is_waited_for_and_then_not() -> None:
     policy, actions = after([Event.STARTED, Event.CLIENT_PAUSED, Event.PAUSED, Event.CHANNEL_LOST])
     assert policy.state is State.YIELDED

@@ -1,0 +1,226 @@
+"""Commands, connections and ends that come at the wrong moment: no guest, no QEMU and no refault is lost."""
+
+from __future__ import annotations
+
+import contextlib
+import signal
+import struct
+import sys
+from collections.abc import AsyncIterator
+from pathlib import Path
+
+import pytest
+import trio
+from tests.integration.test_main_job import GUEST, begin_postcopy, command_of, fronted
+
+from refault.lab import bare, qmp_client
+from refault.lab.channel import Channel
+from refault.lab.driver import RefaultDriver
+from refault.lab.memory import compare
+from refault.lab.process import started
+from refault.lab.qemu import Pair, Qemu, start_qemu
+from refault.lab.qmp_client import QmpClient, QmpError
+
+pytestmark = [pytest.mark.qemu, pytest.mark.timeout(90)]
+
+SETTLES = 0.5
+"""Seconds after which a QEMU that saw the end of a descriptor it listens on is surely gone."""
+
+# The first migrate-recover is on its way to QEMU when the attempt ends.
+RECOVER_INTERRUPTED = """
+import sys
+from refault.daemon.destination import Destination
+from refault.migration.recovery import Event
+recover, seen = Destination._recover, []
+async def interrupted(self, uri):
+    if not seen:
+        seen.append(uri)
+        {interruption}
+    await recover(self, uri)
+Destination._recover = interrupted
+from refault.cli.main import main
+sys.exit(main())
+"""
+INTERRUPTIONS = {
+    "cancelled": """
+        async def lost():
+            self._migration.feed(Event.CHANNEL_LOST)
+        self._migration.start_soon(lost)
+""",
+    "not-answered": """
+        await self._migration.monitor.execute("migrate-recover", {"uri": uri}, oob=True, timeout=0.0)
+""",
+}
+
+
+async def all_ends_well(pair: Pair, driver: RefaultDriver, source: QmpClient | None = None) -> None:
+    """Completes; neither that nor the end of both refaults harms the destination, whose memory is right."""
+    await pair.destination.wait_progress()
+    await bare.finish(source or driver.source)
+    await trio.sleep(SETTLES)
+    for process in driver.processes:
+        await process.stop()
+    await trio.sleep(SETTLES)
+    pair.destination.process.must_run()
+    verdict = await compare(GUEST, pair.destination.qmp, pair.source.qmp)
+    assert verdict.right, verdict
+
+
+async def is_active(pair: Pair) -> None:
+    """Both ends, within 20 s; the destination by what its guest does, for it may not answer."""
+    with trio.fail_after(20):
+        await bare.wait_status(pair.source.qmp, "postcopy-active")
+    await pair.destination.wait_progress(20)
+
+
+@contextlib.asynccontextmanager
+async def new_destination(pair: Pair, directory: Path) -> AsyncIterator[tuple[Qemu, QmpClient]]:
+    """Another QEMU in the place of the destination's, and a client at the refault in front of it."""
+    pair.destination.process.kill()
+    async with (
+        start_qemu(GUEST, directory, "dst", incoming="defer") as qemu,
+        qmp_client.connect(str(directory / "destination.client")) as client,
+    ):
+        yield qemu, client
+
+
+@pytest.mark.parametrize("how", INTERRUPTIONS)
+async def test_a_recover_that_is_interrupted_leaves_no_end_to_be_seen(tmp_path: Path, how: str) -> None:
+    script = RECOVER_INTERRUPTED.format(interruption=INTERRUPTIONS[how].strip())
+    async with fronted(tmp_path, [sys.executable, "-c", script]) as (pair, channel, driver):
+        await begin_postcopy(channel, driver)
+        since = len(pair.destination.qmp.events)
+        await channel.reset()
+        with trio.fail_after(20):
+            await pair.destination.qmp.wait_migration("postcopy-active", since=since)
+        await all_ends_well(pair, driver)
+
+
+async def test_a_destination_that_pauses_by_itself_sees_no_end_of_a_leg(tmp_path: Path) -> None:
+    async with fronted(tmp_path) as (pair, channel, driver):
+        await begin_postcopy(channel, driver)
+        for _ in range(5):
+            await trio.sleep(0.2)
+            since = len(pair.destination.qmp.events)
+            await pair.destination.qmp.execute("migrate-pause", oob=True)
+            with trio.fail_after(20):
+                await pair.destination.qmp.wait_migration("postcopy-active", since=since)
+                await bare.wait_status(pair.source.qmp, "postcopy-active")
+        await all_ends_well(pair, driver)
+
+
+async def test_a_refault_that_is_stopped_while_qemu_waits_for_the_source(tmp_path: Path) -> None:
+    async with fronted(tmp_path) as (pair, channel, driver):
+        await begin_postcopy(channel, driver)
+        port = int(channel.target_uri.rpartition(":")[2])
+        await channel.retarget()
+        await channel.reset()
+        with trio.fail_after(20):
+            while (await driver.statuses())[-1].recovery.attempts == 0:
+                await trio.sleep(0.02)
+        process = driver.processes[1]
+        command = command_of(process.pid)
+        assert await process.stop(grace=20) == 0
+        await trio.sleep(SETTLES)
+        pair.destination.process.must_run()
+        await channel.retarget(port)
+        with started("refault again", command, tmp_path / "again.log") as again:
+            await is_active(pair)
+            driver.processes = [driver.processes[0], again]
+            await all_ends_well(pair, driver)
+
+
+async def test_a_second_migration_is_qemus_to_refuse_and_harms_nothing(tmp_path: Path) -> None:
+    async with fronted(tmp_path) as (pair, channel, driver):
+        await begin_postcopy(channel, driver)
+        with trio.fail_after(20):
+            with pytest.raises(QmpError, match="migration process in progress"):
+                await driver.source.execute("migrate", {"uri": channel.uri})
+            with pytest.raises(QmpError, match="already been started"):
+                await driver.destination.execute("migrate-incoming", {"uri": channel.target_uri})
+            with pytest.raises(QmpError, match="no paused migration"):
+                await driver.source.execute("migrate", {"uri": channel.uri, "resume": True})
+        for vm in await driver.statuses():
+            assert (vm.migration.relay, vm.recovery.losses) == ("tracking", 0)
+        await all_ends_well(pair, driver)
+
+
+async def knock(channel: Channel) -> None:
+    """Connects to the migration's address and resets, again and again."""
+    port = int(channel.target_uri.rpartition(":")[2])
+    while True:
+        with contextlib.suppress(OSError):
+            connection = await trio.open_tcp_stream("127.0.0.1", port)
+            linger = struct.pack("ii", 1, 0)
+            connection.socket.setsockopt(trio.socket.SOL_SOCKET, trio.socket.SO_LINGER, linger)
+            connection.socket.close()
+        await trio.sleep(0.01)
+
+
+async def test_connections_that_are_reset_at_once_harm_nothing(tmp_path: Path) -> None:
+    async with fronted(tmp_path) as (pair, channel, driver):
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(knock, channel)
+            await begin_postcopy(channel, driver)
+            await trio.sleep(0.3)
+            since = len(pair.destination.qmp.events)
+            await channel.reset()
+            with trio.fail_after(20):
+                await pair.destination.qmp.wait_migration("postcopy-active", since=since)
+            nursery.cancel_scope.cancel()
+        for process in driver.processes:
+            process.must_run()
+        await all_ends_well(pair, driver)
+
+
+async def test_a_qemu_killed_before_the_migration_is_followed_by_the_next(tmp_path: Path) -> None:
+    async with fronted(tmp_path) as (pair, channel, driver):
+        await driver.destination.execute("migrate-incoming", {"uri": channel.target_uri})
+        async with new_destination(pair, tmp_path) as (destination, client):
+            driver.processes[1].must_run()
+            await bare.start_postcopy(driver.source, client, channel, bandwidth=1 << 20)
+            await all_ends_well(Pair(pair.source, destination), driver)
+
+
+async def test_a_clients_resume_in_our_own_handshake_is_qemus_to_refuse(tmp_path: Path) -> None:
+    async with fronted(tmp_path) as (pair, channel, driver):
+        await begin_postcopy(channel, driver)
+        driver.processes[1].signal(signal.SIGSTOP)
+        await channel.reset()
+        with trio.fail_after(8):
+            await bare.wait_status(pair.source.qmp, "postcopy-recover")
+            with pytest.raises(QmpError, match="no paused migration"):
+                await driver.source.execute("migrate", {"uri": channel.uri, "resume": True})
+        driver.processes[1].signal(signal.SIGCONT)
+        await is_active(pair)
+        pair.destination.process.must_run()
+        assert [vm.migration.relay for vm in await driver.statuses()] == ["tracking", "tracking"]
+        await all_ends_well(pair, driver)
+
+
+def descriptors(driver: RefaultDriver) -> list[int]:
+    return [len(list(Path(f"/proc/{process.pid}/fd").iterdir())) for process in driver.processes]
+
+
+async def test_migrations_in_a_row_leave_nothing_behind(tmp_path: Path) -> None:
+    async with fronted(tmp_path) as (pair, channel, driver), contextlib.AsyncExitStack() as stack:
+        destination, client = pair.destination, driver.destination
+        held: list[list[int]] = []
+        for _ in range(3):
+            await bare.set_capabilities(driver.source, *bare.CAPABILITIES)
+            await bare.set_capabilities(client, *bare.CAPABILITIES)
+            await driver.source.execute("migrate-set-parameters", {"max-bandwidth": 1 << 20})
+            await client.execute("migrate-incoming", {"uri": channel.target_uri})
+            await channel.wait_open()
+            await driver.source.execute("migrate", {"uri": channel.uri})
+            with trio.fail_after(20):
+                await bare.wait_status(driver.source, "active")
+                await driver.source.execute("migrate_cancel")
+                await bare.wait_status(driver.source, "cancelled")
+            pair = Pair(pair.source, destination)
+            destination, client = await stack.enter_async_context(new_destination(pair, tmp_path))
+            await trio.sleep(SETTLES)
+            held.append(descriptors(driver))
+        assert held[2] == held[1]
+        await bare.start_postcopy(driver.source, client, channel, bandwidth=1 << 20)
+        await all_ends_well(Pair(pair.source, destination), driver)
