@@ -1,12 +1,12 @@
 """The network between the two ends of a migration, as a process that can be killed: it forwards TCP
 connections.
 
-    python -m refault.lab.carrier --listen HOST:PORT --connect HOST:PORT
+    python -m refault.lab.carrier --listen HOST:PORT --connect HOST:PORT [--far-pid PID]
 
-It behaves as a network does: while nobody listens at the far end it does not listen either (it looks into the
-kernel's table, for a connection made only to see kills a QEMU), and it connects there as soon as it has
-accepted. Commands come as lines on standard input, which is a socket, and each is answered there by the same
-line when it is done:
+PID is a process in the far end's network namespace, where that is another one. It behaves as a network does:
+while nobody listens at the far end it does not listen either (it looks into the kernel's table, for a
+connection made only to see kills a QEMU), and it connects there as soon as it has accepted. Commands come as
+lines on standard input, which is a socket, and each is answered there by the same line when it is done:
 
     ready    nothing: it can take commands
     target N connect to port N of the far end from now on
@@ -14,6 +14,11 @@ line when it is done:
     open     start to forward (before that it holds no port: a spare one waits like this)
     reset    break all connections, both sides see a reset
     close    close all connections: the sides see an orderly end
+    cut WHEN HOW WAY N PATTERN
+             reset or close (HOW) one connection, once, when N bytes have passed after PATTERN, a regular
+             expression over bytes, in hexadecimal; WAY is forward (to the far end) or backward; of those that
+             are there `now`, or of the `next` ones. Nothing that comes later is passed on
+    cut-done nothing: it is answered when that cut has been made
 
 It ends when its standard input does.
 """
@@ -22,10 +27,12 @@ from __future__ import annotations
 
 import argparse
 import os
+import re
 import selectors
 import socket
 import struct
 import time
+from dataclasses import dataclass
 
 from .procnet import listeners
 
@@ -33,6 +40,52 @@ _CHUNK = 64 << 10
 _POLL = 0.005
 _POLL_CLOSED = 0.002  # somebody may be waiting
 _CONNECT_DEADLINE = 5.0
+_LONGEST_MATCH = 64
+
+
+@dataclass(frozen=True)
+class _Cut:
+    """Where a connection is to be broken, and how."""
+
+    reset: bool
+    forward: bool
+    extra: int
+    pattern: re.Pattern[bytes]
+
+    @classmethod
+    def parse(cls, how: bytes, way: bytes, extra: bytes, pattern: bytes) -> _Cut:
+        expression = re.compile(bytes.fromhex(pattern.decode()), re.DOTALL)
+        return cls(how == b"reset", way == b"forward", int(extra), expression)
+
+
+class _Watch:
+    """A cut on its way through one connection."""
+
+    def __init__(self, cut: _Cut) -> None:
+        self.cut = cut
+        self._seen = b""
+        self._left: int | None = None
+
+    def allowed(self, data: bytes) -> bytes:
+        """What of ``data`` may still pass; ``due`` says whether that was the last."""
+        passes = len(data)
+        if self._left is None:
+            found = self.cut.pattern.search(self._seen + data)
+            if found is None:
+                self._seen = (self._seen + data)[-_LONGEST_MATCH:]
+                return data
+            end = max(found.end() - len(self._seen), 0)
+            passes = end + self.cut.extra
+            self._left = self.cut.extra - (len(data) - end)
+        else:
+            passes = self._left
+            self._left -= len(data)
+        return data[:passes]
+
+    @property
+    def due(self) -> bool:
+        """Whether all that may pass has been read."""
+        return self._left is not None and self._left <= 0
 
 
 class _End:
@@ -47,13 +100,18 @@ class _End:
         self.finished = False  # nothing more will be read from this socket
         self.shut = False  # and its peer has been told
         self.interest = 0
+        self.watch: _Watch | None = None  # over what is read from this socket
+        self.near = False  # accepted, not connected
 
 
 class Carrier:
     """The forwarder: one thread, nothing blocks but the connection to the far end, which has a deadline."""
 
-    def __init__(self, listen: tuple[str, int], connect: tuple[str, int]) -> None:
+    def __init__(
+        self, listen: tuple[str, int], connect: tuple[str, int], far_pid: int | str = "self"
+    ) -> None:
         self._listen = listen
+        self._far_pid = far_pid
         self._connect = connect
         self._ports = [connect[1]]
         self._inodes: set[int] = set()
@@ -64,6 +122,8 @@ class Carrier:
         self._opened = False
         self._ends: list[_End] = []
         self._commands = b""
+        self._cut: _Cut | None = None
+        self._cut_asked = False
 
     def run(self) -> None:
         """Forwards until standard input ends."""
@@ -101,7 +161,10 @@ class Carrier:
 
     def _find_far_end(self) -> bool:
         for port in self._ports:
-            found = listeners(port) - (self._used or set())
+            try:
+                found = listeners(port, self._far_pid) - (self._used or set())
+            except OSError:  # the process that stands for the far end has died
+                return False
             if found:
                 self._connect = (self._connect[0], port)
                 self._inodes = found
@@ -131,8 +194,29 @@ class Carrier:
             elif line in (b"reset", b"close"):
                 while self._ends:
                     self._drop(self._ends[0], reset=line == b"reset")
+            elif line.startswith(b"cut "):
+                _, when, *rest = line.split(b" ")
+                self._cut = _Cut.parse(*rest)
+                for end in self._ends if when == b"now" else ():
+                    self._watch_for_cut(end)
+            elif line == b"cut-done" and self._cut is not None:
+                self._cut_asked = True
+                continue
             os.write(0, line + b"\n")
         return bool(data)
+
+    def _watch_for_cut(self, end: _End) -> None:
+        if self._cut is not None and end.near is self._cut.forward:
+            end.watch = _Watch(self._cut)
+
+    def _make_cut(self, end: _End, cut: _Cut) -> None:
+        self._drop(end, reset=cut.reset)
+        self._cut = None
+        for other in self._ends:
+            other.watch = None
+        if self._cut_asked:
+            self._cut_asked = False
+            os.write(0, b"cut-done\n")
 
     def _accept(self) -> None:
         if self._listener is None:
@@ -151,6 +235,9 @@ class Carrier:
             self._look_again = 0.0
         one, other = _End(near), _End(far)
         one.peer, other.peer = other, one
+        one.near = True
+        for end in (one, other):
+            self._watch_for_cut(end)
         self._ends += [one, other]
         self._watch(one)
         self._watch(other)
@@ -164,8 +251,15 @@ class Carrier:
             if mask & selectors.EVENT_READ and not end.peer.pending and not end.finished:
                 data = end.sock.recv(_CHUNK)
                 end.finished = not data
+                if end.watch is not None:
+                    data = end.watch.allowed(data)
+                    end.finished = end.finished or end.watch.due
                 if data:
                     end.peer.pending = data[_send(end.peer.sock, data) :]
+            for reader in (end, end.peer):
+                if reader.watch is not None and reader.watch.due and not reader.peer.pending:
+                    self._make_cut(reader, reader.watch.cut)
+                    return
             if end.finished and not end.shut and not end.peer.pending:
                 end.peer.sock.shutdown(socket.SHUT_WR)
                 end.shut = True
@@ -230,8 +324,9 @@ def main() -> None:
     parser = argparse.ArgumentParser(prog="refault.lab.carrier")
     parser.add_argument("--listen", type=_address, required=True)
     parser.add_argument("--connect", type=_address, required=True)
+    parser.add_argument("--far-pid", default="self")
     arguments = parser.parse_args()
-    Carrier(arguments.listen, arguments.connect).run()
+    Carrier(arguments.listen, arguments.connect, arguments.far_pid).run()
 
 
 if __name__ == "__main__":

@@ -8,9 +8,10 @@ import random
 import signal
 import socket
 import sys
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Literal
 
 import trio
 
@@ -38,16 +39,47 @@ class Lost:
     bytes_inside: int = 0
 
 
+@dataclass(frozen=True)
+class Cut:
+    """A loss at a place in the stream: when ``extra`` bytes have passed after ``pattern`` was first met.
+
+    ``pattern`` is a regular expression over bytes, of matches up to 64 bytes; ``forward`` is from the source
+    to the destination. ``connection`` says whether those that are open now are cut, or one of the next.
+    """
+
+    loss: Literal[Loss.RESET, Loss.CLOSE]
+    forward: bool
+    pattern: bytes
+    extra: int = 0
+    connection: Literal["now", "next"] = "next"
+
+    def command(self) -> str:
+        """As the carrier takes it."""
+        way = "forward" if self.forward else "backward"
+        return f"cut {self.connection} {self.loss.value} {way} {self.extra} {self.pattern.hex()}"
+
+
+@dataclass(frozen=True)
+class Between:
+    """Where the carrier stands: started with ``prefix`` in the source's network namespace, it connects to
+    ``far_host`` (by default its own), in the namespace of the process ``far_pid``.
+    """
+
+    prefix: Sequence[str] = ()
+    far_host: str | None = None
+    far_pid: int | None = None
+
+
 class _Carrier:
     def __init__(self, process: Process, control: trio.SocketStream) -> None:
         self.process = process
         self.killed = False
         self._control = control
 
-    async def command(self, word: str) -> None:
+    async def command(self, word: str, deadline: float = 30) -> None:
         line = word.encode() + b"\n"
         answer = b""
-        with trio.fail_after(30):
+        with trio.fail_after(deadline):
             await self._control.send_all(line)
             while answer != line:
                 answer += (more := await self._control.receive_some(len(line) - len(answer)))
@@ -68,9 +100,12 @@ class Channel:
         host: str,
         port: int,
         target: int,
+        between: Between,
     ) -> None:
-        self.host = host
+        self.host = between.far_host or host
         self.port = port
+        self._near_host = host
+        self._between = between
         self._nursery = nursery
         self._processes = processes
         self._directory = directory
@@ -90,7 +125,7 @@ class Channel:
     @property
     def uri(self) -> str:
         """What the source's `migrate` is given."""
-        return f"tcp:{self.host}:{self.port}"
+        return f"tcp:{self._near_host}:{self.port}"
 
     @property
     def target_uri(self) -> str:
@@ -120,7 +155,7 @@ class Channel:
         """Waits until the channel accepts, which it does when the destination does; the deadline is the
         caller's.
         """
-        while not is_listening(self.port):
+        while not is_listening(self.port, self.pid):
             await trio.sleep(0.001)
 
     @property
@@ -143,6 +178,17 @@ class Channel:
     async def close(self) -> Lost:
         """Ends all connections: both ends see an orderly end."""
         return await self.lose(Loss.CLOSE)
+
+    async def cut_at(self, cut: Cut) -> None:
+        """Arms the carrier to lose a channel at a place in the stream, in place of a cut not made yet."""
+        await self._running().command(cut.command())
+
+    async def was_cut(self, cut: Cut, deadline: float = 10.0) -> Lost:
+        """Waits for the cut that was armed; raises trio.TooSlowError after ``deadline`` seconds, and then the
+        channel is to be thrown away.
+        """
+        await self._running().command("cut-done", deadline)
+        return Lost(cut.loss, trio.current_time())
 
     async def kill(self, *, request_inside: bool = True, deadline: float = 20.0) -> Lost:
         """Kills the carrier, by default when unread bytes of the return path (page requests) are inside it.
@@ -179,7 +225,8 @@ class Channel:
 
     def _pass_over_listeners(self) -> None:
         ports = (self._target, *self._others)
-        used = set().union(*map(listeners, ports)) or {0}
+        far_pid = self._between.far_pid or "self"
+        used = set().union(*(listeners(port, far_pid) for port in ports)) or {0}
         self._aim = f"once {' '.join(map(str, ports))} {','.join(map(str, used))}"
 
     def _running(self) -> _Carrier:
@@ -216,8 +263,10 @@ class Channel:
         """One carrier's life: a spare until it is opened, until it is killed."""
         ours, theirs = socket.socketpair()
         self._count += 1
-        command = [sys.executable, "-m", "refault.lab.carrier", "--listen", f"{self.host}:{self.port}"]
-        command += ["--connect", f"{self.host}:{self._target}"]
+        command = [*self._between.prefix, sys.executable, "-m", "refault.lab.carrier"]
+        command += ["--listen", f"{self._near_host}:{self.port}", "--connect", f"{self.host}:{self._target}"]
+        if self._between.far_pid is not None:
+            command += ["--far-pid", str(self._between.far_pid)]
         log = self._directory / f"carrier{self._count}.log"
         async with trio.SocketStream(trio.socket.from_stdlib_socket(ours)) as control:
             with theirs:
@@ -234,14 +283,17 @@ class Channel:
 
 
 @contextlib.asynccontextmanager
-async def start_channel(directory: Path, target: int, *, host: str = "127.0.0.1") -> AsyncIterator[Channel]:
+async def start_channel(
+    directory: Path, target: int, *, host: str = "127.0.0.1", between: Between | None = None
+) -> AsyncIterator[Channel]:
     """Starts a channel to the destination's port ``target`` on ``host``; ended when the block is left.
 
-    A carrier that ends without having been told to makes the block fail with ProcessFailed.
+    ``between``: where the carrier stands, when the two ends have networks of their own; ``host`` is the
+    source's. A carrier that ends without having been told to makes the block fail with ProcessFailed.
     """
     with contextlib.ExitStack() as processes:
         async with background() as nursery:
-            channel = Channel(nursery, processes, directory, host, free_port(), target)
+            channel = Channel(nursery, processes, directory, host, free_port(), target, between or Between())
             await channel.begin()
             yield channel
 

@@ -112,18 +112,26 @@ async def bare_driver(pair: Pair, channel: Channel, *, by_hand: bool = True) -> 
 
 @contextlib.asynccontextmanager
 async def refault_driver(
-    pair: Pair, channel: Channel, directory: Path, *, relay: Relay = "auto", command: Sequence[str] = REFAULT
+    pair: Pair,
+    channel: Channel,
+    directory: Path,
+    *,
+    relay: Relay = "auto",
+    command: Sequence[str] = REFAULT,
+    prefixes: tuple[Sequence[str], Sequence[str]] = ((), ()),
 ) -> AsyncIterator[RefaultDriver]:
     """Starts a `refault run` at each QEMU, with its files in ``directory``, and connects a client to each.
 
-    ``command`` is how refault is started. Raises ProcessFailed, with what it said, when one does not start.
+    ``command`` is how refault is started, ``prefixes`` what comes before it at the source and at the
+    destination. Raises ProcessFailed, with what it said, when one does not start.
     """
     recover_port = free_port() if relay == "off" else None
     processes: list[Process] = []
     clients: list[QmpClient] = []
     controls: list[Path] = []
     async with contextlib.AsyncExitStack() as stack:
-        for side, qemu in (("source", pair.source), ("destination", pair.destination)):
+        ends = ("source", pair.source, prefixes[0]), ("destination", pair.destination, prefixes[1])
+        for side, qemu, prefix in ends:
             listen, control, state = (directory / f"{side}.{kind}" for kind in ("client", "control", "state"))
             state.mkdir(mode=0o700, exist_ok=True)
             arguments = ["run", "--qemu", qemu.monitor, "--listen", f"unix:{listen}", "--name", side]
@@ -131,7 +139,7 @@ async def refault_driver(
             if side == "destination" and recover_port is not None:
                 arguments += ["--recover-uri", f"tcp:{channel.host}:{recover_port}"]
             log = directory / f"refault-{side}.log"
-            process = stack.enter_context(started(f"refault ({side})", [*command, *arguments], log))
+            process = stack.enter_context(started(f"refault ({side})", [*prefix, *command, *arguments], log))
             processes.append(process)
             controls.append(control)
         for process, control, side in zip(processes, controls, ("source", "destination"), strict=True):

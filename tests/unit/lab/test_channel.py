@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import contextlib
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from pathlib import Path
@@ -7,7 +8,7 @@ from pathlib import Path
 import pytest
 import trio
 
-from refault.lab.channel import Channel, Loss, free_port, start_channel
+from refault.lab.channel import Channel, Cut, Loss, free_port, start_channel
 from refault.lab.process import ProcessFailed
 from refault.lab.procnet import is_listening
 
@@ -158,3 +159,46 @@ async def test_a_carrier_that_dies_by_itself_is_a_failure(tmp_path: Path) -> Non
 
     with pytest.raises(ProcessFailed, match="carrier was ended by SIGKILL"):
         await use()
+
+
+@pytest.mark.parametrize("chunks", [1, 7, 4096])
+@pytest.mark.parametrize("forward", [True, False])
+async def test_a_cut_at_a_place_in_the_stream(tmp_path: Path, forward: bool, chunks: int) -> None:
+    data = b"x" * 100 + b"\x08\x00\x09\x00\x00" + b"y" * 1000
+    cut = Cut(Loss.CLOSE, forward, rb"\x08\x00\x09..", extra=20)
+    port = free_port()
+    async with start_channel(tmp_path, port) as channel, await far_end(channel, port) as listener:
+        async with connected(channel, listener) as (near, _):
+            await channel.cut_at(cut)  # of the next connection, not of this one
+            await near.send_all(data)
+            async with connected(channel, listener) as ends:
+                writer, reader = ends if forward else ends[::-1]
+                for at in range(0, len(data), chunks):
+                    with contextlib.suppress(trio.BrokenResourceError):
+                        await writer.send_all(data[at : at + chunks])
+                await channel.was_cut(cut)
+                received = b""
+                with trio.fail_after(5):
+                    while more := await reader.receive_some():
+                        received += more
+                assert received == data[:125]
+        async with connected(channel, listener) as (near, far):
+            await near.send_all(data)  # it is made once
+            received = b""
+            with trio.fail_after(5):
+                while len(received) < len(data):
+                    received += await far.receive_some()
+
+
+async def test_a_cut_of_the_connection_that_is_there(tmp_path: Path) -> None:
+    cut = Cut(Loss.RESET, True, b"end", connection="now")
+    async with carried(tmp_path) as (channel, near, far):
+        await channel.cut_at(cut)
+        await near.send_all(b"not the e")
+        assert await far.receive_some() == b"not the e"
+        await near.send_all(b"nd")
+        assert await far.receive_some() == b"nd"
+        await channel.was_cut(cut)
+        for end in (near, far):
+            with pytest.raises(trio.BrokenResourceError):
+                await end.receive_some()
