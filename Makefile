@@ -6,9 +6,10 @@ VENV := .venv
 BIN := $(VENV)/bin
 BOOTSTRAP := PYTHON=$(PYTHON) tests/tools/bootstrap
 
-# make demo DEMO="--losses 6 --memory 1G"; make test TEST="tests/unit -k splitter"
+# make demo DEMO="--losses 6 --memory 1G"; make campaign CAMPAIGN="--qemu qemu-10 --seed 1"; make test TEST="tests/unit -k splitter"
 DEMO ?=
 BENCH ?=
+CAMPAIGN ?=
 TEST ?= tests/unit tests/integration
 SECONDS ?= 60
 
@@ -25,13 +26,14 @@ C_FILES := $(wildcard cext/*.c tests/fuzz/*.c tests/tsan/*.c)
 C_AND_HEADERS := $(CEXT) $(wildcard tests/fuzz/*.c tests/fuzz/*.h tests/tsan/*.c)
 C_WARNINGS := -std=c11 -D_GNU_SOURCE -Wall -Wextra -Wno-unused-parameter -Werror -Icext -fsyntax-only
 
-.PHONY: help build demo picture test lint bench fuzz tsan dist install clean
+.PHONY: help build demo picture test campaign lint bench fuzz tsan dist install clean
 .NOTPARALLEL:
 
 help:
 	@echo 'make demo     a real migration between two QEMUs, broken and recovered (DEMO="--losses 6")'
 	@echo 'make picture  docs/demo.svg anew, from a run of the demo'
 	@echo 'make test     unit and integration tests (TEST=tests/unit for some of them)'
+	@echo 'make campaign  hundreds of losses at every moment of a migration (CAMPAIGN="--help")'
 	@echo 'make lint     ruff, mypy, clang-format, gcc and clang'
 	@echo 'make bench    benchmarks'
 	@echo 'make fuzz     fuzz targets under sanitizers (SECONDS=600 each)'
@@ -70,6 +72,10 @@ picture: build
 test: build $(VENV)/.dev
 	$(BOOTSTRAP) test
 	tests/tools/with-userfaultfd $(BIN)/python -m pytest $(TEST)
+
+campaign: build $(VENV)/.dev
+	$(BOOTSTRAP) test
+	tests/tools/with-userfaultfd $(BIN)/python -m tests.campaign $(CAMPAIGN)
 
 lint: build $(VENV)/.dev
 	$(BOOTSTRAP) $(if $(CI),lint,build)

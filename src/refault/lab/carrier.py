@@ -16,8 +16,9 @@ lines on standard input, which is a socket, and each is answered there by the sa
     close    close all connections: the sides see an orderly end
     cut WHEN HOW WAY N PATTERN
              reset or close (HOW) one connection, once, when N bytes have passed after PATTERN, a regular
-             expression over bytes, in hexadecimal; WAY is forward (to the far end) or backward; of those that
-             are there `now`, or of the `next` ones. Nothing that comes later is passed on
+             expression over bytes, in hexadecimal (N below 0: before its last bytes); WAY is forward, to
+             the far end, or backward; of those that are there `now`, or of the `next` ones. Nothing that
+             comes later is passed on
     cut-done nothing: it is answered when that cut has been made
 
 It ends when its standard input does.
@@ -75,7 +76,7 @@ class _Watch:
                 self._seen = (self._seen + data)[-_LONGEST_MATCH:]
                 return data
             end = max(found.end() - len(self._seen), 0)
-            passes = end + self.cut.extra
+            passes = max(end + self.cut.extra, 0)
             self._left = self.cut.extra - (len(data) - end)
         else:
             passes = self._left

@@ -44,7 +44,9 @@ class Cut:
     """A loss at a place in the stream: when ``extra`` bytes have passed after ``pattern`` was first met.
 
     ``pattern`` is a regular expression over bytes, of matches up to 64 bytes; ``forward`` is from the source
-    to the destination. ``connection`` says whether those that are open now are cut, or one of the next.
+    to the destination; below 0 ``extra`` keeps back the end of what matched and of what came before it, as
+    far as that has not passed. ``connection`` says whether those that are open now are cut, or one of the
+    next.
     """
 
     loss: Literal[Loss.RESET, Loss.CLOSE]

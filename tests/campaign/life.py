@@ -1,0 +1,316 @@
+"""One migration from its beginning to its end, with losses on the way."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import random
+from collections.abc import AsyncIterator, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import trio
+from tests.campaign.invariants import Watch
+from tests.campaign.losses import LossClass, Place, Planned
+from tests.campaign.outcomes import Outcome
+
+from refault.lab import bare
+from refault.lab.channel import Between, Channel, Loss, free_port, start_channel
+from refault.lab.driver import RefaultDriver, refault_driver
+from refault.lab.guest import Guest
+from refault.lab.memory import compare
+from refault.lab.netns import two_hosts
+from refault.lab.qemu import DEFAULT_BINARY, Pair, PairOptions, Qemu, start_pair
+from refault.lab.qmp_client import QmpClosed, QmpError
+from refault.lab.tasks import background
+
+GUEST = Guest(vcpus=4, log_pages=11, tick_ns=10_000_000)
+_POSTCOPY_BANDWIDTH = 512 << 10
+_PRECOPY_BANDWIDTH = 64 << 20
+_SLOW_PRECOPY = 16 << 20
+_ACTIVE = ("postcopy-active", "completed")
+_SETTLED = 0.15  # seconds for which both must stay active
+_HELD = 2.5  # seconds after which a hold is not a passing one: longer than refault's RUN_SECONDS
+_DEADLINE = 45.0  # of one recovery; a client's migrate-pause alone is waited for 10 s
+
+
+@dataclass
+class Result:
+    """What became of one loss. ``seconds`` from the loss until both sides were active again."""
+
+    planned: Planned
+    outcome: Outcome
+    seconds: float | None = None
+    note: str = ""
+
+
+@dataclass
+class Life:
+    """What became of a migration: its losses, and what was not as it must be."""
+
+    results: list[Result] = field(default_factory=list)
+    version: tuple[int, int, int] = (0, 0, 0)
+    pages_compared: int = 0
+
+
+@dataclass
+class _Stage:
+    pair: Pair
+    channel: Channel
+    driver: RefaultDriver
+    watch: Watch
+
+    @property
+    def both(self) -> tuple[Qemu, Qemu]:
+        return self.pair.source, self.pair.destination
+
+    def marks(self) -> list[int]:
+        return [len(qemu.qmp.events) for qemu in self.both]
+
+    async def held(self) -> str | None:
+        reasons = [
+            f"{vm.name}: {vm.migration.held}" for vm in await self.driver.statuses() if vm.migration.held
+        ]
+        return "; ".join(reasons) or None
+
+
+def _last(qemu: Qemu, since: int = 0) -> tuple[str, float]:
+    found = [event for event in qemu.qmp.events[since:] if event.name == "MIGRATION"]
+    return (found[-1].data["status"], found[-1].when) if found else ("none", 0.0)
+
+
+@contextlib.asynccontextmanager
+async def _stage(directory: Path, binary: str) -> AsyncIterator[_Stage]:
+    """Two QEMUs and two refaults, in two network namespaces where that may be done."""
+    async with contextlib.AsyncExitStack() as stack:
+        prefixes: tuple[Sequence[str], Sequence[str]] = ((), ())
+        if os.geteuid() == 0:
+            here, there = stack.enter_context(two_hosts())
+            prefixes = here.prefix, there.prefix
+        options = PairOptions(binary, binary, source_prefix=prefixes[0], destination_prefix=prefixes[1])
+        pair = await stack.enter_async_context(start_pair(GUEST, directory, options))
+        host, between = "127.0.0.1", None
+        if prefixes[0]:
+            host, between = here.address, Between(prefixes[0], there.address, pair.destination.pid)
+        channel = await stack.enter_async_context(
+            start_channel(directory, free_port(), host=host, between=between)
+        )
+        driver = await stack.enter_async_context(refault_driver(pair, channel, directory, prefixes=prefixes))
+        watch = Watch(pair)
+        nursery = await stack.enter_async_context(background())
+        nursery.start_soon(watch.run)
+        yield _Stage(pair, channel, driver, watch)
+
+
+async def live(directory: Path, binary: str, plans: Sequence[Planned], life: Life) -> None:
+    """Runs one migration and makes the losses of ``plans`` as far as it comes; tells ``life``.
+
+    Raises what a part of the lab raises that failed itself.
+    """
+    async with _stage(directory, binary or DEFAULT_BINARY) as stage:
+        life.version = stage.pair.source.qmp.version
+        for planned in plans:
+            if not await _make(stage, planned, life):
+                break
+        await _end(stage, life)
+        if life.results and stage.watch.broken:
+            dead = any("dead" in text for text in stage.watch.broken)
+            life.results[-1].outcome = Outcome.DEAD if dead else Outcome.DOUBLED
+            life.results[-1].note = "; ".join(stage.watch.broken)
+
+
+async def _make(stage: _Stage, planned: Planned, life: Life) -> bool:
+    """Makes one loss; False where the migration does not go on after it."""
+    if planned.kind is LossClass.PRECOPY:
+        life.results.append(await _precopy(stage, planned))
+        return False
+    since = [0, 0]
+    if planned.kind is LossClass.SWITCHOVER:
+        when = await _begin(stage, planned)
+    else:
+        if not stage.watch.handed_over and not life.results:
+            await _begin(stage, None)
+        await trio.sleep(planned.after)
+        if any(_last(qemu)[0] == "completed" for qemu in stage.both):
+            return False
+        since = stage.marks()
+        made = await _lose(stage, planned)
+        if made is None:
+            return False
+        when = made
+    result = await _judge(stage, planned, when, since)
+    life.results.append(result)
+    return result.outcome is Outcome.RECOVERED
+
+
+async def _begin(stage: _Stage, planned: Planned | None) -> float:
+    """Until the guest runs at the destination, or, with ``planned``, until the loss; gives its time."""
+    source, destination = stage.driver.source, stage.driver.destination
+    with trio.fail_after(30):
+        await _start(stage, _PRECOPY_BANDWIDTH)
+        await bare.wait_sent(source, 0.3)
+        if planned is not None and planned.cut is not None:
+            await stage.channel.cut_at(planned.cut)
+        await source.execute("migrate-start-postcopy")
+        if planned is not None and planned.cut is not None:
+            return (await stage.channel.was_cut(planned.cut, 20)).when
+        await bare.wait_status(source, "postcopy-active")
+        await destination.wait_event(lambda event: event.name == "RESUME")
+        await destination.wait_migration("postcopy-active")
+    return trio.current_time()
+
+
+async def _start(stage: _Stage, bandwidth: int) -> None:
+    source, destination = stage.driver.source, stage.driver.destination
+    for qmp in (source, destination):
+        await bare.set_capabilities(qmp, *bare.CAPABILITIES)
+    limits = {"max-bandwidth": bandwidth, "max-postcopy-bandwidth": _POSTCOPY_BANDWIDTH}
+    await source.execute("migrate-set-parameters", limits)
+    await destination.execute("migrate-incoming", {"uri": stage.channel.target_uri})
+    await stage.channel.wait_open()
+    await source.execute("migrate", {"uri": stage.channel.uri})
+
+
+async def _precopy(stage: _Stage, planned: Planned) -> Result:
+    """A lost precopy: the guest goes on at the source, whatever becomes of the destination."""
+    with trio.fail_after(30):
+        await _start(stage, _SLOW_PRECOPY)
+        await bare.wait_sent(stage.driver.source, planned.after)
+        if planned.how is Loss.KILL:
+            await stage.channel.kill(request_inside=False)
+        else:
+            await stage.channel.lose(planned.how)
+    with trio.move_on_after(15):
+        await bare.wait_status(stage.pair.source.qmp, "failed")
+        if (await stage.pair.source.qmp.execute("query-status"))["running"]:
+            await stage.pair.source.wait_progress()
+            return Result(planned, Outcome.SOURCE_GOES_ON)
+    return Result(planned, Outcome.STUCK, note=_words(stage))
+
+
+async def _lose(stage: _Stage, planned: Planned) -> float | None:
+    """Makes the loss; gives its time, None where no request came by for the carrier to die with."""
+    qemu = stage.pair.source if planned.side == "source" else stage.pair.destination
+    client = stage.driver.source if planned.side == "source" else stage.driver.destination
+    when = trio.current_time()
+    match planned.kind:
+        case LossClass.PAUSE_SOURCE:
+            await stage.pair.source.qmp.execute("migrate-pause", oob=True)
+        case LossClass.PAUSE_DESTINATION:
+            await stage.pair.destination.qmp.execute("migrate-pause", oob=True)
+        case LossClass.PAUSE_CLIENT:
+            await client.execute("migrate-pause", oob=True)
+        case LossClass.EOF if planned.cut is not None:
+            await stage.channel.cut_at(planned.cut)
+            await stage.driver.source.execute("migrate-set-parameters", {"max-postcopy-bandwidth": 0})
+            return (await stage.channel.was_cut(planned.cut, 30)).when
+        case _ if planned.cut is not None:
+            await stage.channel.cut_at(planned.cut)
+            await stage.channel.lose(planned.how)
+            return (await stage.channel.was_cut(planned.cut, 20)).when
+        case _:
+            try:
+                return (await stage.channel.lose(planned.how)).when
+            except trio.TooSlowError:
+                qemu.process.must_run()
+                return None
+    return when
+
+
+async def _judge(stage: _Stage, planned: Planned, when: float, since: Sequence[int]) -> Result:
+    """Waits until it is clear how the loss has ended."""
+    held_since: float | None = None
+    deadline = when + _DEADLINE
+    while trio.current_time() < deadline:
+        if await _ended_without_guest(stage, planned):
+            return Result(planned, Outcome.LEFT_AT_SOURCE, note=_words(stage))
+        stage.watch.look_at_processes()
+        if stage.watch.broken:
+            return Result(planned, Outcome.DEAD, note=_words(stage))
+        last = [_last(qemu, mark) for qemu, mark in zip(stage.both, since, strict=True)]
+        if all(status in _ACTIVE and at > when for status, at in last) and _settled(last):
+            return Result(planned, Outcome.RECOVERED, max(at for _, at in last) - when)
+        if last[0][0] == "failed":
+            return await _source_failed(stage, planned)
+        held = await stage.held()
+        held_since = (held_since or trio.current_time()) if held else None
+        if held_since is not None and trio.current_time() - held_since > _HELD:
+            completed = last[1][0] == "completed"
+            return Result(
+                planned,
+                Outcome.COMPLETED_HELD if completed else Outcome.HELD,
+                note=f"{held}; {_words(stage)}",
+            )
+        await trio.sleep(0.01)
+    return Result(planned, Outcome.STUCK, note=_words(stage))
+
+
+async def _ended_without_guest(stage: _Stage, planned: Planned) -> bool:
+    """Whether the destination has ended because the package had not begun to reach it."""
+    destination = stage.pair.destination.process
+    if planned.kind is not LossClass.SWITCHOVER or destination.status is None:
+        return False
+    refault = stage.driver.processes[1]
+    await trio.sleep(0.3)
+    return "in precopy: closing QEMU's" in refault.tail(50) and not stage.watch.handed_over
+
+
+def _settled(last: Sequence[tuple[str, float]]) -> bool:
+    now = trio.current_time()
+    return all(status == "completed" or now - at > _SETTLED for status, at in last)
+
+
+async def _source_failed(stage: _Stage, planned: Planned) -> Result:
+    await trio.sleep(1.0)  # refault stops it
+    running = (await stage.pair.source.qmp.execute("query-status"))["running"]
+    outcome = Outcome.SOURCE_GOES_ON if running else Outcome.STOPPED
+    return Result(planned, outcome, note=_words(stage))
+
+
+def _words(stage: _Stage) -> str:
+    statuses = (f"{qemu.name} {_last(qemu)[0]}" for qemu in stage.both)
+    return ", ".join([*statuses, *stage.watch.broken])
+
+
+async def _end(stage: _Stage, life: Life) -> None:
+    """Lets the migration complete where it can, and compares the memory wherever the guest is whole."""
+    if not life.results:
+        return
+    result = life.results[-1]
+    source, destination = stage.both
+    if result.outcome in (Outcome.SOURCE_GOES_ON, Outcome.STOPPED, Outcome.LEFT_AT_SOURCE):
+        verdict = await compare(GUEST, source.qmp)
+    elif result.outcome in (Outcome.RECOVERED, Outcome.COMPLETED_HELD):
+        try:
+            with trio.fail_after(60):
+                if result.outcome is Outcome.RECOVERED:
+                    await stage.driver.source.execute("migrate-set-parameters", {"max-postcopy-bandwidth": 0})
+                    await source.qmp.wait_migration("completed")
+                await destination.qmp.wait_migration("completed")
+                await destination.wait_progress(30)
+            stage.watch.look_at_processes()
+            verdict = await compare(GUEST, destination.qmp, source.qmp)
+        except (trio.TooSlowError, QmpError, QmpClosed) as error:
+            result.outcome, result.note = Outcome.STUCK, f"afterwards: {error!r}; {_words(stage)}"
+            stage.watch.look_at_processes()
+            return
+    else:
+        return
+    life.pages_compared = verdict.pages
+    if not verdict.right:
+        result.outcome, result.note = Outcome.WRONG_MEMORY, str(verdict)
+
+
+def compose(draw: random.Random, remaining: dict[LossClass, int], per_life: int) -> list[LossClass]:
+    """Draws the classes of one migration from what is still to be made."""
+    by_place = {
+        place: [kind for kind, count in remaining.items() if count > 0 and kind.place is place]
+        for place in Place
+    }
+    rest = by_place[Place.FIRST] + by_place[Place.MIDDLE] + by_place[Place.LAST]
+    if by_place[Place.ALONE] and (not rest or draw.random() < 1 / 3):
+        return [LossClass.PRECOPY]
+    chosen = by_place[Place.FIRST] if draw.random() < 0.4 or not by_place[Place.MIDDLE] else []
+    pool = [kind for kind in by_place[Place.MIDDLE] for _ in range(remaining[kind])]
+    draw.shuffle(pool)
+    return [*chosen, *pool[:per_life], *by_place[Place.LAST]]

@@ -1,0 +1,122 @@
+"""The classes of loss, where in a migration's life each belongs, and how each is made."""
+
+from __future__ import annotations
+
+import enum
+import random
+from dataclasses import dataclass
+from typing import Literal
+
+from refault.lab.channel import Cut, Loss
+
+# The places in the stream (DESIGN section 5; QEMU: migration/savevm.c, qemu_savevm_command_send; migration.c,
+# migrate_send_rp_message). All integers are big-endian.
+PACKAGED = rb"\x08\x00\x07\x00\x04"
+PONG_3 = rb"\x00\x02\x00\x04\x00\x00\x00\x03"
+RECV_BITMAP_COMMAND = rb"\x08\x00\x0a"
+RECEIVED_BITMAP = rb"\x00\x05..[\x01-\x40]"
+RESUME = rb"\x08\x00\x09\x00\x00"
+RESUME_ACK = rb"\x00\x06\x00\x04\x00\x00\x00\x01"
+# The last frame of the section `ram`, its footer, QEMU_VM_EOF (qemu_savevm_state_complete_postcopy).
+EOF = rb"\x00{7}\x10\x7e\x00\x00\x00.\x00"
+
+Broken = Literal[Loss.RESET, Loss.CLOSE]
+
+
+class Place(enum.Enum):
+    """Where in a run a loss can stand."""
+
+    ALONE = "alone: the migration ends with it"
+    FIRST = "as postcopy begins"
+    MIDDLE = "in postcopy, one after the other"
+    LAST = "as the migration completes"
+
+
+class LossClass(enum.Enum):
+    """What is lost, and when."""
+
+    PRECOPY = "precopy"
+    SWITCHOVER = "switchover"
+    RESET = "postcopy, reset"
+    CLOSE = "postcopy, close"
+    KILL = "postcopy, carrier killed"
+    PAUSE_SOURCE = "postcopy, migrate-pause at the source"
+    PAUSE_DESTINATION = "postcopy, migrate-pause at the destination"
+    PAUSE_CLIENT = "postcopy, a client's migrate-pause"
+    HANDSHAKE_COMMAND = "handshake, RECV_BITMAP command"
+    HANDSHAKE_BITMAP = "handshake, received bitmap"
+    HANDSHAKE_RESUME = "handshake, RESUME"
+    HANDSHAKE_ACK = "handshake, RESUME_ACK"
+    EOF = "after EOF, before SHUT"
+
+    @property
+    def place(self) -> Place:
+        """Where in a run it can stand."""
+        return _PLACES.get(self, Place.MIDDLE)
+
+    @property
+    def in_handshake(self) -> bool:
+        """Whether it is a loss during the recovery from another one."""
+        return self in HANDSHAKE_POINTS
+
+
+_PLACES = {LossClass.PRECOPY: Place.ALONE, LossClass.SWITCHOVER: Place.FIRST, LossClass.EOF: Place.LAST}
+
+# Way (forward?) and pattern.
+HANDSHAKE_POINTS = {
+    LossClass.HANDSHAKE_COMMAND: (True, RECV_BITMAP_COMMAND),
+    LossClass.HANDSHAKE_BITMAP: (False, RECEIVED_BITMAP),
+    LossClass.HANDSHAKE_RESUME: (True, RESUME),
+    LossClass.HANDSHAKE_ACK: (False, RESUME_ACK),
+}
+
+
+@dataclass(frozen=True)
+class Planned:
+    """One loss to be made: its class, and what was drawn for it."""
+
+    kind: LossClass
+    how: Loss
+    cut: Cut | None = None
+    side: Literal["source", "destination"] = "source"
+    after: float = 0.0
+    """Seconds (in precopy: the share of the memory) that pass before it."""
+
+    def __str__(self) -> str:
+        detail = self.how.value if self.cut is None else f"{self.how.value}, {self.cut.extra} bytes later"
+        return f"{self.kind.value} ({detail}, {self.side}, {self.after:.2f})"
+
+
+def plan(kind: LossClass, draw: random.Random) -> Planned:
+    """Draws the details of a loss."""
+    how: Broken = draw.choice((Loss.RESET, Loss.CLOSE))
+    side: Literal["source", "destination"] = draw.choice(("source", "destination"))
+    after = draw.uniform(0.1, 0.6)
+    match kind:
+        case LossClass.PRECOPY:
+            return Planned(kind, draw.choice(list(Loss)), None, side, draw.uniform(0.0, 0.6))
+        case LossClass.SWITCHOVER:
+            return Planned(kind, how, _in_switchover(how, draw), side, after)
+        case LossClass.RESET:
+            return Planned(kind, Loss.RESET, None, side, after)
+        case LossClass.CLOSE:
+            return Planned(kind, Loss.CLOSE, None, side, after)
+        case LossClass.KILL:
+            return Planned(kind, Loss.KILL, None, side, after)
+        case LossClass.EOF:
+            # What is kept back is lost for good, for the source has sent it and cannot pause any more.
+            kept_back = draw.choice((0, 0, -1, -20_000))
+            return Planned(kind, how, Cut(how, True, EOF, kept_back, "now"), side, after)
+        case kind if kind in HANDSHAKE_POINTS:
+            forward, pattern = HANDSHAKE_POINTS[kind]
+            extra = draw.choice((0, draw.randrange(1, 12), draw.randrange(12, 300)))
+            return Planned(kind, how, Cut(how, forward, pattern, extra), side, after)
+        case _:
+            return Planned(kind, how, None, side, after)
+
+
+def _in_switchover(how: Broken, draw: random.Random) -> Cut:
+    """Inside the package, around its end, or when the destination has loaded it and is about to run."""
+    if draw.random() < 0.4:
+        return Cut(how, False, PONG_3, 0, "now")
+    return Cut(how, True, PACKAGED, draw.choice((0, draw.randrange(60_000), draw.randrange(600_000))), "now")

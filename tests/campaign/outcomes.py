@@ -1,0 +1,39 @@
+"""How a loss can end, and which ends are the best that a version of QEMU allows (DESIGN, section 6)."""
+
+from __future__ import annotations
+
+import enum
+
+from tests.campaign.losses import LossClass
+
+from refault.migration.versions import Version, abilities
+
+
+class Outcome(enum.Enum):
+    """The end of one loss. ``good`` says whether it can be the best there is."""
+
+    RECOVERED = "recovered"
+    SOURCE_GOES_ON = "guest goes on at the source"
+    COMPLETED_HELD = "completed at the destination, source held"
+    HELD = "held, nobody dead"
+    LEFT_AT_SOURCE = "guest paused at the source, destination ended before it had it"
+    STOPPED = "source failed, stopped"
+    STUCK = "STUCK"
+    DEAD = "DEAD"
+    DOUBLED = "DOUBLED"
+    WRONG_MEMORY = "WRONG MEMORY"
+
+
+def allowed(kind: LossClass, version: Version) -> tuple[Outcome, ...]:
+    """The outcomes of a loss that are no defect of refault's."""
+    if kind is LossClass.PRECOPY:
+        return (Outcome.SOURCE_GOES_ON,)
+    if kind is LossClass.SWITCHOVER:
+        # A package of which a part is lost can be sent again by no QEMU.
+        part_lost = (Outcome.HELD, Outcome.LEFT_AT_SOURCE, Outcome.STOPPED, Outcome.SOURCE_GOES_ON)
+        return (Outcome.RECOVERED, *part_lost)
+    if kind is LossClass.EOF:
+        return (Outcome.RECOVERED, Outcome.COMPLETED_HELD, Outcome.HELD)
+    if kind.in_handshake and not abilities(version).pauses_again_in_handshake:
+        return (Outcome.RECOVERED, Outcome.HELD)
+    return (Outcome.RECOVERED,)
