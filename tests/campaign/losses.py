@@ -62,12 +62,12 @@ class LossClass(enum.Enum):
 
 _PLACES = {LossClass.PRECOPY: Place.ALONE, LossClass.SWITCHOVER: Place.FIRST, LossClass.EOF: Place.LAST}
 
-# Way (forward?) and pattern.
-HANDSHAKE_POINTS = {
-    LossClass.HANDSHAKE_COMMAND: (True, RECV_BITMAP_COMMAND),
-    LossClass.HANDSHAKE_BITMAP: (False, RECEIVED_BITMAP),
-    LossClass.HANDSHAKE_RESUME: (True, RESUME),
-    LossClass.HANDSHAKE_ACK: (False, RESUME_ACK),
+# Way (forward?), pattern, and how many bytes after its first match: half a message, a whole one, some more.
+HANDSHAKE_POINTS: dict[LossClass, tuple[bool, bytes, range]] = {
+    LossClass.HANDSHAKE_COMMAND: (True, RECV_BITMAP_COMMAND, range(-1, 60)),
+    LossClass.HANDSHAKE_BITMAP: (False, RECEIVED_BITMAP, range(-1, 300)),
+    LossClass.HANDSHAKE_RESUME: (True, RESUME, range(-2, 1)),
+    LossClass.HANDSHAKE_ACK: (False, RESUME_ACK, range(-4, 1)),
 }
 
 
@@ -83,7 +83,10 @@ class Planned:
     """Seconds (in precopy: the share of the memory) that pass before it."""
 
     def __str__(self) -> str:
-        detail = self.how.value if self.cut is None else f"{self.how.value}, {self.cut.extra} bytes later"
+        detail = self.how.value
+        if self.cut is not None:
+            way = "forward stream" if self.cut.forward else "return path"
+            detail += f", {way}, {self.cut.extra} bytes after the match"
         return f"{self.kind.value} ({detail}, {self.side}, {self.after:.2f})"
 
 
@@ -108,8 +111,8 @@ def plan(kind: LossClass, draw: random.Random) -> Planned:
             kept_back = draw.choice((0, 0, -1, -20_000))
             return Planned(kind, how, Cut(how, True, EOF, kept_back, "now"), side, after)
         case kind if kind in HANDSHAKE_POINTS:
-            forward, pattern = HANDSHAKE_POINTS[kind]
-            extra = draw.choice((0, draw.randrange(1, 12), draw.randrange(12, 300)))
+            forward, pattern, places = HANDSHAKE_POINTS[kind]
+            extra = draw.choice((0, draw.choice(places)))
             return Planned(kind, how, Cut(how, forward, pattern, extra), side, after)
         case _:
             return Planned(kind, how, None, side, after)
@@ -119,4 +122,5 @@ def _in_switchover(how: Broken, draw: random.Random) -> Cut:
     """Inside the package, around its end, or when the destination has loaded it and is about to run."""
     if draw.random() < 0.4:
         return Cut(how, False, PONG_3, 0, "now")
-    return Cut(how, True, PACKAGED, draw.choice((0, draw.randrange(60_000), draw.randrange(600_000))), "now")
+    inside = draw.choice((0, draw.randrange(5_000), draw.randrange(50_000), draw.randrange(500_000)))
+    return Cut(how, True, PACKAGED, inside, "now")
