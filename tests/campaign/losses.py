@@ -119,8 +119,11 @@ def plan(kind: LossClass, draw: random.Random) -> Planned:
 
 
 def _in_switchover(how: Broken, draw: random.Random) -> Cut:
-    """Inside the package, around its end, or when the destination has loaded it and is about to run."""
+    """Inside the package, around its end, or when the destination has loaded it and is about to run.
+
+    The lab's package has about 19 KiB.
+    """
     if draw.random() < 0.4:
         return Cut(how, False, PONG_3, 0, "now")
-    inside = draw.choice((0, draw.randrange(5_000), draw.randrange(50_000), draw.randrange(500_000)))
-    return Cut(how, True, PACKAGED, inside, "now")
+    bytes_later = draw.choice((0, *(draw.randrange(limit) for limit in (19_000, 19_000, 40_000, 500_000))))
+    return Cut(how, True, PACKAGED, bytes_later, "now")
