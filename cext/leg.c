@@ -138,6 +138,15 @@ uint64_t rf_leg_confirmed(const struct rf_leg *leg) {
     return (uint64_t)queued > leg->sent ? 0 : leg->sent - (uint64_t)queued;
 }
 
+size_t rf_leg_end_reading(struct rf_leg *leg) {
+    int unread = 0;
+
+    if (leg->state != RF_LEG_OPEN || shutdown(leg->fd, SHUT_RD) < 0 || ioctl(leg->fd, SIOCINQ, &unread) < 0) {
+        return 0;
+    }
+    return unread > 0 ? (size_t)unread : 0;
+}
+
 void rf_leg_close(struct rf_leg *leg) {
     if (leg->fd >= 0) {
         (void)shutdown(leg->fd, SHUT_RDWR); /* fails only where the peer is gone already */

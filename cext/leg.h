@@ -67,6 +67,12 @@ void rf_leg_check_silence(struct rf_leg *leg, unsigned dead_after_s);
 void rf_leg_end_writing(struct rf_leg *leg);
 
 /*
+ * Refuses what the peer would write from now on (on a unix socket), and tells how many bytes that it has
+ * written before are still to be read; 0 when the leg is no longer open.
+ */
+size_t rf_leg_end_reading(struct rf_leg *leg);
+
+/*
  * Bytes of `sent` that the peer's kernel has acknowledged (TCP), or that its process has read (unix: a lower
  * bound, for the kernel counts its overhead as queued). What lies between this and `sent` may be lost with
  * the leg.

@@ -299,6 +299,23 @@ static void settle_legs(struct rf_relay *relay) {
     }
 }
 
+/* What the destination has asked for in the meantime belongs on record: not every QEMU asks again. */
+static void record_rest(struct rf_relay *relay) {
+    size_t left = rf_leg_end_reading(&relay->local);
+
+    while (left > 0) {
+        size_t most = left < sizeof(relay->backward) ? left : sizeof(relay->backward);
+        size_t n = rf_leg_read(&relay->local, relay->backward, most);
+
+        if (n == 0) {
+            break;
+        }
+        rf_replay_discard(&relay->replay);
+        rf_replay_feed(&relay->replay, relay->backward, n, now_ns());
+        left -= n;
+    }
+}
+
 static void close_channel(struct rf_relay *relay) {
     if (relay->local.fd >= 0) {
         /* Offer what is here once more; a QEMU that does not take it now will ask for it again after the
@@ -307,8 +324,11 @@ static void close_channel(struct rf_relay *relay) {
             if (rf_replay_pending(&relay->replay) > 0) {
                 return_write(relay);
             }
-        } else if (forward_pending(relay)) {
-            forward_write(relay);
+        } else {
+            if (forward_pending(relay)) {
+                forward_write(relay);
+            }
+            record_rest(relay);
         }
         rf_leg_close(&relay->local);
     }

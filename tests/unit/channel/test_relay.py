@@ -350,3 +350,17 @@ def test_a_duplicated_leg_ends_with_the_relay_unless_it_is_kept(kept: bool) -> N
         relay.attach(local.detach(), far.detach(), recovered=False, may_replay=True)
         relay.close(keep_local=kept)
         assert nothing_comes(qemu) is kept
+
+
+def test_what_qemu_has_asked_for_is_on_record_when_its_leg_is_closed() -> None:
+    with relaying(Role.DESTINATION) as ends:
+        ends.channel()
+        sent = 0
+        while ends.relay.look().return_bytes == sent:  # until the network takes no more
+            ends.qemu.sendall(PONG * 512)
+            sent += len(PONG) * 512
+            time.sleep(0.01)
+        ends.qemu.sendall(b"".join(request(page * PAGE) for page in range(4000)))
+        ends.relay.close_channel(1)
+        ends.until(lambda view: view.local is LegState.CLOSED)
+        assert ends.relay.pages().recorded == 4000
