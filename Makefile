@@ -26,7 +26,7 @@ C_FILES := $(wildcard cext/*.c tests/fuzz/*.c tests/tsan/*.c)
 C_AND_HEADERS := $(CEXT) $(wildcard tests/fuzz/*.c tests/fuzz/*.h tests/tsan/*.c)
 C_WARNINGS := -std=c11 -D_GNU_SOURCE -Wall -Wextra -Wno-unused-parameter -Werror -Icext -fsyntax-only
 
-.PHONY: help build demo picture test campaign lint bench fuzz tsan dist install clean
+.PHONY: help build demo picture test campaign campaign-starvation campaign-truth lint bench fuzz tsan dist install clean
 .NOTPARALLEL:
 
 help:
@@ -38,6 +38,8 @@ help:
 	@echo 'make bench    benchmarks'
 	@echo 'make fuzz     fuzz targets under sanitizers (SECONDS=600 each)'
 	@echo 'make tsan     the pump and its readers under the thread sanitizer and others (SECONDS=60 each)'
+	@echo 'make campaign-starvation  lost requests: how soon their vCPUs run again, and that they do not without replay'
+	@echo 'make campaign-truth  the record against QEMU'"'"'s own trace events (CAMPAIGN="--qemu PATH --migrations 50")'
 	@echo 'make dist     sdist and wheel, in dist/'
 	@echo 'make install  program, systemd unit and directories (DESTDIR, PREFIX)'
 	@echo 'make clean    removes what was built, .venv included'
@@ -98,6 +100,10 @@ fuzz: build
 tsan:
 	$(BOOTSTRAP) fuzz
 	tests/tsan/run.sh $(SECONDS)
+
+campaign-starvation campaign-truth: build $(VENV)/.dev
+	$(BOOTSTRAP) test
+	tests/tools/with-userfaultfd $(BIN)/python -m tests.campaign.$(@:campaign-%=%) $(CAMPAIGN)
 
 dist: $(VENV)/.dev
 	rm -rf dist

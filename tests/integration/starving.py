@@ -1,0 +1,115 @@
+"""A request lost inside the killed carrier, with a destination that repeats it or not, and a refault that
+replays it or not."""
+
+from __future__ import annotations
+
+import contextlib
+import subprocess
+import sys
+from collections.abc import AsyncIterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import trio
+
+from refault.lab import bare
+from refault.lab.channel import free_port, start_channel
+from refault.lab.driver import REFAULT, RefaultDriver, refault_driver
+from refault.lab.guest import Guest
+from refault.lab.qemu import DEFAULT_BINARY, Pair, PairOptions, start_pair
+
+_REFAULT_WITHOUT_REPLAY = """
+import sys
+from refault.channel.relay import Relay
+attach = Relay.attach
+Relay.attach = lambda self, local, far, *, recovered, may_replay: attach(
+    self, local, far, recovered=recovered, may_replay=False)
+from refault.cli.main import main
+sys.exit(main())
+"""
+
+
+def build_no_repeat(directory: Path) -> Path:
+    """Compiles the library that keeps a destination from repeating requests by itself."""
+    library = directory / "no_repeat.so"
+    source = Path(__file__).with_name("no_repeat.c")
+    subprocess.run(["cc", "-shared", "-fPIC", "-o", library, source], check=True)
+    return library
+
+
+@dataclass(frozen=True)
+class Case:
+    """One way to run it. ``no_repeat``: the preloaded library, None for the destination as it is."""
+
+    guest: Guest
+    background: int
+    """Bytes a second that postcopy sends unasked."""
+    replay: bool
+    no_repeat: Path | None
+    binary: str = DEFAULT_BINARY
+
+
+@dataclass
+class Recovered:
+    """A migration that was lost at ``lost`` and is active again since ``recovered`` (trio's clock)."""
+
+    pair: Pair
+    driver: RefaultDriver
+    lost: float
+    recovered: float
+    stood: list[float | None]
+    """By vCPU: when it was first seen to have gone on after the recovery."""
+
+    def starved(self) -> set[int]:
+        """The vCPUs that have not gone on."""
+        return {vcpu for vcpu, when in enumerate(self.stood) if when is None}
+
+    async def run_again(self, seconds: float) -> set[int]:
+        """Those that are still starved when all have gone on or this time is over."""
+        with trio.move_on_after(seconds):
+            while self.starved():
+                await trio.sleep(0.001)
+        return self.starved()
+
+
+async def _watch(pair: Pair, found: Recovered) -> None:
+    """Notes when each vCPU goes on; before the recovery all come to stand still."""
+    since = pair.destination.progress()
+    while found.starved():
+        await trio.sleep(0.001)
+        now = pair.destination.progress()
+        when = trio.current_time()
+        for vcpu, progress in enumerate(now):
+            if found.stood[vcpu] is None and progress != since[vcpu]:
+                if found.recovered:
+                    found.stood[vcpu] = when
+                else:
+                    since[vcpu] = progress
+
+
+@contextlib.asynccontextmanager
+async def lose_a_request(case: Case, directory: Path) -> AsyncIterator[Recovered]:
+    """Migrates, loses the channel with a request inside, and waits for refault's recovery."""
+    prefix = ["env", f"LD_PRELOAD={case.no_repeat}"] if case.no_repeat else []
+    command = REFAULT if case.replay else (sys.executable, "-c", _REFAULT_WITHOUT_REPLAY)
+    options = PairOptions(case.binary, case.binary, destination_prefix=prefix)
+    async with (
+        start_pair(case.guest, directory, options) as pair,
+        start_channel(directory, free_port()) as channel,
+        refault_driver(pair, channel, directory, command=command) as driver,
+        trio.open_nursery() as nursery,
+    ):
+        await bare.start_postcopy(driver.source, driver.destination, channel, bandwidth=case.background)
+        await trio.sleep(0.2)
+        events = pair.destination.qmp  # its own monitor: what it tells passes nobody else
+        since = len(events.events)
+        lost = await channel.kill()
+        assert lost.bytes_inside > 0
+        found = Recovered(pair, driver, lost.when, 0.0, [None] * case.guest.vcpus)
+        nursery.start_soon(_watch, pair, found)
+        with trio.fail_after(10):
+            event = await events.wait_migration("postcopy-active", since=since)
+            found.recovered = event.when
+            await driver.destination.wait_migration("postcopy-active", since=since)
+        yield found
+        nursery.cancel_scope.cancel()
