@@ -111,7 +111,10 @@ class Destination:
         if leg is None:
             return Forward(on_reply=self._watch_recover)
 
+        self._spare.append(leg)  # should the reply never come, QEMU may listen on it all the same
+
         def watch(reply: bytes) -> bytes:
+            self._spare.remove(leg)
             if is_error(reply):
                 self._deposits.put_back(leg)
                 migration.feed(Event.ATTEMPT_FAILED)
@@ -283,10 +286,9 @@ class Destination:
         for leg in legs:
             await take_back(self._migration.monitor, leg.name)
             leg.close()
-        # QEMU wakes up on an end that it was told of, even long after the migration, and may abort: give it
-        # both.
-        for leg in [leg for leg in (*self._spare, self._open, self._first) if leg is not None]:
-            if not self._migration.qemu_lives or await give_back(self._migration.monitor, leg.socket):
-                leg.close()
+        # QEMU wakes up on an end that it was told of, even long after the migration, and may abort.
+        ends = [leg for leg in (*self._spare, self._open, self._first) if leg is not None]
         self._spare.clear()
         self._open = self._first = None
+        for leg in ends:
+            await self._migration.let_go(leg.socket)

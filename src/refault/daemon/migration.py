@@ -134,6 +134,8 @@ class Migration:
         self._ended_channel = 0
         self._duplicate: socket.socket | None = None
         self._kept_by_qemu = False
+        self._not_given: list[socket.socket] = []
+        """Ends that QEMU did not take back: they stay open for as long as refault runs."""
         self._told_foreign = False
         self.qemu_pid: int | None = None
         """The process behind the monitor, also while the monitor is lost; None where it is not known."""
@@ -325,7 +327,19 @@ class Migration:
             safe = self._kept_by_qemu = await give_back(self.monitor, self._duplicate)
         if self.procedure is not None and self.under_way:
             safe = await self.procedure.prepare_to_stop() and safe
+        ends, self._not_given = self._not_given, []
+        for end in ends:
+            safe = await self.let_go(end) and safe
         return safe
+
+    async def let_go(self, end: socket.socket) -> bool:
+        """Closes our end of a pair on which QEMU may listen, once QEMU holds both; False where it is still
+        open."""
+        if not self.qemu_lives or await give_back(self.monitor, end):
+            end.close()
+            return True
+        self._not_given.append(end)
+        return False
 
     def abandon(self, channel: int) -> None:
         """Closes a channel that this QEMU did not take, or that it pauses again on."""

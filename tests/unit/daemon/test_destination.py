@@ -1,0 +1,100 @@
+"""The destination's ends: none on which QEMU may listen is closed, whatever becomes of the commands."""
+
+from __future__ import annotations
+
+import gc
+import os
+import socket
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+from pathlib import Path
+from typing import Any, cast
+
+from refault.daemon.destination import Destination
+from refault.daemon.migration import Migration
+from refault.daemon.monitor import Forward, Monitor, MonitorLost, QemuInfo, WatchedCommand
+from refault.daemon.state_file import StateFile
+
+RECOVER = WatchedCommand("migrate-recover", True, {"uri": "tcp:127.0.0.1:0"}, None, 1)
+
+
+class Qemu:
+    """A monitor that keeps the descriptors it is given, while it answers."""
+
+    qemu = QemuInfo(1, 0, "7.2.0", (7, 2, 0), "", True)
+
+    def __init__(self) -> None:
+        self.answers = True
+        self.ends: dict[str, socket.socket] = {}
+
+    async def execute(
+        self, command: str, arguments: dict[str, Any], *, fd: int | None = None, **_: object
+    ) -> object:
+        if not self.answers:
+            raise MonitorLost("the monitor was lost")
+        if fd is not None:
+            self.ends[arguments["fdname"]] = socket.socket(fileno=os.dup(fd))
+        return {}
+
+    def sees_an_end(self, name: str) -> bool:
+        self.ends[name].setblocking(False)
+        try:
+            return self.ends[name].recv(1) == b""
+        except BlockingIOError:
+            return False
+
+
+@asynccontextmanager
+async def destination(directory: Path) -> AsyncIterator[tuple[Qemu, Migration, Destination]]:
+    qemu = Qemu()
+    migration = Migration(
+        "vm",
+        cast(Monitor, qemu),
+        relay_allowed=True,
+        recover_uris=[],
+        state_file=StateFile(directory, "vm"),
+    )
+    procedure = Destination(migration)
+    await migration.begin(procedure, None, None)
+    try:
+        yield qemu, migration, procedure
+    finally:
+        qemu.answers = True
+        await procedure.clean_up()
+        await migration.prepare_to_stop()
+        if migration.relay is not None:
+            migration.relay.close()
+        for end in qemu.ends.values():
+            end.close()
+
+
+async def recover_by_hand(qemu: Qemu, procedure: Destination) -> tuple[str, Forward]:
+    """A client's migrate-recover, and the name of QEMU's end that it is sent to QEMU with."""
+    await procedure._deposits.fill(cast(Monitor, qemu))
+    forward = await procedure.migrate_recover(RECOVER)
+    assert isinstance(forward, Forward)
+    assert forward.arguments is not None
+    return str(forward.arguments["uri"]).removeprefix("fd:"), forward
+
+
+async def test_a_clients_recover_whose_reply_never_comes(tmp_path: Path) -> None:
+    async with destination(tmp_path) as (qemu, _, procedure):
+        name, forward = await recover_by_hand(qemu, procedure)
+        del forward
+        gc.collect()
+        assert not qemu.sees_an_end(name)
+
+
+async def test_an_end_that_qemu_does_not_take_back_stays_open_until_it_does(tmp_path: Path) -> None:
+    async with destination(tmp_path) as (qemu, migration, procedure):
+        name, forward = await recover_by_hand(qemu, procedure)
+        assert forward.on_reply is not None
+        forward.on_reply(b'{"return": {}}')
+        qemu.answers = False
+        await procedure.clean_up()
+        gc.collect()
+        assert not qemu.sees_an_end(name)
+        assert not await migration.prepare_to_stop()
+        qemu.answers = True
+        assert await migration.prepare_to_stop()
+        assert not qemu.sees_an_end(name)
