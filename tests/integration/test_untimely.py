@@ -26,29 +26,29 @@ pytestmark = [pytest.mark.qemu, pytest.mark.timeout(90)]
 SETTLES = 0.5
 """Seconds after which a QEMU that saw the end of a descriptor it listens on is surely gone."""
 
-# The first migrate-recover is on its way to QEMU when the attempt ends.
-RECOVER_INTERRUPTED = """
-import sys
+# The destination's first migrate-recover does not come to its orderly end.
+INTERRUPTED = """
+import sys, trio
 from refault.daemon.destination import Destination
 from refault.migration.recovery import Event
 recover, seen = Destination._recover, []
 async def interrupted(self, uri):
-    if not seen:
-        seen.append(uri)
-        {interruption}
-    await recover(self, uri)
+    if seen:
+        return await recover(self, uri)
+    seen.append(uri)
+    {interruption}
 Destination._recover = interrupted
 from refault.cli.main import main
 sys.exit(main())
 """
 INTERRUPTIONS = {
     "cancelled": """
-        async def lost():
-            self._migration.feed(Event.CHANNEL_LOST)
-        self._migration.start_soon(lost)
+    await recover(self, uri)
+    self._migration.feed(Event.CHANNEL_LOST)
+    await trio.lowlevel.checkpoint()
 """,
     "not-answered": """
-        await self._migration.monitor.execute("migrate-recover", {"uri": uri}, oob=True, timeout=0.0)
+    await self._migration.monitor.execute("migrate-recover", {"uri": uri}, oob=True, timeout=0.0)
 """,
 }
 
@@ -86,7 +86,7 @@ async def new_destination(pair: Pair, directory: Path) -> AsyncIterator[tuple[Qe
 
 @pytest.mark.parametrize("how", INTERRUPTIONS)
 async def test_a_recover_that_is_interrupted_leaves_no_end_to_be_seen(tmp_path: Path, how: str) -> None:
-    script = RECOVER_INTERRUPTED.format(interruption=INTERRUPTIONS[how].strip())
+    script = INTERRUPTED.format(interruption=INTERRUPTIONS[how].strip())
     async with fronted(tmp_path, [sys.executable, "-c", script]) as (pair, channel, driver):
         await begin_postcopy(channel, driver)
         since = len(pair.destination.qmp.events)
@@ -198,14 +198,15 @@ async def test_a_clients_resume_in_our_own_handshake_is_qemus_to_refuse(tmp_path
         await all_ends_well(pair, driver)
 
 
-def descriptors(driver: RefaultDriver) -> list[int]:
-    return [len(list(Path(f"/proc/{process.pid}/fd").iterdir())) for process in driver.processes]
+def count(driver: RefaultDriver, what: str) -> list[int]:
+    return [len(list(Path(f"/proc/{process.pid}/{what}").iterdir())) for process in driver.processes]
 
 
 async def test_migrations_in_a_row_leave_nothing_behind(tmp_path: Path) -> None:
     async with fronted(tmp_path) as (pair, channel, driver), contextlib.AsyncExitStack() as stack:
         destination, client = pair.destination, driver.destination
-        held: list[list[int]] = []
+        descriptors: list[list[int]] = []
+        threads: list[list[int]] = []
         for _ in range(3):
             await bare.set_capabilities(driver.source, *bare.CAPABILITIES)
             await bare.set_capabilities(client, *bare.CAPABILITIES)
@@ -220,7 +221,10 @@ async def test_migrations_in_a_row_leave_nothing_behind(tmp_path: Path) -> None:
             pair = Pair(pair.source, destination)
             destination, client = await stack.enter_async_context(new_destination(pair, tmp_path))
             await trio.sleep(SETTLES)
-            held.append(descriptors(driver))
-        assert held[2] == held[1]
+            descriptors.append(count(driver, "fd"))
+            threads.append(count(driver, "task"))
+        assert descriptors[-1] == descriptors[0]
+        for first, last in zip(threads[0], threads[-1], strict=True):
+            assert last <= first + 1  # a worker of trio's, which ends when it is idle
         await bare.start_postcopy(driver.source, client, channel, bandwidth=1 << 20)
         await all_ends_well(Pair(pair.source, destination), driver)
