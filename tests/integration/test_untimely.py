@@ -223,8 +223,8 @@ async def test_migrations_in_a_row_leave_nothing_behind(tmp_path: Path) -> None:
             await trio.sleep(SETTLES)
             descriptors.append(count(driver, "fd"))
             threads.append(count(driver, "task"))
-        assert descriptors[-1] == descriptors[0]
-        for first, last in zip(threads[0], threads[-1], strict=True):
-            assert last <= first + 1  # a worker of trio's, which ends when it is idle
+        for kind in (descriptors, threads):
+            for first, last in zip(kind[0], kind[-1], strict=True):
+                assert last <= first + 1  # one may come and go; one left by each of two migrations is seen
         await bare.start_postcopy(driver.source, client, channel, bandwidth=1 << 20)
         await all_ends_well(Pair(pair.source, destination), driver)
