@@ -646,6 +646,8 @@ class Migration:
                 self.relay.complete()
         except OSError as error:
             log.warning("%s: could not clear the ended migration: %s", self.name, error)
+        if self.relay is None or self.relay.look().local is not LegState.OPEN:
+            self._hold(None)
         if self.procedure is not None:
             self.start_soon(self._clean_up, self.procedure)
 
