@@ -97,6 +97,7 @@ class Destination:
         log.info("%s: a client recovers the destination by hand", migration.name)
         endpoint = endpoint_of(command.arguments)
         migration.feed(Event.CLIENT_RECOVERS)
+        await migration.attempt_over()
         if migration.relay is None or not isinstance(endpoint, Inet):
             return Forward(on_reply=self._watch_recover)
         try:

@@ -487,6 +487,11 @@ class Migration:
             return Event.ATTEMPT_FAILED
         return None
 
+    async def attempt_over(self) -> None:
+        """Waits until an attempt that was cancelled has ended: QEMU may have had its command already."""
+        async with self._attempting:
+            pass
+
     async def issued(self) -> None:
         """QEMU took the attempt's command. Raises trio.Cancelled where the attempt was cancelled
         meanwhile."""

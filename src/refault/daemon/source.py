@@ -94,6 +94,9 @@ class Source:
         if works or state in (State.OPEN, State.HANDSHAKE, State.HELD):
             return Forward()
         migration.feed(Event.CLIENT_RECOVERS)
+        await migration.attempt_over()
+        if migration.cost_of_stopping() is not None:
+            return Forward()  # our attempt had its channel already, and that stands
         endpoint = endpoint_of(command.arguments)
         if migration.relay is None or not isinstance(endpoint, Inet):
             return Forward(on_reply=self._watch_resume)
@@ -105,14 +108,18 @@ class Source:
         except (QmpError, trio.TooSlowError):
             return Forward(on_reply=self._watch_resume)
         migration.endpoint = endpoint
-        return Forward(with_descriptor(command.arguments, name), on_reply=self._watch_resume)
+        channel = migration.channel
+
+        def watch(reply: bytes) -> bytes:
+            if is_error(reply):
+                migration.abandon(channel)
+            return self._watch_resume(reply)
+
+        return Forward(with_descriptor(command.arguments, name), on_reply=watch)
 
     def _watch_resume(self, reply: bytes) -> bytes:
-        migration = self._migration
         if is_error(reply):
-            if migration.relay is not None and migration.policy.state is State.BY_CLIENT:
-                migration.abandon(migration.channel)
-            migration.feed(Event.ATTEMPT_FAILED)
+            self._migration.feed(Event.ATTEMPT_FAILED)
         return reply
 
     async def attempt(self) -> None:
