@@ -94,6 +94,7 @@ async def _look_at_pause(tap: RelayTap, log: Path, pid: int, before: Pause | Non
     assert stats.refused == 0
     kernel = waiting(pid)
     assert kernel is not None
+    assert kernel.total >= len(traced.wanted), "QEMU wants a page that no thread waits for"
     last_id = max((request.id for request in requests), default=0)
     return Pause(record, last_id, frozenset(traced.wanted), len(unsent), kernel.total, kernel.pending)
 

@@ -1,0 +1,116 @@
+"""What memory is made of and how its pages travel: each through the relay, with losses, memory equal."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+import trio
+
+from refault.lab import bare
+from refault.lab.channel import Loss, free_port, start_channel
+from refault.lab.driver import refault_driver
+from refault.lab.guest import Guest
+from refault.lab.memory import compare
+from refault.lab.qemu import PairOptions, start_pair
+
+pytestmark = [pytest.mark.qemu, pytest.mark.timeout(90)]
+
+GUEST = Guest(vcpus=4, log_pages=11, tick_ns=1_000_000)
+MIB = 1 << 20
+LOW = 24 * MIB
+HIGH = 32 * MIB
+
+
+def nodes(*backends: str) -> list[str]:
+    """Two NUMA nodes, which are two RAM blocks; together they hold more than the guest needs."""
+    words = ["-m", f"{(LOW + HIGH) // MIB}M"]
+    for number, (backend, size) in enumerate(zip(backends, (LOW, HIGH), strict=True)):
+        words += ["-object", f"{backend},id=node{number},size={size}"]
+        words += ["-numa", f"node,memdev=node{number}"]
+    return words
+
+
+@dataclass(frozen=True)
+class Kind:
+    """``extra``: QEMU's arguments, ``blocks``: RAM blocks that it declares, of ``page_size`` bytes a page."""
+
+    extra: tuple[str, ...] = ()
+    capabilities: tuple[str, ...] = ()
+    blocks: tuple[str, ...] = ("pc.ram",)
+    page_size: int = 4096
+
+
+KINDS = {
+    "two-blocks": Kind(
+        tuple(nodes("memory-backend-ram", "memory-backend-memfd")),
+        blocks=("node0", "node1"),
+    ),
+    "xbzrle": Kind(capabilities=("xbzrle",)),
+    "hugetlbfs": Kind(
+        tuple(nodes(*["memory-backend-memfd,hugetlb=on,hugetlbsize=2M"] * 2)),
+        blocks=("node0", "node1"),
+        page_size=2 * MIB,
+    ),
+}
+
+
+@pytest.fixture
+def huge_pages() -> Iterator[None]:
+    """Both ends' memory in pages of 2 MiB, for the time of the test."""
+    wanted = 2 * (LOW + HIGH) // (2 * MIB)
+    pool = Path("/sys/kernel/mm/hugepages/hugepages-2048kB/nr_hugepages")
+    try:
+        before = int(pool.read_text())
+        pool.write_text(str(before + wanted))
+    except OSError as error:
+        pytest.skip(f"no huge pages here: {error}")
+    try:
+        if int(pool.read_text()) < before + wanted:
+            pytest.skip("too little contiguous memory for huge pages")
+        yield
+    finally:
+        pool.write_text(str(before))
+
+
+@pytest.mark.parametrize("name", ["two-blocks", "xbzrle"])
+async def test_with_losses(tmp_path: Path, name: str) -> None:
+    await migrate(tmp_path, KINDS[name])
+
+
+@pytest.mark.usefixtures("huge_pages")
+async def test_huge_pages_with_losses(tmp_path: Path) -> None:
+    await migrate(tmp_path, KINDS["hugetlbfs"])
+
+
+async def migrate(directory: Path, kind: Kind) -> None:
+    async with (
+        start_pair(GUEST, directory, PairOptions(extra=kind.extra)) as pair,
+        start_channel(directory, free_port()) as channel,
+        refault_driver(pair, channel, directory) as driver,
+    ):
+        capabilities = (*bare.CAPABILITIES, *kind.capabilities)
+        await bare.start_postcopy(
+            driver.source, driver.destination, channel, bandwidth=MIB, capabilities=capabilities
+        )
+        for loss in (Loss.KILL, Loss.RESET):
+            await trio.sleep(0.2)
+            since = len(driver.destination.events)
+            await channel.lose(loss)
+            with trio.fail_after(10):
+                await driver.destination.wait_migration("postcopy-active", since=since)
+                await bare.wait_status(driver.source, "postcopy-active")
+        for vm in await driver.statuses():
+            assert vm.migration.relay == "tracking"
+            assert vm.recovery.recoveries == 2
+            assert vm.pages.requested > 0
+            told = {block.name: block.page_size_bytes for block in vm.pages.blocks}
+            assert {name: told.get(name) for name in kind.blocks} == dict.fromkeys(
+                kind.blocks, kind.page_size
+            )
+        await pair.destination.wait_progress()
+        await bare.finish(driver.source)
+        verdict = await compare(GUEST, pair.destination.qmp, pair.source.qmp)
+        assert verdict.right, verdict
