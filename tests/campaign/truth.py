@@ -31,13 +31,13 @@ async def compare_records(binary: str, migrations: int, losses: itertools.cycle[
         with tempfile.TemporaryDirectory(prefix="refault-") as directory:
             some = list(itertools.islice(losses, PAUSES_EACH))
             pauses += await compare_with_trace(GUEST, Path(directory), some, binary)
-    kernel = collections.Counter(pause.threads - pause.unread - len(pause.wanted) for pause in pauses)
+    kernel = collections.Counter(pause.threads - pause.faults for pause in pauses)
     print(
         f"{binary}: {migrations} migrations, {len(pauses)} pauses, {GUEST.vcpus} vCPUs:"
         f" {sum(len(pause.record) for pause in pauses)} pages on record,"
         f" {sum(len(pause.wanted) for pause in pauses)} of QEMU's not there yet and all but"
         f" {sum(pause.unsent for pause in pauses)} (not sent yet) on record; nothing else differs."
-        f" Kernel: threads whose faults were read, less pages wanted: {dict(sorted(kernel.items()))}",
+        f" Kernel's threads less faults that QEMU traced: {dict(sorted(kernel.items()))}",
         flush=True,
     )
 

@@ -48,7 +48,6 @@ class Forwarded:
     """The pages that passed the decoder, over all channels, and in which order on the last one."""
 
     def __init__(self) -> None:
-        self.blocks: list[bytes] = []
         self.pages: dict[bytes, set[int]] = {}
         self.order: list[tuple[bytes, int]] = []
 
@@ -60,7 +59,6 @@ class Forwarded:
 
     def _take(self, event: Event) -> None:
         if event.kind is Kind.BLOCK:
-            self.blocks.append(event.name)
             self.pages[event.name] = set()
         elif event.kind is Kind.PAGE:
             self.pages[event.name].add(event.offset // _PAGE)
@@ -85,11 +83,7 @@ class Forwarded:
 
 
 async def compare_bitmaps(
-    guest: Guest,
-    directory: Path,
-    losses: Sequence[Loss],
-    binary: str = DEFAULT_BINARY,
-    capabilities: tuple[str, ...] = (),
+    guest: Guest, directory: Path, losses: Sequence[Loss], binary: str = DEFAULT_BINARY
 ) -> list[list[Difference]]:
     """Migrates with these losses; what each recovery's bitmaps said. Raises AssertionError."""
     async with (
@@ -100,8 +94,7 @@ async def compare_bitmaps(
         tap = Tap(channel, nursery)
         await tap.begin()
         source, destination = pair.source.qmp, pair.destination.qmp
-        everything = (*bare.CAPABILITIES, *capabilities)
-        await bare.start_postcopy(source, destination, tap, bandwidth=1 << 20, capabilities=everything)
+        await bare.start_postcopy(source, destination, tap, bandwidth=1 << 20)
         for loss in losses:
             await trio.sleep(0.1)
             since = len(destination.events)

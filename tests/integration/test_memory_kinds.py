@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import tempfile
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -114,3 +115,29 @@ async def migrate(directory: Path, kind: Kind) -> None:
         await bare.finish(driver.source)
         verdict = await compare(GUEST, pair.destination.qmp, pair.source.qmp)
         assert verdict.right, verdict
+
+
+async def test_shared_memory_that_stays_where_it_is(tmp_path: Path) -> None:
+    """QEMU refuses ignore-shared with postcopy, so this one migrates in precopy."""
+    with tempfile.NamedTemporaryFile(dir="/dev/shm") as shared:
+        extra = nodes("memory-backend-ram", f"memory-backend-file,share=on,mem-path={shared.name}")
+        async with (
+            start_pair(GUEST, tmp_path, PairOptions(extra=extra)) as pair,
+            start_channel(tmp_path, free_port()) as channel,
+            refault_driver(pair, channel, tmp_path) as driver,
+        ):
+            for qmp in (driver.source, driver.destination):
+                await bare.set_capabilities(qmp, "events", "x-ignore-shared")
+            since = len(driver.destination.events)
+            await driver.destination.execute("migrate-incoming", {"uri": channel.target_uri})
+            await channel.wait_open()
+            await driver.source.execute("migrate", {"uri": channel.uri})
+            with trio.fail_after(20):
+                await driver.destination.wait_migration("completed", since=since)
+                await bare.wait_status(driver.source, "completed")
+            for vm in await driver.statuses():
+                assert "a precopy migration ends" in (vm.migration.relay_reason or "")
+                assert {"node0", "node1"} <= {block.name for block in vm.pages.blocks}
+            await pair.destination.wait_progress()
+            verdict = await compare(GUEST, pair.destination.qmp, pair.source.qmp)
+            assert verdict.right, verdict

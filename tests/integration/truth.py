@@ -64,7 +64,9 @@ class Pause:
     unsent: int
     """Pages that QEMU wants and could not ask for any more (0 or 1: its fault thread then waits)."""
     threads: int
-    unread: int
+    """Threads that wait, by the kernel, and whose faults QEMU has read."""
+    faults: int
+    """Faults that QEMU has read, by its trace, on pages that it wants; many threads can fault on one page."""
 
 
 async def _still(log: Path) -> Traced:
@@ -95,8 +97,14 @@ async def _look_at_pause(tap: RelayTap, log: Path, pid: int, before: Pause | Non
     kernel = waiting(pid)
     assert kernel is not None
     assert kernel.total >= len(traced.wanted), "QEMU wants a page that no thread waits for"
-    last_id = max((request.id for request in requests), default=0)
-    return Pause(record, last_id, frozenset(traced.wanted), len(unsent), kernel.total, kernel.pending)
+    return Pause(
+        record=record,
+        last_id=max((request.id for request in requests), default=0),
+        wanted=frozenset(traced.wanted),
+        unsent=len(unsent),
+        threads=kernel.total - kernel.pending,
+        faults=sum(page in traced.wanted for page in traced.faulted),
+    )
 
 
 async def compare_with_trace(
