@@ -44,8 +44,7 @@ class Destination:
         self._first: LocalLeg | None = None
         self._open: LocalLeg | None = None
         self._spare: list[LocalLeg] = []
-        """Ends of pairs on which QEMU may still listen though another was used: it must never see them
-        end."""
+        """Pairs on which QEMU may still listen though another was used: it must never see them end."""
         self._wanted = trio.Event()
         self._newest: trio.socket.SocketType | None = None
         self._asked_for: Endpoint | None = None
@@ -85,14 +84,12 @@ class Destination:
         return reply
 
     async def adopt(self, endpoint: Endpoint) -> None:
-        """A migration that was met at start-up: binds its address again and lays descriptors. Raises
-        OSError, QmpError."""
+        """A migration that was met at start-up: binds its address again. Raises OSError."""
         listener = await self._bind(inet_of(endpoint))
         self._asked_for = listener.endpoint
 
     async def migrate_recover(self, command: WatchedCommand) -> Forward | Answer:
-        """A client recovers by hand: our attempt makes way; its address is bound by refault where it is
-        relayed."""
+        """A client recovers by hand: our attempt makes way; refault binds its address where it is relayed."""
         migration = self._migration
         log.info("%s: a client recovers the destination by hand", migration.name)
         endpoint = endpoint_of(command.arguments)
@@ -131,8 +128,7 @@ class Destination:
         return reply
 
     def show_address(self) -> Callable[[bytes], bytes] | None:
-        """What makes query-migrate show the address that the client asked for; None where QEMU shows its
-        own."""
+        """What makes query-migrate show the address that the client asked for; None: QEMU shows its own."""
         listeners = list(self._listeners)
         if not listeners or self._asked_for is None:
             return None
@@ -206,8 +202,7 @@ class Destination:
     # ---- recovery ----
 
     async def attempt(self) -> None:
-        """One recovery: `migrate-recover`, and QEMU waits for the source. No deadline: it may wait as long
-        as need be."""
+        """One recovery: `migrate-recover`, and QEMU waits for the source, for as long as need be."""
         migration = self._migration
         if migration.relay is None:
             await self._attempt_unrelayed()

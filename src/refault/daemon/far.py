@@ -96,8 +96,7 @@ class FarListener:
 
     @classmethod
     async def bind(cls, endpoint: Inet) -> FarListener:
-        """Binds `endpoint`. Raises OSError where it is in use or not of this host; never takes another
-        port."""
+        """Binds `endpoint` and never another port. Raises OSError if it is in use or not of this host."""
         host = {"": None, "0": "0.0.0.0"}.get(endpoint.host, endpoint.host)  # noqa: S104
         if host is None and endpoint.port == 0:
             host = "0.0.0.0"  # noqa: S104  # one port, so one socket

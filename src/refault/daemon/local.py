@@ -40,8 +40,7 @@ class Executes(Protocol):
 
 @dataclass
 class LocalLeg:
-    """Our end of a socketpair whose other end QEMU knows by `name`. Never closed but where legs.py allows
-    it."""
+    """Our end of a socketpair whose other end QEMU knows by `name`; closed only where legs.py allows it."""
 
     name: str
     socket: socket.socket
@@ -97,8 +96,7 @@ async def give_back(monitor: Executes, ours: socket.socket) -> bool:
 
 
 class Deposits:
-    """Descriptors laid with a destination QEMU before postcopy, so that a recovery needs no in-band
-    command."""
+    """Descriptors laid with a destination QEMU, so that a recovery needs no in-band command."""
 
     WANTED = 8
 

@@ -159,8 +159,7 @@ class Migration:
 
     @property
     def version(self) -> tuple[int, int, int]:
-        """The version of the QEMU behind the monitor; the oldest, and so the most careful, while it is not
-        known."""
+        """QEMU's version; the oldest, and so the most careful, while it is not known."""
         return self.monitor.qemu.version_triple if self.monitor.qemu else (0, 0, 0)
 
     @property
@@ -191,8 +190,10 @@ class Migration:
         return reply if isinstance(reply, Mapping) else {}
 
     async def judge(self, endpoint: Endpoint | None) -> str | None:
-        """Why the relay cannot carry a migration to `endpoint`; None where it can. Warns of what cannot be
-        recovered."""
+        """Why the relay cannot carry a migration to `endpoint`; None where it can.
+
+        Warns of what QEMU could not recover.
+        """
         capabilities = enabled_capabilities(
             await self.monitor.execute("query-migrate-capabilities", timeout=QUERY_TIMEOUT)
         )
@@ -209,8 +210,7 @@ class Migration:
         return why_not(endpoint, capabilities, parameters, monitor_is_unix=is_unix)
 
     async def begin(self, procedure: RoleProcedure, endpoint: Endpoint | None, reason: str | None) -> None:
-        """A migration is being set up: forgets the one before. `reason`: why it is not relayed, None if it
-        is."""
+        """A migration is being set up: forgets the one before. `reason`: why it is not relayed, or None."""
         self._cancel_timer()
         self._cancel_attempt()
         if self.procedure is not None:
@@ -293,8 +293,10 @@ class Migration:
             log.exception("%s: internal error in %s", self.name, task.__qualname__)
 
     def join(self, local: LocalLeg, far: trio.socket.SocketType, *, recovered: bool) -> None:
-        """Gives both legs to the pump as the next channel. Raises AttemptFailed where the one before must
-        stay."""
+        """Gives both legs to the pump as the next channel.
+
+        Raises AttemptFailed where the one before must stay.
+        """
         if self.relay is None:
             raise AttemptFailed("the relay has ended")
         cost = self.cost_of_stopping()
@@ -333,8 +335,7 @@ class Migration:
         return safe
 
     async def let_go(self, end: socket.socket) -> bool:
-        """Closes our end of a pair on which QEMU may listen, once QEMU holds both; False where it is still
-        open."""
+        """Closes our end of a pair on which QEMU may listen, once QEMU holds both; False if it stays open."""
         if not self.qemu_lives or await give_back(self.monitor, end):
             end.close()
             return True
@@ -493,8 +494,7 @@ class Migration:
             pass
 
     async def issued(self) -> None:
-        """QEMU took the attempt's command. Raises trio.Cancelled where the attempt was cancelled
-        meanwhile."""
+        """QEMU took the attempt's command. Raises trio.Cancelled if the attempt was cancelled meanwhile."""
         await trio.lowlevel.checkpoint_if_cancelled()
         self.feed(Event.ISSUED)
 
@@ -636,8 +636,7 @@ class Migration:
             self.start_soon(self._look_again, relay)
 
     async def _look_again(self, relay: Relay) -> None:
-        """A hold may end by time alone: the destination surely runs a second after it said it was about
-        to."""
+        """A hold may end by time alone: a destination that was about to run surely does a second later."""
         await trio.sleep(RUN_SECONDS * 1.1)
         if not relay.closed:
             self._relay_changed(relay)

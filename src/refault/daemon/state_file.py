@@ -21,8 +21,7 @@ class MigrationRecord(msgspec.Struct, frozen=True, kw_only=True):
     relayed: bool
     qemu_pid: int | None
     qemu_started: int | None
-    """Start time of that process in clock ticks since boot (/proc/PID/stat, field 22), for pids are used
-    again."""
+    """Its start time in clock ticks since boot (/proc/PID/stat, field 22), for pids are used again."""
 
 
 def process_started(pid: int | None) -> int | None:
@@ -45,8 +44,7 @@ class StateFile:
         self._path = directory / f"{vm}.migration.json"
 
     def save(self, record: MigrationRecord) -> None:
-        """Writes the record. A directory that cannot be written costs the recovery after a restart, nothing
-        else."""
+        """Writes the record. Where that fails, a restarted refault cannot recover; nothing else is lost."""
         temporary = self._path.with_suffix(".new")
         try:
             descriptor = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600)
@@ -57,8 +55,7 @@ class StateFile:
             log.warning("%s: cannot save the migration to %s: %s", self._vm, self._path, error)
 
     def load(self, pid: int | None) -> MigrationRecord | None:
-        """The record, if it is of the QEMU process `pid`; a stale, torn or foreign one is removed and
-        None."""
+        """The record, if it is of the QEMU process `pid`; a stale, torn or foreign one is None."""
         try:
             record = msgspec.json.decode(self._path.read_bytes(), type=MigrationRecord)
         except FileNotFoundError:
