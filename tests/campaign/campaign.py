@@ -16,6 +16,8 @@ from tests.campaign.losses import LossClass, plan
 from tests.campaign.outcomes import allowed
 from tests.campaign.record import Record
 
+from refault.migration.versions import abilities
+
 _PER_LIFE = 7
 _LONGEST = 240.0  # seconds of one migration
 
@@ -34,7 +36,9 @@ async def run(
     remaining = {kind: each + (at < more) for at, kind in enumerate(draw.sample(kinds, len(kinds)))}
     began = trio.current_time()
     while any(count > 0 for count in remaining.values()) and trio.current_time() - began < seconds:
-        plans = [plan(kind, draw) for kind in compose(draw, remaining, _PER_LIFE)]
+        ends = not abilities(record.version).pauses_again_in_handshake
+        drawn = compose(draw, remaining, _PER_LIFE, handshake_ends_it=ends)
+        plans = [plan(kind, draw) for kind in drawn]
         life = Life()
         record.lives += 1
         with tempfile.TemporaryDirectory(prefix="refault-campaign-") as directory:

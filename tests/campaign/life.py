@@ -301,16 +301,24 @@ async def _end(stage: _Stage, life: Life) -> None:
         result.outcome, result.note = Outcome.WRONG_MEMORY, str(verdict)
 
 
-def compose(draw: random.Random, remaining: dict[LossClass, int], per_life: int) -> list[LossClass]:
-    """Draws the classes of one migration from what is still to be made."""
-    by_place = {
-        place: [kind for kind, count in remaining.items() if count > 0 and kind.place is place]
-        for place in Place
-    }
-    rest = by_place[Place.FIRST] + by_place[Place.MIDDLE] + by_place[Place.LAST]
-    if by_place[Place.ALONE] and (not rest or draw.random() < 1 / 3):
+def compose(
+    draw: random.Random, remaining: dict[LossClass, int], per_life: int, *, handshake_ends_it: bool
+) -> list[LossClass]:
+    """Draws the classes of one migration from what is still to be made.
+
+    ``handshake_ends_it``: no QEMU of this version goes on after a loss in the recovery handshake.
+    """
+    left = [kind for kind, count in remaining.items() if count > 0]
+    first = [kind for kind in left if kind.place is Place.FIRST]
+    middle = [kind for kind in left if kind.place is Place.MIDDLE]
+    last = [kind for kind in left if kind.place is Place.LAST]
+    if handshake_ends_it:
+        last += [kind for kind in middle if kind.in_handshake]
+        middle = [kind for kind in middle if not kind.in_handshake]
+    if LossClass.PRECOPY in left and (len(left) == 1 or draw.random() < 1 / 3):
         return [LossClass.PRECOPY]
-    chosen = by_place[Place.FIRST] if draw.random() < 0.4 or not by_place[Place.MIDDLE] else []
-    pool = [kind for kind in by_place[Place.MIDDLE] for _ in range(remaining[kind])]
+    pool = [kind for kind in middle for _ in range(remaining[kind])]
     draw.shuffle(pool)
-    return [*chosen, *pool[:per_life], *by_place[Place.LAST]]
+    begins = first if draw.random() < 0.5 or not pool else []
+    ends = [draw.choice(last)] if last else []
+    return [*begins, *pool[:per_life], *ends]
