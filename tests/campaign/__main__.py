@@ -34,7 +34,7 @@ def main() -> int:
         run, arguments.qemu, kinds, arguments.losses, arguments.seed, arguments.minutes * 60, arguments.logs
     )
     print(record)
-    return 1 if record.defects else 0
+    return 1 if record.defects or record.failures else 0
 
 
 if __name__ == "__main__":

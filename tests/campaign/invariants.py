@@ -39,7 +39,8 @@ class Watch:
     async def _watch_memory(self) -> None:
         """The vCPUs' own progress: once one has gone further at the destination, none may at the source."""
         while True:
-            there, here = self._progress(self._pair.destination), self._progress(self._pair.source)
+            there = self._progress(self._pair.destination) if self._resumed() else []
+            here = self._progress(self._pair.source)
             if self.handed_over and self._source_last and _further(here, self._source_last):
                 self._say(f"the guest runs at the source ({here}) after it ran at the destination ({there})")
             if here:
@@ -58,6 +59,14 @@ class Watch:
             if await _running(self._pair.destination) and await _running(self._pair.source):
                 self._say("query-status says running on both sides")
             await trio.sleep(_PACE)
+
+    def _resumed(self) -> bool:
+        """Whether the destination's memory may be read: not before its pages are dropped for postcopy.
+
+        A page that goes between the look whether it is there and the read is made anew by the read, empty,
+        and QEMU exits when the source's arrives (UFFDIO_COPY: EEXIST). RAM_DISCARD comes before RUN.
+        """
+        return any(event.name == "RESUME" for event in self._pair.destination.qmp.events)
 
     def _progress(self, qemu: Qemu) -> list[Progress | None]:
         with contextlib.suppress(OSError):

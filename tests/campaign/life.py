@@ -128,7 +128,7 @@ async def _make(stage: _Stage, planned: Planned, life: Life) -> bool:
     if planned.kind is LossClass.SWITCHOVER:
         when = await _begin(stage, planned)
     else:
-        if not stage.watch.handed_over and not life.results:
+        if not life.results:
             await _begin(stage, None)
         await trio.sleep(planned.after)
         if any(_last(qemu)[0] == "completed" for qemu in stage.both):
