@@ -46,7 +46,10 @@ _HANDSHAKE = Rule(
 RULES: dict[tuple[Phase, Role], Rule] = {
     (Phase.PRECOPY, Role.SOURCE): _CLOSE_PRECOPY,
     (Phase.PRECOPY, Role.DESTINATION): _CLOSE_PRECOPY,
-    (Phase.SWITCHOVER, Role.SOURCE): _CLOSE_POSTCOPY,
+    (Phase.SWITCHOVER, Role.SOURCE): Rule(
+        Verdict.CLOSE,
+        "this QEMU pauses the migration, which recovers if the destination has got all device state",
+    ),
     (Phase.SWITCHOVER, Role.DESTINATION): Rule(
         Verdict.HOLD,
         "the destination exits while it loads the device state",
