@@ -40,6 +40,8 @@ async def compare_records(binary: str, migrations: int, losses: itertools.cycle[
         f" Kernel's threads less faults that QEMU traced: {dict(sorted(kernel.items()))}",
         flush=True,
     )
+    if set(kernel) != {0}:
+        raise SystemExit("the kernel counts other threads than QEMU has read faults of")
 
 
 async def compare_all_bitmaps(binary: str, count: int, losses: itertools.cycle[Loss]) -> None:
