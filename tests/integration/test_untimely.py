@@ -216,7 +216,7 @@ async def test_migrations_in_a_row_leave_nothing_behind(tmp_path: Path) -> None:
             with trio.fail_after(20):
                 await bare.wait_status(driver.source, "active")
                 await driver.source.execute("migrate_cancel")
-                # QEMU 7.2 shuts the channel down before it notes the cancellation (migration.c, migrate_fd_cancel).
+                # 7.2 shuts the channel down before it notes the cancellation (migrate_fd_cancel).
                 await bare.wait_status(driver.source, "cancelled", "failed")
             pair = Pair(pair.source, destination)
             destination, client = await stack.enter_async_context(new_destination(pair, tmp_path))
