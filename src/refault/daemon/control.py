@@ -8,13 +8,13 @@ from __future__ import annotations
 import logging
 import os
 import socket
-import struct
 from pathlib import Path
 
 import trio
 
 from refault.daemon import snapshot as status_document
 from refault.daemon.address import Address
+from refault.daemon.dial import peer_of
 from refault.daemon.errors import OperatorError
 from refault.daemon.listener import ListenError, bind
 from refault.daemon.snapshot import Snapshot, Status
@@ -23,8 +23,6 @@ _log = logging.getLogger(__name__)
 
 _ANSWER_SECONDS = 5.0
 """How long a peer may take to read the document."""
-_UCRED = struct.Struct("3i")
-"""struct ucred: pid, uid, gid (unix(7))."""
 
 
 async def serve_control(
@@ -54,16 +52,15 @@ async def serve_control(
 
 async def _answer(stream: trio.SocketStream, snapshot: Snapshot) -> None:
     async with stream:
-        credentials = stream.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, _UCRED.size)
-        pid, uid, _ = _UCRED.unpack(credentials)
-        if uid not in (0, os.getuid()):
-            _log.warning("control: refused process %d of user %d", pid, uid)
+        peer = peer_of(stream.socket)
+        if peer.uid not in (0, os.getuid()):
+            _log.warning("control: refused process %s of user %s", peer.pid, peer.uid)
             return
         with trio.move_on_after(_ANSWER_SECONDS):
             try:
                 await stream.send_all(status_document.encode(snapshot()))
             except trio.BrokenResourceError:
-                _log.debug("control: process %d went away before it had read the status", pid)
+                _log.debug("control: process %s went away before it had read the status", peer.pid)
 
 
 def query(path: Path, timeout: float) -> Status:

@@ -27,7 +27,6 @@ STALL_TIMEOUT = 20.0
 ADDRESS_TIMEOUT = 15.0
 """How long an address is listened at before the next one, or the same again, is tried; longer than a source
 tries (source.HANDSHAKE_TIMEOUT)."""
-CLOSEFD_TIMEOUT = 10.0
 _NOT_PAUSED = "postcopy is paused"
 
 

@@ -23,7 +23,7 @@ class Peer:
     uid: int | None
 
 
-def peer_of(sock: socket.socket) -> Peer:
+def peer_of(sock: socket.socket | trio.socket.SocketType) -> Peer:
     """The peer credentials. The pid of a process that our namespace does not know is None."""
     if sock.family != socket.AF_UNIX:
         return Peer(None, None)

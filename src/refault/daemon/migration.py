@@ -348,11 +348,6 @@ class Migration:
         if self.relay is not None:
             self.relay.close_channel(channel)
 
-    @property
-    def has_alternatives(self) -> bool:
-        """Whether there is another address than the lost channel's."""
-        return bool(self._alternatives)
-
     def next_endpoint(self) -> Endpoint | None:
         """Where to try: the address of the lost channel, then the alternatives in order, then again."""
         choices = [self.endpoint, *self._alternatives]

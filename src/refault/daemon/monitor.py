@@ -185,7 +185,6 @@ class Monitor:
         self._listeners: list[Bound] = []
         self._nursery: trio.Nursery
         self._last_complaint = ""
-        self._connections = 0
 
     @property
     def counters(self) -> Counters:
@@ -628,7 +627,6 @@ class Monitor:
         try:
             with sock:
                 self._peer = peer_of(sock)
-                self._connections += 1
                 core.upstream_connected(b'"refault-%s"' % os.urandom(6).hex().encode())
                 trouble: Exception | None = None
                 async with trio.open_nursery() as nursery:
