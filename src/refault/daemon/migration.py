@@ -596,6 +596,7 @@ class Migration:
     def _local_ended(self, view: RelayView) -> None:
         phase = self.phase
         self._ended_channel = self.channel
+        self._hold(None)
         self.look_soon()
         if phase is not Phase.DONE:
             log.info("%s: QEMU ended the channel in %s (%s)", self.name, phase, view.local_loss())
