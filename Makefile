@@ -12,6 +12,10 @@ BENCH ?=
 CAMPAIGN ?=
 TEST ?= tests/unit tests/integration
 SECONDS ?= 60
+# Other QEMUs than the machine's own, as make qemus unpacks them: .qemus/qemu-10 and so on.
+QEMUS ?= 5.2 10 11
+QEMU_DIR := $(CURDIR)/.qemus
+export PATH := $(PATH):$(QEMU_DIR)
 
 PREFIX ?= /usr/local
 DESTDIR ?=
@@ -26,12 +30,13 @@ C_FILES := $(wildcard cext/*.c tests/fuzz/*.c tests/tsan/*.c)
 C_AND_HEADERS := $(CEXT) $(wildcard tests/fuzz/*.c tests/fuzz/*.h tests/tsan/*.c)
 C_WARNINGS := -std=c11 -D_GNU_SOURCE -Wall -Wextra -Wno-unused-parameter -Werror -Icext -fsyntax-only
 
-.PHONY: help build demo picture test campaign campaign-starvation campaign-truth lint bench fuzz tsan dist install clean
+.PHONY: help build demo picture qemus test campaign campaign-starvation campaign-truth lint bench fuzz tsan dist install clean
 .NOTPARALLEL:
 
 help:
 	@echo 'make demo     a real migration between two QEMUs, broken and recovered (DEMO="--losses 6")'
 	@echo 'make picture  docs/demo.svg anew, from a run of the demo'
+	@echo 'make qemus    QEMU 5.2, 10.0 and 11.1 of other Debian suites, in .qemus/ (QEMUS="10"); the tests use them if there'
 	@echo 'make test     unit and integration tests (TEST=tests/unit for some of them)'
 	@echo 'make campaign  hundreds of losses at every moment of a migration (CAMPAIGN="--help")'
 	@echo 'make lint     ruff, mypy, clang-format, gcc and clang'
@@ -70,6 +75,9 @@ demo: build
 picture: build
 	$(BOOTSTRAP) demo
 	tests/tools/with-userfaultfd $(BIN)/python docs/picture.py docs/demo.svg
+
+qemus:
+	tests/tools/qemus $(QEMU_DIR) $(QEMUS)
 
 test: build $(VENV)/.dev
 	$(BOOTSTRAP) test
@@ -124,6 +132,6 @@ install:
 	test -e $(DESTDIR)$(SYSCONFDIR)/refault/example.env || install -m 640 systemd/example.env $(DESTDIR)$(SYSCONFDIR)/refault/example.env
 
 clean:
-	rm -rf $(VENV) build dist .mypy_cache .pytest_cache .ruff_cache .hypothesis src/refault.egg-info
+	rm -rf $(VENV) $(QEMU_DIR) build dist .mypy_cache .pytest_cache .ruff_cache .hypothesis src/refault.egg-info
 	find src tests cext -name __pycache__ -type d -prune -exec rm -rf {} +
 	find src -name '*.so' -delete

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import re
-import shutil
 from pathlib import Path
 
 import pytest
@@ -14,9 +13,10 @@ from refault.lab import bare
 from refault.lab.guest import Guest
 from refault.lab.qemu import DEFAULT_BINARY, start_qemu
 
+from .qemus import BINARIES
+
 pytestmark = [pytest.mark.qemu, pytest.mark.timeout(60)]
 
-BINARIES = [DEFAULT_BINARY, *(["qemu-10"] if shutil.which("qemu-10") else [])]
 ROUNDS = 6  # XBZRLE has something to compare with from the third on
 GUEST = Guest(vcpus=1, log_pages=10, tick_ns=1_000_000)
 

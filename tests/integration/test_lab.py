@@ -5,7 +5,6 @@ can fail.
 from __future__ import annotations
 
 import os
-import shutil
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from pathlib import Path
@@ -21,9 +20,10 @@ from refault.lab.process import ProcessFailed
 from refault.lab.qemu import DEFAULT_BINARY, Pair, PairOptions, start_pair, start_qemu
 from refault.lab.qmp_client import QmpError
 
+from .qemus import BINARIES
+
 pytestmark = [pytest.mark.qemu, pytest.mark.timeout(120)]
 
-BINARIES = [DEFAULT_BINARY, *(["qemu-10"] if shutil.which("qemu-10") else [])]
 GUEST = Guest(vcpus=4, log_pages=11, tick_ns=1_000_000)
 
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-import shutil
 import signal
 import subprocess
 import sys
@@ -15,13 +14,14 @@ from pathlib import Path
 import pytest
 
 from refault.lab.guest import ARENA_BASE
-from refault.lab.qemu import DEFAULT_BINARY, Pair
+from refault.lab.qemu import Pair
 from refault.lab.scenario import Options, ScenarioFailed, run
 from refault.lab.story import Story
 
+from .qemus import BINARIES
+
 pytestmark = [pytest.mark.qemu, pytest.mark.timeout(150)]
 
-BINARIES = [DEFAULT_BINARY, *(["qemu-10"] if shutil.which("qemu-10") else [])]
 SMALL = Options(losses=3, memory=32 << 20, who="script")
 DEMO = [sys.executable, "-m", "refault", "demo"]
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import shutil
 import struct
 from pathlib import Path
 
@@ -14,13 +13,13 @@ from refault.channel.tracker import Fact, Tracker
 from refault.lab import bare
 from refault.lab.channel import Loss, free_port, start_channel
 from refault.lab.guest import Guest
-from refault.lab.qemu import DEFAULT_BINARY, PairOptions, start_pair
+from refault.lab.qemu import PairOptions, start_pair
 
+from .qemus import BINARIES
 from .tap import Passed, Tap, save_directory
 
 pytestmark = [pytest.mark.qemu, pytest.mark.timeout(90)]
 
-BINARIES = [DEFAULT_BINARY, *(["qemu-10"] if shutil.which("qemu-10") else [])]
 GUEST = Guest(vcpus=4, log_pages=11, tick_ns=500_000)
 
 

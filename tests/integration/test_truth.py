@@ -5,21 +5,19 @@ The short form; tests/campaign/truth.py runs both for long.
 
 from __future__ import annotations
 
-import shutil
 from pathlib import Path
 
 import pytest
 
 from refault.lab.channel import Loss
 from refault.lab.guest import Guest
-from refault.lab.qemu import DEFAULT_BINARY
 
 from .in_flight import compare_bitmaps
+from .qemus import BINARIES
 from .truth import compare_with_trace
 
 pytestmark = [pytest.mark.qemu, pytest.mark.timeout(90)]
 
-BINARIES = [DEFAULT_BINARY, *(["qemu-10"] if shutil.which("qemu-10") else [])]
 GUEST = Guest(vcpus=8, log_pages=10, tick_ns=500_000)
 
 
