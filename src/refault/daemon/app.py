@@ -83,10 +83,10 @@ async def _until_stopping_is_safe(vm: Vm, notifier: Notifier) -> None:
     """Waits while our end would kill or double a guest (DESIGN, 6); a second signal cuts this short."""
     # Switchover, handshake and completion are short where all goes well.
     with trio.move_on_after(PHASE_PATIENCE):
-        while (cost := vm.migration.cost_of_stopping()) is not None and not cost[0]:
+        while not vm.may_stop:
             notifier.extend_timeout(EXTENSION)
             await trio.sleep(STOP_POLL)
-    while not await vm.migration.prepare_to_stop():
+    while not await vm.prepare_to_stop():
         log.warning("%s: not ending yet: QEMU does not take back a leg that may not be closed now", vm.name)
         notifier.extend_timeout(EXTENSION)
         await trio.sleep(1)

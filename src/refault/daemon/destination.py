@@ -9,10 +9,13 @@ import msgspec
 import trio
 
 from refault.daemon import far
+from refault.daemon.attempts import NotPausedYet
+from refault.daemon.channels import AttemptFailed, Channels
 from refault.daemon.far import FarListener, Kind
 from refault.daemon.local import Deposits, LocalLeg, give_back, hand_over, take_back
-from refault.daemon.migration import AttemptFailed, Migration, NotPausedYet, inet_of, is_error, words
+from refault.daemon.migration import Migration, inet_of, is_error
 from refault.daemon.monitor import Answer, Forward, MonitorLost, QmpError, WatchedCommand
+from refault.daemon.vm_state import words
 from refault.migration.endpoint import Endpoint, Inet, endpoint_of, with_descriptor
 from refault.migration.phase import Role
 from refault.migration.recovery import Event, State
@@ -50,24 +53,22 @@ class Destination:
 
     # ---- clients' commands ----
 
-    async def migrate_incoming(self, command: WatchedCommand) -> Forward | Answer:
+    async def set_up(self, command: WatchedCommand) -> Forward | Answer:
         """A client's `migrate-incoming`: refault binds the address, QEMU gets a descriptor."""
         migration = self._migration
-        endpoint = endpoint_of(command.arguments)
-        reason = await migration.judge(endpoint)
-        await migration.begin(self, endpoint, reason)
-        if reason is not None:
+        if migration.channels is None:
             return Forward(on_reply=self._watch_reply)
+        endpoint = inet_of(migration.endpoint)
         try:
-            listener = await self._bind(inet_of(endpoint))
+            listener = await self._bind(endpoint)
         except OSError as error:
             migration.refused()
-            return Answer(error=("GenericError", f"Failed to listen on {inet_of(endpoint).uri}: {error}"))
+            return Answer(error=("GenericError", f"Failed to listen on {endpoint.uri}: {error}"))
         migration.endpoint = self._asked_for = listener.endpoint
         try:
-            self._first = await hand_over(migration.monitor, Role.DESTINATION)
+            self._first = await hand_over(migration.vm.monitor, Role.DESTINATION)
         except (QmpError, trio.TooSlowError, OSError) as error:
-            await migration.begin(self, endpoint, f"no local leg could be made: {error}")
+            await migration.go_unrelayed(f"no local leg could be made: {words(error)}")
             return Forward(on_reply=self._watch_reply)
         return Forward(
             arguments=with_descriptor(command.arguments, self._first.name), on_reply=self._watch_reply
@@ -78,8 +79,8 @@ class Destination:
             self._migration.refused()
         else:
             self._migration.accepted()
-            if self._migration.relay is not None:
-                self._migration.start_soon(self._lay)
+            if self._migration.channels is not None:
+                self._migration.vm.start_soon(self._lay)
         return reply
 
     async def adopt(self, endpoint: Endpoint) -> None:
@@ -93,8 +94,8 @@ class Destination:
         log.info("%s: a client recovers the destination by hand", migration.name)
         endpoint = endpoint_of(command.arguments)
         migration.feed(Event.CLIENT_RECOVERS)
-        await migration.attempt_over()
-        if migration.relay is None or not isinstance(endpoint, Inet):
+        await migration.attempts.over()
+        if migration.channels is None or not isinstance(endpoint, Inet):
             return Forward(on_reply=self._watch_recover)
         try:
             if endpoint not in (listener.endpoint for listener in self._listeners):
@@ -148,7 +149,7 @@ class Destination:
     async def _bind(self, endpoint: Inet) -> FarListener:
         listener = await FarListener.bind(endpoint)
         self._listeners.append(listener)
-        self._migration.start_soon(self._serve, listener)
+        self._migration.vm.start_soon(self._serve, listener)
         return listener
 
     async def _serve(self, listener: FarListener) -> None:
@@ -159,23 +160,23 @@ class Destination:
     async def _offer(self, connection: trio.socket.SocketType, kind: Kind) -> None:
         migration = self._migration
         if kind is Kind.FRESH:
-            if self._first is None or migration.relay is None:
+            if self._first is None or migration.channels is None:
                 log.warning(
                     "%s: closed a connection that begins a migration: one is under way", migration.name
                 )
                 return
             leg, self._first = self._first, None
-            migration.join(leg, connection, recovered=False)
+            migration.channels.join(leg, connection, recovered=False)
             return
         if not await self._is_ours(connection):
             log.warning("%s: closed a connection that recovers another VM, or none", migration.name)
             return
         self._newest = connection  # whoever made it has given up the one before
         while far.alive(connection) and self._newest is connection:
-            if self._open is not None and migration.relay is not None:
+            if self._open is not None and migration.channels is not None:
                 leg, self._open = self._open, None
-                migration.join(leg, connection, recovered=True)
-                migration.start_soon(self._watch_handshake, migration.channel)
+                migration.channels.join(leg, connection, recovered=True)
+                migration.vm.start_soon(self._watch_handshake, migration.channels)
                 return
             with trio.move_on_after(0.5):  # the peer may go while we wait for our own QEMU
                 await self._wanted.wait()
@@ -186,16 +187,18 @@ class Destination:
         name = None
         with trio.move_on_after(FIRST_COMMAND_TIMEOUT):
             name = await far.first_block(connection)
-        known = {block.name for block in self._migration.relay.blocks()} if self._migration.relay else set()
+        channels = self._migration.channels
+        known = {block.name for block in channels.relay.blocks()} if channels is not None else set()
         return name is not None and (not known or name in known)
 
-    async def _watch_handshake(self, channel: int) -> None:
+    async def _watch_handshake(self, channels: Channels) -> None:
         migration = self._migration
-        if not await migration.handshake_stalls(STALL_TIMEOUT) or migration.channel != channel:
+        channel = channels.channel
+        if not await channels.handshake_stalls(STALL_TIMEOUT) or channels.channel != channel:
             return
-        if abilities(migration.version).pauses_again_in_handshake:
+        if abilities(migration.vm.version).pauses_again_in_handshake:
             log.warning("%s: no end of the recovery handshake in %g s", migration.name, STALL_TIMEOUT)
-            migration.abandon(channel)
+            channels.abandon(channel)
             migration.feed(Event.CHANNEL_LOST)
 
     # ---- recovery ----
@@ -203,11 +206,11 @@ class Destination:
     async def attempt(self) -> None:
         """One recovery: `migrate-recover`, and QEMU waits for the source, for as long as need be."""
         migration = self._migration
-        if migration.relay is None:
+        if migration.channels is None:
             await self._attempt_unrelayed()
             return
         if self._open is None:
-            leg = self._deposits.take() or await hand_over(migration.monitor, Role.DESTINATION)
+            leg = self._deposits.take() or await hand_over(migration.vm.monitor, Role.DESTINATION)
             with trio.CancelScope(shield=True):  # once sent it runs, whether or not we wait for the reply
                 try:
                     await self._recover(f"fd:{leg.name}")
@@ -218,8 +221,8 @@ class Destination:
                     self._opened(leg)  # QEMU may listen on it, so the next attempt goes on with this one
                     raise
                 self._opened(leg)
-        await migration.issued()
-        migration.start_soon(self._lay)
+        await migration.attempts.issued()
+        migration.vm.start_soon(self._lay)
 
     def _opened(self, leg: LocalLeg) -> None:
         if self._open is not None:
@@ -238,14 +241,14 @@ class Destination:
             if _NOT_PAUSED in error.desc:
                 raise NotPausedYet from None
             raise
-        await self._migration.issued()
+        await self._migration.attempts.issued()
         await trio.sleep(ADDRESS_TIMEOUT)  # a recovery ends this attempt, and so this wait
         if self._migration.policy.state is State.OPEN:
             raise AttemptFailed(f"the source did not come to {endpoint.uri} in {ADDRESS_TIMEOUT:g} s")
 
     async def _recover(self, uri: str) -> None:
         migration = self._migration
-        await migration.monitor.execute("migrate-recover", {"uri": uri}, oob=True, timeout=RECOVER_TIMEOUT)
+        await migration.vm.monitor.execute("migrate-recover", {"uri": uri}, oob=True, timeout=RECOVER_TIMEOUT)
         migration.counters.attempts += 1
         log.info("%s: recovery attempt %d: QEMU waits for the source (%s)",
                  migration.name, migration.counters.attempts, uri)  # fmt: skip
@@ -253,7 +256,7 @@ class Destination:
     async def _lay(self) -> None:
         migration = self._migration
         try:
-            await self._deposits.fill(migration.monitor)
+            await self._deposits.fill(migration.vm.monitor)
         except (QmpError, MonitorLost, trio.TooSlowError, OSError) as error:
             log.warning(
                 "%s: could not lay descriptors with QEMU for a recovery: %s", migration.name, words(error)
@@ -261,13 +264,13 @@ class Destination:
 
     async def settle(self) -> None:
         """Lays new descriptors in place of those that were used."""
-        if self._migration.relay is not None and self._migration.policy.state is State.RUNNING:
-            await self._deposits.fill(self._migration.monitor)
+        if self._migration.channels is not None and self._migration.policy.state is State.RUNNING:
+            await self._deposits.fill(self._migration.vm.monitor)
 
     async def prepare_to_stop(self) -> bool:
         """Gives QEMU our ends of those pairs on which it listens; False where it did not take one."""
         legs = [leg for leg in (*self._spare, self._open) if leg is not None]
-        return all([await give_back(self._migration.monitor, leg.socket) for leg in legs])
+        return all([await give_back(self._migration.vm.monitor, leg.socket) for leg in legs])
 
     async def clean_up(self) -> None:
         """Frees the address, and takes back from QEMU the descriptors that it did not need."""
@@ -279,11 +282,11 @@ class Destination:
         self._listeners.clear()
         legs = self._deposits.drain()
         for leg in legs:
-            await take_back(self._migration.monitor, leg.name)
+            await take_back(self._migration.vm.monitor, leg.name)
             leg.close()
         # QEMU wakes up on an end that it was told of, even long after the migration, and may abort.
         ends = [leg for leg in (*self._spare, self._open, self._first) if leg is not None]
         self._spare.clear()
         self._open = self._first = None
         for leg in ends:
-            await self._migration.let_go(leg.socket)
+            await self._migration.vm.let_go(leg.socket)

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from refault.channel.relay import Relay
 from refault.daemon.address import Address
-from refault.daemon.migration import Migration
-from refault.daemon.monitor import Monitor, QemuInfo
+from refault.daemon.migration import NO_MIGRATION, Migration
+from refault.daemon.monitor import QemuInfo
 from refault.daemon.snapshot import (
     BlockStatus,
     ChannelStatus,
@@ -19,6 +19,7 @@ from refault.daemon.snapshot import (
     VmStatus,
 )
 from refault.daemon.userfaultfd import Waiting, waiting
+from refault.daemon.vm_state import Counters, VmState
 from refault.migration.phase import Role
 
 LATENCY_BOUNDS = (
@@ -28,14 +29,13 @@ LATENCY_BOUNDS = (
 """Upper bounds of the buckets, in seconds: a page fault takes about 1 ms, a starved one minutes."""
 
 
-def picture(
-    name: str, address: Address, info: QemuInfo | None, monitor: Monitor, migration: Migration
-) -> VmStatus:
+def picture(address: Address, info: QemuInfo | None, vm: VmState, migration: Migration | None) -> VmStatus:
     """The picture, as things stand now. Call it in the trio thread."""
-    relay = migration.relay
-    counters = migration.counters
+    relay = migration.channels.relay if migration is not None and migration.channels is not None else None
+    monitor = vm.monitor
+    counters = vm.counters
     return VmStatus(
-        name=name,
+        name=vm.name,
         qemu=QemuStatus(
             connected=monitor.qemu is not None,
             address=str(address),
@@ -59,27 +59,29 @@ def picture(
             last_seconds=counters.last_seconds,
             last_error=counters.last_error,
         ),
-        channel=_channel(migration, relay),
+        channel=_channel(counters, relay),
     )
 
 
-def _migration(migration: Migration, relay: Relay | None) -> MigrationStatus:
+def _migration(migration: Migration | None, relay: Relay | None) -> MigrationStatus:
+    if migration is None:
+        return MigrationStatus(relay_reason=NO_MIGRATION)
     opaque = relay.opaque_reason() if relay else None
     state: RelayState = "off" if relay is None else "opaque" if opaque else "tracking"
     return MigrationStatus(
-        role=migration.role.value if migration.role else "none",
+        role=migration.role.value,
         status=migration.status,
         relay=state,
         relay_reason=migration.relay_reason if relay is None else opaque,
-        phase=migration.phase.value if migration.procedure else None,
-        held=migration.held,
+        phase=migration.phase.value,
+        held=migration.channels.held if migration.channels is not None else None,
     )
 
 
-def _kernel(info: QemuInfo | None, migration: Migration) -> Waiting | None:
-    if info is None or info.pid is None or migration.role is not Role.DESTINATION or not migration.under_way:
+def _kernel(info: QemuInfo | None, migration: Migration | None) -> Waiting | None:
+    if migration is None or migration.role is not Role.DESTINATION or not migration.under_way:
         return None
-    return waiting(info.pid)
+    return waiting(info.pid) if info is not None and info.pid is not None else None
 
 
 def _pages(relay: Relay | None, kernel: Waiting | None) -> PagesStatus:
@@ -126,8 +128,8 @@ def _latency(relay: Relay | None) -> LatencyStatus:
     )
 
 
-def _channel(migration: Migration, relay: Relay | None) -> ChannelStatus:
-    forward, backward = migration.bytes_before
+def _channel(counters: Counters, relay: Relay | None) -> ChannelStatus:
+    forward, backward = counters.bytes_forward, counters.bytes_return
     if relay is not None:
         view = relay.look()
         forward, backward = forward + view.forward_bytes, backward + view.return_bytes

@@ -7,16 +7,12 @@ import logging
 import trio
 
 from refault.daemon import far
+from refault.daemon.attempts import NotPausedYet
+from refault.daemon.channels import AttemptFailed, Channels
 from refault.daemon.local import hand_over, take_back
-from refault.daemon.migration import (
-    AttemptFailed,
-    Migration,
-    NotPausedYet,
-    inet_of,
-    is_error,
-    words,
-)
+from refault.daemon.migration import Migration, inet_of, is_error
 from refault.daemon.monitor import Answer, Forward, MonitorLost, QmpError, WatchedCommand
+from refault.daemon.vm_state import words
 from refault.migration.endpoint import Inet, endpoint_of, with_descriptor
 from refault.migration.phase import Role
 from refault.migration.recovery import Event, State
@@ -37,41 +33,38 @@ class Source:
     def __init__(self, migration: Migration) -> None:
         self._migration = migration
 
-    async def migrate(self, command: WatchedCommand) -> Forward | Answer:
+    async def set_up(self, command: WatchedCommand) -> Forward | Answer:
         """A client's `migrate`: joined to the relay where it can be, else passed as it came."""
         migration = self._migration
-        endpoint = endpoint_of(command.arguments)
-        reason = await migration.judge(endpoint)
-        await migration.begin(self, endpoint, reason)
-        if reason is None:
+        if migration.channels is not None:
             try:
-                name = await self._join(inet_of(endpoint), recovered=False)
+                name = await self._join(migration.channels, inet_of(migration.endpoint), recovered=False)
             except (AttemptFailed, OSError) as error:
                 log.warning("%s: migrate refused: %s", migration.name, error)
                 migration.refused()
                 return Answer(error=("GenericError", str(error)))
             except (QmpError, trio.TooSlowError) as error:
-                await migration.begin(self, endpoint, f"no local leg could be made: {words(error)}")
+                await migration.go_unrelayed(f"no local leg could be made: {words(error)}")
             else:
                 return Forward(with_descriptor(command.arguments, name), on_reply=self._watch_reply)
         return Forward(on_reply=self._watch_reply)
 
-    async def _join(self, endpoint: Inet, *, recovered: bool) -> str:
+    async def _join(self, channels: Channels, endpoint: Inet, *, recovered: bool) -> str:
         """Makes both legs and joins them; the name by which QEMU knows its end.
 
         Dialled last and joined at once: a connection to a QEMU that listens for a recovery must not be given
         up. Raises OSError, AttemptFailed, and what `execute` raises.
         """
-        migration = self._migration
-        local = await hand_over(migration.monitor, Role.SOURCE)
+        monitor = self._migration.vm.monitor
+        local = await hand_over(monitor, Role.SOURCE)
         try:
             connection = await far.connect(endpoint, CONNECT_TIMEOUT)
             with connection:
-                migration.join(local, connection, recovered=recovered)
+                channels.join(local, connection, recovered=recovered)
         except BaseException:
             local.close()
             with trio.CancelScope(shield=True):
-                await take_back(migration.monitor, local.name)
+                await take_back(monitor, local.name)
             raise
         return local.name
 
@@ -94,25 +87,26 @@ class Source:
         if works or state in (State.OPEN, State.HANDSHAKE, State.HELD):
             return Forward()
         migration.feed(Event.CLIENT_RECOVERS)
-        await migration.attempt_over()
+        await migration.attempts.over()
         if migration.cost_of_stopping() is not None:
             return Forward()  # our attempt had its channel already, and that stands
         endpoint = endpoint_of(command.arguments)
-        if migration.relay is None or not isinstance(endpoint, Inet):
+        channels = migration.channels
+        if channels is None or not isinstance(endpoint, Inet):
             return Forward(on_reply=self._watch_resume)
         try:
-            name = await self._join(endpoint, recovered=True)
+            name = await self._join(channels, endpoint, recovered=True)
         except (AttemptFailed, OSError) as error:
             migration.feed(Event.ATTEMPT_FAILED)
             return Answer(error=("GenericError", str(error)))
         except (QmpError, trio.TooSlowError):
             return Forward(on_reply=self._watch_resume)
         migration.endpoint = endpoint
-        channel = migration.channel
+        channel = channels.channel
 
         def watch(reply: bytes) -> bytes:
             if is_error(reply):
-                migration.abandon(channel)
+                channels.abandon(channel)
             return self._watch_resume(reply)
 
         return Forward(with_descriptor(command.arguments, name), on_reply=watch)
@@ -125,7 +119,7 @@ class Source:
     async def attempt(self) -> None:
         """One recovery: is it paused, dial, hand over, resume, and wait until QEMU is active again."""
         migration = self._migration
-        status = (await migration.query("query-migrate")).get("status")
+        status = (await migration.vm.query("query-migrate")).get("status")
         if isinstance(status, str) and status != migration.status:
             migration.status = status
         if status != "postcopy-paused":
@@ -140,50 +134,49 @@ class Source:
             migration.counters.attempts,
             endpoint.uri if endpoint else "?",
         )
-        if migration.relay is None and endpoint is None:
+        if migration.channels is None and endpoint is None:
             raise AttemptFailed("the address of the lost channel is not known; name one with --recover-uri")
-        await trio.sleep(abilities(migration.version).resume_after)
+        await trio.sleep(abilities(migration.vm.version).resume_after)
         # Once the other host has been dialled and QEMU has its command, the course is run to its end.
         with trio.CancelScope(shield=True):
-            if migration.relay is not None:
-                await self._resume_relayed(inet_of(endpoint))
+            if migration.channels is not None:
+                await self._resume_relayed(migration.channels, inet_of(endpoint))
             elif endpoint is not None:
                 await self._resume(endpoint.uri)
-        await migration.issued()
+        await migration.attempts.issued()
         await self._until_active()
 
-    async def _resume_relayed(self, endpoint: Inet) -> None:
-        migration = self._migration
-        name = await self._join(endpoint, recovered=True)
-        channel = migration.channel
+    async def _resume_relayed(self, channels: Channels, endpoint: Inet) -> None:
+        name = await self._join(channels, endpoint, recovered=True)
+        channel = channels.channel
         try:
             await self._resume(f"fd:{name}")
         except QmpError:
-            migration.abandon(channel)
+            channels.abandon(channel)
             raise
 
     async def _resume(self, uri: str) -> None:
-        await self._migration.monitor.execute(
+        await self._migration.vm.monitor.execute(
             "migrate", {"uri": uri, "resume": True}, timeout=MIGRATE_TIMEOUT
         )
 
     async def _until_active(self) -> None:
         """Waits for the end of the handshake, which the policy hears of by other ways."""
         migration = self._migration
-        if migration.relay is not None:
-            if await migration.handshake_stalls(HANDSHAKE_TIMEOUT):
-                self._out_of_time()
+        if migration.channels is not None:
+            if await migration.channels.handshake_stalls(HANDSHAKE_TIMEOUT):
+                self._out_of_time(migration.channels)
             return
         deadline = trio.current_time() + HANDSHAKE_TIMEOUT
         while migration.policy.state is State.OPEN and trio.current_time() < deadline:
             await trio.sleep(0.05)
-            if (await migration.query("query-migrate")).get("status") == "postcopy-paused":
+            if (await migration.vm.query("query-migrate")).get("status") == "postcopy-paused":
                 raise AttemptFailed("QEMU could not connect, or lost the connection again")
 
-    def _out_of_time(self) -> None:
+    def _out_of_time(self, channels: Channels) -> None:
         migration = self._migration
-        if abilities(migration.version).pauses_again_in_handshake:
-            migration.abandon(migration.channel)
+        if abilities(migration.vm.version).pauses_again_in_handshake:
+            channels.abandon(channels.channel)
             raise AttemptFailed(f"no end of the recovery handshake in {HANDSHAKE_TIMEOUT:g} s")
         log.warning(
             "%s: the recovery handshake takes over %g s; this QEMU does not survive a channel closed in it,"
@@ -202,15 +195,15 @@ class Source:
     async def clean_up(self) -> None:
         """A source leaves nothing with QEMU."""
 
-
-async def cancel_while_paused(migration: Migration, command: WatchedCommand) -> Forward | Answer:
-    """`migrate_cancel` in postcopy: answered as QEMU 10.0 does, for older ones hang (DESIGN, 6)."""
-    if migration.role is not Role.SOURCE or abilities(migration.version).refuses_cancel_while_paused:
-        return Forward()
-    try:
-        status = (await migration.query("query-migrate")).get("status")
-    except (QmpError, MonitorLost, trio.TooSlowError):
-        return Forward()
-    if status != "postcopy-paused":
-        return Forward()
-    return Answer(error=("GenericError", "Postcopy migration in progress, cannot cancel."))
+    async def cancel(self, command: WatchedCommand) -> Forward | Answer:
+        """`migrate_cancel` in postcopy: answered as QEMU 10.0 does, for older ones hang (DESIGN, 6)."""
+        vm = self._migration.vm
+        if abilities(vm.version).refuses_cancel_while_paused:
+            return Forward()
+        try:
+            status = (await vm.query("query-migrate")).get("status")
+        except (QmpError, MonitorLost, trio.TooSlowError):
+            return Forward()
+        if status != "postcopy-paused":
+            return Forward()
+        return Answer(error=("GenericError", "Postcopy migration in progress, cannot cancel."))

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 
 import trio
 
+from refault.daemon.channels import AttemptFailed
 from refault.daemon.destination import Destination
-from refault.daemon.migration import AttemptFailed, Migration, is_error, words
+from refault.daemon.migration import Migration, RoleProcedure, is_error
 from refault.daemon.monitor import (
     Answer,
     Forward,
@@ -21,9 +22,10 @@ from refault.daemon.monitor import (
 from refault.daemon.options import RunOptions
 from refault.daemon.picture import picture
 from refault.daemon.snapshot import VmStatus
-from refault.daemon.source import Source, cancel_while_paused
+from refault.daemon.source import Source
 from refault.daemon.state_file import StateFile, process_started
-from refault.migration.endpoint import Inet, parse_uri
+from refault.daemon.vm_state import VmState, words
+from refault.migration.endpoint import Endpoint, Inet, endpoint_of, parse_uri
 from refault.migration.phase import Role
 from refault.migration.recovery import Event
 
@@ -69,7 +71,9 @@ class Vm:
             on_connect=self._on_connect,
             on_disconnect=self._on_disconnect,
         )
-        self.migration = Migration(
+        self.migration: Migration | None = None
+        """The one under way, or the last; None before the first."""
+        self.state = VmState(
             options.name,
             self.monitor,
             relay_allowed=options.relay == "auto",
@@ -82,49 +86,88 @@ class Vm:
 
     async def run(self, *, task_status: trio.TaskStatus[None] = trio.TASK_STATUS_IGNORED) -> None:
         """Listens, then serves. Raises what the monitor raises where an address cannot be bound."""
-        async with trio.open_nursery() as nursery:
-            await nursery.start(self.migration.run)
-            await nursery.start(self.monitor.run)
-            task_status.started()
+        try:
+            async with trio.open_nursery() as nursery:
+                await nursery.start(self.state.run)
+                await nursery.start(self.monitor.run)
+                task_status.started()
+        finally:
+            if self.migration is not None:
+                self.migration.say_what_stopping_costs()
+                self.migration.close()
 
     def status(self) -> VmStatus:
         """The picture of this VM, made now; call it in the trio thread."""
-        return picture(self.name, self.options.qemu, self._last_info, self.monitor, self.migration)
+        return picture(self.options.qemu, self._last_info, self.state, self.migration)
+
+    @property
+    def may_stop(self) -> bool:
+        """Whether the end of refault kills or doubles no guest now."""
+        cost = self.migration.cost_of_stopping() if self.migration is not None else None
+        return cost is None or cost[0]
+
+    async def prepare_to_stop(self) -> bool:
+        """Makes our ends harmless to QEMU. False where that could not be done."""
+        safe = self.migration is None or await self.migration.prepare_to_stop()
+        return await self.state.let_go_all() and safe
 
     # ---- what clients ask for ----
 
     async def _migrate(self, command: WatchedCommand) -> Forward | Answer:
-        procedure = self.migration.procedure
         if command.arguments.get("resume") is True:
+            procedure = self._procedure
             return await procedure.client_resumes(command) if isinstance(procedure, Source) else Forward()
-        if await self._busy():
-            return Forward()
-        return await Source(self.migration).migrate(command)
+        return await self._set_up(Source, command)
 
     async def _migrate_incoming(self, command: WatchedCommand) -> Forward | Answer:
+        return await self._set_up(Destination, command)
+
+    async def _set_up(
+        self, role: Callable[[Migration], RoleProcedure], command: WatchedCommand
+    ) -> Forward | Answer:
         if await self._busy():
             return Forward()
-        return await Destination(self.migration).migrate_incoming(command)
+        endpoint = endpoint_of(command.arguments)
+        migration = await self._replace(role, endpoint, await self.state.judge(endpoint))
+        return await migration.procedure.set_up(command)
+
+    async def _replace(
+        self, role: Callable[[Migration], RoleProcedure], endpoint: Endpoint | None, reason: str | None
+    ) -> Migration:
+        """A new migration in the last one's place; `reason`: why it is not relayed, or None."""
+        if self.migration is not None:
+            await self.migration.retire()
+        self.migration = Migration(self.state, role, endpoint)
+        self.migration.begin(reason)
+        return self.migration
+
+    @property
+    def _procedure(self) -> RoleProcedure | None:
+        return self.migration.procedure if self.migration is not None else None
 
     async def _busy(self) -> bool:
         """Whether a migration is under way, so that QEMU will refuse another and ours must not be touched."""
-        if not self.migration.under_way:
+        if not self._under_way:
             return False
         try:
-            status = (await self.migration.query("query-migrate")).get("status")
+            status = (await self.state.query("query-migrate")).get("status")
         except (QmpError, MonitorLost, trio.TooSlowError):
             return True
         return status not in (None, "none", "completed", "failed", "cancelled")
 
+    @property
+    def _under_way(self) -> bool:
+        return self.migration is not None and self.migration.under_way
+
     async def _migrate_recover(self, command: WatchedCommand) -> Forward | Answer:
-        procedure = self.migration.procedure
+        procedure = self._procedure
         if isinstance(procedure, Destination):
             return await procedure.migrate_recover(command)
         return Forward()
 
     async def _migrate_pause(self, command: WatchedCommand) -> Forward | Answer:
         def watch(reply: bytes) -> bytes:
-            if not is_error(reply):
+            if self.migration is not None and not is_error(reply):
                 log.info("%s: a client paused the migration; waiting for it to recover", self.name)
                 self.migration.feed(Event.CLIENT_PAUSED)
             return reply
@@ -132,44 +175,46 @@ class Vm:
         return Forward(on_reply=watch)
 
     async def _migrate_cancel(self, command: WatchedCommand) -> Forward | Answer:
-        return await cancel_while_paused(self.migration, command)
+        procedure = self._procedure
+        return await procedure.cancel(command) if isinstance(procedure, Source) else Forward()
 
     async def _query_migrate(self, command: WatchedCommand) -> Forward | Answer:
-        procedure = self.migration.procedure
+        procedure = self._procedure
         show = procedure.show_address() if isinstance(procedure, Destination) else None
         return Forward(on_reply=show)
 
     # ---- what QEMU says ----
 
     def _on_event(self, name: str, data: Mapping[str, object]) -> None:
-        if name == "MIGRATION" and isinstance(status := data.get("status"), str):
+        status = data.get("status")
+        if name == "MIGRATION" and isinstance(status, str) and self.migration is not None:
             self.migration.on_status(status)
 
     async def _on_connect(self, info: QemuInfo) -> None:
         same = self._last_info is not None and self._last_info.pid == info.pid and info.pid is not None
         self._last_info = info
-        self.migration.qemu_pid = info.pid
-        if self.migration.under_way:
+        self.state.qemu_pid = info.pid
+        if self.migration is not None and self.migration.under_way:
             if same:
                 self.migration.look_soon()
                 return
             self.migration.feed(Event.QEMU_GONE)
-        self.migration.start_soon(self._meet, info)
+        self.state.start_soon(self._meet, info)
 
     def _on_disconnect(self) -> None:
         if self.stopping:
             return
-        if process_started(self.migration.qemu_pid) is not None:
+        if process_started(self.state.qemu_pid) is not None:
             log.warning(
-                "%s: the monitor was lost, but QEMU (pid %s) still runs", self.name, self.migration.qemu_pid
+                "%s: the monitor was lost, but QEMU (pid %s) still runs", self.name, self.state.qemu_pid
             )
-            return
-        self.migration.feed(Event.QEMU_GONE)
+        elif self.migration is not None:
+            self.migration.feed(Event.QEMU_GONE)
 
     async def _meet(self, info: QemuInfo) -> None:
         """Takes over a migration that is under way; one that is paused is a lost channel like any other."""
         pause = MEET_PAUSE
-        while self.monitor.qemu is info and not self.migration.under_way:
+        while self.monitor.qemu is info and not self._under_way:
             try:
                 await self._take_over()
                 return
@@ -183,12 +228,11 @@ class Vm:
             pause = min(pause * 2, MEET_LONGEST_PAUSE)
 
     async def _take_over(self) -> None:
-        migration = self.migration
-        reply = await migration.query("query-migrate")
+        reply = await self.state.query("query-migrate")
         status = reply.get("status")
         if not isinstance(status, str) or status not in _UNDER_WAY:
             return
-        record = migration.record()
+        record = self.state.record()
         is_source = record.role is Role.SOURCE if record else "ram" in reply
         endpoint = parse_uri(record.uri) if record else None
         if not is_source and status in ("setup", "active"):
@@ -198,10 +242,9 @@ class Vm:
             # Its channel ended with the refault that carried it; QEMU will notice in a moment.
             raise AttemptFailed("it has not paused yet")
         log.info("%s: met a migration that is %s", self.name, status)
-        procedure = Source(migration) if is_source else Destination(migration)
         reason = None if relayed and status == "postcopy-paused" else "it was under way before refault"
-        await migration.begin(procedure, endpoint, reason)
-        if isinstance(procedure, Destination) and reason is None and endpoint is not None:
-            await procedure.adopt(endpoint)
+        migration = await self._replace(Source if is_source else Destination, endpoint, reason)
+        if isinstance(migration.procedure, Destination) and reason is None and endpoint is not None:
+            await migration.procedure.adopt(endpoint)
         migration.feed(Event.STARTED)
         migration.on_status(status)

@@ -14,6 +14,7 @@ from refault.daemon.destination import Destination
 from refault.daemon.migration import Migration
 from refault.daemon.monitor import Forward, Monitor, MonitorLost, QemuInfo, WatchedCommand
 from refault.daemon.state_file import StateFile
+from refault.daemon.vm_state import VmState
 
 RECOVER = WatchedCommand("migrate-recover", True, {"uri": "tcp:127.0.0.1:0"}, None, 1)
 
@@ -45,25 +46,26 @@ class Qemu:
 
 
 @asynccontextmanager
-async def destination(directory: Path) -> AsyncIterator[tuple[Qemu, Migration, Destination]]:
+async def destination(directory: Path) -> AsyncIterator[tuple[Qemu, VmState, Destination]]:
     qemu = Qemu()
-    migration = Migration(
+    vm = VmState(
         "vm",
         cast(Monitor, qemu),
         relay_allowed=True,
         recover_uris=[],
         state_file=StateFile(directory, "vm"),
     )
-    procedure = Destination(migration)
-    await migration.begin(procedure, None, None)
+    migration = Migration(vm, Destination, None)
+    migration.begin(None)
+    procedure = migration.procedure
+    assert isinstance(procedure, Destination)
     try:
-        yield qemu, migration, procedure
+        yield qemu, vm, procedure
     finally:
         qemu.answers = True
         await procedure.clean_up()
-        await migration.prepare_to_stop()
-        if migration.relay is not None:
-            migration.relay.close()
+        await vm.let_go_all()
+        migration.close()
         for end in qemu.ends.values():
             end.close()
 
@@ -86,7 +88,7 @@ async def test_a_clients_recover_whose_reply_never_comes(tmp_path: Path) -> None
 
 
 async def test_an_end_that_qemu_does_not_take_back_stays_open_until_it_does(tmp_path: Path) -> None:
-    async with destination(tmp_path) as (qemu, migration, procedure):
+    async with destination(tmp_path) as (qemu, vm, procedure):
         name, forward = await recover_by_hand(qemu, procedure)
         assert forward.on_reply is not None
         forward.on_reply(b'{"return": {}}')
@@ -94,7 +96,7 @@ async def test_an_end_that_qemu_does_not_take_back_stays_open_until_it_does(tmp_
         await procedure.clean_up()
         gc.collect()
         assert not qemu.sees_an_end(name)
-        assert not await migration.prepare_to_stop()
+        assert not await vm.let_go_all()
         qemu.answers = True
-        assert await migration.prepare_to_stop()
+        assert await vm.let_go_all()
         assert not qemu.sees_an_end(name)

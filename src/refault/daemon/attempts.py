@@ -1,0 +1,178 @@
+"""Carries out what the recovery policy asks for: attempts, one at a time, and the timers between them."""
+
+from __future__ import annotations
+
+import logging
+import random
+from typing import TYPE_CHECKING
+
+import trio
+
+from refault.daemon.channels import AttemptFailed
+from refault.daemon.monitor import MonitorLost, QmpError
+from refault.daemon.vm_state import QUERY_TIMEOUT, words
+from refault.migration.recovery import Action, Event, Recovery, State
+
+if TYPE_CHECKING:
+    from refault.daemon.migration import Migration
+
+log = logging.getLogger("refault.migration")
+
+
+class NotPausedYet(Exception):  # noqa: N818 - it is no error
+    """QEMU has not paused yet; ask again soon."""
+
+
+class Attempts:
+    """The recovery of one migration, driven by its policy."""
+
+    def __init__(self, migration: Migration) -> None:
+        self.policy = Recovery(jitter=random.random)
+        self._migration = migration
+        self._scope: trio.CancelScope | None = None
+        self._timer_scope: trio.CancelScope | None = None
+        self._one_at_a_time = trio.Lock()
+        self._lost_at: float | None = None
+        self._settled_channel = 0
+
+    def feed(self, event: Event) -> None:
+        """Hands an event to the policy and carries out what it asks for."""
+        migration = self._migration
+        before = self.policy.state
+        for action in self.policy.handle(event):
+            self._carry_out(action)
+        if self.policy.state is not before:
+            log.debug("%s: %s: %s -> %s", migration.name, event.name, before.value, self.policy.state.value)
+        if self.policy.state is State.RUNNING and migration.channel != self._settled_channel:
+            self._settled_channel = migration.channel
+            migration.vm.start_soon(self._settle)
+
+    def _carry_out(self, action: Action) -> None:
+        match action:
+            case Action.COUNT_LOSS:
+                self._count_loss()
+            case Action.COUNT_RECOVERY:
+                self._count_recovery()
+            case Action.ATTEMPT:
+                self._cancel_timer()
+                self._scope = trio.CancelScope()
+                self._migration.vm.start_soon(self._attempt, self._scope)
+            case Action.CANCEL_ATTEMPT:
+                self._cancel_attempt()
+            case Action.TIMER_POLL | Action.TIMER_BACKOFF | Action.TIMER_CLIENT:
+                self._cancel_timer()
+                self._timer_scope = trio.CancelScope()
+                self._migration.vm.start_soon(self._timer, self._timer_scope, self.policy.delay(action))
+            case Action.RESET_BACKOFF:
+                self._migration.first_address()
+            case Action.CLEAN_UP:
+                self._cancel_timer()
+                self._migration.ended()
+            case Action.STOP_GUEST:
+                self._migration.vm.start_soon(self._stop_guest)
+
+    def _count_loss(self) -> None:
+        migration = self._migration
+        migration.counters.losses += 1
+        self._lost_at = trio.current_time()
+        if migration.channels is not None:
+            self._lost_at -= migration.channels.count_loss()
+        log.warning(
+            "%s: the migration channel is lost (loss %d); recovering",
+            migration.name,
+            migration.counters.losses,
+        )
+
+    def _count_recovery(self) -> None:
+        counters = self._migration.counters
+        counters.recoveries += 1
+        counters.last_error = None
+        if self._migration.channels is not None:
+            self._migration.channels.held = None
+        if self._lost_at is not None:
+            counters.last_seconds = trio.current_time() - self._lost_at
+            log.info("%s: recovered in %.3f s", self._migration.name, counters.last_seconds)
+
+    async def _settle(self) -> None:
+        try:
+            await self._migration.procedure.settle()
+        except (QmpError, MonitorLost, trio.TooSlowError, OSError) as error:
+            log.warning("%s: could not ready the next recovery: %s", self._migration.name, words(error))
+
+    async def _timer(self, scope: trio.CancelScope, seconds: float) -> None:
+        with scope:
+            await trio.sleep(seconds)
+            self._timer_scope = None
+            self.feed(Event.TIMER)
+
+    def cancel(self) -> None:
+        """Ends the attempt under way and the wait for the next one."""
+        self._cancel_attempt()
+        self._cancel_timer()
+
+    def _cancel_attempt(self) -> None:
+        if self._scope is not None:
+            self._scope.cancel()
+            self._scope = None
+
+    def _cancel_timer(self) -> None:
+        if self._timer_scope is not None:
+            self._timer_scope.cancel()
+            self._timer_scope = None
+
+    async def _attempt(self, scope: trio.CancelScope) -> None:
+        outcome = None
+        with scope:
+            # One cancelled while QEMU had its command ends first: never two at once.
+            async with self._one_at_a_time:
+                outcome = await self._try()
+        if self._scope is scope:
+            self._scope = None
+        if outcome is not None and not scope.cancel_called:
+            self.feed(outcome)
+
+    async def _try(self) -> Event | None:
+        migration = self._migration
+        try:
+            await migration.procedure.attempt()
+        except NotPausedYet:
+            return Event.NOT_YET
+        except Exception as error:
+            expected = (AttemptFailed, QmpError, MonitorLost, trio.TooSlowError, OSError)
+            if not isinstance(error, expected):
+                log.exception("%s: internal error in a recovery attempt", migration.name)
+            migration.counters.last_error = words(error)
+            log.warning(
+                "%s: recovery attempt %d failed: %s; trying again",
+                migration.name,
+                migration.counters.attempts,
+                migration.counters.last_error,
+            )
+            return Event.ATTEMPT_FAILED
+        return None
+
+    async def over(self) -> None:
+        """Waits until an attempt that was cancelled has ended: QEMU may have had its command already."""
+        async with self._one_at_a_time:
+            pass
+
+    async def issued(self) -> None:
+        """QEMU took the attempt's command. Raises trio.Cancelled if the attempt was cancelled meanwhile."""
+        await trio.lowlevel.checkpoint_if_cancelled()
+        self.feed(Event.ISSUED)
+
+    async def _stop_guest(self) -> None:
+        migration = self._migration
+        log.error(
+            "%s: ALERT: the source migration failed after postcopy began; stopping its guest, which may"
+            " run at the destination: look at the destination, then quit this QEMU",
+            migration.name,
+        )
+        try:
+            await migration.vm.monitor.execute("stop", timeout=QUERY_TIMEOUT)
+        except (QmpError, MonitorLost, trio.TooSlowError) as error:
+            log.error(
+                "%s: ALERT: could not stop the source's guest: %s; stop it by hand",
+                migration.name,
+                words(error),
+            )

@@ -1,0 +1,238 @@
+"""The relay of one migration and its channels: joins the legs, hears what the pump tells, and holds a leg
+that may not be closed.
+
+    far leg lost ──▶ phase (migration/phase.py) ──▶ may it be closed? (migration/legs.py) ──▶ close, or hold
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import socket
+import time
+from typing import TYPE_CHECKING
+
+import trio
+
+from refault.channel.relay import RUN_SECONDS, LegState, Relay, RelayView
+from refault.daemon.local import LocalLeg, give_back
+from refault.migration.legs import may_close
+from refault.migration.phase import Phase, phase_of
+from refault.migration.recovery import Event, State
+
+if TYPE_CHECKING:
+    from refault.daemon.migration import Migration
+
+log = logging.getLogger("refault.migration")
+
+REPLAY_DOUBT_SECONDS = 2.0
+"""Two losses so soon after a replay, and the next recovery goes without (DESIGN, 5)."""
+_LOSABLE = (Phase.SWITCHOVER, Phase.POSTCOPY, Phase.RECOVERY_HANDSHAKE)
+"""The phases in which a lost channel is one to recover."""
+
+
+class AttemptFailed(Exception):  # noqa: N818 - it says what happened
+    """An attempt did not succeed; the text says why, for the operator."""
+
+
+class Channels:
+    """Of one migration that is relayed. `channel` counts them from 1; 0 is none yet."""
+
+    def __init__(self, migration: Migration, relay: Relay) -> None:
+        self.relay = relay
+        self.channel = 0
+        self.held: str | None = None
+        """Why a local leg is held open though its other side is lost."""
+        self._migration = migration
+        self._ended = 0
+        """The channel whose end has been dealt with."""
+        self._doubtful_losses = 0
+        """Losses in a row that came right after a replay."""
+        self._duplicate: socket.socket | None = None
+        self._kept_by_qemu = False
+        self._told_foreign = False
+        self._scope = trio.CancelScope()
+
+    @property
+    def phase(self) -> Phase:
+        """The phase, as far as it is known."""
+        return phase_of(self.relay.passed(), self._migration.status)
+
+    def join(self, local: LocalLeg, far: trio.socket.SocketType, *, recovered: bool) -> None:
+        """Gives both legs to the pump as the next channel.
+
+        Raises AttemptFailed where the one before must stay.
+        """
+        if self.relay.closed:
+            raise AttemptFailed("the relay has ended")
+        cost = self.cost_of_stopping()
+        if self.channel and cost is not None and not cost[0]:
+            raise AttemptFailed(f"the channel before is still held: {cost[1]}")
+        may_replay = self._doubtful_losses < 2
+        if recovered and not may_replay:
+            log.warning(
+                "%s: recovering without replay: the channel was lost twice right after one",
+                self._migration.name,
+            )
+        self._keep(local.socket.dup())
+        self.relay.attach(local.detach(), far.detach(), recovered=recovered, may_replay=may_replay)
+        self.channel += 1
+
+    def abandon(self, channel: int) -> None:
+        """Closes a channel that this QEMU did not take, or that it pauses again on."""
+        self._ended = channel
+        self.relay.close_channel(channel)
+
+    async def handshake_stalls(self, patience: float) -> bool:
+        """Waits for the end of the handshake. True when no byte has moved for `patience` seconds.
+
+        The received bitmaps of a large guest take their time, so it may last as long as something moves.
+        """
+        moved = -1
+        deadline = 0.0
+        while self._migration.policy.state in (State.OPEN, State.HANDSHAKE) and not self.relay.closed:
+            view = self.relay.look()
+            if view.forward_bytes + view.return_bytes != moved:
+                moved = view.forward_bytes + view.return_bytes
+                deadline = trio.current_time() + patience
+            if trio.current_time() > deadline:
+                return True
+            await trio.sleep(0.05)
+        return False
+
+    def count_loss(self) -> float:
+        """Notes a loss; how many seconds ago the pump saw it."""
+        view = self.relay.look()
+        recent = view.last_replay_ns != 0 and _age(view.last_replay_ns) < REPLAY_DOUBT_SECONDS
+        self._doubtful_losses = self._doubtful_losses + 1 if recent else 0
+        return _age(view.lost_ns)
+
+    # ---- the pump's signals ----
+
+    async def watch(self) -> None:
+        """Deals with what the pump tells, until the relay is closed."""
+        relay = self.relay
+        with self._scope:
+            while not relay.closed:
+                await trio.lowlevel.wait_readable(relay.notify_fd)
+                if relay.closed:
+                    return
+                os.eventfd_read(relay.notify_fd)
+                self.look()
+                while not relay.closed and relay.stale:
+                    await trio.sleep(0.001)
+                    self.look()
+
+    def look(self) -> None:
+        """Deals with what the pump told last."""
+        view = self.relay.look()
+        if view.channel != self.channel or self.channel == self._ended:
+            return  # the pump has not come to the newest channel yet, or its end has been dealt with
+        passed = self.relay.passed()
+        if passed.running:
+            self._migration.postcopy_began = True
+        self._tell_foreign_pages()
+        if passed.resumed and passed.resume_acknowledged and not (view.local.lost or view.far.lost):
+            self._migration.feed(Event.RESUME_ACKNOWLEDGED)
+        if view.local.lost:
+            self._local_ended(view)
+        elif view.far.lost:
+            self._far_lost(view)
+
+    def _tell_foreign_pages(self) -> None:
+        if self.relay.foreign_pages() and not self._told_foreign:
+            self._told_foreign = True
+            endpoint = self._migration.endpoint
+            log.error(
+                "%s: ALERT: the destination says it has pages that were never sent to it: is %s another VM's"
+                " address? Look at both guests before you trust them",
+                self._migration.name,
+                endpoint.uri if endpoint else "the address",
+            )
+
+    def _local_ended(self, view: RelayView) -> None:
+        phase = self.phase
+        self._ended = self.channel
+        self._keep(None)
+        self._migration.look_soon()
+        if phase is not Phase.DONE:
+            log.info("%s: QEMU ended the channel in %s (%s)", self._migration.name, phase, view.local_loss())
+        if phase in _LOSABLE:
+            self._migration.feed(Event.CHANNEL_LOST)
+
+    def _far_lost(self, view: RelayView) -> None:
+        migration = self._migration
+        phase = self.phase
+        allowed, rule = may_close(phase, migration.role, migration.vm.version)
+        if allowed:
+            if phase is not Phase.DONE:
+                log.warning("%s: far leg %s in %s: closing QEMU's: %s",
+                            migration.name, view.far_loss(), phase, rule.effect)  # fmt: skip
+            self.held = None
+            self.abandon(self.channel)
+            migration.look_soon()
+            if phase in _LOSABLE:
+                migration.feed(Event.CHANNEL_LOST)
+        elif self.held is None:
+            self.held = f"{phase}: {rule.effect}"
+            log.error(
+                "%s: ALERT: far leg %s in %s: holding QEMU's leg open, for if it closed: %s. What to do: %s",
+                migration.name,
+                view.far_loss(),
+                phase,
+                rule.effect,
+                rule.advice,
+            )
+            migration.feed(Event.LEG_HELD)
+            migration.vm.start_soon(self._look_again)
+
+    async def _look_again(self) -> None:
+        """A hold may end by time alone: a destination that was about to run surely does a second later."""
+        await trio.sleep(RUN_SECONDS * 1.1)
+        if not self.relay.closed:
+            self.look()
+
+    # ---- the end ----
+
+    def cost_of_stopping(self) -> tuple[bool, str] | None:
+        """Whether QEMU survives a close of its leg now, and what it does then; None where none is open."""
+        if self.relay.closed or self.relay.look().local is not LegState.OPEN:
+            return None
+        allowed, rule = may_close(self.phase, self._migration.role, self._migration.vm.version)
+        return allowed, rule.effect
+
+    async def prepare_to_stop(self) -> bool:
+        """Has QEMU keep our end of a leg that may not be closed. False where it did not take it.
+
+        It is a descriptor that QEMU never uses: with both ends in its hands it sees no end of file, and waits
+        for whoever comes after us.
+        """
+        cost = self.cost_of_stopping()
+        if cost is not None and not cost[0] and self._duplicate is not None:
+            self._kept_by_qemu = await give_back(self._migration.vm.monitor, self._duplicate)
+            return self._kept_by_qemu
+        return True
+
+    def completed(self) -> None:
+        """The migration has ended: nothing is outstanding any more, and a leg that has ended is not kept."""
+        self.relay.complete()
+        if self.relay.look().local is not LegState.OPEN:
+            self._keep(None)
+
+    def close(self) -> tuple[int, int]:
+        """Ends the relay; the bytes that passed it, forward and back."""
+        self._scope.cancel()
+        view = self.relay.look()
+        self.relay.close(keep_local=self._kept_by_qemu)
+        self._keep(None)
+        return view.forward_bytes, view.return_bytes
+
+    def _keep(self, duplicate: socket.socket | None) -> None:
+        """Keeps a duplicate of our end of the local leg, so that QEMU can be given it when we must stop."""
+        if self._duplicate is not None:
+            self._duplicate.close()
+        self._duplicate = duplicate
+
+
+def _age(monotonic_ns: int) -> float:
+    return max(0.0, (time.monotonic_ns() - monotonic_ns) / 1e9) if monotonic_ns else 0.0

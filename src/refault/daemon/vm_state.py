@@ -1,0 +1,143 @@
+"""What outlives a VM's migrations and is shared by them: its monitor, its counters, and the ends of pairs
+that its QEMU may still listen on."""
+
+from __future__ import annotations
+
+import logging
+import socket
+from collections.abc import Awaitable, Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import trio
+
+from refault.daemon.local import give_back
+from refault.daemon.monitor import MonitorLost
+from refault.daemon.state_file import MigrationRecord, StateFile, process_started
+from refault.migration.endpoint import Endpoint, parse_uri
+from refault.migration.relayable import enabled_capabilities, why_not, why_not_recoverable
+
+if TYPE_CHECKING:
+    from refault.daemon.monitor import Monitor
+
+log = logging.getLogger("refault.migration")
+
+QUERY_TIMEOUT = 5.0
+
+
+@dataclass
+class Counters:
+    """What is counted over the daemon's life, and the last recovery's seconds."""
+
+    losses: int = 0
+    attempts: int = 0
+    recoveries: int = 0
+    last_seconds: float | None = None
+    last_error: str | None = None
+    bytes_forward: int = 0
+    """What the relays of ended migrations passed."""
+    bytes_return: int = 0
+
+
+class VmState:
+    """Of one VM, for as long as it is served."""
+
+    def __init__(
+        self,
+        name: str,
+        monitor: Monitor,
+        *,
+        relay_allowed: bool,
+        recover_uris: Sequence[str],
+        state_file: StateFile,
+    ) -> None:
+        self.name = name
+        self.monitor = monitor
+        self.counters = Counters()
+        self.alternatives = tuple(parse_uri(uri) for uri in recover_uris)
+        self.state_file = state_file
+        self.qemu_pid: int | None = None
+        """The process behind the monitor, also while the monitor is lost; None where it is not known."""
+        self._relay_allowed = relay_allowed
+        self._nursery: trio.Nursery | None = None
+        self._not_given: list[socket.socket] = []
+        """Ends that QEMU did not take back: they stay open for as long as refault runs."""
+
+    async def run(self, *, task_status: trio.TaskStatus[None] = trio.TASK_STATUS_IGNORED) -> None:
+        """Runs what `start_soon` is given, until cancelled."""
+        async with trio.open_nursery() as self._nursery:
+            task_status.started()
+            await trio.sleep_forever()
+
+    def start_soon(self, task: Callable[..., Awaitable[None]], *args: object) -> None:
+        """Runs a task for as long as this VM is served. Its failure is logged, and nothing else is lost."""
+        if self._nursery is not None:
+            self._nursery.start_soon(self._guarded, task, *args)
+
+    async def _guarded(self, task: Callable[..., Awaitable[None]], *args: object) -> None:
+        try:
+            await task(*args)
+        except Exception:
+            log.exception("%s: internal error in %s", self.name, task.__qualname__)
+
+    @property
+    def version(self) -> tuple[int, int, int]:
+        """QEMU's version; the oldest, and so the most careful, while it is not known."""
+        return self.monitor.qemu.version_triple if self.monitor.qemu else (0, 0, 0)
+
+    @property
+    def qemu_lives(self) -> bool:
+        """Whether QEMU may still look at what it was given."""
+        return self.monitor.qemu is not None or process_started(self.qemu_pid) is not None
+
+    async def query(self, command: str) -> Mapping[str, object]:
+        """One of refault's own in-band queries; the empty mapping where QEMU does not answer with one."""
+        reply = await self.monitor.execute(command, timeout=QUERY_TIMEOUT)
+        return reply if isinstance(reply, Mapping) else {}
+
+    async def judge(self, endpoint: Endpoint | None) -> str | None:
+        """Why the relay cannot carry a migration to `endpoint`; None where it can.
+
+        Warns of what QEMU could not recover.
+        """
+        capabilities = enabled_capabilities(
+            await self.monitor.execute("query-migrate-capabilities", timeout=QUERY_TIMEOUT)
+        )
+        hopeless = why_not_recoverable(capabilities)
+        if hopeless:
+            log.warning(
+                "%s: QEMU cannot recover this migration once postcopy has begun: %s", self.name, hopeless
+            )
+        if not self._relay_allowed:
+            return "switched off (--relay off)"
+        parameters = await self.query("query-migrate-parameters")
+        info = self.monitor.qemu
+        is_unix = info is not None and info.pid is not None
+        return why_not(endpoint, capabilities, parameters, monitor_is_unix=is_unix)
+
+    def record(self) -> MigrationRecord | None:
+        """What the state file says of a migration of this QEMU."""
+        info = self.monitor.qemu
+        return self.state_file.load(info.pid if info else None)
+
+    async def let_go(self, end: socket.socket) -> bool:
+        """Closes our end of a pair on which QEMU may listen, once QEMU holds both; False if it stays open."""
+        if not self.qemu_lives or await give_back(self.monitor, end):
+            end.close()
+            return True
+        self._not_given.append(end)
+        return False
+
+    async def let_go_all(self) -> bool:
+        """Tries again with the ends that stayed open; False where one still does."""
+        ends, self._not_given = self._not_given, []
+        return all([await self.let_go(end) for end in ends])
+
+
+def words(error: BaseException) -> str:
+    """An error as the operator reads it."""
+    if isinstance(error, trio.TooSlowError):
+        return "QEMU did not answer in time"
+    if isinstance(error, MonitorLost):
+        return "the monitor was lost"
+    return str(error)
