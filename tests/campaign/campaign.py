@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import random
 import shutil
-import subprocess
 import sys
 import tempfile
 from collections.abc import Sequence
@@ -14,7 +13,7 @@ import trio
 from tests.campaign.life import Life, compose, live
 from tests.campaign.losses import LossClass, plan
 from tests.campaign.outcomes import allowed
-from tests.campaign.record import Record
+from tests.campaign.record import Record, commit_of
 
 from refault.migration.versions import abilities
 
@@ -31,7 +30,7 @@ async def run(
     """
     draw = random.Random(seed)
     print(f"seed {seed}", flush=True)
-    record = Record(" ".join(["python -m tests.campaign", *sys.argv[1:]]), _commit(), seed)
+    record = Record(" ".join(["python -m tests.campaign", *sys.argv[1:]]), commit_of(), seed)
     each, more = divmod(losses, len(kinds))
     remaining = {kind: each + (at < more) for at, kind in enumerate(draw.sample(kinds, len(kinds)))}
     began = trio.current_time()
@@ -73,8 +72,3 @@ def _keep(logs: Path | None, directory: str, number: int) -> None:
         keep.mkdir(parents=True)
         for log in Path(directory).glob("*.log"):
             shutil.copy(log, keep)
-
-
-def _commit() -> str:
-    git = ["git", "describe", "--always", "--dirty=+", "--abbrev=12"]
-    return subprocess.run(git, capture_output=True, text=True, check=False).stdout.strip() or "unknown"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import statistics
+import subprocess
 from collections import Counter
 from dataclasses import dataclass, field
 
@@ -11,6 +12,12 @@ from tests.campaign.losses import LossClass
 from tests.campaign.outcomes import allowed
 
 from refault.migration.versions import Version
+
+
+def commit_of() -> str:
+    """The commit of the tree, with ``+`` where it has changes."""
+    git = ["git", "describe", "--always", "--dirty=+", "--abbrev=12"]
+    return subprocess.run(git, capture_output=True, text=True, check=False).stdout.strip() or "unknown"
 
 
 @dataclass

@@ -9,7 +9,7 @@ from __future__ import annotations
 import contextlib
 import os
 import subprocess
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 
@@ -29,9 +29,17 @@ class Host:
         """Sets its end of the link `up` or `down`; down, the network is silent for both."""
         _ip("link", "set", "veth0", state, inside=self)
 
+    def limit(self, rate: str) -> None:
+        """Lets no more out of it than ``rate``, as tc(8) spells it (`100mbit`)."""
+        bucket = ["tbf", "rate", rate, "burst", "64k", "latency", "20ms"]
+        _run([*self.prefix, "tc", "qdisc", "replace", "dev", "veth0", "root", *bucket])
+
 
 def _ip(*arguments: str, inside: Host | None = None) -> None:
-    command = [*(inside.prefix if inside else ()), "ip", *arguments]
+    _run([*(inside.prefix if inside else ()), "ip", *arguments])
+
+
+def _run(command: Sequence[str]) -> None:
     result = subprocess.run(command, capture_output=True, text=True, check=False)
     if result.returncode:
         raise OSError(f"{' '.join(command)}: {result.stderr.strip() or result.returncode}")

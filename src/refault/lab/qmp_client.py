@@ -31,11 +31,12 @@ class QmpClosed(Exception):  # noqa: N818 - it says what happened
 
 @dataclass(frozen=True)
 class Event:
-    """An event as it was received; ``when`` is trio's clock in seconds."""
+    """An event as it was received; ``when`` is trio's clock in seconds, ``stamp`` QEMU's own, of the epoch."""
 
     name: str
     data: dict[str, Any]
     when: float
+    stamp: float
 
 
 class QmpClient:
@@ -149,7 +150,11 @@ class QmpClient:
             return
         async with self._changed:
             if "event" in message:
-                self.events.append(Event(message["event"], message.get("data", {}), trio.current_time()))
+                at = message["timestamp"]
+                stamp = at["seconds"] + at["microseconds"] / 1e6
+                self.events.append(
+                    Event(message["event"], message.get("data", {}), trio.current_time(), stamp)
+                )
             else:
                 self._replies[message.get("id", 0)] = message
             self._changed.notify_all()
