@@ -30,7 +30,8 @@ C_FILES := $(wildcard cext/*.c tests/fuzz/*.c tests/tsan/*.c)
 C_AND_HEADERS := $(CEXT) $(wildcard tests/fuzz/*.c tests/fuzz/*.h tests/tsan/*.c)
 C_WARNINGS := -std=c11 -D_GNU_SOURCE -Wall -Wextra -Wno-unused-parameter -Werror -Icext -fsyntax-only
 
-.PHONY: help build demo picture qemus test campaign campaign-starvation campaign-truth lint bench fuzz tsan dist install clean
+.PHONY: help build demo picture qemus test campaign campaign-starvation campaign-truth campaign-floor \
+        campaign-strays campaign-silence lint bench fuzz tsan dist install clean
 .NOTPARALLEL:
 
 help:
@@ -45,6 +46,9 @@ help:
 	@echo 'make tsan     the pump and its readers under the thread sanitizer and others (SECONDS=60 each)'
 	@echo 'make campaign-starvation  lost requests: how soon their vCPUs run again, and that they do not without replay'
 	@echo 'make campaign-truth  the record against QEMU'"'"'s own trace events (CAMPAIGN="--qemu PATH --migrations 50")'
+	@echo 'make campaign-floor  time from a loss until both sides are active, beside the least that QEMU takes'
+	@echo 'make campaign-strays  strangers at the migration address in every phase, beside a bare QEMU'
+	@echo 'make campaign-silence  a network that goes silent, beside a bare QEMU'
 	@echo 'make dist     sdist and wheel, in dist/'
 	@echo 'make install  program, systemd unit and directories (DESTDIR, PREFIX)'
 	@echo 'make clean    removes what was built, .venv included'
@@ -109,7 +113,7 @@ tsan:
 	$(BOOTSTRAP) fuzz
 	tests/tsan/run.sh $(SECONDS)
 
-campaign-starvation campaign-truth: build $(VENV)/.dev
+campaign-starvation campaign-truth campaign-floor campaign-strays campaign-silence: build $(VENV)/.dev
 	$(BOOTSTRAP) test
 	tests/tools/with-userfaultfd $(BIN)/python -m tests.campaign.$(@:campaign-%=%) $(CAMPAIGN)
 

@@ -1,4 +1,4 @@
-"""A TCP connection between two other processes, to be closed from outside: nothing stands between them to break it."""
+"""A TCP connection between two other processes, to be closed from outside."""
 
 from __future__ import annotations
 

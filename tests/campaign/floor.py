@@ -1,13 +1,15 @@
-"""How soon both sides are active again after the far leg was closed, beside the least that QEMU itself takes.
+"""How soon both sides are active again after the far leg was closed, beside what QEMU itself takes.
 
     refault  two `refault run`; the far leg is closed
     floor    bare QEMUs over the same link; the connection is closed, and the script that closes it issues
-             `exec-oob migrate-recover` and `migrate` with `resume` as soon as each QEMU says that it has paused
+             `exec-oob migrate-recover` and `migrate` with `resume` as soon as each QEMU says it has paused
 
-Both in two network namespaces joined by a link of 100 Mbit/s, plain TCP, nothing in between; the connection is shut
-down from outside, at both ends. Time is from that moment until the later of both QEMUs said
-`postcopy-active`. The two take turns, some losses in each migration. Exits with 1 unless the median with refault is at
-most 1.5 times the floor's and the p99 below 100 ms.
+Both in two network namespaces joined by a link of 100 Mbit/s, plain TCP, nothing in between; the connection
+is shut down from outside, at both ends. Time is from that moment until the later of the QEMUs said
+`postcopy-active`, by QEMU's own clock. The two take turns, some losses in each migration. Exits with 1 unless
+the median with refault is at most 1.5 times the floor's and the p99 below 100 ms; so too for the moment when
+the source begins the recovery, which leaves out how the network carries the handshake: there a bare QEMU
+waits for delayed acknowledgements, and one behind a relay does not.
 
 Run: python -m tests.campaign.floor [--qemu QEMU] [--losses 100]
 """
@@ -47,6 +49,7 @@ _DEADLINE = 20.0
 STEPS = ("postcopy-paused", "postcopy-recover", "postcopy-active")
 Steps = dict[tuple[str, str], float]
 """Seconds from the loss until a QEMU, by name, said each of STEPS."""
+BEGUN = ("src", "postcopy-recover")
 
 
 async def lose(lab: TwoHosts) -> Steps:
@@ -57,7 +60,8 @@ async def lose(lab: TwoHosts) -> Steps:
         since = lab.marks()
         lost = time.time()
         for end in ends:
-            end.shutdown(socket.SHUT_RDWR)
+            with contextlib.suppress(OSError):  # the other end may have answered with a reset already
+                end.shutdown(socket.SHUT_RDWR)
         if not lab.setting.refault:
             await _recover(lab, since)
         await lab.both("postcopy-active", since, _DEADLINE)
@@ -128,17 +132,21 @@ def p99(times: Sequence[float]) -> float:
     return sorted(times)[min(len(times) - 1, int(len(times) * 0.99))]
 
 
-def told(name: str, taken: Sequence[Steps]) -> list[float]:
-    """Prints what the losses of one kind took, step by step; gives the seconds until both were active."""
-    times = [until_active(steps) for steps in taken]
-    print(
-        f"{name:8} {len(times)} losses: median {statistics.median(times) * 1000:.1f} ms,"
-        f" p99 {p99(times) * 1000:.1f} ms, longest {max(times) * 1000:.1f} ms"
-    )
+def told(name: str, taken: Sequence[Steps]) -> None:
+    """Prints what the losses of one kind took, step by step."""
+    print(f"{name:8} {len(taken)} losses: {_figures([until_active(steps) for steps in taken])}")
     for key in sorted(taken[0], key=lambda key: statistics.median(steps[key] for steps in taken)):
-        each = [steps[key] for steps in taken]
-        print(f"           {' '.join(key):22} median {statistics.median(each) * 1000:6.1f} ms, p99 {p99(each) * 1000:6.1f} ms")
-    return times
+        print(f"           {' '.join(key):22} {_figures([steps[key] for steps in taken])}")
+
+
+def _figures(times: Sequence[float]) -> str:
+    ms = [time * 1000 for time in times]
+    return f"median {statistics.median(ms):6.1f} ms, p99 {p99(ms):6.1f} ms, longest {max(ms):6.1f} ms"
+
+
+def ratio(times: Sequence[float], least: Sequence[float]) -> float:
+    """Of the medians."""
+    return statistics.median(times) / statistics.median(least)
 
 
 def main() -> int:
@@ -151,10 +159,16 @@ def main() -> int:
     print(f"command  python -m tests.campaign.floor {' '.join(sys.argv[1:])}")
     print(f"commit   {commit_of()}")
     print(f"QEMU     {'.'.join(map(str, version))}")
-    ours, least = told("refault", with_refault), told("floor", floor)
-    ratio = statistics.median(ours) / statistics.median(least)
-    print(f"ratio of the medians {ratio:.2f} (aim {RATIO_MOST})")
-    return 0 if ratio <= RATIO_MOST and p99(ours) < P99_MOST else 1
+    told("refault", with_refault)
+    told("floor", floor)
+    ours = [until_active(steps) for steps in with_refault]
+    active = ratio(ours, [until_active(steps) for steps in floor])
+    begun = ratio([steps[BEGUN] for steps in with_refault], [steps[BEGUN] for steps in floor])
+    print(
+        f"ratio of the medians: until active {active:.2f}, until the source begins {begun:.2f}"
+        f" (aim {RATIO_MOST})"
+    )
+    return 0 if max(active, begun) <= RATIO_MOST and p99(ours) < P99_MOST else 1
 
 
 if __name__ == "__main__":

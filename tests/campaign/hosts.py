@@ -1,4 +1,4 @@
-"""Two hosts, as network namespaces, with nothing between them but the link: a QEMU each, and a refault each or none."""
+"""Two hosts, as network namespaces, and a link between them: a QEMU on each, and a refault or none."""
 
 from __future__ import annotations
 
@@ -100,7 +100,7 @@ class TwoHosts:
         return [event.when for event in events]
 
     async def finish(self, seconds: float = 30.0) -> Verdict:
-        """Lifts the limit, waits for the end, and compares the memory. Raises trio.TooSlowError, AssertionError."""
+        """Lifts the limit, waits for the end, compares the memory. May raise AssertionError."""
         await self.pair.destination.wait_progress(seconds)
         await bare.finish(self.clients[0], seconds)
         verdict = await compare(self.setting.guest, self.pair.destination.qmp, self.pair.source.qmp)

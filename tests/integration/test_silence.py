@@ -18,6 +18,7 @@ pytestmark = [
     pytest.mark.skipif(os.geteuid() != 0, reason="only root makes network namespaces"),
 ]
 
+
 async def test_a_silent_network_is_noticed_in_postcopy_and_left_when_it_is_back(tmp_path: Path) -> None:
     async with on_two_hosts(tmp_path) as lab:
         await lab.begin(1 << 20)

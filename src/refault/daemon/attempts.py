@@ -33,6 +33,7 @@ class Attempts:
         self._timer_scope: trio.CancelScope | None = None
         self._one_at_a_time = trio.Lock()
         self._lost_at: float | None = None
+        self._attempt_began = 0.0
         self._settled_channel = 0
 
     def feed(self, event: Event) -> None:
@@ -55,6 +56,7 @@ class Attempts:
                 self._count_recovery()
             case Action.ATTEMPT:
                 self._cancel_timer()
+                self._attempt_began = trio.current_time()
                 self._scope = trio.CancelScope()
                 self._migration.vm.start_soon(self._attempt, self._scope)
             case Action.CANCEL_ATTEMPT:
@@ -62,7 +64,10 @@ class Attempts:
             case Action.TIMER_POLL | Action.TIMER_BACKOFF | Action.TIMER_CLIENT:
                 self._cancel_timer()
                 self._timer_scope = trio.CancelScope()
-                self._migration.vm.start_soon(self._timer, self._timer_scope, self.policy.delay(action))
+                delay = self.policy.delay(action)
+                if action is Action.TIMER_BACKOFF:
+                    delay = max(self.policy.pace.first_backoff, delay - self._since_attempt())
+                self._migration.vm.start_soon(self._timer, self._timer_scope, delay)
             case Action.RESET_BACKOFF:
                 self._migration.first_address()
             case Action.CLEAN_UP:
@@ -70,6 +75,10 @@ class Attempts:
                 self._migration.ended()
             case Action.STOP_GUEST:
                 self._migration.vm.start_soon(self._stop_guest)
+
+    def _since_attempt(self) -> float:
+        """Back-off paces the beginnings: after an attempt that itself took long the next begins at once."""
+        return trio.current_time() - self._attempt_began
 
     def _count_loss(self) -> None:
         migration = self._migration

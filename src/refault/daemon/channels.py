@@ -16,9 +16,11 @@ import trio
 
 from refault.channel.relay import RUN_SECONDS, LegState, Relay, RelayView
 from refault.daemon.local import LocalLeg, give_back
+from refault.daemon.return_path import end_first
 from refault.migration.legs import may_close
-from refault.migration.phase import Phase, phase_of
+from refault.migration.phase import Phase, Role, phase_of
 from refault.migration.recovery import Event, State
+from refault.migration.versions import abilities
 
 if TYPE_CHECKING:
     from refault.daemon.migration import Migration
@@ -49,6 +51,9 @@ class Channels:
         self._doubtful_losses = 0
         """Losses in a row that came right after a replay."""
         self._duplicate: socket.socket | None = None
+        self._peer_inode = 0
+        self._return_path_over = False
+        self._ending = trio.Lock()
         self._kept_by_qemu = False
         self._told_foreign = False
         self._scope = trio.CancelScope()
@@ -74,7 +79,10 @@ class Channels:
                 "%s: recovering without replay: the channel was lost twice right after one",
                 self._migration.name,
             )
+        self._migration.pause_told = trio.Event()
         self._keep(local.socket.dup())
+        self._peer_inode = local.peer_inode
+        self._return_path_over = False
         self.relay.attach(local.detach(), far.detach(), recovered=recovered, may_replay=may_replay)
         self.channel += 1
 
@@ -169,7 +177,11 @@ class Channels:
                 log.warning("%s: far leg %s in %s: closing QEMU's: %s",
                             migration.name, view.far_loss(), phase, rule.effect)  # fmt: skip
             self.held = None
-            self.abandon(self.channel)
+            if phase is Phase.POSTCOPY and self._return_path_lags():
+                self._ended = self.channel
+                migration.vm.start_soon(self._close_return_path_first, self.channel)
+            else:
+                self.abandon(self.channel)
             migration.look_soon()
             if phase in _LOSABLE:
                 migration.feed(Event.CHANNEL_LOST)
@@ -185,6 +197,24 @@ class Channels:
             )
             migration.feed(Event.LEG_HELD)
             migration.vm.start_soon(self._look_again)
+
+    def _return_path_lags(self) -> bool:
+        migration = self._migration
+        return migration.role is Role.SOURCE and abilities(migration.vm.version).resume_after > 0
+
+    async def _close_return_path_first(self, channel: int) -> None:
+        async with self._ending:
+            pid = self._migration.vm.qemu_pid
+            if self._duplicate is not None and pid is not None:
+                over = await end_first(self._duplicate, pid, self._peer_inode)
+                self._return_path_over = over and channel == self.channel
+            if not self.relay.closed:
+                self.relay.close_channel(channel)
+
+    async def return_path_over(self) -> bool:
+        """Whether QEMU's return-path thread has surely left the lost channel; waits for what sees to it."""
+        async with self._ending:
+            return self._return_path_over
 
     async def _look_again(self) -> None:
         """A hold may end by time alone: a destination that was about to run surely does a second later."""

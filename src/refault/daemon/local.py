@@ -44,6 +44,8 @@ class LocalLeg:
 
     name: str
     socket: socket.socket
+    peer_inode: int
+    """Of QEMU's end, as /proc shows it."""
 
     def close(self) -> None:
         """Closes our end, where QEMU has not been told to use its own, or has gone."""
@@ -68,12 +70,13 @@ async def hand_over(monitor: Executes, role: Role) -> LocalLeg:
         ours.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, DESTINATION_SEND_BUFFER)
     name = f"refault-{os.getpid()}-{next(_numbers)}"
     with theirs:
+        inode = os.fstat(theirs.fileno()).st_ino
         try:
             await monitor.execute("getfd", {"fdname": name}, fd=theirs.fileno(), timeout=GETFD_TIMEOUT)
         except BaseException:
             ours.close()
             raise
-    return LocalLeg(name, ours)
+    return LocalLeg(name, ours, inode)
 
 
 async def take_back(monitor: Executes, name: str) -> None:

@@ -81,6 +81,8 @@ class Migration:
         self.relay_reason: str | None = None
         self.status: str | None = None
         """QEMU's word."""
+        self.pause_told = trio.Event()
+        """Set when QEMU has said that it paused, since the last channel was made."""
         self.postcopy_began = False
         self.procedure = procedure(self)
         self.attempts = Attempts(self)
@@ -243,6 +245,10 @@ class Migration:
         if status != self.status:
             log.info("%s: migration is %s", self.name, status)
         self.status = status
+        if status == "postcopy-paused":
+            self.pause_told.set()
+        elif self.pause_told.is_set():
+            self.pause_told = trio.Event()
         if status in _POSTCOPY:
             self.postcopy_began = True
         if status == "failed":

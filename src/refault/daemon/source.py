@@ -21,8 +21,11 @@ from refault.migration.versions import abilities
 log = logging.getLogger("refault.migration")
 
 CONNECT_TIMEOUT = 5.0
+REDIAL_TIMEOUT = 2.0
+"""In a recovery. The kernel repeats a SYN ever later, so that a new dial finds a path that is back sooner."""
 MIGRATE_TIMEOUT = 10.0
 HANDSHAKE_TIMEOUT = 10.0
+PAUSE_TOLD_WITHIN = 0.01
 
 
 class Source:
@@ -58,7 +61,7 @@ class Source:
         monitor = self._migration.vm.monitor
         local = await hand_over(monitor, Role.SOURCE)
         try:
-            connection = await far.connect(endpoint, CONNECT_TIMEOUT)
+            connection = await far.connect(endpoint, REDIAL_TIMEOUT if recovered else CONNECT_TIMEOUT)
             with connection:
                 channels.join(local, connection, recovered=recovered)
         except BaseException:
@@ -119,13 +122,7 @@ class Source:
     async def attempt(self) -> None:
         """One recovery: is it paused, dial, hand over, resume, and wait until QEMU is active again."""
         migration = self._migration
-        status = (await migration.vm.query("query-migrate")).get("status")
-        if isinstance(status, str) and status != migration.status:
-            migration.status = status
-        if status != "postcopy-paused":
-            if status in ("completed", "failed"):
-                migration.on_status(str(status))
-            raise NotPausedYet
+        await self._must_be_paused()
         migration.counters.attempts += 1
         endpoint = migration.next_endpoint()
         log.info(
@@ -136,7 +133,8 @@ class Source:
         )
         if migration.channels is None and endpoint is None:
             raise AttemptFailed("the address of the lost channel is not known; name one with --recover-uri")
-        await trio.sleep(abilities(migration.vm.version).resume_after)
+        if migration.channels is None or not await migration.channels.return_path_over():
+            await trio.sleep(abilities(migration.vm.version).resume_after)
         # Once the other host has been dialled and QEMU has its command, the course is run to its end.
         with trio.CancelScope(shield=True):
             if migration.channels is not None:
@@ -145,6 +143,20 @@ class Source:
                 await self._resume(endpoint.uri)
         await migration.attempts.issued()
         await self._until_active()
+
+    async def _must_be_paused(self) -> None:
+        """Raises NotPausedYet where QEMU has not. An event says so; where none comes soon QEMU is asked."""
+        migration = self._migration
+        with trio.move_on_after(PAUSE_TOLD_WITHIN):
+            await migration.pause_told.wait()
+            return
+        status = (await migration.vm.query("query-migrate")).get("status")
+        if isinstance(status, str) and status != migration.status:
+            migration.status = status
+        if status != "postcopy-paused":
+            if status in ("completed", "failed"):
+                migration.on_status(str(status))
+            raise NotPausedYet
 
     async def _resume_relayed(self, channels: Channels, endpoint: Inet) -> None:
         name = await self._join(channels, endpoint, recovered=True)

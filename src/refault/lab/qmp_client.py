@@ -31,7 +31,7 @@ class QmpClosed(Exception):  # noqa: N818 - it says what happened
 
 @dataclass(frozen=True)
 class Event:
-    """An event as it was received; ``when`` is trio's clock in seconds, ``stamp`` QEMU's own, of the epoch."""
+    """An event as it was received; ``when`` by trio's clock, ``stamp`` by QEMU's, since the epoch, in s."""
 
     name: str
     data: dict[str, Any]
