@@ -47,7 +47,7 @@ async def run(
             except Exception as error:
                 record.failures.append(f"migration {record.lives}: {error!r}")
                 print(f"migration {record.lives}: the lab failed: {error!r}", flush=True)
-                _keep(logs, directory, record.lives)
+                keep_logs(logs, directory, f"migration-{record.lives}")
                 if len(record.failures) > 5:
                     raise
             record.version = max(record.version, life.version)
@@ -61,13 +61,14 @@ async def run(
             if any(
                 result.outcome not in allowed(result.planned.kind, life.version) for result in life.results
             ):
-                _keep(logs, directory, record.lives)
+                keep_logs(logs, directory, f"migration-{record.lives}")
     return record
 
 
-def _keep(logs: Path | None, directory: str, number: int) -> None:
+def keep_logs(logs: Path | None, directory: str, name: str) -> None:
+    """Copies the logs of what ended badly below ``logs``, where that is wanted."""
     if logs is not None:
-        keep = logs / f"migration-{number}"
+        keep = logs / name
         shutil.rmtree(keep, ignore_errors=True)
         keep.mkdir(parents=True)
         for log in Path(directory).glob("*.log"):

@@ -41,6 +41,7 @@ class TwoHosts:
     """A pair of QEMUs, each with a refault (if any) in a network of its own, and a client at each host."""
 
     setting: Setting
+    directory: Path
     pair: Pair
     hosts: tuple[Host, Host]
     clients: tuple[QmpClient, QmpClient]
@@ -102,7 +103,7 @@ class TwoHosts:
     async def finish(self, seconds: float = 30.0) -> Verdict:
         """Lifts the limit, waits for the end, compares the memory. May raise AssertionError."""
         await self.pair.destination.wait_progress(seconds)
-        await bare.finish(self.clients[0], seconds)
+        await bare.finish(self.pair.source.qmp, seconds)
         verdict = await compare(self.setting.guest, self.pair.destination.qmp, self.pair.source.qmp)
         assert verdict.right, verdict
         return verdict
@@ -138,4 +139,4 @@ async def on_two_hosts(directory: Path, setting: Setting | None = None) -> Async
                 refaults.append(stack.enter_context(started(f"refault ({side})", command, log)))
                 address = f"unix:{directory}/{side}.client"
             clients.append(await stack.enter_async_context(connect(address, name=side)))
-        yield TwoHosts(setting, pair, hosts, (clients[0], clients[1]), refaults)
+        yield TwoHosts(setting, directory, pair, hosts, (clients[0], clients[1]), refaults)

@@ -7,10 +7,16 @@ remount what is below `/` as slaves, which is refused where `/` is no mount poin
 from __future__ import annotations
 
 import contextlib
+import ctypes
 import os
+import socket
 import subprocess
+import threading
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+
+_CLONE_NEWNET = 0x40000000  # sched.h; Python has setns from 3.12 on
+_libc = ctypes.CDLL(None, use_errno=True)
 
 
 @dataclass(frozen=True)
@@ -28,6 +34,25 @@ class Host:
     def link(self, state: str) -> None:
         """Sets its end of the link `up` or `down`; down, the network is silent for both."""
         _ip("link", "set", "veth0", state, inside=self)
+
+    def socket(self) -> socket.socket:
+        """A TCP socket of this host, for whoever is not inside."""
+        made: list[socket.socket] = []
+        failures: list[OSError] = []
+
+        def make() -> None:  # only this thread enters
+            with open(f"/run/netns/{self.namespace}", "rb") as namespace:
+                if _libc.setns(namespace.fileno(), _CLONE_NEWNET) < 0:
+                    failures.append(OSError(ctypes.get_errno(), os.strerror(ctypes.get_errno())))
+                else:
+                    made.append(socket.socket(socket.AF_INET, socket.SOCK_STREAM))
+
+        thread = threading.Thread(target=make)
+        thread.start()
+        thread.join()
+        if failures:
+            raise failures[0]
+        return made[0]
 
     def limit(self, rate: str) -> None:
         """Lets no more out of it than ``rate``, as tc(8) spells it (`100mbit`)."""

@@ -22,8 +22,8 @@ class Abilities:
     resume_after: float
     """Seconds that the source is left alone after it has paused. Before 8.2 its return-path thread may come
     to the old channel's end only after a resume has opened the new one, and then frees the new one's file
-    (migration/migration.c, source_return_path_thread; seen once on 7.2 as a segfault). Not where the thread has
-    been seen to be out of the way (daemon/return_path.py)."""
+    (migration/migration.c, source_return_path_thread; seen once on 7.2 as a segfault). Not where the
+    thread has been seen to be out of the way (daemon/return_path.py)."""
 
 
 _SINCE: tuple[tuple[Version, Abilities], ...] = (
