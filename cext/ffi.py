@@ -50,6 +50,7 @@ MODULES: tuple[Module, ...] = (
             "histogram",
             "forward",
             "returnpath",
+            "statefile",
             "pagemap",
             "tracker",
             "leg",

@@ -1232,20 +1232,33 @@ void rf_forward_restart(struct rf_forward *f, int mode) {
     }
 }
 
+int rf_forward_know_block(struct rf_forward *f, const char *name, size_t name_length, bool declared,
+                          uint64_t used_length) {
+    uint32_t block = find_block(f, (const uint8_t *)name, name_length);
+    if (block == NO_BLOCK) {
+        block = add_block(f, (const uint8_t *)name, name_length);
+        if (block == NO_BLOCK) {
+            return RF_NO_MEMORY;
+        }
+    }
+    f->blocks[block].declared = declared;
+    f->blocks[block].used_length = used_length;
+    return RF_OK;
+}
+
+int rf_forward_know_page_bits(struct rf_forward *f, uint32_t bits) {
+    return set_page_bits(f, bits) ? RF_OK : RF_OUT_OF_RANGE;
+}
+
 int rf_forward_learn(struct rf_forward *f, const struct rf_forward *from) {
     f->page_bits = from->page_bits;
     for (uint32_t i = 0; i < from->blocks_length; i++) {
         const struct block *known = &from->blocks[i];
-        const uint8_t *name = (const uint8_t *)known->name;
-        uint32_t block = find_block(f, name, known->name_length);
-        if (block == NO_BLOCK) {
-            block = add_block(f, name, known->name_length);
-            if (block == NO_BLOCK) {
-                return RF_NO_MEMORY;
-            }
+        int status =
+            rf_forward_know_block(f, known->name, known->name_length, known->declared, known->used_length);
+        if (status != RF_OK) {
+            return status;
         }
-        f->blocks[block].declared = known->declared;
-        f->blocks[block].used_length = known->used_length;
     }
     return RF_OK;
 }
@@ -1292,6 +1305,8 @@ const char *rf_forward_reason_text(uint32_t reason) {
         [RF_OPAQUE_BITMAP_END] = "a received bitmap with a wrong end mark",
         [RF_OPAQUE_BITMAP_BLOCK] = "a received bitmap of an unknown RAM block",
         [RF_OPAQUE_UNTRACKED] = "it was not followed from its beginning",
+        [RF_OPAQUE_CRASHED] = "refault ended while it read it; a new migration is read again",
+        [RF_OPAQUE_KEPT_BLOCKS] = "the state file's RAM blocks are not those of this migration",
     };
     return reason < sizeof(texts) / sizeof(texts[0]) ? texts[reason] : "unknown reason";
 }

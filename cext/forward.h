@@ -115,6 +115,8 @@ enum rf_opaque {
     RF_OPAQUE_BITMAP_END = 28,
     RF_OPAQUE_BITMAP_BLOCK = 29,
     RF_OPAQUE_UNTRACKED = 30,
+    RF_OPAQUE_CRASHED = 31,
+    RF_OPAQUE_KEPT_BLOCKS = 32,
 };
 
 /* For the operator: a phrase that goes on after "cannot be read: ". */
@@ -159,6 +161,11 @@ uint32_t rf_forward_target_page_bits(const struct rf_forward *forward);
 /* Teaches this decoder the RAM blocks that another one of the same migration has seen declared (the preempt
  * channel names blocks and declares none). RF_OK or RF_NO_MEMORY. */
 int rf_forward_learn(struct rf_forward *forward, const struct rf_forward *from);
+
+/* The same of one RAM block, or of the target page size, that a state file tells of. */
+int rf_forward_know_block(struct rf_forward *forward, const char *name, size_t name_length, bool declared,
+                          uint64_t used_length);
+int rf_forward_know_page_bits(struct rf_forward *forward, uint32_t bits);
 
 /* Makes the stream opaque, for a reason that only the caller can see. */
 void rf_forward_fail(struct rf_forward *forward, uint32_t reason);

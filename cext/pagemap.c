@@ -74,6 +74,7 @@ struct record {
 
 struct rf_pagemap {
     struct rf_budget budget;
+    struct rf_statefile *kept; /* NULL: the map is in memory alone */
     uint64_t host_page_size;
     uint32_t page_bits;
     uint32_t channel; /* counts channels, from 1 */
@@ -180,6 +181,7 @@ int rf_pagemap_set_target_page_bits(struct rf_pagemap *map, uint32_t bits) {
         return RF_BAD_SIZE;
     }
     map->page_bits = bits;
+    rf_statefile_page_bits(map->kept, bits);
     return RF_OK;
 }
 
@@ -269,6 +271,7 @@ static void set_outstanding(struct rf_pagemap *map, struct record *record, bool 
         return;
     }
     record->outstanding = outstanding;
+    rf_statefile_outstanding(map->kept, (uint32_t)(record - map->records), outstanding);
     if (outstanding) {
         add(&map->counters.outstanding, 1);
         add(&block->outstanding, 1);
@@ -286,6 +289,7 @@ static void set_outstanding(struct rf_pagemap *map, struct record *record, bool 
 static void end_record(struct rf_pagemap *map, uint32_t slot) {
     struct record *record = &map->records[slot];
     struct block *block = block_at(map, record->block);
+    rf_statefile_end(map->kept, slot);
     set_outstanding(map, record, false);
     subtract(&map->counters.recorded, 1);
     subtract(&block->recorded, 1);
@@ -313,6 +317,19 @@ static void end_record(struct rf_pagemap *map, uint32_t slot) {
     record->id = 0;
     record->next = map->free_slot;
     map->free_slot = slot;
+}
+
+static void keep_record(struct rf_pagemap *map, uint32_t slot) {
+    const struct record *record = &map->records[slot];
+    rf_statefile_record(map->kept, slot,
+                        &(struct rf_statefile_record){
+                            .id = record->id,
+                            .start = record->start,
+                            .time = record->time,
+                            .length = record->length,
+                            .block = record->block,
+                            .outstanding = record->outstanding,
+                        });
 }
 
 /* Ends a record that should not have been made. */
@@ -404,6 +421,13 @@ int rf_pagemap_find(const struct rf_pagemap *map, const char *name, size_t name_
     return RF_UNKNOWN_BLOCK;
 }
 
+static void keep_sizes(struct rf_pagemap *map, uint32_t index) {
+    const struct block *block = block_at(map, index);
+    rf_statefile_block_size(map->kept, index, get(&block->used_length) >> map->page_bits,
+                            get(&block->page_size),
+                            atomic_load_explicit(&block->declared, memory_order_relaxed));
+}
+
 static int add_block(struct rf_pagemap *map, const char *name, size_t name_length) {
     uint32_t length = blocks_length(map);
     if (length == BLOCKS_MAX) {
@@ -417,6 +441,7 @@ static int add_block(struct rf_pagemap *map, const char *name, size_t name_lengt
     block->name_length = (uint8_t)name_length;
     atomic_store_explicit(&map->blocks[length], block, memory_order_release);
     atomic_store_explicit(&map->blocks_length, length + 1, memory_order_release);
+    rf_statefile_block(map->kept, length, name, name_length);
     return (int)length;
 }
 
@@ -510,6 +535,7 @@ static int declare(struct rf_pagemap *map, const char *name, size_t name_length,
     put(&block->used_length, used_length);
     atomic_store_explicit(&block->declared, true, memory_order_relaxed);
     map->any_declared = true;
+    keep_sizes(map, (uint32_t)index);
     return index;
 }
 
@@ -556,7 +582,7 @@ static void repeat(struct rf_pagemap *map, uint32_t slot) {
 }
 
 static int record_request(struct rf_pagemap *map, uint32_t index, uint64_t start, uint32_t length,
-                          uint64_t now) {
+                          uint64_t now, bool answered) {
     struct block *block = block_at(map, index);
     bool regular = length == block->unit && start % block->unit == 0;
     if (!regular && map->irregular_length == IRREGULAR_MAX) {
@@ -566,7 +592,6 @@ static int record_request(struct rf_pagemap *map, uint32_t index, uint64_t start
     if (slot == NONE) {
         return RF_FULL;
     }
-    bool crossed = all_forwarded(map, block, start, length);
     struct record *record = &map->records[slot];
     *record = (struct record){
         .id = ++map->last_id,
@@ -577,7 +602,7 @@ static int record_request(struct rf_pagemap *map, uint32_t index, uint64_t start
         .previous = map->newest,
         .next = NONE,
         .requested_on = map->channel,
-        .answered_on = crossed ? map->channel : 0,
+        .answered_on = answered ? map->channel : 0,
     };
     chain_record(map, slot);
     if (map->newest == NONE) {
@@ -592,7 +617,7 @@ static int record_request(struct rf_pagemap *map, uint32_t index, uint64_t start
     add(&block->requested, 1);
     add(&map->counters.arrived, 1);
     add(&block->arrived, 1);
-    set_outstanding(map, record, !crossed);
+    set_outstanding(map, record, !answered);
     if (!regular) {
         map->irregular[map->irregular_length++] = slot;
     }
@@ -600,7 +625,7 @@ static int record_request(struct rf_pagemap *map, uint32_t index, uint64_t start
         refuse_record(map, slot);
         return RF_NO_MEMORY;
     }
-    add(&map->counters.crossed, crossed);
+    keep_record(map, slot);
     return RF_OK;
 }
 
@@ -619,7 +644,10 @@ static int request(struct rf_pagemap *map, const char *name, size_t name_length,
         repeat(map, slot);
         return 1;
     }
-    return record_request(map, (uint32_t)index, start, length, now);
+    bool crossed = all_forwarded(map, block_at(map, (uint32_t)index), start, length);
+    status = record_request(map, (uint32_t)index, start, length, now, crossed);
+    add(&map->counters.crossed, status == RF_OK && crossed);
+    return status;
 }
 
 int rf_pagemap_request(struct rf_pagemap *map, const char *name, size_t name_length, uint64_t start,
@@ -740,6 +768,7 @@ static int bitmap_begin(struct rf_pagemap *map, const char *name, size_t name_le
         if (status < 0) {
             return status;
         }
+        keep_sizes(map, (uint32_t)index);
     } else if (size != ((get(&block->used_length) >> map->page_bits) + 63) / 64 * 8) {
         return RF_BAD_SIZE;
     }
@@ -807,6 +836,70 @@ int rf_pagemap_bitmap_end(struct rf_pagemap *map, struct rf_bitmap_report *repor
     *report = map->report;
     write_end(map);
     return RF_OK;
+}
+
+/* The state file. */
+
+void rf_pagemap_keep(struct rf_pagemap *map, struct rf_statefile *file) {
+    map->kept = file;
+    rf_statefile_page_bits(file, map->page_bits);
+    for (uint32_t i = 0; i < blocks_length(map); i++) {
+        rf_statefile_block(file, i, block_at(map, i)->name, block_at(map, i)->name_length);
+        keep_sizes(map, i);
+    }
+    for (uint32_t slot = map->oldest; slot != NONE; slot = map->records[slot].next) {
+        keep_record(map, slot);
+    }
+}
+
+static int restore_block(struct rf_pagemap *map, const struct rf_statefile_block *kept) {
+    if (rf_pagemap_find(map, kept->name, kept->name_length) >= 0 ||
+        kept->pages > LENGTH_MAX >> map->page_bits) {
+        return RF_BAD_SIZE;
+    }
+    int index = add_block(map, kept->name, kept->name_length);
+    if (index < 0) {
+        return index;
+    }
+    struct block *block = block_at(map, (uint32_t)index);
+    int status = kept->page_size != 0 ? set_page_size(map, block, kept->page_size) : RF_OK;
+    if (status == RF_OK && (kept->pages != 0 || kept->declared)) {
+        status = set_size(map, (uint32_t)index, kept->pages << map->page_bits);
+    }
+    atomic_store_explicit(&block->declared, kept->declared, memory_order_relaxed);
+    map->any_declared |= kept->declared;
+    return status;
+}
+
+/* One that cannot be, by what is known of its block, is left out. */
+static int restore_record(struct rf_pagemap *map, const struct rf_statefile_record *kept) {
+    struct block *block = block_at(map, kept->block);
+    if (check_request(map, block, kept->start, kept->length) < 0 ||
+        find_record(map, kept->block, kept->start, kept->length) != NONE) {
+        add(&map->counters.refused, 1);
+        return RF_OK;
+    }
+    int status = record_request(map, kept->block, kept->start, kept->length, kept->time, !kept->outstanding);
+    add(&map->counters.refused, status == RF_FULL);
+    return status == RF_FULL ? RF_OK : status;
+}
+
+static int restore(struct rf_pagemap *map, const struct rf_statefile_image *image) {
+    int status = image->page_bits == 0 ? RF_OK : rf_pagemap_set_target_page_bits(map, image->page_bits);
+    for (uint32_t i = 0; i < image->blocks_length && status == RF_OK; i++) {
+        status = restore_block(map, &image->blocks[i]);
+    }
+    for (uint32_t i = 0; i < image->records_length && status == RF_OK; i++) {
+        status = restore_record(map, &image->records[i]);
+    }
+    return status;
+}
+
+int rf_pagemap_restore(struct rf_pagemap *map, const struct rf_statefile_image *image) {
+    write_begin(map);
+    int status = restore(map, image);
+    write_end(map);
+    return status;
 }
 
 /* Walking the records. */

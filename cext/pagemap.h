@@ -21,6 +21,7 @@
 #include <stdint.h>
 
 #include "histogram.h"
+#include "statefile.h"
 #include "status.h"
 
 /* cffi: begin */
@@ -142,6 +143,12 @@ int rf_pagemap_stats(const struct rf_pagemap *map, struct rf_pagemap_stats *out)
 int rf_pagemap_block_stats(const struct rf_pagemap *map, uint32_t block, struct rf_pagemap_block_stats *out);
 void rf_pagemap_latency(const struct rf_pagemap *map, struct rf_histogram_snapshot *out);
 /* cffi: end */
+
+/* From here on all that is known of blocks and records is in `file` too, which outlives the map. */
+void rf_pagemap_keep(struct rf_pagemap *map, struct rf_statefile *file);
+
+/* What a state file says, into a new map: RF_OK, or a negative status, after which the map is of no use. */
+int rf_pagemap_restore(struct rf_pagemap *map, const struct rf_statefile_image *image);
 
 /* Not empty only while rf_pagemap_bitmap_begin..end is under way. The caller may look at the block's bits. */
 struct rf_bitmap;

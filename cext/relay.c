@@ -543,7 +543,8 @@ static void relay_free(struct rf_relay *relay) {
     free(relay);
 }
 
-struct rf_relay *rf_relay_start(int side, uint64_t ceiling, unsigned dead_after_s) {
+struct rf_relay *rf_relay_start(int side, uint64_t ceiling, unsigned dead_after_s, int fd, int old_fd,
+                                const uint8_t *key, size_t key_length) {
     struct rf_relay *relay = calloc(1, sizeof(*relay));
     sigset_t all;
     sigset_t before;
@@ -561,7 +562,8 @@ struct rf_relay *rf_relay_start(int side, uint64_t ceiling, unsigned dead_after_
     if (relay->command_event >= 0) {
         relay->notify_event = eventfd(0, EFD_CLOEXEC | EFD_NONBLOCK);
     }
-    relay->tracker = relay->notify_event < 0 ? NULL : rf_tracker_new(ceiling);
+    relay->tracker =
+        relay->notify_event < 0 ? NULL : rf_tracker_new_kept(ceiling, fd, old_fd, key, key_length);
     if (relay->tracker == NULL ||
         !rf_replay_init(&relay->replay, relay->tracker, relay->side == RF_RELAY_SOURCE, RETURN_CHUNK)) {
         error = relay->notify_event < 0 ? errno : ENOMEM;

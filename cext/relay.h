@@ -49,10 +49,12 @@ struct rf_relay;
 
 /*
  * Starts the pump's thread. `ceiling`: the most bytes of memory that tracking may take. `dead_after_s`:
- * seconds of the other host's silence that count, in postcopy, as a loss. NULL when memory, descriptors or
- * threads are short (errno says which).
+ * seconds of the other host's silence that count, in postcopy, as a loss. `fd`, `old_fd` and `key`: the state
+ * file, as rf_tracker_new_kept takes it. NULL when memory, descriptors or threads are short (errno says
+ * which).
  */
-struct rf_relay *rf_relay_start(int side, uint64_t ceiling, unsigned dead_after_s);
+struct rf_relay *rf_relay_start(int side, uint64_t ceiling, unsigned dead_after_s, int fd, int old_fd,
+                                const uint8_t *key, size_t key_length);
 
 /* Becomes readable when something changed: read it as an eventfd, then look at the view and the tracker. */
 int rf_relay_notify_fd(const struct rf_relay *relay);

@@ -101,6 +101,9 @@ void rf_replay_feed(struct rf_replay *replay, const uint8_t *buf, size_t len, ui
         struct rf_returnpath_event event;
         size_t n = rf_tracker_return_next(replay->tracker, buf, len, now_ns, &event);
 
+        if (event.type == RF_RETURN_BAD) {
+            release_held(replay); /* no RESUME_ACK will be seen on this channel */
+        }
         if (event.type == RF_RETURN_BITMAP_DATA || event.type == RF_RETURN_BAD ||
             n > sizeof(replay->partial) - replay->partial_len) {
             /* Not a message that could have to wait: as it came, and at once. */

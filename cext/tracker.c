@@ -1,5 +1,6 @@
 #include "tracker.h"
 
+#include <stdbool.h>
 #include <unistd.h>
 
 #include "budget.h"
@@ -18,6 +19,9 @@ struct rf_tracker {
     struct rf_returnpath *path;
     struct pages main;
     struct pages preempt;
+    struct rf_statefile *file; /* NULL for none */
+    enum rf_restored restored;
+    uint32_t unread; /* why no byte of this migration is decoded, or RF_OPAQUE_NO */
     _Atomic uint32_t facts;
     _Atomic uint32_t channel_facts;
     _Atomic uint32_t forward_opaque;
@@ -30,13 +34,18 @@ static void put(_Atomic uint32_t *word, uint32_t value) {
     atomic_store_explicit(word, value, memory_order_release);
 }
 
+static void put_facts(struct rf_tracker *tracker, uint32_t facts) {
+    put(&tracker->facts, facts);
+    rf_statefile_facts(tracker->file, facts);
+}
+
 static void note(struct rf_tracker *tracker, uint32_t fact) {
-    put(&tracker->facts, get(&tracker->facts) | fact);
+    put_facts(tracker, get(&tracker->facts) | fact);
     put(&tracker->channel_facts, get(&tracker->channel_facts) | fact);
 }
 
 static void no_longer_whole(struct rf_tracker *tracker) {
-    put(&tracker->facts, get(&tracker->facts) & ~(uint32_t)RF_FACT_WHOLE_STREAM_SEEN);
+    put_facts(tracker, get(&tracker->facts) & ~(uint32_t)RF_FACT_WHOLE_STREAM_SEEN);
 }
 
 static void forget_blocks(struct pages *pages) {
@@ -65,6 +74,59 @@ struct rf_tracker *rf_tracker_new(uint64_t ceiling) {
     return tracker;
 }
 
+/* What a state file says, into a new tracker. A negative status leaves it of no use. */
+static int take_over(struct rf_tracker *tracker, const struct rf_statefile_image *image) {
+    int status = rf_pagemap_restore(tracker->map, image);
+    if (status == RF_OK && image->page_bits != 0) {
+        status = rf_forward_know_page_bits(tracker->main.decoder, image->page_bits);
+    }
+    for (uint32_t i = 0; i < image->blocks_length && status == RF_OK; i++) {
+        const struct rf_statefile_block *block = &image->blocks[i];
+        status = rf_forward_know_block(tracker->main.decoder, block->name, block->name_length,
+                                       block->declared, block->pages << image->page_bits);
+    }
+    put(&tracker->facts, image->facts & ~(uint32_t)RF_FACT_WHOLE_STREAM_SEEN);
+    return status;
+}
+
+static struct rf_tracker *new_from(uint64_t ceiling, int old_fd, const uint8_t *key, size_t key_length) {
+    struct rf_statefile_image image;
+    struct rf_tracker *tracker = rf_tracker_new(ceiling);
+    if (tracker == NULL || old_fd < 0) {
+        return tracker;
+    }
+    enum rf_restored found = rf_statefile_load(old_fd, key, key_length, &image);
+    if (found == RF_RESTORED_WHOLE || found == RF_RESTORED_CRASHED) {
+        int status = take_over(tracker, &image);
+        rf_statefile_image_free(&image);
+        if (status != RF_OK) {
+            found = status == RF_NO_MEMORY ? RF_RESTORED_NO_MEMORY : RF_RESTORED_TORN;
+            rf_tracker_free(tracker);
+            tracker = rf_tracker_new(ceiling);
+        }
+    }
+    if (tracker != NULL) {
+        tracker->restored = found;
+        tracker->unread = found == RF_RESTORED_CRASHED ? RF_OPAQUE_CRASHED : RF_OPAQUE_NO;
+    }
+    return tracker;
+}
+
+struct rf_tracker *rf_tracker_new_kept(uint64_t ceiling, int fd, int old_fd, const uint8_t *key,
+                                       size_t key_length) {
+    struct rf_tracker *tracker = new_from(ceiling, old_fd, key, key_length);
+    if (tracker == NULL || fd < 0) {
+        return tracker;
+    }
+    tracker->file = rf_statefile_new(fd, key, key_length);
+    rf_pagemap_keep(tracker->map, tracker->file);
+    rf_statefile_facts(tracker->file, get(&tracker->facts));
+    if (tracker->unread != RF_OPAQUE_NO) {
+        rf_statefile_crashed(tracker->file);
+    }
+    return tracker;
+}
+
 void rf_tracker_free(struct rf_tracker *tracker) {
     if (tracker == NULL) {
         return;
@@ -73,7 +135,27 @@ void rf_tracker_free(struct rf_tracker *tracker) {
     rf_forward_free(tracker->preempt.decoder);
     rf_returnpath_free(tracker->path);
     rf_pagemap_free(tracker->map);
+    rf_statefile_free(tracker->file);
     rf_budget_free(NULL, tracker, sizeof(*tracker));
+}
+
+/* Bytes pass unread from here on, on this channel and all that follow. */
+static void pass_unread(struct rf_tracker *tracker, uint32_t reason) {
+    tracker->unread = reason;
+    rf_pagemap_forward_unseen(tracker->map);
+    no_longer_whole(tracker);
+    put(&tracker->forward_opaque, reason);
+    put(&tracker->return_opaque, reason);
+}
+
+/* The state file was of other RAM blocks than this migration's: nothing of it is used. */
+static void disown(struct rf_tracker *tracker) {
+    rf_pagemap_complete(tracker->map);
+    pass_unread(tracker, RF_OPAQUE_KEPT_BLOCKS);
+}
+
+static bool took_over(const struct rf_tracker *tracker) {
+    return tracker->restored == RF_RESTORED_WHOLE && tracker->unread == RF_OPAQUE_NO;
 }
 
 void rf_tracker_channel_begin(struct rf_tracker *tracker, int recovered, uint64_t now) {
@@ -85,7 +167,10 @@ void rf_tracker_channel_begin(struct rf_tracker *tracker, int recovered, uint64_
     put(&tracker->return_opaque, RF_OPAQUE_NO);
     if (!recovered) {
         forget_blocks(&tracker->main);
-        put(&tracker->facts, RF_FACT_WHOLE_STREAM_SEEN);
+        put_facts(tracker, RF_FACT_WHOLE_STREAM_SEEN);
+    }
+    if (tracker->unread != RF_OPAQUE_NO) {
+        pass_unread(tracker, tracker->unread);
     }
 }
 
@@ -145,6 +230,9 @@ static void command(struct rf_tracker *tracker, const struct rf_forward_event *e
         break;
     case RF_COMMAND_RECV_BITMAP:
         note(tracker, RF_FACT_RECV_BITMAP_ASKED);
+        if (took_over(tracker) && rf_pagemap_know(tracker->map, event->name, event->name_length) < 0) {
+            disown(tracker);
+        }
         break;
     case RF_COMMAND_POSTCOPY_RESUME:
         note(tracker, RF_FACT_RESUME_SENT);
@@ -220,7 +308,8 @@ static void went_opaque(struct rf_tracker *tracker, const struct rf_forward *dec
 
 void rf_tracker_forward(struct rf_tracker *tracker, const uint8_t *bytes, size_t length, uint64_t now) {
     struct rf_forward *decoder = tracker->main.decoder;
-    while (length > 0) {
+    rf_statefile_decoding(tracker->file, true);
+    while (length > 0 && tracker->unread == RF_OPAQUE_NO) {
         struct rf_forward_event event;
         size_t part = rf_forward_next(decoder, bytes, length, &event);
         forward_event(tracker, &event, now);
@@ -228,6 +317,7 @@ void rf_tracker_forward(struct rf_tracker *tracker, const uint8_t *bytes, size_t
         length -= part;
     }
     went_opaque(tracker, decoder);
+    rf_statefile_decoding(tracker->file, false);
 }
 
 void rf_tracker_preempt_begin(struct rf_tracker *tracker, uint64_t now) {
@@ -237,10 +327,11 @@ void rf_tracker_preempt_begin(struct rf_tracker *tracker, uint64_t now) {
 void rf_tracker_preempt_forward(struct rf_tracker *tracker, const uint8_t *bytes, size_t length,
                                 uint64_t now) {
     struct rf_forward *decoder = tracker->preempt.decoder;
+    rf_statefile_decoding(tracker->file, true);
     if (rf_forward_position(decoder) == 0 && rf_forward_learn(decoder, tracker->main.decoder) < 0) {
         rf_forward_fail(decoder, RF_OPAQUE_NO_MEMORY);
     }
-    while (length > 0) {
+    while (length > 0 && tracker->unread == RF_OPAQUE_NO) {
         struct rf_forward_event event;
         size_t part = rf_forward_next(decoder, bytes, length, &event);
         if (event.type == RF_FORWARD_PAGE) {
@@ -250,6 +341,7 @@ void rf_tracker_preempt_forward(struct rf_tracker *tracker, const uint8_t *bytes
         length -= part;
     }
     went_opaque(tracker, decoder);
+    rf_statefile_decoding(tracker->file, false);
 }
 
 void rf_tracker_pages_elsewhere(struct rf_tracker *tracker) {
@@ -263,6 +355,10 @@ static void bitmap_begin(struct rf_tracker *tracker, struct rf_returnpath_event 
         event->reason = block == RF_BAD_SIZE ? RF_OPAQUE_BITMAP_SIZE : RF_OPAQUE_BITMAP_BLOCK;
         event->type = RF_RETURN_BAD;
         rf_returnpath_fail(tracker->path, event->reason);
+        if (took_over(tracker)) {
+            event->reason = RF_OPAQUE_KEPT_BLOCKS;
+            disown(tracker);
+        }
     }
 }
 
@@ -309,13 +405,19 @@ static void return_event(struct rf_tracker *tracker, struct rf_returnpath_event 
 
 size_t rf_tracker_return_next(struct rf_tracker *tracker, const uint8_t *bytes, size_t length, uint64_t now,
                               struct rf_returnpath_event *event) {
+    if (tracker->unread != RF_OPAQUE_NO) {
+        *event = (struct rf_returnpath_event){.type = RF_RETURN_BAD, .reason = tracker->unread};
+        return length;
+    }
+    rf_statefile_decoding(tracker->file, true);
     size_t consumed = rf_returnpath_next(tracker->path, bytes, length, event);
     return_event(tracker, event, now);
+    rf_statefile_decoding(tracker->file, false);
     return consumed;
 }
 
 int rf_tracker_return_at_boundary(const struct rf_tracker *tracker) {
-    return rf_returnpath_at_boundary(tracker->path);
+    return tracker->unread == RF_OPAQUE_NO && rf_returnpath_at_boundary(tracker->path);
 }
 
 void rf_tracker_complete(struct rf_tracker *tracker) { rf_pagemap_complete(tracker->map); }
@@ -327,5 +429,9 @@ uint32_t rf_tracker_channel_facts(const struct rf_tracker *tracker) { return get
 uint32_t rf_tracker_forward_opaque(const struct rf_tracker *tracker) { return get(&tracker->forward_opaque); }
 
 uint32_t rf_tracker_return_opaque(const struct rf_tracker *tracker) { return get(&tracker->return_opaque); }
+
+int rf_tracker_restored(const struct rf_tracker *tracker) { return (int)tracker->restored; }
+
+int rf_tracker_kept(const struct rf_tracker *tracker) { return (int)rf_statefile_kept(tracker->file); }
 
 struct rf_pagemap *rf_tracker_pagemap(struct rf_tracker *tracker) { return tracker->map; }

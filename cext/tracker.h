@@ -55,6 +55,18 @@ struct rf_tracker;
 
 /* `ceiling`: bytes for the page map. NULL without memory. */
 struct rf_tracker *rf_tracker_new(uint64_t ceiling);
+
+/*
+ * The same, with a state file (statefile.h). `fd`: the new, empty file that what is tracked is to be kept in,
+ * -1 for none; `old_fd`: the one that an earlier refault left of this migration, -1 for none. Both stay the
+ * caller's. `key`: names the VM, the QEMU process and the migration.
+ *
+ * A tracker that has taken over an old file goes on with a recovered channel. Its forward stream was not seen
+ * whole, for which pages have passed is not in the file. Where the file's writer ended inside a decoder, or a
+ * received bitmap tells of other RAM blocks than the file, all bytes of this migration pass unread.
+ */
+struct rf_tracker *rf_tracker_new_kept(uint64_t ceiling, int fd, int old_fd, const uint8_t *key,
+                                       size_t key_length);
 void rf_tracker_free(struct rf_tracker *tracker);
 
 /* `recovered`: 0 for the migration's first channel. Clears the channel's facts and opaque reasons. */
@@ -85,6 +97,8 @@ uint32_t rf_tracker_facts(const struct rf_tracker *tracker);         /* of the w
 uint32_t rf_tracker_channel_facts(const struct rf_tracker *tracker); /* of the current channel */
 uint32_t rf_tracker_forward_opaque(const struct rf_tracker *tracker);
 uint32_t rf_tracker_return_opaque(const struct rf_tracker *tracker);
+int rf_tracker_restored(const struct rf_tracker *tracker); /* enum rf_restored */
+int rf_tracker_kept(const struct rf_tracker *tracker);     /* enum rf_kept */
 
 /* For the thread that feeds (replay), and for the readers' functions of pagemap.h. */
 struct rf_pagemap *rf_tracker_pagemap(struct rf_tracker *tracker);

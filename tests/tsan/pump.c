@@ -15,6 +15,7 @@
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
+#include <sys/mman.h>
 #include <sys/socket.h>
 #include <time.h>
 #include <unistd.h>
@@ -86,6 +87,7 @@ static void *reader(void *opaque) {
         rf_pagemap_latency(map, latency);
         CHECK(latency->count >= answered);
         answered = latency->count;
+        CHECK(rf_tracker_kept(tracker) == RF_KEPT_ALL);
         CHECK(rf_tracker_forward_opaque(tracker) == 0 && rf_tracker_return_opaque(tracker) == 0);
         if (rf_tracker_channel_facts(tracker) & RF_FACT_RESUME_ACK_PASSED) {
             CHECK(rf_tracker_facts(tracker) & RF_FACT_RAM_DECLARED);
@@ -404,8 +406,12 @@ int main(int argc, char **argv) {
 
         atomic_store(&ending, false);
         for (int side = 0; side < SIDES; side++) {
-            relays[side] =
-                rf_relay_start(side == SOURCE ? RF_RELAY_SOURCE : RF_RELAY_DESTINATION, 64 << 20, 5);
+            int state = memfd_create("state", MFD_CLOEXEC);
+
+            CHECK(state >= 0);
+            relays[side] = rf_relay_start(side == SOURCE ? RF_RELAY_SOURCE : RF_RELAY_DESTINATION, 64 << 20,
+                                          5, state, -1, (const uint8_t *)"vm", 2);
+            close(state);
             CHECK(relays[side] != NULL);
             for (int i = 0; i < READERS_EACH; i++) {
                 CHECK(pthread_create(&readers[side][i], NULL, reader, relays[side]) == 0);

@@ -19,7 +19,7 @@ from refault.channel.pagemap import (
     read_latency,
     read_stats,
 )
-from refault.channel.tracker import Fact
+from refault.channel.tracker import Fact, Kept, Restored, StateFds
 from refault.migration.phase import Passed, Role
 
 MEMORY_CEILING = 512 * 1024 * 1024
@@ -87,11 +87,19 @@ class Relay:
     """One migration's pump and tracker; `close` ends it."""
 
     def __init__(
-        self, role: Role, *, ceiling: int = MEMORY_CEILING, dead_after: int = DEAD_AFTER_SECONDS
+        self,
+        role: Role,
+        *,
+        ceiling: int = MEMORY_CEILING,
+        dead_after: int = DEAD_AFTER_SECONDS,
+        state: StateFds | None = None,
     ) -> None:
         """Starts the thread. Raises OSError where memory, descriptors or threads are short."""
         side = lib.RF_RELAY_SOURCE if role is Role.SOURCE else lib.RF_RELAY_DESTINATION
-        self._relay = lib.rf_relay_start(side, ceiling, dead_after)
+        state = state or StateFds(-1, b"")
+        self._relay = lib.rf_relay_start(
+            side, ceiling, dead_after, state.new, state.old, state.key, len(state.key)
+        )
         if self._relay == ffi.NULL:
             raise OSError(ffi.errno, os.strerror(ffi.errno))
         self.notify_fd = int(lib.rf_relay_notify_fd(self._relay))
@@ -103,6 +111,14 @@ class Relay:
         self.stale = False
         """Whether `look` gave an older picture, for the pump kept writing: look again soon."""
         self._resumed = False
+        self.restored = Restored(lib.rf_tracker_restored(self._tracker))
+        """What was found in the old state file."""
+
+    @property
+    def kept(self) -> Kept:
+        """How much of the page map is in the state file."""
+        self._open()
+        return Kept(lib.rf_tracker_kept(self._tracker))
 
     @property
     def closed(self) -> bool:

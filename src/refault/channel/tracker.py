@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import enum
 from collections.abc import Iterator
+from dataclasses import dataclass
 
 from refault.channel._channel import ffi, lib
 from refault.channel.pagemap import (
@@ -43,11 +44,44 @@ class Fact(enum.IntFlag):
     WHOLE_STREAM_SEEN = lib.RF_FACT_WHOLE_STREAM_SEEN
 
 
+class Restored(enum.IntEnum):
+    """What a tracker found in the state file of the refault before; cext/statefile.h explains each."""
+
+    NOTHING = lib.RF_RESTORED_NOTHING
+    WHOLE = lib.RF_RESTORED_WHOLE
+    CRASHED = lib.RF_RESTORED_CRASHED
+    TORN = lib.RF_RESTORED_TORN
+    VERSION = lib.RF_RESTORED_VERSION
+    FOREIGN = lib.RF_RESTORED_FOREIGN
+    NO_MEMORY = lib.RF_RESTORED_NO_MEMORY
+
+
+class Kept(enum.IntEnum):
+    """How much of the page map is in the state file."""
+
+    NOTHING = lib.RF_KEPT_NOTHING
+    ALL = lib.RF_KEPT_ALL
+    PART = lib.RF_KEPT_PART
+
+
+@dataclass(frozen=True)
+class StateFds:
+    """The state file of one migration's tracking (cext/statefile.h): descriptors that stay the caller's."""
+
+    new: int
+    """Of the empty file that is written from now on."""
+    key: bytes
+    """Names the VM, the QEMU process and the migration; at most 512 bytes."""
+    old: int = -1
+    """Of the file that an earlier refault left of this migration; -1 for none."""
+
+
 class Tracker:
     """A tracker of one's own. `ceiling`: bytes for its page map. Times are monotonic, in ns."""
 
-    def __init__(self, ceiling: int = 1 << 40) -> None:
-        pointer = lib.rf_tracker_new(ceiling)
+    def __init__(self, ceiling: int = 1 << 40, state: StateFds | None = None) -> None:
+        state = state or StateFds(-1, b"")
+        pointer = lib.rf_tracker_new_kept(ceiling, state.new, state.old, state.key, len(state.key))
         if pointer == ffi.NULL:
             raise MemoryError("the ceiling is too low for a page map")
         self._tracker = ffi.gc(pointer, lib.rf_tracker_free)
@@ -101,6 +135,16 @@ class Tracker:
     def forward_opaque(self) -> int:
         """0, or why the forward stream can no longer be read (enum rf_opaque)."""
         return int(lib.rf_tracker_forward_opaque(self._tracker))
+
+    @property
+    def restored(self) -> Restored:
+        """What was found in the old state file."""
+        return Restored(lib.rf_tracker_restored(self._tracker))
+
+    @property
+    def kept(self) -> Kept:
+        """How much is in the new one."""
+        return Kept(lib.rf_tracker_kept(self._tracker))
 
     @property
     def return_opaque(self) -> int:

@@ -255,6 +255,18 @@ def test_the_destinations_requests_wait_for_resume_ack_too() -> None:
         assert nothing_comes(ends.qemu)  # it asked itself: no replay beside it
 
 
+def test_requests_held_back_follow_where_no_resume_ack_can_be_seen_any_more() -> None:
+    with relaying(Role.SOURCE) as ends:
+        lose_with(ends, request(9 * PAGE))
+        ends.channel(recovered=True)
+        ends.host.sendall(request(9 * PAGE) + PONG)
+        assert read_exactly(ends.qemu, len(PONG)) == PONG
+        unknown = struct.pack(">HH", 99, 0)
+        ends.host.sendall(unknown)
+        expected = request(9 * PAGE) + unknown
+        assert read_exactly(ends.qemu, len(expected)) == expected
+
+
 def test_a_request_without_a_name_after_a_replay_is_given_the_one_it_means() -> None:
     with relaying(Role.SOURCE) as ends:
         lose_with(ends, request(9 * PAGE, b"vga.vram"))
