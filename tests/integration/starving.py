@@ -13,10 +13,11 @@ from pathlib import Path
 import trio
 
 from refault.lab import bare
-from refault.lab.channel import free_port, start_channel
+from refault.lab.channel import Channel, Lost, free_port, start_channel
 from refault.lab.driver import REFAULT, RefaultDriver, refault_driver
 from refault.lab.guest import Guest
 from refault.lab.qemu import DEFAULT_BINARY, Pair, PairOptions, start_pair
+from refault.lab.story import SIDES, Side
 
 _REFAULT_WITHOUT_REPLAY = """
 import sys
@@ -47,6 +48,10 @@ class Case:
     replay: bool
     no_repeat: Path | None
     binary: str = DEFAULT_BINARY
+    killed: tuple[Side, ...] = ()
+    """The sides whose refault is killed with the request under way, and started again."""
+    forget: bool = False
+    """Whether what they have on record is deleted before that."""
 
 
 @dataclass
@@ -87,6 +92,21 @@ async def _watch(pair: Pair, found: Recovered) -> None:
                     since[vcpu] = progress
 
 
+async def _lose(case: Case, channel: Channel, driver: RefaultDriver, directory: Path) -> Lost:
+    """Kills the carrier with a request inside, and the refaults that are to be killed; starts those again."""
+    if not case.killed:
+        return await channel.kill()
+    inside = await channel.freeze_with_request()
+    for side in case.killed:
+        driver.processes[SIDES.index(side)].kill()
+        if case.forget:
+            (directory / f"{side}.state" / f"{side}.pages").unlink()
+    lost = await channel.kill(request_inside=False)
+    for side in case.killed:
+        driver.start_again(SIDES.index(side))
+    return Lost(lost.loss, lost.when, inside)
+
+
 @contextlib.asynccontextmanager
 async def lose_a_request(case: Case, directory: Path) -> AsyncIterator[Recovered]:
     """Migrates, loses the channel with a request inside, and waits for refault's recovery."""
@@ -103,13 +123,12 @@ async def lose_a_request(case: Case, directory: Path) -> AsyncIterator[Recovered
         await trio.sleep(0.2)
         events = pair.destination.qmp  # its own monitor: what it tells passes nobody else
         since = len(events.events)
-        lost = await channel.kill()
+        lost = await _lose(case, channel, driver, directory)
         assert lost.bytes_inside > 0
         found = Recovered(pair, driver, lost.when, 0.0, [None] * case.guest.vcpus)
         nursery.start_soon(_watch, pair, found)
-        with trio.fail_after(10):
+        with trio.fail_after(20):
             event = await events.wait_migration("postcopy-active", since=since)
             found.recovered = event.when
-            await driver.destination.wait_migration("postcopy-active", since=since)
         yield found
         nursery.cancel_scope.cancel()

@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING
 import trio
 
 from refault.channel.relay import RUN_SECONDS, LegState, Relay, RelayView
+from refault.channel.tracker import Kept
 from refault.daemon.local import LocalLeg, give_back
 from refault.daemon.return_path import end_first
 from refault.migration.legs import may_close
@@ -56,6 +57,7 @@ class Channels:
         self._ending = trio.Lock()
         self._kept_by_qemu = False
         self._told_foreign = False
+        self._told_part = False
         self._scope = trio.CancelScope()
 
     @property
@@ -140,6 +142,7 @@ class Channels:
         if passed.running:
             self._migration.postcopy_began = True
         self._tell_foreign_pages()
+        self._tell_not_kept()
         if passed.resumed and passed.resume_acknowledged and not (view.local.lost or view.far.lost):
             self._migration.feed(Event.RESUME_ACKNOWLEDGED)
         if view.local.lost:
@@ -156,6 +159,14 @@ class Channels:
                 " address? Look at both guests before you trust them",
                 self._migration.name,
                 endpoint.uri if endpoint else "the address",
+            )
+
+    def _tell_not_kept(self) -> None:
+        if self.relay.kept is Kept.PART and not self._told_part:
+            self._told_part = True
+            log.warning(
+                "%s: no room for more page requests in the state file: a restart will not know all of them",
+                self._migration.name,
             )
 
     def _local_ended(self, view: RelayView) -> None:

@@ -8,6 +8,7 @@ ties them together.
 from __future__ import annotations
 
 import logging
+import secrets
 from collections.abc import Callable
 from typing import Protocol
 
@@ -86,6 +87,7 @@ class Migration:
         self.postcopy_began = False
         self.procedure = procedure(self)
         self.attempts = Attempts(self)
+        self._generation = ""
         self._tries = 0
         self._wake_poller = trio.Event()
         self._poller = trio.CancelScope()
@@ -121,8 +123,9 @@ class Migration:
 
     # ---- its course ----
 
-    def begin(self, reason: str | None) -> None:
-        """It is being set up. `reason`: why it is not relayed, or None.
+    def begin(self, reason: str | None, met: MigrationRecord | None = None) -> None:
+        """It is being set up. `reason`: why it is not relayed, or None. `met`: what an earlier refault wrote
+        of it.
 
         Raises OSError where memory, descriptors or threads are short.
         """
@@ -130,7 +133,12 @@ class Migration:
         if reason is not None:
             self._unrelayed(reason)
             return
-        self.channels = Channels(self, Relay(self.role))
+        self._generation = met.generation if met else secrets.token_hex(8)
+        pages = self.vm.state_file.pages
+        with pages.opened(self._record().key(self.name), take_over=met is not None) as state:
+            relay = Relay(self.role, state=state)
+        pages.tell(relay)
+        self.channels = Channels(self, relay)
         self.vm.start_soon(self.channels.watch)
         where = self.endpoint.uri if self.endpoint else ""
         log.info("%s: relaying as the %s, %s", self.name, self.role, where)
@@ -147,19 +155,21 @@ class Migration:
 
     def accepted(self) -> None:
         """QEMU took the command that sets the migration up."""
-        info = self.vm.monitor.qemu
         if self.endpoint is not None:
-            pid = info.pid if info else None
-            self.vm.state_file.save(
-                MigrationRecord(
-                    role=self.role,
-                    uri=self.endpoint.uri,
-                    relayed=self.channels is not None,
-                    qemu_pid=pid,
-                    qemu_started=process_started(pid),
-                )
-            )
+            self.vm.state_file.save(self._record())
         self.feed(Event.STARTED)
+
+    def _record(self) -> MigrationRecord:
+        info = self.vm.monitor.qemu
+        pid = info.pid if info else None
+        return MigrationRecord(
+            role=self.role,
+            uri=self.endpoint.uri if self.endpoint else "",
+            relayed=self.channels is not None,
+            qemu_pid=pid,
+            qemu_started=process_started(pid),
+            generation=self._generation,
+        )
 
     def refused(self) -> None:
         """The command that would have set it up did not come to that."""

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import msgspec
 
+from refault.daemon.pages_file import PagesFile
 from refault.migration.phase import Role
 
 log = logging.getLogger("refault.state")
@@ -22,6 +23,12 @@ class MigrationRecord(msgspec.Struct, frozen=True, kw_only=True):
     qemu_pid: int | None
     qemu_started: int | None
     """Its start time in clock ticks since boot (/proc/PID/stat, field 22), for pids are used again."""
+    generation: str = ""
+    """Of all migrations of this process, which one: the page map's file is of the same."""
+
+    def key(self, vm: str) -> bytes:
+        """By what the page map's file of this migration is known (cext/statefile.h)."""
+        return f"{vm} {self.qemu_pid} {self.qemu_started} {self.generation}".encode()
 
 
 def process_started(pid: int | None) -> int | None:
@@ -42,6 +49,7 @@ class StateFile:
     def __init__(self, directory: Path, vm: str) -> None:
         self._vm = vm
         self._path = directory / f"{vm}.migration.json"
+        self.pages = PagesFile(directory, vm)
 
     def save(self, record: MigrationRecord) -> None:
         """Writes the record. Where that fails, a restarted refault cannot recover; nothing else is lost."""
@@ -72,3 +80,4 @@ class StateFile:
     def remove(self) -> None:
         """The migration has ended."""
         self._path.unlink(missing_ok=True)
+        self.pages.remove()

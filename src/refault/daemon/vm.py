@@ -23,7 +23,7 @@ from refault.daemon.options import RunOptions
 from refault.daemon.picture import picture
 from refault.daemon.snapshot import VmStatus
 from refault.daemon.source import Source
-from refault.daemon.state_file import StateFile, process_started
+from refault.daemon.state_file import MigrationRecord, StateFile, process_started
 from refault.daemon.vm_state import VmState, words
 from refault.migration.endpoint import Endpoint, Inet, endpoint_of, parse_uri
 from refault.migration.phase import Role
@@ -132,13 +132,17 @@ class Vm:
         return await migration.procedure.set_up(command)
 
     async def _replace(
-        self, role: Callable[[Migration], RoleProcedure], endpoint: Endpoint | None, reason: str | None
+        self,
+        role: Callable[[Migration], RoleProcedure],
+        endpoint: Endpoint | None,
+        reason: str | None,
+        met: MigrationRecord | None = None,
     ) -> Migration:
-        """A new migration in the last one's place; `reason`: why it is not relayed, or None."""
+        """A new migration in the last one's place; `reason` and `met` as for `Migration.begin`."""
         if self.migration is not None:
             await self.migration.retire()
         self.migration = Migration(self.state, role, endpoint)
-        self.migration.begin(reason)
+        self.migration.begin(reason, met)
         return self.migration
 
     @property
@@ -243,7 +247,8 @@ class Vm:
             raise AttemptFailed("it has not paused yet")
         log.info("%s: met a migration that is %s", self.name, status)
         reason = None if relayed and status == "postcopy-paused" else "it was under way before refault"
-        migration = await self._replace(Source if is_source else Destination, endpoint, reason)
+        role = Source if is_source else Destination
+        migration = await self._replace(role, endpoint, reason, record)
         if isinstance(migration.procedure, Destination) and reason is None and endpoint is not None:
             await migration.procedure.adopt(endpoint)
         migration.feed(Event.STARTED)

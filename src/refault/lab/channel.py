@@ -197,11 +197,7 @@ class Channel:
 
         Raises trio.TooSlowError when no request came by for ``deadline`` seconds; the carrier runs on then.
         """
-        inside = 0
-        if request_inside:
-            with trio.fail_after(deadline):
-                while not (inside := await self._stop_with_request()):
-                    await trio.sleep(random.uniform(0.001, 0.01))  # noqa: S311
+        inside = await self.freeze_with_request(deadline) if request_inside else 0
         carrier = self._running()
         when = trio.current_time()
         if self._others:
@@ -214,6 +210,16 @@ class Channel:
     def freeze(self) -> None:
         """Makes the network silent: nothing passes, nobody is told."""
         self._running().process.signal(signal.SIGSTOP)
+
+    async def freeze_with_request(self, deadline: float = 20.0) -> int:
+        """Makes the network silent when unread bytes of the return path are inside the carrier; how many.
+
+        Raises trio.TooSlowError when no request came by for ``deadline`` seconds.
+        """
+        with trio.fail_after(deadline):
+            while not (inside := await self._stop_with_request()):
+                await trio.sleep(random.uniform(0.001, 0.01))  # noqa: S311
+        return inside
 
     def thaw(self) -> None:
         """Ends the silence."""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import sys
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncIterator, Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal, Protocol
@@ -29,7 +29,10 @@ class Driver(Protocol):
 
     source: QmpClient
     destination: QmpClient
-    processes: Sequence[Process]
+
+    @property
+    def processes(self) -> Sequence[Process]:
+        """The refaults, the source's first."""
 
     async def postcopy_began(self) -> None:
         """What is to be prepared before the first loss."""
@@ -71,9 +74,16 @@ class RefaultDriver:
     source: QmpClient
     destination: QmpClient
     channel: Channel
-    processes: Sequence[Process]
+    processes: list[Process]
     controls: Sequence[Path]
     recover_port: int | None
+    start: Callable[[int], Process]
+    """Starts the refault of that end (0: the source's), as it was started first."""
+
+    def start_again(self, end: int) -> Process:
+        """Starts a refault anew in the place of one that has ended, as a supervisor does."""
+        self.processes[end] = self.start(end)
+        return self.processes[end]
 
     async def postcopy_began(self) -> None:
         """Without a relay QEMU itself listens, where it can; each listener is good for one connection."""
@@ -126,7 +136,7 @@ async def refault_driver(
     destination. Raises ProcessFailed, with what it said, when one does not start.
     """
     recover_port = free_port() if relay == "off" else None
-    processes: list[Process] = []
+    commands: list[tuple[list[str], Path]] = []
     clients: list[QmpClient] = []
     controls: list[Path] = []
     async with contextlib.AsyncExitStack() as stack:
@@ -138,10 +148,14 @@ async def refault_driver(
             arguments += ["--relay", relay, "--control", str(control), "--state-dir", str(state)]
             if side == "destination" and recover_port is not None:
                 arguments += ["--recover-uri", f"tcp:{channel.host}:{recover_port}"]
-            log = directory / f"refault-{side}.log"
-            process = stack.enter_context(started(f"refault ({side})", [*prefix, *command, *arguments], log))
-            processes.append(process)
+            commands.append(([*prefix, *command, *arguments], directory / f"refault-{side}.log"))
             controls.append(control)
+
+        def start(end: int) -> Process:
+            name = f"refault ({('source', 'destination')[end]})"
+            return stack.enter_context(started(name, *commands[end]))
+
+        processes = [start(end) for end in range(2)]
         for process, control, side in zip(processes, controls, ("source", "destination"), strict=True):
             with trio.move_on_after(30):
                 while not (control.exists() and (directory / f"{side}.client").exists()):
@@ -149,6 +163,7 @@ async def refault_driver(
                     await trio.sleep(0.01)
             client = qmp_client.connect(str(directory / f"{side}.client"), name=side)
             clients.append(await stack.enter_async_context(client))
-        yield RefaultDriver(clients[0], clients[1], channel, processes, controls, recover_port)
-        for process in processes:
+        driver = RefaultDriver(clients[0], clients[1], channel, processes, controls, recover_port, start)
+        yield driver
+        for process in driver.processes:
             await process.stop()
