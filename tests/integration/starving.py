@@ -6,7 +6,7 @@ from __future__ import annotations
 import contextlib
 import subprocess
 import sys
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -19,7 +19,7 @@ from refault.lab.guest import Guest
 from refault.lab.qemu import DEFAULT_BINARY, Pair, PairOptions, start_pair
 from refault.lab.story import SIDES, Side
 
-_REFAULT_WITHOUT_REPLAY = """
+_WITHOUT_REPLAY = """
 import sys
 from refault.channel.relay import Relay
 attach = Relay.attach
@@ -28,6 +28,11 @@ Relay.attach = lambda self, local, far, *, recovered, may_replay: attach(
 from refault.cli.main import main
 sys.exit(main())
 """
+
+
+def refault_command(replay: bool) -> Sequence[str]:
+    """What starts a refault that replays lost requests, or one that only recovers."""
+    return REFAULT if replay else (sys.executable, "-c", _WITHOUT_REPLAY)
 
 
 def build_no_repeat(directory: Path) -> Path:
@@ -111,12 +116,11 @@ async def _lose(case: Case, channel: Channel, driver: RefaultDriver, directory: 
 async def lose_a_request(case: Case, directory: Path) -> AsyncIterator[Recovered]:
     """Migrates, loses the channel with a request inside, and waits for refault's recovery."""
     prefix = ["env", f"LD_PRELOAD={case.no_repeat}"] if case.no_repeat else []
-    command = REFAULT if case.replay else (sys.executable, "-c", _REFAULT_WITHOUT_REPLAY)
     options = PairOptions(case.binary, case.binary, destination_prefix=prefix)
     async with (
         start_pair(case.guest, directory, options) as pair,
         start_channel(directory, free_port()) as channel,
-        refault_driver(pair, channel, directory, command=command) as driver,
+        refault_driver(pair, channel, directory, command=refault_command(case.replay)) as driver,
         trio.open_nursery() as nursery,
     ):
         await bare.start_postcopy(driver.source, driver.destination, channel, bandwidth=case.background)
