@@ -1,12 +1,12 @@
 /*
  * Sparse bitmap: one bit for a target page, with summaries above it.
  *
- *     root    one pointer for 2^18 bits, one summary bit for each pointer
+ *     root    one pointer for 2^22 bits, one summary bit for each pointer
  *     middle  64 leaves, one summary word
- *     leaf    64 words of 64 bits, one summary word (which words are not zero)
+ *     leaf    2^16 bits: the places of up to 4093 in order, or words with summary words (which are not zero)
  *
  * A leaf or middle exists only while a bit below it is set, so memory follows what is set, and finding set
- * bits costs what is set, not what exists. An idle map of 2^28 bits (1 TiB of 4 KiB pages) takes about 8 KiB.
+ * bits costs what is set, not what exists. An idle map of 2^28 bits (1 TiB of 4 KiB pages) takes under 1 KiB.
  *
  * One thread uses a map at a time. Indexes outside the map read as clear and cannot be set.
  * Dense bitmaps are given as bytes, least significant bit first, as QEMU's received bitmap is

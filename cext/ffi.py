@@ -46,6 +46,7 @@ MODULES: tuple[Module, ...] = (
         (
             "status",
             "budget",
+            "pool",
             "bitmap",
             "histogram",
             "forward",

@@ -24,6 +24,7 @@ class Bitmap:
         if pointer == ffi.NULL:
             raise MemoryError("no memory for the bitmap")
         self._map = ffi.gc(pointer, lib.rf_bitmap_free)
+        self._bits = bits
 
     def __len__(self) -> int:
         """How many bits are set."""
@@ -42,7 +43,7 @@ class Bitmap:
     @property
     def bits(self) -> int:
         """The size of the map in bits."""
-        return int(lib.rf_bitmap_bits(self._map))
+        return self._bits
 
     @property
     def memory(self) -> int:
@@ -61,8 +62,8 @@ class Bitmap:
         return bool(lib.rf_bitmap_clear(self._map, self._inside(index)))
 
     def _inside(self, index: int) -> int:
-        if not 0 <= index < self.bits:
-            raise IndexError(f"bit {index} of a bitmap of {self.bits} bits")
+        if not 0 <= index < self._bits:
+            raise IndexError(f"bit {index} of a bitmap of {self._bits} bits")
         return index
 
     def set_range(self, first: int, count: int) -> int:
@@ -89,14 +90,12 @@ class Bitmap:
         index = int(lib.rf_bitmap_next(self._map, start))
         return None if index == (1 << 64) - 1 else index
 
-    def drain(self, room: int) -> array[int]:
-        """Takes out and clears up to `room` set bits, lowest first."""
-        out = array("Q", bytes(8 * min(room, len(self))))
-        if out:
-            lib.rf_bitmap_drain(
-                self._map, ffi.from_buffer("uint64_t[]", out, require_writable=True), len(out)
-            )
-        return out
+    def drain(self, out: array[int]) -> int:
+        """Takes out and clears set bits, lowest first, as many as `out` (of type "Q") has room for.
+
+        How many they were; what stands behind them in `out` is left as it was.
+        """
+        return int(lib.rf_bitmap_drain(self._map, ffi.from_buffer("uint64_t[]", out, True), len(out)))
 
     def and_not(self, dense: bytes | bytearray | memoryview, first_byte: int = 0) -> int:
         """Clears the bits set in `dense`, least significant first, whose first byte stands for bit
