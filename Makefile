@@ -30,8 +30,11 @@ C_FILES := $(wildcard cext/*.c tests/fuzz/*.c tests/tsan/*.c)
 C_AND_HEADERS := $(CEXT) $(wildcard tests/fuzz/*.c tests/fuzz/*.h tests/tsan/*.c)
 C_WARNINGS := -std=c11 -D_GNU_SOURCE -Wall -Wextra -Wno-unused-parameter -Werror -Icext -fsyntax-only
 
-.PHONY: help build demo picture qemus test campaign campaign-starvation campaign-truth campaign-floor \
-        campaign-strays campaign-silence lint bench fuzz tsan dist install clean
+# Each has a module of its own in tests/campaign.
+CAMPAIGNS := starvation truth floor strays silence
+
+.PHONY: help build demo picture qemus test campaign campaign-kill $(CAMPAIGNS:%=campaign-%) lint bench fuzz tsan dist \
+        install clean
 .NOTPARALLEL:
 
 help:
@@ -40,6 +43,7 @@ help:
 	@echo 'make qemus    QEMU 5.2, 10.0 and 11.1 of other Debian suites, in .qemus/ (QEMUS="10"); the tests use them if there'
 	@echo 'make test     unit and integration tests (TEST=tests/unit for some of them)'
 	@echo 'make campaign  hundreds of losses at every moment of a migration (CAMPAIGN="--help")'
+	@echo 'make campaign-kill  of these, kill -9 of either refault alone (CAMPAIGN="--qemu qemu-10 --losses 50")'
 	@echo 'make lint     ruff, mypy, clang-format, gcc and clang'
 	@echo 'make bench    benchmarks'
 	@echo 'make fuzz     fuzz targets under sanitizers (SECONDS=600 each)'
@@ -113,7 +117,13 @@ tsan:
 	$(BOOTSTRAP) fuzz
 	tests/tsan/run.sh $(SECONDS)
 
-campaign-starvation campaign-truth campaign-floor campaign-strays campaign-silence: build $(VENV)/.dev
+# kill -9 of either refault, and of both, in postcopy.
+campaign-kill: build $(VENV)/.dev
+	$(BOOTSTRAP) test
+	tests/tools/with-userfaultfd $(BIN)/python -m tests.campaign --only refault_source --only refault_destination \
+	    --only refault_both $(CAMPAIGN)
+
+$(CAMPAIGNS:%=campaign-%): build $(VENV)/.dev
 	$(BOOTSTRAP) test
 	tests/tools/with-userfaultfd $(BIN)/python -m tests.campaign.$(@:campaign-%=%) $(CAMPAIGN)
 

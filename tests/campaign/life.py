@@ -11,7 +11,7 @@ from pathlib import Path
 
 import trio
 from tests.campaign.invariants import Watch
-from tests.campaign.losses import LossClass, Place, Planned
+from tests.campaign.losses import KILLED, LossClass, Place, Planned
 from tests.campaign.outcomes import Outcome
 
 from refault.lab import bare
@@ -200,6 +200,8 @@ async def _lose(stage: _Stage, planned: Planned) -> float | None:
             await stage.pair.destination.qmp.execute("migrate-pause", oob=True)
         case LossClass.PAUSE_CLIENT:
             await client.execute("migrate-pause", oob=True)
+        case kind if kind in KILLED:
+            await _kill_refaults(stage.driver, KILLED[kind], planned.down)
         case LossClass.EOF if planned.cut is not None:
             await stage.channel.cut_at(planned.cut)
             await stage.driver.source.execute("migrate-set-parameters", {"max-postcopy-bandwidth": 0})
@@ -215,6 +217,16 @@ async def _lose(stage: _Stage, planned: Planned) -> float | None:
                 qemu.process.must_run()
                 return None
     return when
+
+
+async def _kill_refaults(driver: RefaultDriver, ends: Sequence[int], down: float) -> None:
+    for end in ends:
+        driver.processes[end].kill()
+    await trio.sleep(down)
+    for end in ends:
+        driver.start_again(end)
+    for end in ends:
+        await driver.connect_again(end)
 
 
 async def _judge(stage: _Stage, planned: Planned, when: float, since: Sequence[int]) -> Result:

@@ -47,6 +47,9 @@ class LossClass(enum.Enum):
     HANDSHAKE_BITMAP = "handshake, received bitmap"
     HANDSHAKE_RESUME = "handshake, RESUME"
     HANDSHAKE_ACK = "handshake, RESUME_ACK"
+    REFAULT_SOURCE = "postcopy, the source's refault killed"
+    REFAULT_DESTINATION = "postcopy, the destination's refault killed"
+    REFAULT_BOTH = "postcopy, both refaults killed"
     EOF = "after EOF, before SHUT"
 
     @property
@@ -61,6 +64,13 @@ class LossClass(enum.Enum):
 
 
 _PLACES = {LossClass.PRECOPY: Place.ALONE, LossClass.SWITCHOVER: Place.FIRST, LossClass.EOF: Place.LAST}
+
+# The refaults that are killed (0: the source's), and started again by a supervisor.
+KILLED: dict[LossClass, tuple[int, ...]] = {
+    LossClass.REFAULT_SOURCE: (0,),
+    LossClass.REFAULT_DESTINATION: (1,),
+    LossClass.REFAULT_BOTH: (0, 1),
+}
 
 # Way (forward?), pattern, and how many bytes after its first match: half a message, a whole one, some more.
 HANDSHAKE_POINTS: dict[LossClass, tuple[bool, bytes, range]] = {
@@ -81,9 +91,11 @@ class Planned:
     side: Literal["source", "destination"] = "source"
     after: float = 0.0
     """Seconds (in precopy: the share of the memory) that pass before it."""
+    down: float = 0.0
+    """Seconds until the supervisor starts a killed refault again."""
 
     def __str__(self) -> str:
-        detail = self.how.value
+        detail = f"down for {self.down:.2f} s" if self.kind in KILLED else self.how.value
         if self.cut is not None:
             way = "forward stream" if self.cut.forward else "return path"
             detail += f", {way}, {self.cut.extra} bytes after the match"
@@ -110,6 +122,8 @@ def plan(kind: LossClass, draw: random.Random) -> Planned:
             # What is kept back is lost for good, for the source has sent it and cannot pause any more.
             kept_back = draw.choice((0, 0, -1, -20_000))
             return Planned(kind, how, Cut(how, True, EOF, kept_back, "now"), side, after)
+        case kind if kind in KILLED:
+            return Planned(kind, how, None, side, after, draw.choice((0.0, draw.uniform(0.0, 1.0))))
         case kind if kind in HANDSHAKE_POINTS:
             forward, pattern, places = HANDSHAKE_POINTS[kind]
             extra = draw.choice((0, draw.choice(places)))

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import sys
-from collections.abc import AsyncIterator, Callable, Sequence
+from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal, Protocol
@@ -19,6 +19,8 @@ from .channel import Channel, free_port
 from .process import Process, started
 from .qemu import Pair
 from .qmp_client import QmpClient
+from .story import SIDES, Side
+from .tasks import background
 
 Relay = Literal["auto", "off"]
 REFAULT = (sys.executable, "-m", "refault")
@@ -79,11 +81,21 @@ class RefaultDriver:
     recover_port: int | None
     start: Callable[[int], Process]
     """Starts the refault of that end (0: the source's), as it was started first."""
+    connect: Callable[[int], Awaitable[QmpClient]]
+    """Connects a client to it when it listens; raises trio.TooSlowError after 30 s."""
 
     def start_again(self, end: int) -> Process:
         """Starts a refault anew in the place of one that has ended, as a supervisor does."""
         self.processes[end] = self.start(end)
         return self.processes[end]
+
+    async def connect_again(self, end: int) -> None:
+        """A new client at a refault that was started anew. Raises trio.TooSlowError after 30 s."""
+        client = await self.connect(end)
+        if end == 0:
+            self.source = client
+        else:
+            self.destination = client
 
     async def postcopy_began(self) -> None:
         """Without a relay QEMU itself listens, where it can; each listener is good for one connection."""
@@ -120,6 +132,14 @@ async def bare_driver(pair: Pair, channel: Channel, *, by_hand: bool = True) -> 
         yield BareDriver(source, destination, channel, by_hand)
 
 
+async def _hold_client(
+    directory: Path, side: Side, *, task_status: trio.TaskStatus[QmpClient] = trio.TASK_STATUS_IGNORED
+) -> None:
+    async with qmp_client.connect(str(directory / f"{side}.client"), name=side) as client:
+        task_status.started(client)
+        await trio.sleep_forever()
+
+
 @contextlib.asynccontextmanager
 async def refault_driver(
     pair: Pair,
@@ -137,7 +157,6 @@ async def refault_driver(
     """
     recover_port = free_port() if relay == "off" else None
     commands: list[tuple[list[str], Path]] = []
-    clients: list[QmpClient] = []
     controls: list[Path] = []
     async with contextlib.AsyncExitStack() as stack:
         ends = ("source", pair.source, prefixes[0]), ("destination", pair.destination, prefixes[1])
@@ -152,18 +171,26 @@ async def refault_driver(
             controls.append(control)
 
         def start(end: int) -> Process:
-            name = f"refault ({('source', 'destination')[end]})"
+            name = f"refault ({SIDES[end]})"
             return stack.enter_context(started(name, *commands[end]))
 
         processes = [start(end) for end in range(2)]
-        for process, control, side in zip(processes, controls, ("source", "destination"), strict=True):
+        for process, control, side in zip(processes, controls, SIDES, strict=True):
             with trio.move_on_after(30):
                 while not (control.exists() and (directory / f"{side}.client").exists()):
                     process.must_run()
                     await trio.sleep(0.01)
-            client = qmp_client.connect(str(directory / f"{side}.client"), name=side)
-            clients.append(await stack.enter_async_context(client))
-        driver = RefaultDriver(clients[0], clients[1], channel, processes, controls, recover_port, start)
+        # A client that comes later has a task of its own, for it ends before what was begun before it.
+        nursery = await stack.enter_async_context(background())
+
+        async def connect(end: int) -> QmpClient:
+            client: QmpClient = await nursery.start(_hold_client, directory, SIDES[end])
+            return client
+
+        source, destination = await connect(0), await connect(1)
+        driver = RefaultDriver(
+            source, destination, channel, processes, controls, recover_port, start, connect
+        )
         yield driver
         for process in driver.processes:
             await process.stop()
