@@ -34,6 +34,8 @@ class Setting:
     relay: Relay = "auto"
     options: Sequence[str] = ()
     """Further options of both refaults."""
+    recover_port: int | None = None
+    """With a second network, which is named to both refaults: the port there."""
 
 
 @dataclass
@@ -109,11 +111,16 @@ class TwoHosts:
         return verdict
 
 
-def refault_command(lab_directory: Path, side: str, qemu: Qemu, host: Host, setting: Setting) -> list[str]:
+def refault_command(
+    lab_directory: Path, side: str, qemu: Qemu, hosts: tuple[Host, Host], setting: Setting
+) -> list[str]:
     """How the refault of one side is started, inside its host."""
+    host = hosts[0 if side == "src" else 1]
     command = [*host.prefix, sys.executable, "-m", "refault", "run", "--qemu", qemu.monitor]
     command += ["--listen", f"unix:{lab_directory}/{side}.client", "--name", side, "--relay", setting.relay]
     command += ["--control", f"{lab_directory}/{side}.control", "--state-dir", str(lab_directory)]
+    if setting.recover_port is not None:
+        command += ["--recover-uri", f"tcp:{hosts[1].addresses[1]}:{setting.recover_port}"]
     return [*command, *setting.options]
 
 
@@ -122,7 +129,7 @@ async def on_two_hosts(directory: Path, setting: Setting | None = None) -> Async
     """Starts what ``setting`` says, in two namespaces that are removed when the block is left. Needs root."""
     setting = setting or Setting()
     async with AsyncExitStack() as stack:
-        hosts = stack.enter_context(two_hosts())
+        hosts = stack.enter_context(two_hosts("192.0.2", "198.51.100"))
         options = PairOptions(
             setting.binary,
             setting.binary,
@@ -131,10 +138,10 @@ async def on_two_hosts(directory: Path, setting: Setting | None = None) -> Async
         )
         pair = await stack.enter_async_context(start_pair(setting.guest, directory, options))
         clients, refaults = [], []
-        for host, qemu, side in zip(hosts, (pair.source, pair.destination), ("src", "dst"), strict=True):
+        for qemu, side in zip((pair.source, pair.destination), ("src", "dst"), strict=True):
             address = qemu.monitor
             if setting.refault:
-                command = refault_command(directory, side, qemu, host, setting)
+                command = refault_command(directory, side, qemu, hosts, setting)
                 log = directory / f"refault-{side}.log"
                 refaults.append(stack.enter_context(started(f"refault ({side})", command, log)))
                 address = f"unix:{directory}/{side}.client"

@@ -210,7 +210,7 @@ class Course:
         if not lab.setting.refault:
             await lab.clients[0].execute("migrate", {"uri": lab.uri, "resume": True})
             return
-        command = refault_command(lab.directory, "src", lab.pair.source, lab.hosts[0], lab.setting)
+        command = refault_command(lab.directory, "src", lab.pair.source, lab.hosts, lab.setting)
         log = lab.directory / "refault-src.log"
         self._fronts.insert(0, self._processes.enter_context(started("refault (src)", command, log)))
 

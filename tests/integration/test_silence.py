@@ -8,9 +8,11 @@ from pathlib import Path
 
 import pytest
 import trio
-from tests.campaign.hosts import on_two_hosts
+from tests.campaign.hosts import Setting, on_two_hosts
+from tests.integration.qemus import BINARIES
 
 from refault.channel.relay import DEAD_AFTER_SECONDS
+from refault.lab.channel import free_port
 
 pytestmark = [
     pytest.mark.qemu,
@@ -35,6 +37,37 @@ async def test_a_silent_network_is_noticed_in_postcopy_and_left_when_it_is_back(
         with trio.fail_after(10):  # a new connection's SYN may have to be sent again first
             for qmp, seen in zip(monitors, since, strict=True):
                 await qmp.wait_migration("postcopy-active", since=seen)
+        await lab.finish()
+
+
+@pytest.mark.parametrize("binary", BINARIES)
+async def test_a_second_network_recovers_what_the_first_lost_for_ever(tmp_path: Path, binary: str) -> None:
+    async with on_two_hosts(tmp_path, Setting(binary, recover_port=free_port())) as lab:
+        await lab.begin(1 << 20)
+        await lab.postcopy()
+        monitors = lab.pair.source.qmp, lab.pair.destination.qmp
+        since = [len(qmp.events) for qmp in monitors]
+        lab.hosts[1].link("down")
+        with trio.fail_after(DEAD_AFTER_SECONDS + 10):
+            paused = [
+                await qmp.wait_migration("postcopy-paused", since=seen)
+                for qmp, seen in zip(monitors, since, strict=True)
+            ]
+            active = [
+                await qmp.wait_migration("postcopy-active", since=seen)
+                for qmp, seen in zip(monitors, since, strict=True)
+            ]
+        noticed = max(event.when for event in paused)
+        assert max(event.when for event in active) - noticed < 2  # half of it for a loaded machine
+        # Lost once more, it is recovered there at once: the dead network is not tried first again.
+        since = [len(qmp.events) for qmp in monitors]
+        await lab.pair.source.qmp.execute("migrate-pause", oob=True)
+        with trio.fail_after(10):
+            for qmp, seen in zip(monitors, since, strict=True):
+                await qmp.wait_migration("postcopy-active", since=seen)
+        log = lab.refaults[0].tail(1000).splitlines()
+        last_attempt = [line for line in log if "recovery attempt" in line][-1]
+        assert last_attempt.partition("resume to ")[2].startswith(f"tcp:{lab.hosts[1].addresses[1]}")
         await lab.finish()
 
 

@@ -47,7 +47,7 @@ def add_parser(subparsers: Any) -> None:
         metavar="URI",
         action="append",
         default=[],
-        help="where a destination that is not relayed listens for the recovered channel; tried in turn",
+        help="another address of the destination, at which the channel may be recovered; tried in turn",
     )
     parser.add_argument(
         "--metrics", type=_host_port, metavar="HOST:PORT", help="serve Prometheus metrics here"
@@ -144,6 +144,8 @@ def _name(text: str) -> str:
 def _uri(text: str) -> str:
     if not _URI.match(text):
         raise argparse.ArgumentTypeError(f"{text!r} is not a migration URI such as tcp:0.0.0.0:4444")
+    if re.match(r"tcp:.*:0\Z", text):
+        raise argparse.ArgumentTypeError(f"{text!r} leaves the port open, so the source could not know it")
     return text
 
 

@@ -69,7 +69,7 @@ class Attempts:
                     delay = max(self.policy.pace.first_backoff, delay - self._since_attempt())
                 self._migration.vm.start_soon(self._timer, self._timer_scope, delay)
             case Action.RESET_BACKOFF:
-                self._migration.first_address()
+                self._migration.addresses.recovered()
             case Action.CLEAN_UP:
                 self._cancel_timer()
                 self._migration.ended()

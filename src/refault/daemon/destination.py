@@ -64,7 +64,9 @@ class Destination:
         except OSError as error:
             migration.refused()
             return Answer(error=("GenericError", f"Failed to listen on {endpoint.uri}: {error}"))
-        migration.endpoint = self._asked_for = listener.endpoint
+        migration.addresses.moved(listener.endpoint)
+        self._asked_for = listener.endpoint
+        await self._bind_alternatives()
         try:
             self._first = await hand_over(migration.vm.monitor, Role.DESTINATION)
         except (QmpError, trio.TooSlowError, OSError) as error:
@@ -87,6 +89,7 @@ class Destination:
         """A migration that was met at start-up: binds its address again. Raises OSError."""
         listener = await self._bind(inet_of(endpoint))
         self._asked_for = listener.endpoint
+        await self._bind_alternatives()
 
     async def migrate_recover(self, command: WatchedCommand) -> Forward | Answer:
         """A client recovers by hand: our attempt makes way; refault binds its address where it is relayed."""
@@ -129,7 +132,8 @@ class Destination:
 
     def show_address(self) -> Callable[[bytes], bytes] | None:
         """What makes query-migrate show the address that the client asked for; None: QEMU shows its own."""
-        listeners = list(self._listeners)
+        alternatives = self._migration.addresses.alternatives
+        listeners = [listener for listener in self._listeners if listener.endpoint not in alternatives]
         if not listeners or self._asked_for is None:
             return None
 
@@ -151,6 +155,22 @@ class Destination:
         self._listeners.append(listener)
         self._migration.vm.start_soon(self._serve, listener)
         return listener
+
+    async def _bind_alternatives(self) -> None:
+        """Those of another network are listened at for the whole migration too, as far as they can be."""
+        bound = [listener.endpoint for listener in self._listeners]
+        for endpoint in self._migration.addresses.alternatives:
+            if endpoint in bound:
+                continue
+            try:
+                await self._bind(inet_of(endpoint))
+            except (OSError, AttemptFailed) as error:
+                log.warning(
+                    "%s: cannot listen at --recover-uri %s: %s; a recovery must do without it",
+                    self._migration.name,
+                    endpoint.uri,
+                    error,
+                )
 
     async def _serve(self, listener: FarListener) -> None:
         with trio.CancelScope() as scope:
@@ -209,6 +229,7 @@ class Destination:
         if migration.channels is None:
             await self._attempt_unrelayed()
             return
+        await self._bind_alternatives()  # what could not be had at first may be there by now
         if self._open is None:
             leg = self._deposits.take() or await hand_over(migration.vm.monitor, Role.DESTINATION)
             with trio.CancelScope(shield=True):  # once sent it runs, whether or not we wait for the reply
@@ -232,9 +253,11 @@ class Destination:
         self._wanted = trio.Event()
 
     async def _attempt_unrelayed(self) -> None:
-        endpoint = self._migration.next_endpoint()
-        if endpoint is None:
+        addresses = self._migration.addresses
+        if not addresses.order():
             raise AttemptFailed("the address of the lost channel is not known; name one with --recover-uri")
+        endpoint = addresses.order()[0]
+        addresses.tried(endpoint)
         try:
             await self._recover(endpoint.uri)
         except QmpError as error:

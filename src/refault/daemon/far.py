@@ -1,11 +1,10 @@
-"""The far leg: the TCP connection to the other host, dialled at the source and accepted at the
-destination."""
+"""The far leg at the destination: the addresses of one VM's migration, and who comes there; the source's is
+far_dial.py."""
 
 from __future__ import annotations
 
 import enum
 import logging
-import os
 import socket
 import struct
 from collections.abc import Awaitable, Callable
@@ -18,6 +17,7 @@ log = logging.getLogger("refault.far")
 
 FIRST_BYTES = 4
 FIRST_BYTES_TIMEOUT = 30.0
+BACKLOG = 128
 _TCP_ESTABLISHED = 1
 
 
@@ -64,28 +64,6 @@ def alive(connection: trio.socket.SocketType) -> bool:
     return isinstance(info, bytes) and info[0] == _TCP_ESTABLISHED
 
 
-async def connect(endpoint: Inet, timeout: float) -> trio.socket.SocketType:  # noqa: ASYNC109
-    """Dials the other host. Raises OSError with the reason, also after `timeout` seconds."""
-    host = endpoint.host if endpoint.host not in ("", "0") else "localhost"
-    try:
-        with trio.fail_after(timeout):
-            stream = await trio.open_tcp_stream(host, endpoint.port)
-    except trio.TooSlowError:
-        raise OSError(f"no answer from {endpoint.uri} in {timeout:g} s") from None
-    except OSError as error:
-        raise OSError(f"cannot connect to {endpoint.uri}: {_root(error)}") from None
-    return stream.socket
-
-
-def _root(error: OSError) -> str:
-    """What the system said, without trio's words around it."""
-    cause = error.__cause__ or error
-    errors = cause.exceptions if isinstance(cause, ExceptionGroup) else [cause]
-    return "; ".join(
-        sorted({os.strerror(e.errno) if isinstance(e, OSError) and e.errno else str(e) for e in errors})
-    )
-
-
 class FarListener:
     """The address of one VM's migration: bound for the whole migration, whoever connects."""
 
@@ -97,11 +75,24 @@ class FarListener:
     @classmethod
     async def bind(cls, endpoint: Inet) -> FarListener:
         """Binds `endpoint` and never another port. Raises OSError if it is in use or not of this host."""
+        # As QEMU does (util/qemu-sockets.c, inet_listen_saddr): no host is every address of both families in
+        # two sockets, 0 every one of IPv4, :: every one of both in one socket.
         host = {"": None, "0": "0.0.0.0"}.get(endpoint.host, endpoint.host)  # noqa: S104
-        if host is None and endpoint.port == 0:
-            host = "0.0.0.0"  # noqa: S104  # one port, so one socket
-        listeners = await trio.open_tcp_listeners(endpoint.port, host=host)
-        port = listeners[0].socket.getsockname()[1]
+        found = await trio.socket.getaddrinfo(
+            host, endpoint.port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE
+        )
+        listeners: list[trio.SocketListener] = []
+        port = endpoint.port
+        try:
+            for family, where in dict.fromkeys((entry[0], entry[4]) for entry in found):
+                address = (where[0], port, *where[2:])
+                listener = await _listen(family, address, both_families=host == "::")
+                listeners.append(listener)
+                port = listener.socket.getsockname()[1]
+        except OSError:
+            for listener in listeners:
+                listener.socket.close()
+            raise
         return cls(listeners, Inet(endpoint.host, port))
 
     async def serve(self, offer: Offer) -> None:
@@ -140,6 +131,21 @@ class FarListener:
         """Frees the address."""
         for listener in self._listeners:
             listener.socket.close()
+
+
+async def _listen(family: int, where: tuple[object, ...], *, both_families: bool) -> trio.SocketListener:
+    sock = trio.socket.socket(family, socket.SOCK_STREAM)
+    try:
+        # On Linux this passes over what an ended connection left; a second listener is refused all the same.
+        sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        if family == socket.AF_INET6:
+            sock.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, int(not both_families))
+        await sock.bind(where)
+        sock.listen(BACKLOG)
+        return trio.SocketListener(sock)
+    except BaseException:
+        sock.close()
+        raise
 
 
 def _why(first: bytes) -> str:

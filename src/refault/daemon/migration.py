@@ -21,6 +21,7 @@ from refault.daemon.channels import AttemptFailed, Channels
 from refault.daemon.monitor import Answer, Forward, MonitorLost, QmpError, WatchedCommand
 from refault.daemon.state_file import MigrationRecord, process_started
 from refault.daemon.vm_state import VmState, words
+from refault.migration.addresses import Addresses
 from refault.migration.endpoint import Endpoint, Inet
 from refault.migration.phase import Phase, Role
 from refault.migration.recovery import Event, Recovery, State
@@ -76,7 +77,7 @@ class Migration:
         self.vm = vm
         self.name = vm.name
         self.counters = vm.counters
-        self.endpoint = endpoint
+        self.addresses = Addresses(endpoint, vm.alternatives)
         self.channels: Channels | None = None
         """The relay and its channels; None where it is not relayed, for `relay_reason`."""
         self.relay_reason: str | None = None
@@ -88,11 +89,15 @@ class Migration:
         self.procedure = procedure(self)
         self.attempts = Attempts(self)
         self._generation = ""
-        self._tries = 0
         self._wake_poller = trio.Event()
         self._poller = trio.CancelScope()
 
     # ---- what it is ----
+
+    @property
+    def endpoint(self) -> Endpoint | None:
+        """The address that its command named, or a client's when it recovered by hand; None: not known."""
+        return self.addresses.first
 
     @property
     def role(self) -> Role:
@@ -180,17 +185,6 @@ class Migration:
     def feed(self, event: Event) -> None:
         """Hands an event to the recovery policy."""
         self.attempts.feed(event)
-
-    def first_address(self) -> None:
-        """The next recovery begins with the address of the lost channel."""
-        self._tries = 0
-
-    def next_endpoint(self) -> Endpoint | None:
-        """Where to try: the address of the lost channel, then the alternatives in order, then again."""
-        choices = [self.endpoint, *self.vm.alternatives]
-        choice = choices[self._tries % len(choices)]
-        self._tries += 1
-        return choice
 
     def ended(self) -> None:
         """Clears what stood ready for it. The relay stays, for its counts and for a leg still open."""

@@ -21,7 +21,7 @@ class RunOptions:
     """Where clients come; at least one."""
     relay: Literal["auto", "off"]
     recover_uris: tuple[str, ...]
-    """Where a destination without a relay listens for the recovered channel, in the order they are tried."""
+    """Other addresses of the destination: it listens there, the source dials them, in this order."""
     metrics: tuple[str, int] | None
     """Host and port."""
     control: Path

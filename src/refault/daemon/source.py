@@ -3,17 +3,18 @@
 from __future__ import annotations
 
 import logging
+from collections.abc import Sequence
 
 import trio
 
-from refault.daemon import far
 from refault.daemon.attempts import NotPausedYet
 from refault.daemon.channels import AttemptFailed, Channels
+from refault.daemon.far_dial import connect_any
 from refault.daemon.local import hand_over, take_back
 from refault.daemon.migration import Migration, inet_of, is_error
 from refault.daemon.monitor import Answer, Forward, MonitorLost, QmpError, WatchedCommand
 from refault.daemon.vm_state import words
-from refault.migration.endpoint import Inet, endpoint_of, with_descriptor
+from refault.migration.endpoint import Endpoint, Inet, endpoint_of, with_descriptor
 from refault.migration.phase import Role
 from refault.migration.recovery import Event, State
 from refault.migration.versions import abilities
@@ -41,7 +42,8 @@ class Source:
         migration = self._migration
         if migration.channels is not None:
             try:
-                name = await self._join(migration.channels, inet_of(migration.endpoint), recovered=False)
+                endpoint = inet_of(migration.endpoint)
+                name = await self._join(migration.channels, [endpoint], recovered=False)
             except (AttemptFailed, OSError) as error:
                 log.warning("%s: migrate refused: %s", migration.name, error)
                 migration.refused()
@@ -52,7 +54,7 @@ class Source:
                 return Forward(with_descriptor(command.arguments, name), on_reply=self._watch_reply)
         return Forward(on_reply=self._watch_reply)
 
-    async def _join(self, channels: Channels, endpoint: Inet, *, recovered: bool) -> str:
+    async def _join(self, channels: Channels, endpoints: Sequence[Inet], *, recovered: bool) -> str:
         """Makes both legs and joins them; the name by which QEMU knows its end.
 
         Dialled last and joined at once: a connection to a QEMU that listens for a recovery must not be given
@@ -61,8 +63,10 @@ class Source:
         monitor = self._migration.vm.monitor
         local = await hand_over(monitor, Role.SOURCE)
         try:
-            connection = await far.connect(endpoint, REDIAL_TIMEOUT if recovered else CONNECT_TIMEOUT)
+            patience = REDIAL_TIMEOUT if recovered else CONNECT_TIMEOUT
+            connection, endpoint = await connect_any(endpoints, patience)
             with connection:
+                self._migration.addresses.tried(endpoint)
                 channels.join(local, connection, recovered=recovered)
         except BaseException:
             local.close()
@@ -98,13 +102,13 @@ class Source:
         if channels is None or not isinstance(endpoint, Inet):
             return Forward(on_reply=self._watch_resume)
         try:
-            name = await self._join(channels, endpoint, recovered=True)
+            name = await self._join(channels, [endpoint], recovered=True)
         except (AttemptFailed, OSError) as error:
             migration.feed(Event.ATTEMPT_FAILED)
             return Answer(error=("GenericError", str(error)))
         except (QmpError, trio.TooSlowError):
             return Forward(on_reply=self._watch_resume)
-        migration.endpoint = endpoint
+        migration.addresses.moved(endpoint)
         channel = channels.channel
 
         def watch(reply: bytes) -> bytes:
@@ -124,22 +128,26 @@ class Source:
         migration = self._migration
         await self._must_be_paused()
         migration.counters.attempts += 1
-        endpoint = migration.next_endpoint()
+        addresses = migration.addresses.order()
+        if migration.channels is None:
+            del addresses[1:]  # QEMU dials, and only one
         log.info(
             "%s: recovery attempt %d: migrate with resume to %s",
             migration.name,
             migration.counters.attempts,
-            endpoint.uri if endpoint else "?",
+            ", then ".join(endpoint.uri for endpoint in addresses) or "?",
         )
-        if migration.channels is None and endpoint is None:
+        if not addresses:
             raise AttemptFailed("the address of the lost channel is not known; name one with --recover-uri")
         if migration.channels is None or not await migration.channels.return_path_over():
             await trio.sleep(abilities(migration.vm.version).resume_after)
         # Once the other host has been dialled and QEMU has its command, the course is run to its end.
         with trio.CancelScope(shield=True):
             if migration.channels is not None:
-                await self._resume_relayed(migration.channels, inet_of(endpoint))
-            elif endpoint is not None:
+                await self._resume_relayed(migration.channels, addresses)
+            else:
+                [endpoint] = addresses
+                migration.addresses.tried(endpoint)
                 await self._resume(endpoint.uri)
         await migration.attempts.issued()
         await self._until_active()
@@ -158,8 +166,9 @@ class Source:
                 migration.on_status(str(status))
             raise NotPausedYet
 
-    async def _resume_relayed(self, channels: Channels, endpoint: Inet) -> None:
-        name = await self._join(channels, endpoint, recovered=True)
+    async def _resume_relayed(self, channels: Channels, addresses: Sequence[Endpoint]) -> None:
+        endpoints = [endpoint for endpoint in addresses if isinstance(endpoint, Inet)]
+        name = await self._join(channels, endpoints, recovered=True)
         channel = channels.channel
         try:
             await self._resume(f"fd:{name}")

@@ -1,4 +1,5 @@
-"""Two network namespaces and a veth pair: two hosts, as far as TCP can tell. Needs root and iproute2.
+"""Two network namespaces and veth pairs between them: two hosts, as far as TCP can tell. Needs root and
+iproute2.
 
 Namespaces are entered with nsenter (util-linux): `ip -n` and `ip netns exec` make a mount namespace too and
 remount what is below `/` as slaves, which is refused where `/` is no mount point, as in a chroot.
@@ -21,19 +22,26 @@ _libc = ctypes.CDLL(None, use_errno=True)
 
 @dataclass(frozen=True)
 class Host:
-    """One of the two: its namespace, its address, and what to put before a command to run it there."""
+    """One of the two: its namespace, its address in each network, and what to put before a command to run it
+    there.
+    """
 
     namespace: str
-    address: str
+    addresses: tuple[str, ...]
+
+    @property
+    def address(self) -> str:
+        """Its address in the first network."""
+        return self.addresses[0]
 
     @property
     def prefix(self) -> list[str]:
         """The beginning of a command line that runs inside."""
         return ["nsenter", f"--net=/run/netns/{self.namespace}", "--"]
 
-    def link(self, state: str) -> None:
-        """Sets its end of the link `up` or `down`; down, the network is silent for both."""
-        _ip("link", "set", "veth0", state, inside=self)
+    def link(self, state: str, network: int = 0) -> None:
+        """Sets its end of a link `up` or `down`; down, that network is silent for both."""
+        _ip("link", "set", f"veth{network}", state, inside=self)
 
     def socket(self) -> socket.socket:
         """A TCP socket of this host, for whoever is not inside."""
@@ -71,21 +79,26 @@ def _run(command: Sequence[str]) -> None:
 
 
 @contextlib.contextmanager
-def two_hosts(subnet: str = "192.0.2") -> Iterator[tuple[Host, Host]]:
-    """Makes two namespaces with addresses ``subnet``.1 and .2, removed when the block is left.
+def two_hosts(*subnets: str) -> Iterator[tuple[Host, Host]]:
+    """Makes two namespaces with addresses .1 and .2 in each of ``subnets``, removed when the block is left.
 
     Raises OSError, with what `ip` said, where that is not permitted.
     """
-    hosts = tuple(Host(f"refault-{os.getpid()}-{side}", f"{subnet}.{side}") for side in (1, 2))
-    one, other = hosts
+    subnets = subnets or ("192.0.2",)
+    one, other = (
+        Host(f"refault-{os.getpid()}-{side}", tuple(f"{subnet}.{side}" for subnet in subnets))
+        for side in (1, 2)
+    )
     with contextlib.ExitStack() as stack:
-        for host in hosts:
+        for host in (one, other):
             _ip("netns", "add", host.namespace)
             stack.callback(_ip, "netns", "del", host.namespace)
-        peer = ["peer", "name", "veth0", "netns", other.namespace]
-        _ip("link", "add", "veth0", "netns", one.namespace, "type", "veth", *peer)
-        for host in hosts:
-            _ip("addr", "add", f"{host.address}/24", "dev", "veth0", inside=host)
             _ip("link", "set", "lo", "up", inside=host)
-            host.link("up")
+        for network in range(len(subnets)):
+            veth = f"veth{network}"
+            peer = ["peer", "name", veth, "netns", other.namespace]
+            _ip("link", "add", veth, "netns", one.namespace, "type", "veth", *peer)
+            for host in (one, other):
+                _ip("addr", "add", f"{host.addresses[network]}/24", "dev", veth, inside=host)
+                host.link("up", network)
         yield one, other

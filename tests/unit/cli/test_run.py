@@ -79,6 +79,7 @@ def test_a_tcp_monitor_gives_a_name_too() -> None:
         ([*MINIMAL, "--name", "a\nb"], "is not a name"),
         ([*MINIMAL, "--name", "x" * 65], "at most 64 bytes"),
         ([*MINIMAL, "--recover-uri", "host"], "is not a migration URI"),
+        ([*MINIMAL, "--recover-uri", "tcp:0:0"], "could not know it"),
         ([*MINIMAL, "--metrics", "9099"], "is not HOST:PORT"),
         ([*MINIMAL, "--metrics", "host:http"], "is not HOST:PORT"),
         ([*MINIMAL, "--metrics", "host:70000"], "is not HOST:PORT"),

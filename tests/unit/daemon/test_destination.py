@@ -3,18 +3,24 @@
 from __future__ import annotations
 
 import gc
+import logging
 import os
 import socket
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Sequence
 from contextlib import asynccontextmanager
 from pathlib import Path
 from typing import Any, cast
 
+import pytest
+
 from refault.daemon.destination import Destination
+from refault.daemon.far import FarListener
+from refault.daemon.far_dial import connect
 from refault.daemon.migration import Migration
 from refault.daemon.monitor import Forward, Monitor, MonitorLost, QemuInfo, WatchedCommand
 from refault.daemon.state_file import StateFile
 from refault.daemon.vm_state import VmState
+from refault.migration.endpoint import Inet
 
 RECOVER = WatchedCommand("migrate-recover", True, {"uri": "tcp:127.0.0.1:0"}, None, 1)
 
@@ -46,16 +52,18 @@ class Qemu:
 
 
 @asynccontextmanager
-async def destination(directory: Path) -> AsyncIterator[tuple[Qemu, VmState, Destination]]:
+async def destination(
+    directory: Path, endpoint: Inet | None = None, recover_uris: Sequence[str] = ()
+) -> AsyncIterator[tuple[Qemu, VmState, Destination]]:
     qemu = Qemu()
     vm = VmState(
         "vm",
         cast(Monitor, qemu),
         relay_allowed=True,
-        recover_uris=[],
+        recover_uris=recover_uris,
         state_file=StateFile(directory, "vm"),
     )
-    migration = Migration(vm, Destination, None)
+    migration = Migration(vm, Destination, endpoint)
     migration.begin(None)
     procedure = migration.procedure
     assert isinstance(procedure, Destination)
@@ -100,3 +108,26 @@ async def test_an_end_that_qemu_does_not_take_back_stays_open_until_it_does(tmp_
         qemu.answers = True
         assert await vm.let_go_all()
         assert not qemu.sees_an_end(name)
+
+
+async def test_the_alternatives_are_bound_with_the_address_as_far_as_they_can_be(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level(logging.WARNING)
+    taken = await FarListener.bind(Inet("127.0.0.1", 0))
+    free = await FarListener.bind(Inet("127.0.0.1", 0))
+    free.close()
+    uris = [taken.endpoint.uri, "unix:/run/r", free.endpoint.uri]
+    async with destination(tmp_path, Inet("127.0.0.1", 0), uris) as (_, _, procedure):
+        command = WatchedCommand("migrate-incoming", False, {"uri": "tcp:127.0.0.1:0"}, None, 1)
+        assert isinstance(await procedure.set_up(command), Forward)
+        (await connect(free.endpoint, 5)).close()
+        show = procedure.show_address()
+        assert show is not None
+        assert show(b'{"return": {}}').count(b'"port"') == 1  # what the client asked for, and nothing else
+    told = [record.getMessage() for record in caplog.records]
+    assert [
+        uri for uri in uris if any(f"cannot listen at --recover-uri {uri}" in line for line in told)
+    ] == uris[:2]
+    taken.close()
+    (await FarListener.bind(free.endpoint)).close()  # free again when the migration has ended

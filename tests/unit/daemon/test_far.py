@@ -9,6 +9,7 @@ import trio
 
 from refault.daemon import far
 from refault.daemon.far import FarListener, Kind, classify
+from refault.daemon.far_dial import connect
 from refault.migration.endpoint import Inet
 
 ANY_PORT = Inet("127.0.0.1", 0)
@@ -52,7 +53,7 @@ async def open_door(nursery: trio.Nursery) -> tuple[Door, Inet]:
 
 async def test_nothing_is_consumed_before_it_is_offered(nursery: trio.Nursery) -> None:
     door, endpoint = await open_door(nursery)
-    connection = await far.connect(endpoint, 5)
+    connection = await connect(endpoint, 5)
     for byte in RECOVERED[:4]:  # however slowly it comes
         await connection.send(bytes([byte]))
         await trio.sleep(0.002)
@@ -65,7 +66,7 @@ async def test_nothing_is_consumed_before_it_is_offered(nursery: trio.Nursery) -
 @pytest.mark.parametrize("stranger", [b"", b"QE", b"GET / HTTP/1.0\r\n\r\n", b"\x16\x03\x01\x02\x00"])
 async def test_strangers_are_not_offered(nursery: trio.Nursery, stranger: bytes) -> None:
     door, endpoint = await open_door(nursery)
-    connection = await far.connect(endpoint, 5)
+    connection = await connect(endpoint, 5)
     if stranger:
         await connection.send(stranger)
     if len(stranger) < 4:
@@ -79,8 +80,8 @@ async def test_strangers_are_not_offered(nursery: trio.Nursery, stranger: bytes)
 
 async def test_one_that_says_nothing_stops_nobody(nursery: trio.Nursery) -> None:
     door, endpoint = await open_door(nursery)
-    silent = await far.connect(endpoint, 5)
-    loud = await far.connect(endpoint, 5)
+    silent = await connect(endpoint, 5)
+    loud = await connect(endpoint, 5)
     await loud.send(b"QEVM")
     with trio.fail_after(5):
         await door.came.wait()
@@ -97,7 +98,7 @@ async def test_connections_that_break_at_once_stop_nobody(nursery: trio.Nursery)
         connection.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
         connection.close()
     await trio.sleep(0.01)
-    later = await far.connect(endpoint, 5)
+    later = await connect(endpoint, 5)
     await later.send(b"QEVM")
     with trio.fail_after(5):
         await door.came.wait()
@@ -117,7 +118,7 @@ async def test_an_offer_that_fails_stops_nobody(nursery: trio.Nursery, error: Ex
     listener = await FarListener.bind(ANY_PORT)
     nursery.start_soon(listener.serve, offer)
     for _ in range(2):
-        connection = await far.connect(listener.endpoint, 5)
+        connection = await connect(listener.endpoint, 5)
         await connection.send(b"QEVM")
         with trio.fail_after(5), contextlib.suppress(ConnectionResetError):
             assert await connection.recv(1) == b""
@@ -134,11 +135,48 @@ async def test_an_address_in_use_is_never_another_port() -> None:
         first.close()
 
 
-async def test_a_refused_connection_is_told_in_words() -> None:
-    listener = await FarListener.bind(ANY_PORT)
-    listener.close()
-    with pytest.raises(OSError, match=r"cannot connect to tcp:127\.0\.0\.1:\d+: .*[Rr]efused"):
-        await far.connect(listener.endpoint, 5)
+@pytest.mark.parametrize(
+    ("host", "families"),
+    [("", {4, 6}), ("0", {4}), ("0.0.0.0", {4}), ("::", {4, 6}), ("127.0.0.1", {4}), ("::1", {6})],
+)
+async def test_a_wildcard_is_what_it_is_to_qemu(host: str, families: set[int]) -> None:
+    listener = await FarListener.bind(Inet(host, 0))
+    try:
+        answering = set()
+        for family, address in ((4, "127.0.0.1"), (6, "::1")):
+            with contextlib.suppress(OSError):
+                (await connect(Inet(address, listener.endpoint.port), 5)).close()
+                answering.add(family)
+        assert answering == families
+        assert listener.endpoint.host == host
+        again = await connect(listener.endpoint, 5)  # the source may be given the same words
+        again.close()
+    finally:
+        listener.close()
+
+
+@pytest.mark.parametrize(
+    ("one", "other"), [("", "127.0.0.1"), ("127.0.0.1", "0"), ("::", "0.0.0.0"), ("::1", "::"), ("0", "")]
+)
+async def test_a_wildcard_and_an_address_in_it_are_one_address(one: str, other: str) -> None:
+    first = await FarListener.bind(Inet(one, 0))
+    try:
+        with pytest.raises(OSError, match=r"[Aa]ddress already in use"):
+            await FarListener.bind(Inet(other, first.endpoint.port))
+    finally:
+        first.close()
+
+
+async def test_an_address_is_free_when_its_connections_have_ended() -> None:
+    async with trio.open_nursery() as nursery:
+        door, endpoint = await open_door(nursery)
+        connection = await connect(endpoint, 5)
+        await connection.send(b"QEVM")
+        with trio.fail_after(5):
+            await door.came.wait()
+        nursery.cancel_scope.cancel()
+    (await FarListener.bind(endpoint)).close()
+    connection.close()
 
 
 async def test_a_peer_that_left_is_seen_though_its_bytes_are_there(nursery: trio.Nursery) -> None:
@@ -153,7 +191,7 @@ async def test_a_peer_that_left_is_seen_though_its_bytes_are_there(nursery: trio
 
     listener = await FarListener.bind(ANY_PORT)
     nursery.start_soon(listener.serve, offer)
-    connection = await far.connect(listener.endpoint, 5)
+    connection = await connect(listener.endpoint, 5)
     await connection.send(RECOVERED)
     connection.close()
     with trio.fail_after(5):
@@ -174,7 +212,7 @@ async def test_the_first_block_is_read_without_being_consumed(nursery: trio.Nurs
 
     listener = await FarListener.bind(ANY_PORT)
     nursery.start_soon(listener.serve, offer)
-    connection = await far.connect(listener.endpoint, 5)
+    connection = await connect(listener.endpoint, 5)
     if cut:
         await connection.send(RECOVERED[:cut])
         await trio.sleep(0.01)

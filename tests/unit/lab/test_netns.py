@@ -44,6 +44,15 @@ def test_two_hosts_reach_each_other_until_the_link_is_down() -> None:
     assert other.namespace not in names
 
 
+def test_a_second_network_lives_on_when_the_first_is_down() -> None:
+    with two_hosts("192.0.2", "198.51.100") as (one, other):
+        other.link("down")
+        connect = f"import socket; socket.create_connection(('{other.addresses[1]}', 9), timeout=5)"
+        command = [*one.prefix, sys.executable, "-c", connect]
+        run = subprocess.run(command, capture_output=True, text=True, check=False)
+        assert "ConnectionRefusedError" in run.stderr
+
+
 def test_a_root_that_is_no_mount_point_will_do(tmp_path: Path) -> None:
     mounts = Path("/proc/self/mountinfo").read_text().splitlines()
     root: list[str] = []  # where this one is no mount point, it is the one that is wanted

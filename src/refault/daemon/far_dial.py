@@ -1,0 +1,104 @@
+"""Dialling the other host. Who listens there may be a bare QEMU whose recovery ends with the first connection
+that comes to nothing (DESIGN, 6), so no connection is made that is then given up."""
+
+from __future__ import annotations
+
+import ctypes
+import errno
+import os
+import socket
+import struct
+from collections.abc import Sequence
+from typing import Any
+
+import trio
+
+from refault.migration.endpoint import Inet
+
+FIRST_PATIENCE = 0.25
+"""Seconds until the next address is dialled, if there is one; twice as long in each round."""
+LONGEST_PATIENCE = 1.0
+"""A SYN is sent again after a second (RFC 6298), and dialling anew does no less."""
+_TCP_ESTABLISHED = 1
+_SO_ATTACH_FILTER = 26
+_SO_DETACH_FILTER = 27
+
+
+class NoAnswer(OSError):  # noqa: N818 - it says what happened
+    """Nobody answered in time, neither yes nor no."""
+
+
+async def connect_any(endpoints: Sequence[Inet], seconds: float) -> tuple[trio.socket.SocketType, Inet]:
+    """Dials them in turn, one at a time, and again for `seconds` while one of them is silent.
+
+    Raises OSError with the reason for each.
+    """
+    deadline = trio.current_time() + seconds
+    patience = FIRST_PATIENCE if len(endpoints) > 1 else LONGEST_PATIENCE
+    while True:
+        errors: list[OSError] = []
+        for endpoint in endpoints:
+            try:
+                return await connect(endpoint, patience), endpoint
+            except OSError as error:
+                errors.append(error)
+        silent = any(isinstance(error, NoAnswer) for error in errors)
+        if not silent or trio.current_time() >= deadline:
+            raise OSError("; ".join(str(error) for error in errors) or "there is no address to dial")
+        patience = min(patience * 2, LONGEST_PATIENCE)
+
+
+async def connect(endpoint: Inet, seconds: float) -> trio.socket.SocketType:
+    """Dials one address. Raises OSError with the reason; NoAnswer where `seconds` were too few."""
+    host = endpoint.host if endpoint.host not in ("", "0") else "localhost"
+    errors: list[str] = []
+    found: list[tuple[Any, ...]] = []
+    with trio.move_on_after(seconds) as scope:
+        try:
+            found = await trio.socket.getaddrinfo(host, endpoint.port, type=socket.SOCK_STREAM)
+        except OSError as error:
+            raise OSError(f"cannot connect to {endpoint.uri}: {error.strerror}") from None
+    answered = not scope.cancelled_caught
+    for family, kind, proto, _, where in found:
+        with trio.move_on_after(seconds / len(found)) as scope:
+            try:
+                return await _connect(socket.socket(family, kind | socket.SOCK_NONBLOCK, proto), where)
+            except OSError as error:
+                errors.append(error.strerror or str(error))
+        answered = answered and not scope.cancelled_caught
+    if not answered:
+        raise NoAnswer(f"no answer from {endpoint.uri} in {seconds:g} s")
+    raise OSError(f"cannot connect to {endpoint.uri}: {'; '.join(dict.fromkeys(errors))}")
+
+
+async def _connect(sock: socket.socket, where: tuple[Any, ...]) -> trio.socket.SocketType:
+    """Connects; a connection that was made is never closed for being late."""
+    try:
+        error = sock.connect_ex(where)
+        if error == errno.EINPROGRESS:
+            try:
+                await trio.lowlevel.wait_writable(sock)
+            except trio.Cancelled:
+                if _withdrawn(sock):
+                    raise
+            error = sock.getsockopt(socket.SOL_SOCKET, socket.SO_ERROR)
+        if error:
+            raise OSError(error, os.strerror(error))
+        return trio.socket.from_stdlib_socket(sock)
+    except BaseException:
+        sock.close()
+        raise
+
+
+def _withdrawn(sock: socket.socket) -> bool:
+    """Sees to it that a connection not made yet will not be; False where it has been made.
+
+    A filter that lets nothing through stops the answer to our SYN, so what the state is then it stays.
+    """
+    nothing = ctypes.create_string_buffer(struct.pack("HBBI", 0x06, 0, 0, 0))  # BPF_RET, 0 bytes
+    program = struct.pack("HL", 1, ctypes.addressof(nothing))
+    sock.setsockopt(socket.SOL_SOCKET, _SO_ATTACH_FILTER, program)
+    if sock.getsockopt(socket.IPPROTO_TCP, socket.TCP_INFO, 1)[0] != _TCP_ESTABLISHED:
+        return True
+    sock.setsockopt(socket.SOL_SOCKET, _SO_DETACH_FILTER, 0)
+    return False

@@ -1,0 +1,44 @@
+"""Where a recovery is tried: the address of the lost channel, the alternatives in order, and again."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+from refault.migration.endpoint import Endpoint
+
+
+class Addresses:
+    """The addresses of one migration. `first` is the one that its command named; None where none is known."""
+
+    def __init__(self, first: Endpoint | None, alternatives: Iterable[Endpoint]) -> None:
+        self.first = first
+        self._alternatives = tuple(alternatives)
+        self._last: Endpoint | None = first
+        self._next = 0
+
+    @property
+    def alternatives(self) -> list[Endpoint]:
+        """Those that are not the first."""
+        return [endpoint for endpoint in dict.fromkeys(self._alternatives) if endpoint != self.first]
+
+    def order(self) -> list[Endpoint]:
+        """All of them, the next to be tried before the others."""
+        choices = ([self.first] if self.first is not None else []) + self.alternatives
+        at = self._next % len(choices) if choices else 0
+        return choices[at:] + choices[:at]
+
+    def tried(self, endpoint: Endpoint) -> None:
+        """One was tried: the one after it comes next."""
+        order = self.order()
+        self._last = endpoint
+        self._next += order.index(endpoint) + 1 if endpoint in order else 0
+
+    def recovered(self) -> None:
+        """The one tried last carries the channel: the next recovery begins with it."""
+        order = self.order()
+        self._next += order.index(self._last) if self._last in order else 0
+
+    def moved(self, endpoint: Endpoint) -> None:
+        """The channel is at another address, by a client's command."""
+        self.first = self._last = endpoint
+        self._next = 0
