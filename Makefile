@@ -33,14 +33,16 @@ C_WARNINGS := -std=c11 -D_GNU_SOURCE -Wall -Wextra -Wno-unused-parameter -Werror
 # Each has a module of its own in tests/campaign.
 CAMPAIGNS := starvation truth floor strays silence
 
-.PHONY: help build demo picture qemus test campaign campaign-kill $(CAMPAIGNS:%=campaign-%) lint bench fuzz tsan dist \
-        install clean
+.PHONY: help build demo picture qemus analyzers analyze test campaign campaign-kill $(CAMPAIGNS:%=campaign-%) lint bench \
+        fuzz tsan dist install clean
 .NOTPARALLEL:
 
 help:
 	@echo 'make demo     a real migration between two QEMUs, broken and recovered (DEMO="--losses 6")'
 	@echo 'make picture  docs/demo.svg anew, from a run of the demo'
 	@echo 'make qemus    QEMU 5.2, 10.0 and 11.1 of other Debian suites, in .qemus/ (QEMUS="10"); the tests use them if there'
+	@echo 'make analyzers  QEMU'"'"'s own analyze-migration.py of 7.2 and 10.0, in .qemus/; the tests need them'
+	@echo 'make analyze  the forward decoder beside them, on streams that QEMUs save'
 	@echo 'make test     unit and integration tests (TEST=tests/unit for some of them)'
 	@echo 'make campaign  hundreds of losses at every moment of a migration (CAMPAIGN="--help")'
 	@echo 'make campaign-kill  of these, kill -9 of either refault alone (CAMPAIGN="--qemu qemu-10 --losses 50")'
@@ -86,6 +88,13 @@ picture: build
 
 qemus:
 	tests/tools/qemus $(QEMU_DIR) $(QEMUS)
+
+analyzers:
+	$(BOOTSTRAP) test
+	tests/tools/analyzers $(QEMU_DIR) 7.2 10
+
+analyze: analyzers build $(VENV)/.dev
+	tests/tools/with-userfaultfd $(BIN)/python -m pytest tests/integration/test_analyze.py
 
 test: build $(VENV)/.dev
 	$(BOOTSTRAP) test
