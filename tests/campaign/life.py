@@ -22,6 +22,7 @@ from refault.lab.memory import compare
 from refault.lab.netns import two_hosts
 from refault.lab.qemu import DEFAULT_BINARY, Pair, PairOptions, Qemu, start_pair
 from refault.lab.qmp_client import QmpClosed, QmpError
+from refault.lab.story import SIDES
 from refault.lab.tasks import background
 
 GUEST = Guest(vcpus=4, log_pages=11, tick_ns=10_000_000)
@@ -201,7 +202,7 @@ async def _lose(stage: _Stage, planned: Planned) -> float | None:
         case LossClass.PAUSE_CLIENT:
             await client.execute("migrate-pause", oob=True)
         case kind if kind in KILLED:
-            await _kill_refaults(stage.driver, KILLED[kind], planned.down)
+            return await _kill_refaults(stage.driver, KILLED[kind], planned)
         case LossClass.EOF if planned.cut is not None:
             await stage.channel.cut_at(planned.cut)
             await stage.driver.source.execute("migrate-set-parameters", {"max-postcopy-bandwidth": 0})
@@ -219,14 +220,23 @@ async def _lose(stage: _Stage, planned: Planned) -> float | None:
     return when
 
 
-async def _kill_refaults(driver: RefaultDriver, ends: Sequence[int], down: float) -> None:
+async def _kill_refaults(driver: RefaultDriver, ends: Sequence[int], planned: Planned) -> float:
+    """Kills them and starts them again; gives the time of the last kill."""
+    when = trio.current_time()
     for end in ends:
         driver.processes[end].kill()
-    await trio.sleep(down)
+    await trio.sleep(planned.down)
     for end in ends:
+        driver.start_again(end)
+    if planned.again:
+        end = SIDES.index(planned.side)
+        await trio.sleep(planned.again)
+        when = trio.current_time()
+        driver.processes[end].kill()
         driver.start_again(end)
     for end in ends:
         await driver.connect_again(end)
+    return when
 
 
 async def _judge(stage: _Stage, planned: Planned, when: float, since: Sequence[int]) -> Result:

@@ -50,6 +50,7 @@ class LossClass(enum.Enum):
     REFAULT_SOURCE = "postcopy, the source's refault killed"
     REFAULT_DESTINATION = "postcopy, the destination's refault killed"
     REFAULT_BOTH = "postcopy, both refaults killed"
+    REFAULT_AGAIN = "recovery from that, a refault killed again"
     EOF = "after EOF, before SHUT"
 
     @property
@@ -60,7 +61,7 @@ class LossClass(enum.Enum):
     @property
     def in_handshake(self) -> bool:
         """Whether it is a loss during the recovery from another one."""
-        return self in HANDSHAKE_POINTS
+        return self in HANDSHAKE_POINTS or self is LossClass.REFAULT_AGAIN
 
 
 _PLACES = {LossClass.PRECOPY: Place.ALONE, LossClass.SWITCHOVER: Place.FIRST, LossClass.EOF: Place.LAST}
@@ -70,6 +71,7 @@ KILLED: dict[LossClass, tuple[int, ...]] = {
     LossClass.REFAULT_SOURCE: (0,),
     LossClass.REFAULT_DESTINATION: (1,),
     LossClass.REFAULT_BOTH: (0, 1),
+    LossClass.REFAULT_AGAIN: (0, 1),
 }
 
 # Way (forward?), pattern, and how many bytes after its first match: half a message, a whole one, some more.
@@ -93,9 +95,13 @@ class Planned:
     """Seconds (in precopy: the share of the memory) that pass before it."""
     down: float = 0.0
     """Seconds until the supervisor starts a killed refault again."""
+    again: float = 0.0
+    """Seconds until that of ``side`` is killed once more."""
 
     def __str__(self) -> str:
-        detail = f"down for {self.down:.2f} s" if self.kind in KILLED else self.how.value
+        detail = self.how.value
+        if self.kind in KILLED:
+            detail = f"again after {self.again:.2f} s" if self.again else f"down for {self.down:.2f} s"
         if self.cut is not None:
             way = "forward stream" if self.cut.forward else "return path"
             detail += f", {way}, {self.cut.extra} bytes after the match"
@@ -122,6 +128,8 @@ def plan(kind: LossClass, draw: random.Random) -> Planned:
             # What is kept back is lost for good, for the source has sent it and cannot pause any more.
             kept_back = draw.choice((0, 0, -1, -20_000))
             return Planned(kind, how, Cut(how, True, EOF, kept_back, "now"), side, after)
+        case LossClass.REFAULT_AGAIN:
+            return Planned(kind, how, None, side, after, again=draw.uniform(0.2, 0.7))
         case kind if kind in KILLED:
             return Planned(kind, how, None, side, after, draw.choice((0.0, draw.uniform(0.0, 1.0))))
         case kind if kind in HANDSHAKE_POINTS:

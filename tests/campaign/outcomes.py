@@ -34,6 +34,9 @@ def allowed(kind: LossClass, version: Version) -> tuple[Outcome, ...]:
         return (Outcome.RECOVERED, *part_lost)
     if kind is LossClass.EOF:
         return (Outcome.RECOVERED, Outcome.COMPLETED_HELD, Outcome.HELD)
+    if kind is LossClass.REFAULT_AGAIN and not abilities(version).pauses_again_in_handshake:
+        # A killed process closes its leg in the handshake too, which this QEMU does not survive.
+        return (Outcome.RECOVERED, Outcome.HELD, Outcome.STUCK, Outcome.DEAD)
     if kind.in_handshake and not abilities(version).pauses_again_in_handshake:
         return (Outcome.RECOVERED, Outcome.HELD)
     return (Outcome.RECOVERED,)
