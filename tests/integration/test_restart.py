@@ -10,12 +10,17 @@ import os
 from pathlib import Path
 
 import pytest
-from tests.integration.qemus import BINARIES
+import trio
+from tests.campaign.losses import EOF
+from tests.integration.qemus import BINARIES, qemus
 from tests.integration.starving import Case, Recovered, build_no_repeat, lose_a_request
 
 from refault.lab import bare
+from refault.lab.channel import Cut, Loss, free_port, start_channel
+from refault.lab.driver import refault_driver
 from refault.lab.guest import Guest
 from refault.lab.memory import compare
+from refault.lab.qemu import PairOptions, start_pair
 from refault.lab.story import Side
 
 pytestmark = [
@@ -27,6 +32,7 @@ pytestmark = [
 ]
 
 GUEST = Guest(vcpus=4, log_pages=12, tick_ns=2_000_000)
+SMALL = Guest(vcpus=4, log_pages=11, tick_ns=1_000_000)
 BACKGROUND = 256 << 10
 BOTH: tuple[Side, ...] = ("source", "destination")
 
@@ -61,3 +67,30 @@ async def test_without_the_state_file_they_starve(tmp_path: Path, no_repeat: Pat
     async with lose_a_request(case, tmp_path) as recovered:
         assert await recovered.run_again(4.0) != set()
         await memory_is_right(recovered)
+
+
+async def test_a_source_that_failed_while_refault_was_dead_is_stopped(tmp_path: Path) -> None:
+    """A killed refault cannot hold the source's leg between EOF and SHUT, and 10.0 runs the guest again."""
+    binary = qemus("qemu-10")[-1]
+    async with (
+        start_pair(SMALL, tmp_path, PairOptions(binary, binary)) as pair,
+        start_channel(tmp_path, free_port()) as channel,
+        refault_driver(pair, channel, tmp_path) as driver,
+    ):
+        await bare.start_postcopy(driver.source, driver.destination, channel, bandwidth=1 << 20)
+        cut = Cut(Loss.CLOSE, True, EOF, 0, "now")
+        await channel.cut_at(cut)
+        await driver.source.execute("migrate-set-parameters", {"max-postcopy-bandwidth": 0})
+        await channel.was_cut(cut, 30)
+        with trio.fail_after(20):
+            while not [vm for vm in await driver.statuses() if vm.name == "source" and vm.migration.held]:
+                await trio.sleep(0.02)
+            driver.processes[0].kill()
+            if pair.source.qmp.version < (10, 0, 0):
+                return  # it hangs, and does not run
+            await bare.wait_status(pair.source.qmp, "failed")
+            assert (await pair.source.qmp.execute("query-status"))["running"]
+            driver.start_again(0)
+            while (await pair.source.qmp.execute("query-status"))["running"]:
+                await trio.sleep(0.02)
+        await pair.destination.wait_progress()

@@ -143,6 +143,7 @@ class Migration:
         with pages.opened(self._record().key(self.name), take_over=met is not None) as state:
             relay = Relay(self.role, state=state)
         pages.tell(relay)
+        self.postcopy_began = relay.passed().packaged_begun
         self.channels = Channels(self, relay)
         self.vm.start_soon(self.channels.watch)
         where = self.endpoint.uri if self.endpoint else ""

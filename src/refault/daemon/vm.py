@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 
 import trio
 
@@ -28,6 +28,7 @@ from refault.daemon.vm_state import VmState, words
 from refault.migration.endpoint import Endpoint, Inet, endpoint_of, parse_uri
 from refault.migration.phase import Role
 from refault.migration.recovery import Event
+from refault.migration.versions import abilities
 
 log = logging.getLogger("refault.vm")
 
@@ -234,22 +235,31 @@ class Vm:
     async def _take_over(self) -> None:
         reply = await self.state.query("query-migrate")
         status = reply.get("status")
-        if not isinstance(status, str) or status not in _UNDER_WAY:
-            return
         record = self.state.record()
+        # A source that has failed meanwhile may run the guest a second time.
+        failed = status == "failed" and record is not None and record.role is Role.SOURCE
+        if not isinstance(status, str) or (status not in _UNDER_WAY and not failed):
+            return
         is_source = record.role is Role.SOURCE if record else "ram" in reply
         endpoint = parse_uri(record.uri) if record else None
         if not is_source and status in ("setup", "active"):
             return  # it listens somewhere that refault was not told of
         relayed = record is not None and record.relayed and isinstance(endpoint, Inet)
-        if relayed and status == "postcopy-active":
+        if relayed and status in self._about_to_pause:
             # Its channel ended with the refault that carried it; QEMU will notice in a moment.
             raise AttemptFailed("it has not paused yet")
         log.info("%s: met a migration that is %s", self.name, status)
-        reason = None if relayed and status == "postcopy-paused" else "it was under way before refault"
+        taken_over = relayed and (failed or status == "postcopy-paused")
+        reason = None if taken_over else "it was under way before refault"
         role = Source if is_source else Destination
         migration = await self._replace(role, endpoint, reason, record)
         if isinstance(migration.procedure, Destination) and reason is None and endpoint is not None:
             await migration.procedure.adopt(endpoint)
         migration.feed(Event.STARTED)
         migration.on_status(status)
+
+    @property
+    def _about_to_pause(self) -> Collection[str]:
+        """What a QEMU says that is about to see that its channel has ended."""
+        again = abilities(self.state.version).pauses_again_in_handshake
+        return ("postcopy-active", *(("postcopy-recover-setup", "postcopy-recover") if again else ()))
