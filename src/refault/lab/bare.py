@@ -70,18 +70,49 @@ async def start_postcopy(
     ``precopy_bandwidth`` precopy, which sends about ``precopy_share`` of the memory first.
     """
     with trio.fail_after(30):
-        for qmp in (source, destination):
-            await set_capabilities(qmp, *capabilities)
-        limits = {"max-bandwidth": precopy_bandwidth, "max-postcopy-bandwidth": bandwidth}
-        await source.execute("migrate-set-parameters", limits)
-        since = len(destination.events)
-        await destination.execute("migrate-incoming", {"uri": channel.target_uri})
-        await channel.wait_open()
-        await source.execute("migrate", {"uri": channel.uri})
+        since = await begin(
+            source,
+            destination,
+            channel,
+            bandwidth=bandwidth,
+            precopy_bandwidth=precopy_bandwidth,
+            capabilities=capabilities,
+        )
         await wait_sent(source, precopy_share)
-        await source.execute("migrate-start-postcopy")
-        await wait_status(source, "postcopy-active")
-        await destination.wait_event(lambda event: event.name == "RESUME", since)
+        await switch_to_postcopy(source, destination, since)
+
+
+async def begin(
+    source: QmpClient,
+    destination: QmpClient,
+    channel: Channel,
+    *,
+    bandwidth: int,
+    precopy_bandwidth: int,
+    capabilities: tuple[str, ...] = CAPABILITIES,
+) -> int:
+    """The first part of ``start_postcopy``, until `migrate` is answered; the deadline is the caller's.
+
+    Gives the number of the destination's events before it.
+    """
+    for qmp in (source, destination):
+        await set_capabilities(qmp, *capabilities)
+    limits = {"max-bandwidth": precopy_bandwidth, "max-postcopy-bandwidth": bandwidth}
+    await source.execute("migrate-set-parameters", limits)
+    since = len(destination.events)
+    await destination.execute("migrate-incoming", {"uri": channel.target_uri})
+    await channel.wait_open()
+    await source.execute("migrate", {"uri": channel.uri})
+    return since
+
+
+async def switch_to_postcopy(source: QmpClient, destination: QmpClient, since: int) -> None:
+    """The last part of ``start_postcopy``: until the guest runs at the destination, whose events from number
+    ``since`` on count; the deadline is the caller's.
+    """
+    await source.execute("migrate-start-postcopy")
+    await wait_status(source, "postcopy-active")
+    await destination.wait_event(lambda event: event.name == "RESUME", since)
 
 
 async def recover(source: QmpClient, destination: QmpClient, channel: Channel, *, since: int = 0) -> None:

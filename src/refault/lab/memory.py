@@ -4,6 +4,7 @@ page.
 
 from __future__ import annotations
 
+import ctypes
 import mmap
 import os
 import struct
@@ -20,6 +21,18 @@ from .qmp_client import QmpClient
 
 _PRESENT_OR_SWAPPED = 3 << 62
 _KEPT = 20
+
+
+_libc = ctypes.CDLL(None, use_errno=True)
+_PIECES = (ctypes.c_void_p, ctypes.c_ulong)
+_libc.process_vm_readv.argtypes = (ctypes.c_int, *_PIECES, *_PIECES, ctypes.c_ulong)
+_libc.process_vm_readv.restype = ctypes.c_ssize_t
+
+
+class _Piece(ctypes.Structure):
+    """A `struct iovec`."""
+
+    _fields_ = [("base", ctypes.c_void_p), ("length", ctypes.c_size_t)]
 
 
 class ProcessMemory:
@@ -44,6 +57,19 @@ class ProcessMemory:
             return None
         with open(f"/proc/{self._pid}/mem", "rb", buffering=0) as memory:
             return os.pread(memory.fileno(), length, where)
+
+    def fault(self, address: int, length: int) -> bytes:
+        """Reads what may not be there: a page request, and this thread waits for the answer as a vCPU would.
+
+        Raises OSError when not permitted or QEMU is gone.
+        """
+        buffer = ctypes.create_string_buffer(length)
+        here, there = _Piece(ctypes.addressof(buffer), length), _Piece(self._base + address, length)
+        # /proc/PID/mem gives EIO there: it does not wait for a userfaultfd.
+        read = _libc.process_vm_readv(self._pid, ctypes.byref(here), 1, ctypes.byref(there), 1, 0)
+        if read != length:
+            raise OSError(ctypes.get_errno(), f"process_vm_readv: {read} of {length} bytes")
+        return buffer.raw
 
     def write(self, address: int, data: bytes) -> None:
         """Writes behind the guest's back. Raises OSError when not permitted or QEMU is gone."""
