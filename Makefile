@@ -10,6 +10,7 @@ BOOTSTRAP := PYTHON=$(PYTHON) tests/tools/bootstrap
 DEMO ?=
 BENCH ?=
 CAMPAIGN ?=
+MATRIX ?=
 TEST ?= tests/unit tests/integration
 SECONDS ?= 60
 # Other QEMUs than the machine's own, as make qemus unpacks them: .qemus/qemu-10 and so on.
@@ -33,8 +34,8 @@ C_WARNINGS := -std=c11 -D_GNU_SOURCE -Wall -Wextra -Wno-unused-parameter -Werror
 # Each has a module of its own in tests/campaign.
 CAMPAIGNS := starvation truth floor strays silence
 
-.PHONY: help build demo picture qemus analyzers analyze test campaign campaign-kill $(CAMPAIGNS:%=campaign-%) lint bench \
-        fuzz tsan dist install clean
+.PHONY: help build demo picture qemus analyzers analyze matrix test campaign campaign-kill $(CAMPAIGNS:%=campaign-%) \
+        lint bench fuzz tsan dist install clean
 .NOTPARALLEL:
 
 help:
@@ -55,6 +56,7 @@ help:
 	@echo 'make campaign-floor  time from a loss until both sides are active, beside the least that QEMU takes'
 	@echo 'make campaign-strays  strangers at the migration address in every phase, beside a bare QEMU'
 	@echo 'make campaign-silence  a network that goes silent, beside a bare QEMU'
+	@echo 'make matrix   all checks on QEMU 5.2, 7.2, 10.0 and 11.1, as a table (MATRIX="--only truth")'
 	@echo 'make dist     sdist and wheel, in dist/'
 	@echo 'make install  program, systemd unit and directories (DESTDIR, PREFIX)'
 	@echo 'make clean    removes what was built, .venv included'
@@ -135,6 +137,12 @@ campaign-kill: build $(VENV)/.dev
 $(CAMPAIGNS:%=campaign-%): build $(VENV)/.dev
 	$(BOOTSTRAP) test
 	tests/tools/with-userfaultfd $(BIN)/python -m tests.campaign.$(@:campaign-%=%) $(CAMPAIGN)
+
+# The machine's own QEMU, 7.2 on Debian 12, and those of make qemus.
+matrix: build $(VENV)/.dev qemus
+	$(BOOTSTRAP) test
+	tests/tools/with-userfaultfd $(BIN)/python -m tests.campaign.matrix --qemu qemu-5.2 --qemu qemu-system-x86_64 \
+	  --qemu qemu-10 --qemu qemu-11 $(MATRIX)
 
 dist: $(VENV)/.dev
 	rm -rf dist

@@ -281,13 +281,19 @@ async def stay_in_shared_memory(directory: Path, binary: str = DEFAULT_BINARY) -
                     for vm in await driver.statuses():
                         told = vm.migration.relay, vm.migration.relay_reason or ""
                         assert told[0] == "tracking" or "a precopy migration ends" in told[1], told
-                        assert {"node0", "node1"} <= {block.name for block in vm.pages.blocks}
+                    assert await _blocks_are_told(driver)
                     if name == "lost":
                         await source.wait_progress()
                         continue
                     await destination.wait_progress()
                     verdict = await compare(guest, destination.qmp, source.qmp)
                     assert verdict.right, verdict
+
+
+async def _blocks_are_told(driver: RefaultDriver) -> bool:
+    """Whether both refaults have seen the block list in the stream."""
+    told = [{block.name for block in vm.pages.blocks} for vm in await driver.statuses()]
+    return all(names >= {"node0", "node1"} for names in told)
 
 
 async def _precopy(driver: RefaultDriver, channel: Channel, *, lost: bool) -> None:
@@ -299,7 +305,8 @@ async def _precopy(driver: RefaultDriver, channel: Channel, *, lost: bool) -> No
     await driver.source.execute("migrate", {"uri": channel.uri})
     with trio.fail_after(20):
         if lost:
-            await bare.wait_sent(driver.source, 0.1)
+            while not await _blocks_are_told(driver):
+                await trio.sleep(0.01)
             await channel.reset()
             await bare.wait_status(driver.source, "failed")
         else:

@@ -7,7 +7,8 @@ import shutil
 
 from refault.lab.qemu import DEFAULT_BINARY
 
-OTHERS = [name for name in ("qemu-5.2", "qemu-10", "qemu-11") if shutil.which(name)]
+ALL_OTHERS = ("qemu-5.2", "qemu-10", "qemu-11")
+OTHERS = [name for name in ALL_OTHERS if shutil.which(name)]
 """In CI these are all there: .ci/run runs `make qemus`."""
 
 
@@ -20,3 +21,5 @@ def qemus(*names: str) -> list[str]:
 
 
 BINARIES = qemus("qemu-10")
+ALL_BINARIES = qemus(*ALL_OTHERS)
+"""For a few short tests; all checks on all of them: `make matrix`."""

@@ -13,7 +13,7 @@ from refault.lab.channel import Loss
 from refault.lab.guest import Guest
 
 from .in_flight import compare_bitmaps
-from .qemus import BINARIES
+from .qemus import ALL_BINARIES, BINARIES
 from .truth import compare_with_trace
 
 pytestmark = [pytest.mark.qemu, pytest.mark.timeout(90)]
@@ -21,7 +21,7 @@ pytestmark = [pytest.mark.qemu, pytest.mark.timeout(90)]
 GUEST = Guest(vcpus=8, log_pages=10, tick_ns=500_000)
 
 
-@pytest.mark.parametrize("binary", BINARIES)
+@pytest.mark.parametrize("binary", ALL_BINARIES)
 async def test_the_record_is_what_qemu_asked_for_and_has_not_got(tmp_path: Path, binary: str) -> None:
     pauses = await compare_with_trace(GUEST, tmp_path, [Loss.KILL, Loss.RESET], binary)
     assert pauses[0].record
