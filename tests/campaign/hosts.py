@@ -32,8 +32,6 @@ class Setting:
     refault: bool = True
     """Else QEMU bare, with the client at its own monitor."""
     relay: Relay = "auto"
-    options: Sequence[str] = ()
-    """Further options of both refaults."""
     recover_port: int | None = None
     """With a second network, which is named to both refaults: the port there."""
 
@@ -121,7 +119,7 @@ def refault_command(
     command += ["--control", f"{lab_directory}/{side}.control", "--state-dir", str(lab_directory)]
     if setting.recover_port is not None:
         command += ["--recover-uri", f"tcp:{hosts[1].addresses[1]}:{setting.recover_port}"]
-    return [*command, *setting.options]
+    return command
 
 
 @asynccontextmanager

@@ -114,6 +114,12 @@ class Attempts:
             self._timer_scope = None
             self.feed(Event.TIMER)
 
+    def path_changed(self) -> bool:
+        """A path to the other host may be there again; False where none is waited for."""
+        waits = self.policy.state is State.WAITING
+        self.feed(Event.PATH_CHANGED)
+        return waits
+
     def cancel(self) -> None:
         """Ends the attempt under way and the wait for the next one."""
         self._cancel_attempt()

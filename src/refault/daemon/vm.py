@@ -7,6 +7,7 @@ from collections.abc import Callable, Collection, Mapping
 
 import trio
 
+from refault.daemon import routes
 from refault.daemon.channels import AttemptFailed
 from refault.daemon.destination import Destination
 from refault.daemon.migration import Migration, RoleProcedure, is_error
@@ -91,6 +92,7 @@ class Vm:
             async with trio.open_nursery() as nursery:
                 await nursery.start(self.state.run)
                 await nursery.start(self.monitor.run)
+                nursery.start_soon(routes.watch, self._path_changed)
                 task_status.started()
         finally:
             if self.migration is not None:
@@ -111,6 +113,9 @@ class Vm:
         """Makes our ends harmless to QEMU. False where that could not be done."""
         safe = self.migration is None or await self.migration.prepare_to_stop()
         return await self.state.let_go_all() and safe
+
+    def _path_changed(self) -> bool:
+        return self.migration is not None and self.migration.attempts.path_changed()
 
     # ---- what clients ask for ----
 

@@ -49,6 +49,7 @@ class Event(enum.Enum):
     ISSUED = "QEMU took the attempt's command"
     ATTEMPT_FAILED = "the attempt failed"
     TIMER = "the delay is over"
+    PATH_CHANGED = "a link, an address or a route of this host has changed"
     CLIENT_PAUSED = "a client's migrate-pause was accepted"
     CLIENT_RECOVERS = "a client's migrate-recover, or migrate with resume, is on its way"
     COMPLETED = "QEMU says completed"
@@ -68,6 +69,7 @@ class Action(enum.Enum):
     TIMER_BACKOFF = "TIMER after the next back-off delay"
     TIMER_CLIENT = "TIMER after the delay that a client is given"
     RESET_BACKOFF = "the next back-off delay is the first again"
+    QUICKEN_BACKOFF = "so too, in the middle of a recovery"
     CLEAN_UP = "close listeners, descriptors and the state file"
     STOP_GUEST = "stop, at once: the guest must not run twice"
 
@@ -85,6 +87,7 @@ TABLE: dict[tuple[State, Event], tuple[State, tuple[Action, ...]]] = {
     (S.RUNNING, E.LEG_HELD): (S.HELD, (A.COUNT_LOSS,)),
     (S.RUNNING, E.CLIENT_PAUSED): (S.YIELDED, (A.COUNT_LOSS, A.TIMER_CLIENT)),
     (S.WAITING, E.TIMER): (S.ATTEMPTING, (A.ATTEMPT,)),
+    (S.WAITING, E.PATH_CHANGED): (S.WAITING, (A.QUICKEN_BACKOFF, A.TIMER_BACKOFF)),
     # An attempt that was given up too early: QEMU took its command all the same.
     (S.WAITING, E.RESUME_ACKNOWLEDGED): (S.RUNNING, _RECOVERED),
     (S.WAITING, E.CLIENT_RECOVERS): (S.BY_CLIENT, (A.TIMER_CLIENT,)),
@@ -163,7 +166,7 @@ class Recovery:
         """Takes the transition for `event` and returns what is to be done, in order."""
         state, actions = TABLE.get((self.state, event), (self.state, ()))
         self.state = state
-        if Action.RESET_BACKOFF in actions:
+        if Action.RESET_BACKOFF in actions or Action.QUICKEN_BACKOFF in actions:
             self._backoff = self.pace.first_backoff
         if event not in (Event.NOT_YET, Event.TIMER):
             self._poll = self.pace.poll

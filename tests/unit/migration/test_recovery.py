@@ -179,3 +179,17 @@ def test_whatever_happens_attempts_do_not_pile_up_and_recoveries_follow_losses(e
         if event in (Event.NOT_YET, Event.ATTEMPT_FAILED) or policy.state is State.RUNNING:
             pending = False
         assert recoveries <= losses
+
+
+def test_a_path_that_may_be_back_is_tried_at_once_and_nothing_else_changes() -> None:
+    policy, _ = after([Event.STARTED, Event.CHANNEL_LOST])
+    for _ in range(10):
+        after_failure = (policy.handle(Event.TIMER), policy.handle(Event.ATTEMPT_FAILED))
+        policy.delay(Action.TIMER_BACKOFF)
+        assert after_failure == ((Action.ATTEMPT,), (Action.TIMER_BACKOFF,))
+    assert policy.delay(Action.TIMER_BACKOFF) == policy.pace.last_backoff
+    assert Action.TIMER_BACKOFF in policy.handle(Event.PATH_CHANGED)
+    assert policy.delay(Action.TIMER_BACKOFF) == policy.pace.first_backoff
+    assert policy.handle(Event.TIMER) == (Action.ATTEMPT,)
+    assert policy.handle(Event.PATH_CHANGED) == ()
+    assert policy.handle(Event.ATTEMPT_FAILED) == (Action.TIMER_BACKOFF,)
