@@ -32,7 +32,7 @@ C_AND_HEADERS := $(CEXT) $(wildcard tests/fuzz/*.c tests/fuzz/*.h tests/tsan/*.c
 C_WARNINGS := -std=c11 -D_GNU_SOURCE -Wall -Wextra -Wno-unused-parameter -Werror -Icext -fsyntax-only
 
 # Each has a module of its own in tests/campaign.
-CAMPAIGNS := starvation truth floor strays silence
+CAMPAIGNS := starvation truth floor strays silence patience
 
 .PHONY: help build demo picture qemus analyzers analyze matrix test campaign campaign-kill $(CAMPAIGNS:%=campaign-%) \
         lint bench fuzz tsan dist install clean
@@ -57,6 +57,7 @@ help:
 	@echo 'make campaign-strays  strangers at the migration address in every phase, beside a bare QEMU'
 	@echo 'make campaign-silence  a network that goes silent, beside a bare QEMU'
 	@echo 'make matrix   all checks on QEMU 5.2, 7.2, 10.0 and 11.1, as a table (MATRIX="--only truth")'
+	@echo 'make campaign-patience  slow migrations, a blocked main thread, a source that nobody answers'
 	@echo 'make dist     sdist and wheel, in dist/'
 	@echo 'make install  program, systemd unit and directories (DESTDIR, PREFIX)'
 	@echo 'make clean    removes what was built, .venv included'

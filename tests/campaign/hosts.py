@@ -87,6 +87,10 @@ class TwoHosts:
             await source.wait_migration("postcopy-active")
             await destination.wait_event(lambda event: event.name == "RESUME")
 
+    def log(self, side: str) -> list[str]:
+        """What the refault of that side (`src`, `dst`) has logged."""
+        return (self.directory / f"refault-{side}.log").read_text().splitlines()
+
     def marks(self) -> list[int]:
         """How many events the lab's own monitors have told so far."""
         return [len(qemu.qmp.events) for qemu in self.qemus]

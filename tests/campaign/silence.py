@@ -17,13 +17,14 @@ from __future__ import annotations
 import argparse
 import signal
 import sys
-import tempfile
 from collections.abc import Awaitable, Callable
+from functools import partial
 from pathlib import Path
 
 import trio
 from tests.campaign.hosts import Setting, TwoHosts, on_two_hosts
 from tests.campaign.record import commit_of
+from tests.campaign.scenarios import NotWell, tell
 
 from refault.channel.relay import DEAD_AFTER_SECONDS
 from refault.lab import bare
@@ -35,10 +36,6 @@ BANDWIDTH = 1 << 20
 NOTICED_WITHIN = DEAD_AFTER_SECONDS + 1.0
 RECOVERED_WITHIN = 1.0
 _MINUTE = 60.0
-
-
-class TooLate(Exception):  # noqa: N818 - it says what happened
-    """It was noticed or recovered later than it must be."""
 
 
 async def _standstill(lab: TwoHosts, until: trio.Event) -> float:
@@ -79,7 +76,7 @@ async def _recovered(lab: TwoHosts, since: list[int], there: float, noticed: lis
     both = " and ".join(f"{seconds:.1f} s" for seconds in noticed)
     told = f"noticed after {both}, active again {active:.2f} s after a path was there"
     if max(noticed) > NOTICED_WITHIN or active > RECOVERED_WITHIN:
-        raise TooLate(told)
+        raise NotWell(told)
     return told
 
 
@@ -90,7 +87,7 @@ async def _bare_goes_on(lab: TwoHosts, up: float, minute: float) -> str:
         if await _sent(lab) > sent:
             return f"nobody notices; bytes flow again {trio.current_time() - up:.1f} s after the link is up"
         await trio.sleep(0.05)
-    raise TooLate("nobody notices, and nothing flows in the rest of the minute")
+    raise NotWell("nobody notices, and nothing flows in the rest of the minute")
 
 
 async def _sent(lab: TwoHosts) -> int:
@@ -118,7 +115,7 @@ async def second_network(lab: TwoHosts, seconds: float) -> str:
     if not lab.setting.refault:
         await trio.sleep(_MINUTE)
         status = await bare.migration_status(lab.pair.source.qmp)
-        raise TooLate(f"nobody notices; after a minute the source says {status}, and no vCPU goes on")
+        raise NotWell(f"nobody notices; after a minute the source says {status}, and no vCPU goes on")
     noticed = await _noticed(lab, since, began)
     # The other network was there all the time: it is tried as soon as the first has not answered.
     return await _recovered(lab, since, began + max(noticed), noticed)
@@ -136,7 +133,7 @@ async def _stopped(lab: TwoHosts, process: int, seconds: float) -> str:
     for qemu, mark in zip(lab.qemus, since, strict=True):
         told = [event.data.get("status") for event in qemu.qmp.events[mark:]]
         if "postcopy-paused" in told:
-            raise TooLate(f"{qemu.name} was paused: {told}")
+            raise NotWell(f"{qemu.name} was paused: {told}")
     return "not cut"
 
 
@@ -193,25 +190,14 @@ async def one(directory: Path, name: str, binary: str, seconds: float, *, refaul
 
 
 async def measure(binary: str, seconds: float, names: list[str], beside: bool) -> int:
-    """Prints a line for each scenario; how many with refault did not end as they must."""
+    """How many with refault did not end as they must."""
     bad = 0
     for name in names:
         for refault in (True, False) if beside else (True,):
-            with tempfile.TemporaryDirectory(prefix="refault-silence-") as directory:
-                try:
-                    told = await one(Path(directory), name, binary, seconds, refault=refault)
-                except* Exception as errors:
-                    told = f"NOT WELL: {_first(errors)}"
-                    bad += refault
-            print(f"| {name} | {'refault' if refault else 'bare QEMU'} | {told} |", flush=True)
+            scenario = partial(one, name=name, binary=binary, seconds=seconds, refault=refault)
+            well = await tell(name, "refault" if refault else "bare QEMU", scenario)
+            bad += refault and not well
     return bad
-
-
-def _first(errors: BaseExceptionGroup[BaseException]) -> str:
-    error: BaseException = errors
-    while isinstance(error, BaseExceptionGroup):
-        error = error.exceptions[0]
-    return f"{type(error).__name__}: {error}"
 
 
 def main() -> int:

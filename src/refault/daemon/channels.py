@@ -30,6 +30,8 @@ log = logging.getLogger("refault.migration")
 
 REPLAY_DOUBT_SECONDS = 2.0
 """Two losses so soon after a replay, and the next recovery goes without (DESIGN, 5)."""
+STALL_LOOK = 0.25
+"""Seconds between looks at a handshake that may stand still for many; its end is heard of by other ways."""
 _LOSABLE = (Phase.SWITCHOVER, Phase.POSTCOPY, Phase.RECOVERY_HANDSHAKE)
 """The phases in which a lost channel is one to recover."""
 
@@ -107,7 +109,7 @@ class Channels:
                 deadline = trio.current_time() + patience
             if trio.current_time() > deadline:
                 return True
-            await trio.sleep(0.05)
+            await trio.sleep(STALL_LOOK)
         return False
 
     def count_loss(self) -> float:

@@ -26,6 +26,8 @@ REDIAL_TIMEOUT = 2.0
 """In a recovery. The kernel repeats a SYN ever later, so that a new dial finds a path that is back sooner."""
 MIGRATE_TIMEOUT = 10.0
 HANDSHAKE_TIMEOUT = 10.0
+DIAL_ADVICE = "look whether refault runs for this VM on the other host, and at the route and firewall to it"
+HANDSHAKE_ADVICE = "look at refault and QEMU of this VM on the other host: whoever accepted says nothing"
 PAUSE_TOLD_WITHIN = 0.01
 
 
@@ -168,7 +170,10 @@ class Source:
 
     async def _resume_relayed(self, channels: Channels, addresses: Sequence[Endpoint]) -> None:
         endpoints = [endpoint for endpoint in addresses if isinstance(endpoint, Inet)]
-        name = await self._join(channels, endpoints, recovered=True)
+        try:
+            name = await self._join(channels, endpoints, recovered=True)
+        except OSError as error:
+            raise AttemptFailed(f"{error} ({DIAL_ADVICE})") from None
         channel = channels.channel
         try:
             await self._resume(f"fd:{name}")
@@ -198,12 +203,15 @@ class Source:
         migration = self._migration
         if abilities(migration.vm.version).pauses_again_in_handshake:
             channels.abandon(channels.channel)
-            raise AttemptFailed(f"no end of the recovery handshake in {HANDSHAKE_TIMEOUT:g} s")
+            raise AttemptFailed(
+                f"no end of the recovery handshake in {HANDSHAKE_TIMEOUT:g} s ({HANDSHAKE_ADVICE})"
+            )
         log.warning(
             "%s: the recovery handshake takes over %g s; this QEMU does not survive a channel closed in it,"
-            " so it is held open until the other host answers",
+            " so it is held open until the other host answers (%s)",
             migration.name,
             HANDSHAKE_TIMEOUT,
+            HANDSHAKE_ADVICE,
         )
 
     async def settle(self) -> None:

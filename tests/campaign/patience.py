@@ -1,0 +1,216 @@
+"""What is waited out, and how: slow migrations, a blocked main thread, and a source that nobody answers.
+
+    slow           1 MiB/s and a guest that faults little: it runs its time out and is never paused
+    slow-unrelayed the same with --relay off
+    blocked        the destination's main thread sleeps on a missing page: recovery runs out-of-band alone
+    refused        a source whose channel is lost and at whose address nobody listens
+    no-route       the same, and its link is down
+    mute           the same, and whoever accepts there says nothing
+
+The last three tell how often the source tried and what share of a CPU its refault took. Exits with 1 where
+one is paused, cut, lost, or takes 1% or more.
+
+Run: python -m tests.campaign.patience [--qemu QEMU] [--seconds 20] [--only SCENARIO]
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import os
+import socket
+import sys
+from collections.abc import Awaitable, Callable
+from dataclasses import dataclass
+from datetime import datetime
+from functools import partial
+from itertools import pairwise
+from pathlib import Path
+
+import trio
+from tests.campaign.hosts import Setting, TwoHosts, on_two_hosts, refault_command
+from tests.campaign.record import commit_of
+from tests.campaign.scenarios import NotWell, tell
+
+from refault.channel.relay import DEAD_AFTER_SECONDS
+from refault.lab.guest import PAGE, Guest
+from refault.lab.process import Process, started
+from refault.lab.qemu import DEFAULT_BINARY, Qemu
+from refault.migration.versions import abilities
+
+BANDWIDTH = 1 << 20
+LAZY = Guest(vcpus=1, log_pages=13, tick_ns=1_000_000_000)
+CPU_MOST = 0.01
+LONGEST_PAUSE = 2.0 * 1.25
+"""Seconds between two tries: the longest back-off, with its jitter."""
+_TRY = 10.0
+"""What one try may itself take (source.HANDSHAKE_TIMEOUT)."""
+
+
+@dataclass
+class Stage:
+    """Two hosts in postcopy, and what is to be ended with them."""
+
+    lab: TwoHosts
+    seconds: float
+    processes: contextlib.ExitStack
+
+
+async def slow(stage: Stage) -> str:
+    lab = stage.lab
+    began = trio.current_time()
+    with trio.fail_after(120):
+        await lab.pair.source.qmp.wait_migration("completed")
+    for qemu in lab.qemus:
+        if "postcopy-paused" in statuses(qemu):
+            raise NotWell(f"{qemu.name} was paused: {statuses(qemu)}")
+    return f"postcopy took {trio.current_time() - began:.0f} s and was not paused"
+
+
+async def blocked(stage: Stage) -> str:
+    lab = stage.lab
+    destination = lab.pair.destination
+    since = lab.marks()
+    lab.hosts[1].link("down")
+    async with trio.open_nursery() as nursery:
+        target = {"val": _missing_page(destination), "size": PAGE, "filename": str(lab.directory / "page")}
+        nursery.start_soon(partial(lab.clients[1].execute, "pmemsave", target, timeout=60))
+        await trio.sleep(0.5)
+        await _must_hang(lab)
+        await lab.both("postcopy-paused", since, DEAD_AFTER_SECONDS * 3)
+        await _must_hang(lab)
+        since, up = lab.marks(), trio.current_time()
+        lab.hosts[1].link("up")
+        active = max(await lab.both("postcopy-active", since, 20)) - up
+    return f"recovered {active:.2f} s after the link was up; the command that hung came back"
+
+
+def _missing_page(qemu: Qemu) -> int:
+    """The address of a page that the destination has not got, far from those that vCPU 0 visits next."""
+    pages = (qemu.guest.arena(0) + offset for offset in range(0, qemu.guest.arena_bytes, PAGE))
+    return next(page for page in pages if qemu.memory.read(page, 1) is None)
+
+
+async def _must_hang(lab: TwoHosts) -> None:
+    with contextlib.suppress(trio.TooSlowError):
+        await lab.pair.destination.qmp.execute("query-status", timeout=0.5)
+        raise NotWell("the destination's main thread is not blocked")
+
+
+async def refused(stage: Stage) -> str:
+    return await _unanswered(stage)
+
+
+async def no_route(stage: Stage) -> str:
+    stage.lab.hosts[0].link("down")
+    try:
+        return await _unanswered(stage)
+    finally:
+        stage.lab.hosts[0].link("up")
+
+
+async def mute(stage: Stage) -> str:
+    lab = stage.lab
+    with lab.hosts[1].socket() as listener:
+        listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        listener.bind((lab.hosts[1].address, lab.port))
+        listener.listen(64)
+        return await _unanswered(stage)
+
+
+async def _unanswered(stage: Stage) -> str:
+    lab = stage.lab
+    source = lab.refaults[0]
+    await trio.sleep(2)  # the quick tries are over
+    before = _cpu_seconds(source)
+    await trio.sleep(stage.seconds)
+    share = (_cpu_seconds(source) - before) / stage.seconds
+    tries = _tries(lab)
+    pauses = [(later - sooner).total_seconds() for sooner, later in pairwise(tries)]
+    advice = next((line for line in reversed(lab.log("src")) if "failed" in line or "ALERT" in line), "none")
+    longest = f"{min(pauses) * 1000:.0f} ms to {max(pauses):.1f} s apart" if pauses else "one that goes on"
+    told = f"{len(tries)} tries, {longest}; {share:.2%} of a CPU; it says: {advice.partition(' src: ')[2]}"
+    if share >= CPU_MOST or (pauses and max(pauses) > LONGEST_PAUSE + _TRY):
+        raise NotWell(told)
+    return told
+
+
+def _cpu_seconds(process: Process) -> float:
+    """proc(5), stat: utime and stime."""
+    stat = Path(f"/proc/{process.pid}/stat").read_text().rpartition(")")[2].split()
+    return (int(stat[11]) + int(stat[12])) / os.sysconf("SC_CLK_TCK")
+
+
+def _tries(lab: TwoHosts) -> list[datetime]:
+    lines = (line for line in lab.log("src") if "recovery attempt" in line and "resume to" in line)
+    return [datetime.strptime(line[:23], "%Y-%m-%d %H:%M:%S.%f") for line in lines]
+
+
+def statuses(qemu: Qemu) -> list[str]:
+    """The migration statuses that a QEMU has told, in order."""
+    return [event.data["status"] for event in qemu.qmp.events if event.name == "MIGRATION"]
+
+
+SCENARIOS: dict[str, Callable[[Stage], Awaitable[str]]] = {
+    "slow": slow,
+    "slow-unrelayed": slow,
+    "blocked": blocked,
+    "refused": refused,
+    "no-route": no_route,
+    "mute": mute,
+}
+
+
+async def one(directory: Path, name: str, binary: str, seconds: float) -> str:
+    """One scenario, with its memory compared; what became of it. Raises where it did not end well."""
+    setting = Setting(binary, relay="off" if name == "slow-unrelayed" else "auto")
+    if "slow" in name:
+        setting = Setting(binary, LAZY, relay=setting.relay)
+    with contextlib.ExitStack() as processes:
+        async with on_two_hosts(directory, setting) as lab:
+            stage = Stage(lab, seconds, processes)
+            await lab.begin(BANDWIDTH * 16, BANDWIDTH)
+            await lab.postcopy()
+            if name not in ("refused", "no-route", "mute"):
+                told = await SCENARIOS[name](stage)
+            else:
+                since = lab.marks()
+                lab.refaults[1].kill()
+                await lab.both("postcopy-paused", since, 20)
+                told = await SCENARIOS[name](stage)
+                since = lab.marks()
+                command = refault_command(directory, "dst", lab.pair.destination, lab.hosts, setting)
+                processes.enter_context(started("refault (dst)", command, directory / "again.log"))
+                version = lab.pair.source.qmp.version
+                if name == "mute" and not abilities(version).pauses_again_in_handshake:
+                    return f"{told}; held, nobody dead: this QEMU cannot leave the handshake"
+                await lab.both("postcopy-active", since, 40)
+            return f"{told}; {await lab.finish(60)}"
+
+
+async def measure(binary: str, seconds: float, names: list[str]) -> int:
+    """How many did not end as they must."""
+    bad = 0
+    for name in names:
+        scenario = partial(one, name=name, binary=binary, seconds=seconds)
+        bad += not await tell(name, "refault", scenario)
+    return bad
+
+
+def main() -> int:
+    """The process's beginning."""
+    parser = argparse.ArgumentParser(prog="make campaign-patience")
+    parser.add_argument("--qemu", default=DEFAULT_BINARY)
+    parser.add_argument(
+        "--seconds", type=float, default=20.0, help="how long an unanswered source is watched"
+    )
+    parser.add_argument("--only", action="append", choices=list(SCENARIOS), help="these alone")
+    arguments = parser.parse_args()
+    print(f"command  python -m tests.campaign.patience {' '.join(sys.argv[1:])}")
+    print(f"commit   {commit_of()}\nQEMU     {arguments.qemu}\n", flush=True)
+    names = arguments.only or list(SCENARIOS)
+    return 1 if trio.run(measure, arguments.qemu, arguments.seconds, names) else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
