@@ -81,6 +81,13 @@ def test_any_bytes_in_any_chunking(data: bytes, mode: Mode, cuts: list[int]) -> 
     assert s.fed(ForwardDecoder(mode).feed, s.chunks(data, cuts)) == decode(data, mode)
 
 
+@settings(deadline=None, max_examples=50)
+@given(st.lists(FRAMES, max_size=6), st.lists(st.integers(0, 1 << 30), max_size=40))
+def test_a_preempt_channel_in_any_chunking(frames: list[bytes], cuts: list[int]) -> None:
+    data = s.zero(0, RAM) + b"".join(frames) + s.EOS + s.page(PAGE, RAM)
+    assert s.fed(ForwardDecoder(Mode.PREEMPT).feed, s.chunks(data, cuts)) == decode(data, Mode.PREEMPT)
+
+
 def test_byte_by_byte() -> None:
     data = s.postcopy_stream()
     decoder = ForwardDecoder()

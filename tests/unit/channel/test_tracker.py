@@ -5,6 +5,8 @@ from __future__ import annotations
 import struct
 
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from refault.channel.forward import reason_text
 from refault.channel.tracker import Fact, Tracker
@@ -56,6 +58,53 @@ def test_the_facts_of_a_postcopy_migration_come_in_their_order() -> None:
     assert Fact.SHUT_ERROR not in tracker.facts
     tracker.backward(s.message(1, b"\0\0\0\1"), 0)
     assert Fact.SHUT_ERROR in tracker.facts
+
+
+WAYS = ("forward", "preempt_forward", "backward")
+# What passes on a recovered channel and on a preempt channel beside it, and what should not.
+PASSED: dict[str, list[bytes]] = {
+    "forward": [
+        HANDSHAKE,
+        s.command(9),
+        s.part() + s.page(0, RAM) + s.zero(2 * PAGE) + s.EOS + s.footer(),
+        s.discard(RAM, [(0, PAGE), (6 * PAGE, 2 * PAGE)]),
+    ],
+    "preempt_forward": [s.page(7 * PAGE, RAM) + s.page(8 * PAGE), s.zero(6 * PAGE, RAM), s.page(0, b"other")],
+    "backward": [
+        s.request(5 * PAGE, PAGE, RAM) + s.request(6 * PAGE, PAGE),
+        s.request(7 * PAGE, 2 * PAGE, RAM),
+        s.received(RAM, bitmap(0, 1, 2, 5)),
+        s.received(b"pc.bios", bitmap(0)),
+        s.message(6, b"\0\0\0\1"),
+        s.message(99, b""),
+    ],
+}
+STEPS = st.lists(
+    st.sampled_from(WAYS).flatmap(lambda way: st.tuples(st.just(way), st.sampled_from(PASSED[way]))),
+    max_size=12,
+)
+
+
+def all_of(tracker: Tracker) -> tuple[object, ...]:
+    return (
+        (tracker.facts, tracker.channel_facts, tracker.forward_opaque, tracker.return_opaque),
+        (tracker.stats(), tracker.blocks(), list(tracker.records()), list(tracker.to_replay())),
+    )
+
+
+@settings(deadline=None, max_examples=60)
+@given(STEPS, st.lists(st.integers(0, 1 << 30), max_size=20))
+def test_any_chunking_gives_the_same_record(steps: list[tuple[str, bytes]], cuts: list[int]) -> None:
+    """Of the main channel's directions and of the preempt channel, whatever passes on which of them."""
+    whole, pieces = begun(), begun()
+    for tracker in (whole, pieces):
+        tracker.channel_begin(recovered=True, now=2)
+        tracker.preempt_begin(2)
+    for now, (way, data) in enumerate(steps, 3):
+        getattr(whole, way)(data, now)
+        for piece in s.chunks(data, cuts):
+            getattr(pieces, way)(piece, now)
+        assert all_of(pieces) == all_of(whole)
 
 
 def test_requests_and_answers() -> None:
