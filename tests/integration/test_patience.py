@@ -1,0 +1,40 @@
+"""Short forms of `make campaign-patience`, of `campaign-strays` and of `campaign-floor`."""
+
+from __future__ import annotations
+
+import os
+import random
+from pathlib import Path
+
+import pytest
+from tests.campaign import floor, patience, strays
+
+from refault.lab.qemu import DEFAULT_BINARY
+
+pytestmark = [
+    pytest.mark.qemu,
+    pytest.mark.timeout(120),
+    pytest.mark.skipif(os.geteuid() != 0, reason="only root makes network namespaces"),
+]
+
+
+@pytest.mark.parametrize("scenario", ["blocked", "refused"])
+async def test_what_is_waited_out(tmp_path: Path, scenario: str) -> None:
+    print(await patience.one(tmp_path, scenario, DEFAULT_BINARY, seconds=3))
+
+
+async def test_strangers_in_every_phase(tmp_path: Path) -> None:
+    seed = random.SystemRandom().randrange(1 << 32)
+    print(f"seed {seed}")
+    counts = await strays.with_refault(tmp_path, DEFAULT_BINARY, 8, random.Random(seed))
+    for phase, made in counts.items():
+        assert made.total() == 8, phase
+
+
+async def test_a_source_is_resumed_as_soon_as_its_return_path_is_over() -> None:
+    taken, version = await floor.losses_of_one(DEFAULT_BINARY, True, 5)
+    assert version < (8, 2, 0)
+    # 50 ms would be waited at the least if the thread had not been seen to be gone; a machine under load may
+    # make one slow, not all.
+    quickest = min(steps[floor.BEGUN] - steps["src", "postcopy-paused"] for steps in taken)
+    assert quickest < 0.05, [floor.until_active(steps) for steps in taken]
