@@ -34,6 +34,8 @@ class Setting:
     relay: Relay = "auto"
     recover_port: int | None = None
     """With a second network, which is named to both refaults: the port there."""
+    options: tuple[str, ...] = ()
+    """Further options of both refaults."""
 
 
 @dataclass
@@ -123,7 +125,7 @@ def refault_command(
     command += ["--control", f"{lab_directory}/{side}.control", "--state-dir", str(lab_directory)]
     if setting.recover_port is not None:
         command += ["--recover-uri", f"tcp:{hosts[1].addresses[1]}:{setting.recover_port}"]
-    return command
+    return [*command, *setting.options]
 
 
 @asynccontextmanager

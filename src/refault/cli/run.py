@@ -11,7 +11,7 @@ from typing import Any
 
 from refault.daemon.address import SUN_PATH, Address, parse_address
 from refault.daemon.errors import OperatorError, operator_errors
-from refault.daemon.options import RunOptions
+from refault.daemon.options import Patience, RunOptions
 from refault.daemon.paths import control_socket, make_default_directory, runtime_directory, state_directory
 
 _URI = re.compile(r"[a-z][a-z0-9+.-]*:.")
@@ -50,6 +50,20 @@ def add_parser(subparsers: Any) -> None:
         help="another address of the destination, at which the channel may be recovered; tried in turn",
     )
     parser.add_argument(
+        "--dead-after",
+        type=_whole_seconds,
+        metavar="SECONDS",
+        default=Patience.dead_after,
+        help="a relayed channel counts as lost after so much silence in postcopy; default: 5",
+    )
+    parser.add_argument(
+        "--stall-after",
+        type=_seconds,
+        metavar="SECONDS",
+        default=Patience.stall_after,
+        help="without a relay, a postcopy that stands still for so long is paused; default: 15",
+    )
+    parser.add_argument(
         "--metrics", type=_host_port, metavar="HOST:PORT", help="serve Prometheus metrics here"
     )
     parser.add_argument(
@@ -85,6 +99,7 @@ def run_options(arguments: argparse.Namespace) -> RunOptions:
         metrics=arguments.metrics,
         control=control,
         state_dir=arguments.state_dir or state_directory(),
+        patience=Patience(dead_after=arguments.dead_after, stall_after=arguments.stall_after),
     )
 
 
@@ -147,6 +162,23 @@ def _uri(text: str) -> str:
     if re.match(r"tcp:.*:0\Z", text):
         raise argparse.ArgumentTypeError(f"{text!r} leaves the port open, so the source could not know it")
     return text
+
+
+def _seconds(text: str) -> float:
+    try:
+        seconds = float(text)
+    except ValueError:
+        seconds = 0.0
+    if not 1 <= seconds <= 3600:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a number of seconds from 1 to 3600")
+    return seconds
+
+
+def _whole_seconds(text: str) -> int:
+    seconds = _seconds(text)
+    if seconds != int(seconds):
+        raise argparse.ArgumentTypeError(f"{text!r} is not a whole number of seconds")
+    return int(seconds)
 
 
 def _host_port(text: str) -> tuple[str, int]:

@@ -16,6 +16,7 @@ import msgspec
 import trio
 
 from refault.channel.relay import Relay
+from refault.daemon import stall_watch
 from refault.daemon.attempts import Attempts
 from refault.daemon.channels import AttemptFailed, Channels
 from refault.daemon.monitor import Answer, Forward, MonitorLost, QmpError, WatchedCommand
@@ -91,6 +92,7 @@ class Migration:
         self._generation = ""
         self._wake_poller = trio.Event()
         self._poller = trio.CancelScope()
+        self._stall_watch = trio.CancelScope()
 
     # ---- what it is ----
 
@@ -141,7 +143,7 @@ class Migration:
         self._generation = met.generation if met else secrets.token_hex(8)
         pages = self.vm.state_file.pages
         with pages.opened(self._record().key(self.name), take_over=met is not None) as state:
-            relay = Relay(self.role, state=state)
+            relay = Relay(self.role, state=state, dead_after=self.vm.patience.dead_after)
         pages.tell(relay)
         self.postcopy_began = relay.passed().packaged_begun
         self.channels = Channels(self, relay)
@@ -155,7 +157,12 @@ class Migration:
         self._close_channels()
         self._unrelayed(reason)
 
+    async def _watch_for_stalls(self) -> None:
+        with self._stall_watch:
+            await stall_watch.watch(self)
+
     def _unrelayed(self, reason: str) -> None:
+        self.vm.start_soon(self._watch_for_stalls)
         self.relay_reason = reason
         log.info("%s: not relayed: %s; recovery runs over QMP alone", self.name, reason)
 
@@ -213,6 +220,7 @@ class Migration:
         """Ends all that it still has; what it counted stays with the VM."""
         self.attempts.cancel()
         self._poller.cancel()
+        self._stall_watch.cancel()
         self._close_channels()
 
     def _close_channels(self) -> None:

@@ -6,7 +6,18 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
+from refault.channel.relay import DEAD_AFTER_SECONDS
 from refault.daemon.address import Address
+
+
+@dataclass(frozen=True)
+class Patience:
+    """How long what is waited for, in seconds."""
+
+    dead_after: int = DEAD_AFTER_SECONDS
+    """A relay's: the other host's silence in postcopy, though asked, before the channel counts as lost."""
+    stall_after: float = 15.0
+    """Without a relay: no progress in postcopy before it is paused."""
 
 
 @dataclass(frozen=True)
@@ -27,3 +38,4 @@ class RunOptions:
     control: Path
     """The unix socket that tells the status."""
     state_dir: Path
+    patience: Patience = Patience()

@@ -81,6 +81,7 @@ class Vm:
             relay_allowed=options.relay == "auto",
             recover_uris=options.recover_uris,
             state_file=StateFile(options.state_dir, options.name),
+            patience=options.patience,
         )
         self.stopping = False
         """Whether the daemon is about to end: then a lost monitor is no news."""

@@ -13,6 +13,7 @@ import trio
 
 from refault.daemon.local import give_back
 from refault.daemon.monitor import MonitorLost
+from refault.daemon.options import Patience
 from refault.daemon.state_file import MigrationRecord, StateFile, process_started
 from refault.migration.endpoint import Endpoint, parse_uri
 from refault.migration.relayable import enabled_capabilities, why_not, why_not_recoverable
@@ -50,12 +51,14 @@ class VmState:
         relay_allowed: bool,
         recover_uris: Sequence[str],
         state_file: StateFile,
+        patience: Patience | None = None,
     ) -> None:
         self.name = name
         self.monitor = monitor
         self.counters = Counters()
         self.alternatives = tuple(parse_uri(uri) for uri in recover_uris)
         self.state_file = state_file
+        self.patience = patience or Patience()
         self.qemu_pid: int | None = None
         """The process behind the monitor, also while the monitor is lost; None where it is not known."""
         self._relay_allowed = relay_allowed

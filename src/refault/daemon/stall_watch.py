@@ -1,0 +1,86 @@
+"""Pauses a migration that stands still where no relay would notice: `migrate-pause`, out-of-band. The recovery
+follows as after any loss."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Hashable, Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import trio
+
+from refault.daemon.monitor import MonitorLost, QmpError
+from refault.daemon.userfaultfd import waiting
+from refault.daemon.vm_state import QUERY_TIMEOUT, words
+from refault.migration.phase import Role
+from refault.migration.stall import StallDetector
+
+if TYPE_CHECKING:
+    from refault.daemon.migration import Migration
+
+log = logging.getLogger("refault.migration")
+
+_LOOKS = 20
+"""How often it is looked at within the time after which it is paused."""
+
+
+async def watch(migration: Migration) -> None:
+    """Looks until cancelled."""
+    stall_after = migration.vm.patience.stall_after
+    detector = StallDetector(stall_after)
+    while True:
+        await trio.sleep(stall_after / _LOOKS)
+        if not migration.under_way or migration.status != "postcopy-active":
+            detector = StallDetector(stall_after)
+            continue
+        look = _source if migration.role is Role.SOURCE else _destination
+        seen = await look(migration)
+        if seen is not None and detector.stalls(trio.current_time(), seen[0], work_left=seen[1]):
+            await _pause(migration)
+
+
+async def _source(migration: Migration) -> tuple[Hashable, bool] | None:
+    """What it has sent, and whether pages are left. None where QEMU does not tell."""
+    try:
+        reply: Mapping[str, Any] = await migration.vm.query("query-migrate")
+    except (QmpError, MonitorLost, trio.TooSlowError):
+        return None
+    ram = reply.get("ram", {})
+    if reply.get("status") != "postcopy-active" or "transferred" not in ram:
+        return None
+    return (ram["transferred"], ram["remaining"], ram.get("postcopy-requests")), ram["remaining"] > 0
+
+
+async def _destination(migration: Migration) -> tuple[Hashable, bool] | None:
+    """Its memory in use, which each page that is placed adds to, and whether threads wait for pages.
+
+    All of it from /proc, for its main thread may be one of those that wait. None where the kernel does not
+    tell.
+    """
+    pid = migration.vm.qemu_pid
+    threads = waiting(pid) if pid is not None else None
+    if threads is None:
+        return None
+    try:
+        return (_resident_pages(pid), threads.total), threads.total > 0
+    except (OSError, ValueError, IndexError):
+        return None
+
+
+def _resident_pages(pid: int | None) -> int:
+    return int(Path(f"/proc/{pid}/statm").read_text().split()[1])
+
+
+async def _pause(migration: Migration) -> None:
+    log.warning(
+        "%s: postcopy has not moved for %g s though the %s waits for it: pausing it, to recover it; is the"
+        " network to the other host silent?",
+        migration.name,
+        migration.vm.patience.stall_after,
+        migration.role,
+    )
+    try:
+        await migration.vm.monitor.execute("migrate-pause", oob=True, timeout=QUERY_TIMEOUT)
+    except (QmpError, MonitorLost, trio.TooSlowError) as error:
+        log.warning("%s: could not pause it: %s; trying again", migration.name, words(error))

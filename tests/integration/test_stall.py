@@ -1,0 +1,49 @@
+"""Without a relay: a silent network is noticed because nothing moves, and what moves slowly is left alone."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import pytest
+import trio
+from tests.campaign.hosts import Setting, on_two_hosts
+from tests.integration.qemus import BINARIES
+
+from refault.lab.channel import free_port
+
+pytestmark = [
+    pytest.mark.qemu,
+    pytest.mark.timeout(100),
+    pytest.mark.skipif(os.geteuid() != 0, reason="only root makes network namespaces"),
+]
+
+STALL_AFTER = 3
+
+
+def unrelayed(binary: str) -> Setting:
+    options = ("--stall-after", str(STALL_AFTER))
+    return Setting(binary, relay="off", options=options, recover_port=free_port())
+
+
+@pytest.mark.parametrize("binary", BINARIES)
+async def test_a_silent_network_is_paused_and_recovered_by_another(tmp_path: Path, binary: str) -> None:
+    async with on_two_hosts(tmp_path, unrelayed(binary)) as lab:
+        await lab.begin(1 << 20)
+        await lab.postcopy()
+        since = lab.marks()
+        lab.hosts[1].link("down")
+        await lab.both("postcopy-paused", since, STALL_AFTER * 5)
+        await lab.both("postcopy-active", since, 40)
+        await lab.finish()
+
+
+async def test_what_moves_slowly_is_not_paused(tmp_path: Path) -> None:
+    async with on_two_hosts(tmp_path, unrelayed(BINARIES[0])) as lab:
+        await lab.begin(8 << 20, 64 << 10)
+        await lab.postcopy()
+        since = lab.marks()
+        await trio.sleep(STALL_AFTER * 3)
+        for qemu, mark in zip(lab.qemus, since, strict=True):
+            assert "postcopy-paused" not in [event.data.get("status") for event in qemu.qmp.events[mark:]]
+        await lab.finish()
