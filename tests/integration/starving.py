@@ -23,8 +23,7 @@ _WITHOUT_REPLAY = """
 import sys
 from refault.channel.relay import Relay
 attach = Relay.attach
-Relay.attach = lambda self, local, far, *, recovered, may_replay: attach(
-    self, local, far, recovered=recovered, may_replay=False)
+Relay.attach = lambda self, local, far, **how: attach(self, local, far, **{**how, "may_replay": False})
 from refault.cli.main import main
 sys.exit(main())
 """

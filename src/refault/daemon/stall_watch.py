@@ -1,5 +1,5 @@
-"""Pauses a migration that stands still where no relay would notice: `migrate-pause`, out-of-band. The recovery
-follows as after any loss."""
+"""Pauses a migration that stands still where no relay would notice, by `migrate-pause`. What follows
+is a recovery as after any loss."""
 
 from __future__ import annotations
 

@@ -361,6 +361,6 @@ def test_a_guest_of_one_tebibyte_is_restored_within_little_memory(fd: int) -> No
     new = os.memfd_create("next")
     after = Tracker(1 << 20, StateFds(new, KEY, fd))
     assert (after.restored, after.stats().outstanding) == (Restored.WHOLE, 1)
-    after = Tracker(60_000, StateFds(new, KEY, fd))
+    after = Tracker(50_000, StateFds(new, KEY, fd))
     assert (after.restored, after.blocks()) == (Restored.NO_MEMORY, [])
     os.close(new)
