@@ -218,11 +218,13 @@ class Channels:
     async def _close_return_path_first(self, channel: int) -> None:
         async with self._ending:
             pid = self._migration.vm.qemu_pid
-            if self._duplicate is not None and pid is not None:
-                over = await end_first(self._duplicate, pid, self._peer_inode)
-                self._return_path_over = over and channel == self.channel
-            if not self.relay.closed:
-                self.relay.close_channel(channel)
+            try:
+                if self._duplicate is not None and pid is not None:
+                    over = await end_first(self._duplicate, pid, self._peer_inode)
+                    self._return_path_over = over and channel == self.channel
+            finally:
+                if not self.relay.closed:
+                    self.relay.close_channel(channel)
 
     async def return_path_over(self) -> bool:
         """Whether QEMU's return-path thread has surely left the lost channel; waits for what sees to it."""

@@ -32,7 +32,7 @@ async def watch(changed: Callable[[], bool]) -> None:
         log.info("changes of routes are not heard of: %s", error.strerror)
         return
     with netlink:
-        netlink.bind((0, _GROUPS))
+        netlink.bind((0, _GROUPS))  # permitted to everyone
         while True:
             await trio.lowlevel.wait_readable(netlink)
             _drain(netlink)

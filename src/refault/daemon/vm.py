@@ -93,7 +93,7 @@ class Vm:
             async with trio.open_nursery() as nursery:
                 await nursery.start(self.state.run)
                 await nursery.start(self.monitor.run)
-                nursery.start_soon(routes.watch, self._path_changed)
+                self.state.start_soon(routes.watch, self._path_changed)
                 task_status.started()
         finally:
             if self.migration is not None:
