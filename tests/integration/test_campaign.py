@@ -10,8 +10,10 @@ from tests.campaign.losses import LossClass
 
 from refault.lab.qemu import DEFAULT_BINARY
 
-# Without the class in which refault leaves the client that paused ten seconds.
-KINDS = [kind for kind in LossClass if kind is not LossClass.PAUSE_CLIENT]
+# Without the class in which refault leaves the client that paused ten seconds, and without those in which a refault
+# can be killed while a destination listens for the source, which 7.2 does not survive (docs/campaign.md).
+LEFT_OUT = (LossClass.PAUSE_CLIENT, LossClass.REFAULT_BOTH, LossClass.REFAULT_AGAIN)
+KINDS = [kind for kind in LossClass if kind not in LEFT_OUT]
 
 
 @pytest.mark.qemu
