@@ -174,16 +174,15 @@ async def _end(kind: Kind, pair: Pair, driver: RefaultDriver) -> None:
 
 
 async def _wait_xbzrle(source: QmpClient) -> None:
-    """Until pages have passed as differences to what they were, which is so from the third pass on.
+    """Until pages have passed as differences to what they were, which is so once all have passed twice.
 
     Precopy is made slow before, or it would be over soon: differences are short. Then the guest is given time
     to write to what postcopy is to carry.
     """
     await source.execute("migrate-set-parameters", {"downtime-limit": 1})
-    answer = await source.execute("query-migrate")
-    while (ram := answer.get("ram")) is None or ram["dirty-sync-count"] < 2 or ram["remaining"] > 4 * MIB:
+    twice = 2 * XBZRLE.guest.written_bytes // PAGE
+    while (await source.execute("query-migrate")).get("ram", {"normal": 0})["normal"] < twice * 0.9:
         await trio.sleep(0.005)
-        answer = await source.execute("query-migrate")
     await source.execute("migrate-set-parameters", {"max-bandwidth": 2 * MIB})
     while not (await source.execute("query-migrate"))["xbzrle-cache"]["pages"]:
         await trio.sleep(0.005)
