@@ -55,7 +55,6 @@ class Channels:
         """Losses in a row that came right after a replay."""
         self._duplicate: socket.socket | None = None
         self._peer_inode = 0
-        self._return_path_over = False
         self._ending = trio.Lock()
         self._kept_by_qemu = False
         self._told_foreign = False
@@ -86,7 +85,6 @@ class Channels:
         self._migration.pause_told = trio.Event()
         self._keep(local.socket.dup())
         self._peer_inode = local.peer_inode
-        self._return_path_over = False
         self.relay.attach(local.detach(), far.detach(), recovered=recovered, may_replay=may_replay)
         self.channel += 1
 
@@ -220,16 +218,15 @@ class Channels:
             pid = self._migration.vm.qemu_pid
             try:
                 if self._duplicate is not None and pid is not None:
-                    over = await end_first(self._duplicate, pid, self._peer_inode)
-                    self._return_path_over = over and channel == self.channel
+                    await end_first(self._duplicate, pid, self._peer_inode)
             finally:
                 if not self.relay.closed:
                     self.relay.close_channel(channel)
 
-    async def return_path_over(self) -> bool:
-        """Whether QEMU's return-path thread has surely left the lost channel; waits for what sees to it."""
+    async def return_path_over(self) -> None:
+        """Waits until QEMU's return-path thread has left the lost channel, where that is seen to."""
         async with self._ending:
-            return self._return_path_over
+            pass
 
     async def _look_again(self) -> None:
         """A hold may end by time alone: a destination that was about to run surely does a second later."""

@@ -141,8 +141,9 @@ class Source:
         )
         if not addresses:
             raise AttemptFailed("the address of the lost channel is not known; name one with --recover-uri")
-        if migration.channels is None or not await migration.channels.return_path_over():
-            await trio.sleep(abilities(migration.vm.version).resume_after)
+        if migration.channels is not None:
+            await migration.channels.return_path_over()
+        await trio.sleep(abilities(migration.vm.version).resume_after)
         # Once the other host has been dialled and QEMU has its command, the course is run to its end.
         with trio.CancelScope(shield=True):
             if migration.channels is not None:
