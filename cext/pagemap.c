@@ -55,6 +55,7 @@ struct block {
     struct rf_bitmap *forwarded;   /* has passed towards the destination */
     struct rf_bitmap *missing;     /* requested, and has not passed since */
     struct rf_bitmap *unconfirmed; /* requested, and not confirmed by a received bitmap */
+    struct rf_bitmap *in_flight;   /* taken out of `forwarded` in a handshake that is not over; NULL: none */
 };
 
 struct record {
@@ -157,7 +158,8 @@ static void free_bitmaps(struct block *block) {
     rf_bitmap_free(block->forwarded);
     rf_bitmap_free(block->missing);
     rf_bitmap_free(block->unconfirmed);
-    block->forwarded = block->missing = block->unconfirmed = NULL;
+    rf_bitmap_free(block->in_flight);
+    block->forwarded = block->missing = block->unconfirmed = block->in_flight = NULL;
 }
 
 void rf_pagemap_free(struct rf_pagemap *map) {
@@ -741,11 +743,44 @@ void rf_pagemap_forward_unseen(struct rf_pagemap *map) { map->forward_seen = fal
 
 /* Losses and received bitmaps. */
 
-void rf_pagemap_channel_lost(struct rf_pagemap *map, uint64_t now) {
+/* False without memory: then some of what has passed counts as never forwarded. */
+static bool put_back_in_flight(struct block *block) {
+    uint64_t pages[256];
+    size_t count;
+    bool whole = true;
+    while ((count = rf_bitmap_drain(block->in_flight, pages, sizeof(pages) / sizeof(pages[0]))) > 0) {
+        for (size_t i = 0; i < count; i++) {
+            whole = rf_bitmap_set(block->forwarded, pages[i]) >= 0 && whole;
+        }
+    }
+    return whole;
+}
+
+static void forget_in_flight(struct block *block) {
+    rf_bitmap_free(block->in_flight);
+    block->in_flight = NULL;
+}
+
+void rf_pagemap_handshake_over(struct rf_pagemap *map) {
+    for (uint32_t i = 0; i < blocks_length(map); i++) {
+        forget_in_flight(block_at(map, i));
+    }
+}
+
+int rf_pagemap_channel_lost(struct rf_pagemap *map, uint64_t now) {
+    int status = RF_OK;
     write_begin(map);
     add(&map->counters.losses, 1);
     map->bitmap_block = NONE;
+    for (uint32_t i = 0; i < blocks_length(map); i++) {
+        struct block *block = block_at(map, i);
+        if (block->in_flight != NULL && !put_back_in_flight(block)) {
+            status = RF_NO_MEMORY;
+        }
+        forget_in_flight(block);
+    }
     write_end(map);
+    return status;
 }
 
 void rf_pagemap_channel_begin(struct rf_pagemap *map, uint64_t now) {
@@ -786,6 +821,30 @@ int rf_pagemap_bitmap_begin(struct rf_pagemap *map, const char *name, size_t nam
     return index;
 }
 
+/* Keeps what the received bitmap is about to take out of `forwarded`; false without memory. */
+static bool keep_in_flight(struct rf_pagemap *map, struct block *block, uint64_t offset, const uint8_t *dense,
+                           size_t bytes) {
+    const uint64_t end = (offset + bytes) * 8;
+    uint64_t from = offset * 8;
+    uint64_t pages[256];
+    if (block->in_flight == NULL) {
+        block->in_flight = rf_bitmap_new_within(&map->budget, rf_bitmap_bits(block->forwarded));
+    }
+    while (block->in_flight != NULL && from < end) {
+        size_t count = rf_bitmap_list(block->forwarded, &from, pages, sizeof(pages) / sizeof(pages[0]));
+        if (count == 0) {
+            break;
+        }
+        for (size_t i = 0; i < count && pages[i] < end; i++) {
+            uint64_t bit = pages[i] - offset * 8;
+            if ((dense[bit / 8] >> bit % 8 & 1) == 0 && rf_bitmap_set(block->in_flight, pages[i]) < 0) {
+                return false;
+            }
+        }
+    }
+    return block->in_flight != NULL;
+}
+
 int rf_pagemap_bitmap_data(struct rf_pagemap *map, uint64_t offset, const uint8_t *dense, size_t bytes) {
     if (map->bitmap_block == NONE) {
         return RF_UNKNOWN_BLOCK;
@@ -803,8 +862,32 @@ int rf_pagemap_bitmap_data(struct rf_pagemap *map, uint64_t offset, const uint8_
     map->report.received_not_forwarded += only_received;
     rf_bitmap_and_not(block->missing, offset, dense, bytes);
     rf_bitmap_and_not(block->unconfirmed, offset, dense, bytes);
+    int status =
+        only_forwarded > 0 && !keep_in_flight(map, block, offset, dense, bytes) ? RF_NO_MEMORY : RF_OK;
     rf_bitmap_and(block->forwarded, offset, dense, bytes); /* what was in flight will be sent again */
-    return RF_OK;
+    return status;
+}
+
+bool rf_pagemap_bitmap_is_foreign(const struct rf_pagemap *map) {
+    return map->bitmap_block != NONE && map->report.received_not_forwarded > 0;
+}
+
+void rf_pagemap_bitmap_disown(struct rf_pagemap *map) {
+    if (map->bitmap_block == NONE) {
+        return;
+    }
+    write_begin(map);
+    struct block *block = block_at(map, map->bitmap_block);
+    for (uint32_t slot = map->oldest; slot != NONE; slot = map->records[slot].next) {
+        struct record *record = &map->records[slot];
+        if (record->block == map->bitmap_block) {
+            /* Without memory it is confirmed too early, and the destination's own repetition must do. */
+            (void)rf_bitmap_set_range(block->unconfirmed, first_page(map, record), page_count(map, record));
+            reopen(map, record);
+        }
+    }
+    map->bitmap_block = NONE;
+    write_end(map);
 }
 
 int rf_pagemap_bitmap_end(struct rf_pagemap *map, struct rf_bitmap_report *report) {

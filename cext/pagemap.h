@@ -112,14 +112,26 @@ int rf_pagemap_discarded(struct rf_pagemap *map, uint32_t block, uint64_t start,
  * answers a request. */
 void rf_pagemap_forward_unseen(struct rf_pagemap *map);
 
-void rf_pagemap_channel_lost(struct rf_pagemap *map, uint64_t now);
+/* Where the recovery handshake was not over, its received bitmaps count for nothing: what was in flight before
+ * it may have been received after all. RF_NO_MEMORY: not all of that could be noted. */
+int rf_pagemap_channel_lost(struct rf_pagemap *map, uint64_t now);
 void rf_pagemap_channel_begin(struct rf_pagemap *map, uint64_t now);
 
 /* A received bitmap, of `size` bytes. begin: the block's index, RF_BAD_SIZE, RF_UNKNOWN_BLOCK, RF_NO_MEMORY.
- * data: in order, any sizes. end: the records of the block that are not confirmed are outstanding again. */
+ * data: in order, any sizes. end: the records of the block that are not confirmed are outstanding again.
+ * RF_NO_MEMORY of data: should the handshake fail, what was forwarded is no longer known whole. */
 int rf_pagemap_bitmap_begin(struct rf_pagemap *map, const char *name, size_t name_length, uint64_t size);
 int rf_pagemap_bitmap_data(struct rf_pagemap *map, uint64_t offset, const uint8_t *dense, size_t bytes);
 int rf_pagemap_bitmap_end(struct rf_pagemap *map, struct rf_bitmap_report *report);
+
+/* Whether the bitmap under way claims a page that was never forwarded. */
+bool rf_pagemap_bitmap_is_foreign(const struct rf_pagemap *map);
+/* In place of end: it is another VM's and confirms nothing, nor do those before it on this channel once it is
+ * lost, save that records which those have ended do not come back. */
+void rf_pagemap_bitmap_disown(struct rf_pagemap *map);
+
+/* RESUME_ACK: the received bitmaps of this channel hold. */
+void rf_pagemap_handshake_over(struct rf_pagemap *map);
 
 /* The oldest record with an id above `after` (start with 0). 1 and *out filled, or 0. Cheap when `after` is
  * the id it gave before. */

@@ -169,7 +169,7 @@ bool rf_relay_look(const struct rf_relay *relay, struct rf_relay_view *view) {
 /* ---- the two pipes ---- */
 
 static bool leg_gone(const struct rf_leg *leg) {
-    return leg->state == RF_LEG_ENDED || leg->state == RF_LEG_FAILED;
+    return leg->state == RF_LEG_ENDED || leg->state == RF_LEG_FAILED || leg->state == RF_LEG_REFUSED;
 }
 
 static struct rf_leg *forward_from(struct rf_relay *relay) {
@@ -247,6 +247,9 @@ static void return_read(struct rf_relay *relay) {
     n = rf_leg_read(forward_to(relay), relay->backward, sizeof(relay->backward));
     if (n > 0) {
         rf_replay_feed(&relay->replay, relay->backward, n, now_ns());
+        if (relay->replay.foreign && relay->far.state == RF_LEG_OPEN) {
+            relay->far.state = RF_LEG_REFUSED;
+        }
         if (to->state == RF_LEG_OPEN) {
             return_write(relay);
         } else {
@@ -570,6 +573,9 @@ struct rf_relay *rf_relay_start(int side, uint64_t ceiling, unsigned dead_after_
         relay_free(relay);
         errno = error;
         return NULL;
+    }
+    if (relay->side == RF_RELAY_DESTINATION) {
+        rf_tracker_trust_bitmaps(relay->tracker);
     }
     sigfillset(&all);
     pthread_sigmask(SIG_SETMASK, &all, &before);

@@ -41,6 +41,7 @@ void rf_replay_channel(struct rf_replay *replay, bool recovered, bool may_replay
     replay->holding = replay->source_side && recovered;
     replay->may_replay = recovered && may_replay;
     replay->replaying = false;
+    replay->foreign = false;
     replay->name_lost = false;
     replay->partial_len = 0;
     replay->after = 0;
@@ -97,7 +98,7 @@ static void release_held(struct rf_replay *replay) {
 
 void rf_replay_feed(struct rf_replay *replay, const uint8_t *buf, size_t len, uint64_t now_ns) {
     bytes_clear(&replay->out);
-    while (len > 0) {
+    while (len > 0 && !replay->foreign) {
         struct rf_returnpath_event event;
         size_t n = rf_tracker_return_next(replay->tracker, buf, len, now_ns, &event);
 
@@ -114,6 +115,13 @@ void rf_replay_feed(struct rf_replay *replay, const uint8_t *buf, size_t len, ui
             replay->partial_len += n;
             switch (event.type) {
             case RF_RETURN_NONE:
+                break;
+            case RF_RETURN_BITMAP_END:
+                replay->foreign =
+                    (rf_tracker_channel_facts(replay->tracker) & RF_FACT_FOREIGN_PAGES) != 0;
+                if (!replay->foreign) {
+                    pass_partial(replay);
+                }
                 break;
             case RF_RETURN_REQUEST:
                 take_request(replay, &event);

@@ -8,6 +8,9 @@
  *  - the next REQ_PAGES after one of ours, which carries no block name, is given the one it means, for the
  * source now remembers another (migration/ram.c, ram_save_queue_pages, last_req_rb).
  *
+ * A received bitmap that is another VM's (RF_FACT_FOREIGN_PAGES) is never passed whole: its end and all behind
+ * it is dropped, so that the source cannot send RESUME, and the caller is to end the channel.
+ *
  * Both sides replay. A request that was lost between the relays is on record at the destination's side alone;
  * one that was lost between the source's relay and a QEMU that died, or whose answer was, may be on record at
  * either. What one side has replayed the other sees as asked for again, and leaves.
@@ -43,6 +46,7 @@ struct rf_bytes {
 struct rf_replay {
     struct rf_tracker *tracker;
     bool source_side; /* where requests are held back */
+    bool foreign;     /* the far side is another VM's: nothing passes any more */
     bool holding;     /* between a reconnection and RESUME_ACK */
     bool may_replay;  /* as the caller said for this channel */
     bool replaying;   /* the list is being written */

@@ -21,6 +21,7 @@ struct rf_tracker {
     struct pages preempt;
     struct rf_statefile *file; /* NULL for none */
     enum rf_restored restored;
+    atomic_bool trusts_bitmaps;
     uint32_t unread; /* why no byte of this migration is decoded, or RF_OPAQUE_NO */
     _Atomic uint32_t facts;
     _Atomic uint32_t channel_facts;
@@ -175,7 +176,9 @@ void rf_tracker_channel_begin(struct rf_tracker *tracker, int recovered, uint64_
 }
 
 void rf_tracker_channel_lost(struct rf_tracker *tracker, uint64_t now) {
-    rf_pagemap_channel_lost(tracker->map, now);
+    if (rf_pagemap_channel_lost(tracker->map, now) < 0) {
+        no_longer_whole(tracker);
+    }
 }
 
 /* The page map's block of an event that names one, or a negative status. */
@@ -364,12 +367,19 @@ static void bitmap_begin(struct rf_tracker *tracker, struct rf_returnpath_event 
 
 static void bitmap_end(struct rf_tracker *tracker) {
     struct rf_bitmap_report report;
+    const uint32_t needed = RF_FACT_WHOLE_STREAM_SEEN | RF_FACT_RAM_DECLARED;
+    uint32_t facts = get(&tracker->facts);
     note(tracker, RF_FACT_RECV_BITMAP_SENT);
-    if (rf_pagemap_bitmap_end(tracker->map, &report) == RF_OK && report.received_not_forwarded > 0 &&
-        (get(&tracker->facts) & RF_FACT_WHOLE_STREAM_SEEN) != 0) {
+    if (rf_pagemap_bitmap_is_foreign(tracker->map) && !atomic_load(&tracker->trusts_bitmaps) &&
+        (facts & needed) == needed && (facts & RF_FACT_IGNORE_SHARED) == 0) {
         note(tracker, RF_FACT_FOREIGN_PAGES);
+        rf_pagemap_bitmap_disown(tracker->map);
+    } else {
+        (void)rf_pagemap_bitmap_end(tracker->map, &report); /* RF_UNKNOWN_BLOCK: it was refused at its begin */
     }
 }
+
+void rf_tracker_trust_bitmaps(struct rf_tracker *tracker) { atomic_store(&tracker->trusts_bitmaps, true); }
 
 static void return_event(struct rf_tracker *tracker, struct rf_returnpath_event *event, uint64_t now) {
     switch (event->type) {
@@ -384,13 +394,17 @@ static void return_event(struct rf_tracker *tracker, struct rf_returnpath_event 
         bitmap_begin(tracker, event);
         break;
     case RF_RETURN_BITMAP_DATA:
-        rf_pagemap_bitmap_data(tracker->map, event->data_offset, event->data, event->data_length);
+        if (rf_pagemap_bitmap_data(tracker->map, event->data_offset, event->data, event->data_length) ==
+            RF_NO_MEMORY) {
+            no_longer_whole(tracker);
+        }
         break;
     case RF_RETURN_BITMAP_END:
         bitmap_end(tracker);
         break;
     case RF_RETURN_RESUME_ACK:
         note(tracker, RF_FACT_RESUME_ACK_PASSED);
+        rf_pagemap_handshake_over(tracker->map);
         break;
     case RF_RETURN_SHUT:
         note(tracker, RF_FACT_SHUT_PASSED | (event->value != 0 ? (uint32_t)RF_FACT_SHUT_ERROR : 0));

@@ -194,6 +194,10 @@ class PageMap:
         """A recovered channel begins."""
         lib.rf_pagemap_channel_begin(self._map, now)
 
+    def handshake_over(self) -> None:
+        """RESUME_ACK has passed: the received bitmaps hold, though the channel be lost."""
+        lib.rf_pagemap_handshake_over(self._map)
+
     def received(self, name: bytes, dense: bytes, chunk: int = 1 << 16) -> BitmapReport:
         """A whole received bitmap, fed in chunks of so many bytes. Raises `PageMapError`."""
         _checked(lib.rf_pagemap_bitmap_begin(self._map, name, len(name), len(dense)))

@@ -40,11 +40,12 @@ class LegState(enum.IntEnum):
     ENDED = 2
     FAILED = 3
     CLOSED = 4
+    REFUSED = 5
 
     @property
     def lost(self) -> bool:
-        """Whether the peer ended it, or it broke."""
-        return self in (LegState.ENDED, LegState.FAILED)
+        """Whether the peer ended it, or it broke, or we refused what is behind it."""
+        return self in (LegState.ENDED, LegState.FAILED, LegState.REFUSED)
 
 
 @dataclass(frozen=True)
@@ -79,6 +80,8 @@ def _loss(state: LegState, error: int) -> str:
             return "closed by the other side"
         case LegState.FAILED:
             return os.strerror(error)
+        case LegState.REFUSED:
+            return "cut by refault: the destination behind it has pages that were never sent to it"
         case _:
             return state.name.lower()
 
@@ -184,10 +187,10 @@ class Relay:
                 return str(ffi.string(lib.rf_forward_reason_text(reason)).decode())
         return None
 
-    def foreign_pages(self) -> bool:
-        """Whether a received bitmap claims pages that never passed, though the whole stream was seen."""
+    def trust_bitmaps(self) -> None:
+        """Takes no received bitmap for another VM's from now on (cext/tracker.h says when that is right)."""
         self._open()
-        return Fact.FOREIGN_PAGES in Fact(lib.rf_tracker_facts(self._tracker))
+        lib.rf_tracker_trust_bitmaps(self._tracker)
 
     def pages(self) -> PageMapStats:
         """Page requests and what became of them, over all RAM blocks."""

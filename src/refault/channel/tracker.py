@@ -117,6 +117,10 @@ class Tracker:
                     self._tracker, buffer + position, len(data) - position, now, event
                 )
 
+    def trust_bitmaps(self) -> None:
+        """Takes no received bitmap for another VM's."""
+        lib.rf_tracker_trust_bitmaps(self._tracker)
+
     def complete(self) -> None:
         """The migration completed: every record ends."""
         lib.rf_tracker_complete(self._tracker)

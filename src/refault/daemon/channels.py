@@ -57,7 +57,8 @@ class Channels:
         self._peer_inode = 0
         self._ending = trio.Lock()
         self._kept_by_qemu = False
-        self._told_foreign = False
+        self._told_foreign: set[str] = set()
+        """The addresses of which it was said that they are another VM's."""
         self._told_part = False
         self._scope = trio.CancelScope()
 
@@ -141,32 +142,31 @@ class Channels:
         passed = self.relay.passed()
         if passed.running:
             self._migration.postcopy_began = True
-        self._tell_foreign_pages()
         self._tell_not_kept()
         if passed.resumed and passed.resume_acknowledged and not (view.local.lost or view.far.lost):
             self._migration.feed(Event.RESUME_ACKNOWLEDGED)
         if view.local.lost:
             self._local_ended(view)
         elif view.far.lost:
+            if view.far is LegState.REFUSED:
+                self._tell_foreign()
             self._far_lost(view)
 
-    def _tell_foreign_pages(self) -> None:
-        if self.relay.foreign_pages() and not self._told_foreign:
-            self._told_foreign = True
-            endpoint = self._migration.endpoint
+    def _tell_foreign(self) -> None:
+        """The pump has cut the channel before RESUME: another VM's destination answered (replay.h)."""
+        migration = self._migration
+        where = migration.addresses.last
+        address = where.uri if where is not None else "the address"
+        migration.counters.last_error = f"{address} answers for another VM"
+        if address not in self._told_foreign:
+            self._told_foreign.add(address)
             log.error(
-                "%s: ALERT: the destination says it has pages that were never sent to it: is %s another VM's"
-                " address? Look at both guests before you trust them",
-                self._migration.name,
-                endpoint.uri if endpoint else "the address",
-            )
-
-    def _tell_not_kept(self) -> None:
-        if self.relay.kept is Kept.PART and not self._told_part:
-            self._told_part = True
-            log.warning(
-                "%s: no room for more page requests in the state file: a restart will not know all of them",
-                self._migration.name,
+                "%s: ALERT: %s answers for another VM: it has pages that were never sent to it. The channel"
+                " was cut before either guest was harmed. What to do: put the network or the address right;"
+                " refault goes on trying. If it is this VM's destination for sure, restart this refault: a new"
+                " one has not seen the whole stream and does not judge",
+                migration.name,
+                address,
             )
 
     def _local_ended(self, view: RelayView) -> None:

@@ -21,6 +21,11 @@ class Addresses:
         """Those that are not the first."""
         return [endpoint for endpoint in dict.fromkeys(self._alternatives) if endpoint != self.first]
 
+    @property
+    def last(self) -> Endpoint | None:
+        """The one tried last, or the first."""
+        return self._last
+
     def order(self) -> list[Endpoint]:
         """All of them, the next to be tried before the others."""
         choices = ([self.first] if self.first is not None else []) + self.alternatives

@@ -41,6 +41,7 @@ class Record:
 class BlockModel:
     forwarded: set[int] = field(default_factory=set)
     bitmap_on: int = 0
+    in_flight: set[int] = field(default_factory=set)
 
 
 class Model(RuleBasedStateMachine):
@@ -103,8 +104,17 @@ class Model(RuleBasedStateMachine):
     @rule()
     def lose(self) -> None:
         self.map.channel_lost(self.tick())
+        for block in self.blocks.values():  # what a handshake that came to nothing took out
+            block.forwarded |= block.in_flight
+            block.in_flight.clear()
         self.map.channel_begin(self.tick())
         self.channel += 1
+
+    @rule()
+    def handshake_over(self) -> None:
+        self.map.handshake_over()
+        for block in self.blocks.values():
+            block.in_flight.clear()
 
     @rule(name=NAMES, seed=st.integers(0, 1 << 30), chunk=st.integers(1, 9))
     def received(self, name: bytes, seed: int, chunk: int) -> None:
@@ -116,6 +126,7 @@ class Model(RuleBasedStateMachine):
         assert report.received == len(there)
         assert report.forwarded_not_received == len(block.forwarded - there)
         assert report.received_not_forwarded == len(there - block.forwarded)
+        block.in_flight |= block.forwarded - there
         block.forwarded &= there
         block.bitmap_on = self.channel
         left = []

@@ -15,6 +15,8 @@ import pytest
 from refault.channel.relay import LegState, Relay, RelayView
 from refault.migration.phase import Role
 
+from . import streams
+
 BLOCK = b"pc.ram"
 PAGE = 4096
 DEADLINE = 5.0
@@ -186,6 +188,11 @@ def test_what_the_destination_says_is_read_while_its_leg_is_held() -> None:
 def lose_with(ends: Ends, *requests: bytes) -> None:
     """A first channel in which these requests pass, and its loss."""
     ends.channel()
+    lose(ends, *requests)
+
+
+def lose(ends: Ends, *requests: bytes) -> None:
+    """These requests pass, and the channel is lost."""
     ends.host.sendall(b"".join(requests))
     read_exactly(ends.qemu, sum(map(len, requests)))
     ends.host.close()
@@ -228,6 +235,28 @@ def test_the_destinations_side_replays_what_was_lost_between_the_relays() -> Non
         ends.qemu.sendall(request(5 * PAGE, None))
         expected = request(5 * PAGE)  # of pc.ram, as the destination means it
         assert read_exactly(ends.host, len(expected)) == expected
+
+
+def test_a_bitmap_with_pages_that_were_never_sent_never_reaches_the_source_whole() -> None:
+    with relaying(Role.SOURCE) as ends:
+        ends.channel()
+        stream = streams.postcopy_stream()[:-1]
+        ends.qemu.sendall(stream)
+        read_exactly(ends.host, len(stream))
+        lose(ends, request(9 * PAGE))
+        foreign = received_bitmap({5, 9}, 64)
+        ends.channel(recovered=True)
+        ends.host.sendall(foreign + RESUME_ACK)
+        ends.until(lambda view: view.far is LegState.REFUSED)
+        assert read_exactly(ends.qemu, len(foreign) - 8) == foreign[:-8]
+        assert nothing_comes(ends.qemu)
+        ends.relay.close_channel(2)
+        ends.until(lambda view: view.local is LegState.CLOSED)
+        ends.channel(recovered=True)
+        handshake = received_bitmap(set(), 64) + RESUME_ACK
+        ends.host.sendall(handshake)
+        expected = handshake + request(9 * PAGE)
+        assert read_exactly(ends.qemu, len(expected)) == expected
 
 
 def test_a_forbidden_replay_is_not_made() -> None:

@@ -109,6 +109,7 @@ def test_any_chunking_gives_the_same_record(steps: list[tuple[str, bytes]], cuts
 
 def test_requests_and_answers() -> None:
     tracker = begun()
+    tracker.trust_bitmaps()  # page 5 is received though it has not passed
     tracker.backward(s.request(5 * PAGE, PAGE, RAM) + s.request(6 * PAGE, PAGE), 10)
     assert (tracker.stats().outstanding, Fact.REQUEST_SEEN in tracker.facts) == (2, True)
     tracker.channel_lost(30)
@@ -120,7 +121,7 @@ def test_requests_and_answers() -> None:
     tracker.backward(s.message(6, b"\0\0\0\1"), 70)
     assert tracker.channel_facts == (
         Fact.RECV_BITMAP_ASKED | Fact.RECV_BITMAP_SENT | Fact.RESUME_SENT | Fact.RESUME_ACK_PASSED
-    ) | (tracker.channel_facts & Fact.FOREIGN_PAGES)
+    )
     assert [request.start for request in tracker.to_replay()] == [6 * PAGE]
     tracker.forward(s.part() + s.page(6 * PAGE, RAM), 80)
     assert (tracker.stats().outstanding, tracker.stats().recorded) == (0, 1)
@@ -135,6 +136,27 @@ def test_a_received_bitmap_of_another_vm_is_noticed() -> None:
     assert Fact.FOREIGN_PAGES not in tracker.facts
     tracker.backward(s.received(RAM, bitmap(0, 1, 2, 40)), 3)
     assert Fact.FOREIGN_PAGES in tracker.facts & tracker.channel_facts
+
+
+def test_a_foreign_bitmap_confirms_nothing_and_the_right_one_is_known_after_it() -> None:
+    tracker = begun()
+    tracker.backward(s.request(5 * PAGE, PAGE, RAM) + s.request(6 * PAGE, PAGE), 2)
+    tracker.channel_begin(recovered=True, now=3)
+    tracker.backward(s.received(b"pc.bios", bytes(8)) + s.received(RAM, bitmap(5, 6, 40)), 4)
+    assert Fact.FOREIGN_PAGES in tracker.channel_facts
+    tracker.channel_lost(5)
+    tracker.channel_begin(recovered=True, now=6)
+    tracker.backward(s.received(RAM, bitmap(0, 1, 2)) + s.received(b"pc.bios", bitmap(0)), 7)
+    assert Fact.FOREIGN_PAGES not in tracker.channel_facts
+    assert [request.start for request in tracker.to_replay()] == [5 * PAGE, 6 * PAGE]
+
+
+def test_bitmaps_that_are_trusted_are_never_foreign() -> None:
+    tracker = begun()
+    tracker.trust_bitmaps()
+    tracker.channel_begin(recovered=True, now=2)
+    tracker.backward(s.received(RAM, bitmap(0, 1, 2, 40)), 3)
+    assert Fact.FOREIGN_PAGES not in tracker.facts
 
 
 def test_without_the_whole_stream_no_bitmap_is_called_foreign() -> None:
