@@ -13,11 +13,11 @@
 
 /* cffi: begin */
 enum rf_leg_state {
-    RF_LEG_NONE = 0,   /* never attached */
-    RF_LEG_OPEN = 1,   /* both directions live */
-    RF_LEG_ENDED = 2,  /* the peer closed it in order (end of file) */
-    RF_LEG_FAILED = 3, /* it broke; its error says how */
-    RF_LEG_CLOSED = 4, /* we closed it */
+    RF_LEG_NONE = 0,    /* never attached */
+    RF_LEG_OPEN = 1,    /* both directions live */
+    RF_LEG_ENDED = 2,   /* the peer closed it in order (end of file) */
+    RF_LEG_FAILED = 3,  /* it broke; its error says how */
+    RF_LEG_CLOSED = 4,  /* we closed it */
     RF_LEG_REFUSED = 5, /* likewise, for its other end is another VM's (replay.h) */
 };
 /* cffi: end */

@@ -112,8 +112,8 @@ int rf_pagemap_discarded(struct rf_pagemap *map, uint32_t block, uint64_t start,
  * answers a request. */
 void rf_pagemap_forward_unseen(struct rf_pagemap *map);
 
-/* Where the recovery handshake was not over, its received bitmaps count for nothing: what was in flight before
- * it may have been received after all. RF_NO_MEMORY: not all of that could be noted. */
+/* Where the recovery handshake was not over, its received bitmaps count for nothing: what was in flight
+ * before it may have been received after all. RF_NO_MEMORY: not all of that could be noted. */
 int rf_pagemap_channel_lost(struct rf_pagemap *map, uint64_t now);
 void rf_pagemap_channel_begin(struct rf_pagemap *map, uint64_t now);
 

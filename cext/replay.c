@@ -117,8 +117,7 @@ void rf_replay_feed(struct rf_replay *replay, const uint8_t *buf, size_t len, ui
             case RF_RETURN_NONE:
                 break;
             case RF_RETURN_BITMAP_END:
-                replay->foreign =
-                    (rf_tracker_channel_facts(replay->tracker) & RF_FACT_FOREIGN_PAGES) != 0;
+                replay->foreign = (rf_tracker_channel_facts(replay->tracker) & RF_FACT_FOREIGN_PAGES) != 0;
                 if (!replay->foreign) {
                     pass_partial(replay);
                 }

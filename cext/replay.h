@@ -8,8 +8,8 @@
  *  - the next REQ_PAGES after one of ours, which carries no block name, is given the one it means, for the
  * source now remembers another (migration/ram.c, ram_save_queue_pages, last_req_rb).
  *
- * A received bitmap that is another VM's (RF_FACT_FOREIGN_PAGES) is never passed whole: its end and all behind
- * it is dropped, so that the source cannot send RESUME, and the caller is to end the channel.
+ * A received bitmap that is another VM's (RF_FACT_FOREIGN_PAGES) is never passed whole: its end and all
+ * behind it is dropped, so that the source cannot send RESUME, and the caller is to end the channel.
  *
  * Both sides replay. A request that was lost between the relays is on record at the destination's side alone;
  * one that was lost between the source's relay and a QEMU that died, or whose answer was, may be on record at

@@ -375,7 +375,8 @@ static void bitmap_end(struct rf_tracker *tracker) {
         note(tracker, RF_FACT_FOREIGN_PAGES);
         rf_pagemap_bitmap_disown(tracker->map);
     } else {
-        (void)rf_pagemap_bitmap_end(tracker->map, &report); /* RF_UNKNOWN_BLOCK: it was refused at its begin */
+        (void)rf_pagemap_bitmap_end(tracker->map,
+                                    &report); /* RF_UNKNOWN_BLOCK: it was refused at its begin */
     }
 }
 

@@ -82,9 +82,9 @@ void rf_tracker_preempt_forward(struct rf_tracker *tracker, const uint8_t *bytes
                                 uint64_t now);
 
 /*
- * From any thread: no received bitmap is taken for another VM's. For the destination's side, whose bitmaps are
- * its own QEMU's, and for a VM with virtio-mem: its destination marks an unplugged page that is touched as
- * received, though it never is sent (migration/postcopy-ram.c, postcopy_request_page).
+ * From any thread: no received bitmap is taken for another VM's. For the destination's side, whose bitmaps
+ * are its own QEMU's, and for a VM with virtio-mem: its destination marks an unplugged page that is touched
+ * as received, though it never is sent (migration/postcopy-ram.c, postcopy_request_page).
  */
 void rf_tracker_trust_bitmaps(struct rf_tracker *tracker);
 

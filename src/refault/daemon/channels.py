@@ -163,10 +163,18 @@ class Channels:
             log.error(
                 "%s: ALERT: %s answers for another VM: it has pages that were never sent to it. The channel"
                 " was cut before either guest was harmed. What to do: put the network or the address right;"
-                " refault goes on trying. If it is this VM's destination for sure, restart this refault: a new"
-                " one has not seen the whole stream and does not judge",
+                " refault goes on trying. If it is this VM's destination for sure, restart this refault: a"
+                " new one has not seen the whole stream and does not judge",
                 migration.name,
                 address,
+            )
+
+    def _tell_not_kept(self) -> None:
+        if self.relay.kept is Kept.PART and not self._told_part:
+            self._told_part = True
+            log.warning(
+                "%s: no room for more page requests in the state file: a restart will not know all of them",
+                self._migration.name,
             )
 
     def _local_ended(self, view: RelayView) -> None:
