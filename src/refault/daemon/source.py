@@ -13,10 +13,11 @@ from refault.daemon.far_dial import connect_any
 from refault.daemon.local import hand_over, take_back
 from refault.daemon.migration import Migration, inet_of, is_error
 from refault.daemon.monitor import Answer, Forward, MonitorLost, QmpError, WatchedCommand
-from refault.daemon.vm_state import words
+from refault.daemon.vm_state import QUERY_TIMEOUT, words
 from refault.migration.endpoint import Endpoint, Inet, endpoint_of, with_descriptor
 from refault.migration.phase import Role
 from refault.migration.recovery import Event, State
+from refault.migration.relayable import has_virtio_mem
 from refault.migration.versions import abilities
 
 log = logging.getLogger("refault.migration")
@@ -45,6 +46,8 @@ class Source:
         if migration.channels is not None:
             try:
                 endpoint = inet_of(migration.endpoint)
+                if await self._may_receive_unsent():
+                    migration.channels.relay.trust_bitmaps()
                 name = await self._join(migration.channels, [endpoint], recovered=False)
             except (AttemptFailed, OSError) as error:
                 log.warning("%s: migrate refused: %s", migration.name, error)
@@ -55,6 +58,14 @@ class Source:
             else:
                 return Forward(with_descriptor(command.arguments, name), on_reply=self._watch_reply)
         return Forward(on_reply=self._watch_reply)
+
+    async def _may_receive_unsent(self) -> bool:
+        """Whether the destination may rightly have pages that were never sent (cext/tracker.h)."""
+        try:
+            devices = await self._migration.vm.monitor.execute("query-memory-devices", timeout=QUERY_TIMEOUT)
+        except QmpError:
+            return True
+        return has_virtio_mem(devices)
 
     async def _join(self, channels: Channels, endpoints: Sequence[Inet], *, recovered: bool) -> str:
         """Makes both legs and joins them; the name by which QEMU knows its end.

@@ -54,6 +54,13 @@ def why_not(
     return None
 
 
+def has_virtio_mem(reply: object) -> bool:
+    """Whether query-memory-devices' return value names a virtio-mem; True where it cannot be read."""
+    if not isinstance(reply, list):
+        return True
+    return any(not isinstance(device, Mapping) or device.get("type") == "virtio-mem" for device in reply)
+
+
 def why_not_recoverable(enabled: Iterable[str]) -> str | None:
     """Why QEMU could not recover this migration's postcopy (DESIGN, 6); None where it could."""
     on = set(enabled)

@@ -1,5 +1,7 @@
+import pytest
+
 from refault.migration.endpoint import Inet, Other
-from refault.migration.relayable import enabled_capabilities, why_not, why_not_recoverable
+from refault.migration.relayable import enabled_capabilities, has_virtio_mem, why_not, why_not_recoverable
 
 HERE = Inet("127.0.0.1", 4444)
 
@@ -26,3 +28,17 @@ def test_capabilities_are_read_from_qemus_answer() -> None:
     reply = [{"capability": "xbzrle", "state": False}, {"capability": "events", "state": True}]
     assert enabled_capabilities(reply) == {"events"}
     assert enabled_capabilities(None) == frozenset()
+
+
+@pytest.mark.parametrize(
+    ("reply", "has"),
+    [
+        ([], False),
+        ([{"type": "dimm", "data": {}}], False),
+        ([{"type": "dimm"}, {"type": "virtio-mem", "data": {}}], True),
+        ({}, True),
+        ([3], True),
+    ],
+)
+def test_virtio_mem_is_seen_and_what_cannot_be_read_counts_as_it(reply: object, has: bool) -> None:
+    assert has_virtio_mem(reply) is has
