@@ -17,7 +17,7 @@ from refault.lab.driver import RefaultDriver, refault_driver
 from refault.lab.guest import Guest
 from refault.lab.memory import compare
 from refault.lab.process import started
-from refault.lab.qemu import Pair, start_pair
+from refault.lab.qemu import DEFAULT_BINARY, Pair, PairOptions, start_pair
 
 pytestmark = [pytest.mark.qemu, pytest.mark.timeout(90)]
 
@@ -35,11 +35,11 @@ sys.exit(main())
 
 @asynccontextmanager
 async def fronted(
-    directory: Path, command: Sequence[str] = REFAULT
+    directory: Path, command: Sequence[str] = REFAULT, binary: str = DEFAULT_BINARY
 ) -> AsyncIterator[tuple[Pair, Channel, RefaultDriver]]:
     """A pair of QEMUs with a refault in front of each, and clients at those."""
     async with (
-        start_pair(GUEST, directory) as pair,
+        start_pair(GUEST, directory, PairOptions(binary, binary)) as pair,
         start_channel(directory, free_port()) as channel,
         refault_driver(pair, channel, directory, command=command) as driver,
     ):

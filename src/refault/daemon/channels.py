@@ -162,9 +162,9 @@ class Channels:
             self._told_foreign.add(address)
             log.error(
                 "%s: ALERT: %s answers for another VM: it has pages that were never sent to it. The channel"
-                " was cut before either guest was harmed. What to do: put the network or the address right;"
-                " refault goes on trying. If it is this VM's destination for sure, restart this refault: a"
-                " new one has not seen the whole stream and does not judge",
+                " was cut before it could be resumed. What to do: put the network or the address right; from"
+                " QEMU 8.2 on refault goes on trying. If it is this VM's destination for sure, restart this"
+                " refault: a new one has not seen the whole stream and does not judge",
                 migration.name,
                 address,
             )
