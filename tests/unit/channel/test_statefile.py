@@ -160,12 +160,13 @@ def bulk(tracker: Tracker, draw: random.Random, now: int) -> None:
             handshake(tracker, set(draw.sample(range(64), 30)), now)
 
 
-def run_until_killed(fd: int, shared: mmap.mmap, seed: int) -> None:
+def run_until_killed(fd: int, counts: memoryview, seed: int) -> None:
+    """`counts`: operations begun and done, by one store each (struct.pack_into zeroes a word first)."""
     tracker, draw = writer(fd), random.Random(seed)
     for number in range(1, 1 << 30):
-        struct.pack_into("=Q", shared, 0, number)
+        counts[0] = number
         bulk(tracker, draw, number + 10)
-        struct.pack_into("=Q", shared, 8, number)
+        counts[1] = number
 
 
 def in_a_child(run: Callable[[], None]) -> int:
@@ -183,14 +184,14 @@ def test_a_kill_leaves_an_operation_under_way_done_or_not_begun() -> None:
     draw = random.Random(5)
     under_way = 0
     for seed in range(40):
-        fd, shared = os.memfd_create("state"), mmap.mmap(-1, 16)
-        child = in_a_child(partial(run_until_killed, fd, shared, seed))
-        while struct.unpack_from("=Q", shared, 8)[0] < 3:
+        fd, counts = os.memfd_create("state"), memoryview(mmap.mmap(-1, 16)).cast("Q")
+        child = in_a_child(partial(run_until_killed, fd, counts, seed))
+        while counts[1] < 3:
             time.sleep(0.0001)
         time.sleep(draw.uniform(0, 0.004))
         os.kill(child, signal.SIGKILL)
         os.waitpid(child, 0)
-        begun, done = struct.unpack_from("=QQ", shared)
+        begun, done = counts
         scratch = os.memfd_create("model")
         model, again = writer(scratch), random.Random(seed)
         for number in range(1, done + 1):
