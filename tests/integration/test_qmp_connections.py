@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import json
 import os
 import socket
 import stat
@@ -35,6 +36,19 @@ async def until(condition: Any, seconds: float = 10) -> None:
     with trio.fail_after(seconds):
         while not condition():
             await trio.sleep(0.01)
+
+
+GREETING = (
+    b"%s\r\n"
+    % json.dumps(
+        {
+            "QMP": {
+                "version": {"qemu": {"micro": 0, "minor": 2, "major": 7}, "package": ""},
+                "capabilities": [],
+            }
+        }
+    ).encode()
+)
 
 
 def listening(path: Path) -> socket.socket:
@@ -225,6 +239,28 @@ async def test_a_client_that_is_gone_while_it_is_not_read_from() -> None:
                 await clients_gone(monitor)
 
 
+async def test_qemu_stops_talking_while_it_does_not_read() -> None:
+    """Bytes wait to be sent to it when its end of file comes: the connection is made anew."""
+    with directory() as path, listening(path / "qemu") as qemu:
+        async with refault(path / "qemu", path / "front") as monitor:
+            connection, _ = await trio.to_thread.run_sync(qemu.accept)
+            with connection:
+                connection.sendall(GREETING)
+                asked = json.loads(await trio.to_thread.run_sync(connection.recv, 4096))
+                connection.sendall(json.dumps({"return": {}, "id": asked["id"]}).encode() + b"\r\n")
+                await until(lambda: monitor.qemu)
+                async with negotiated(path / "front") as client:
+                    for _ in range(2):
+                        await client.send(
+                            b'{"execute": "getfd", "arguments": {"name": "%s"}}' % (b"x" * 400_000)
+                        )
+                    await until(lambda: (wire := monitor._upstream._wire) and wire.backlog)
+                    connection.shutdown(socket.SHUT_WR)
+                    await until(lambda: not monitor.qemu)
+            connection, _ = await trio.to_thread.run_sync(qemu.accept)
+            connection.close()
+
+
 # what is not as it should be: one clear line each
 
 
@@ -246,7 +282,7 @@ async def test_something_else_than_qmp(answer: bytes, caplog: pytest.LogCaptureF
 
 
 async def test_silence(caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("refault.daemon.monitor._GREETING_TIMEOUT", 0.1)
+    monkeypatch.setattr("refault.daemon.upstream._GREETING_TIMEOUT", 0.1)
     with directory() as path, listening(path / "qemu"):
         async with refault(path / "qemu", path / "front") as monitor:
             await until(lambda: caplog.records)

@@ -66,3 +66,12 @@ async def dial(address: Address, timeout: float) -> socket.socket:  # noqa: ASYN
         except BaseException:
             sock.close()
             raise
+
+
+def why(error: BaseException) -> str:
+    """What `dial` failed with, for a line in the log."""
+    if isinstance(error, trio.TooSlowError):
+        return "it does not accept"
+    if isinstance(error, OSError) and error.strerror:
+        return error.strerror
+    return str(error)

@@ -1,0 +1,253 @@
+"""The clients of one QEMU's monitor: accepted or dialled, read from, sent to, and let go."""
+
+from __future__ import annotations
+
+import errno
+import logging
+import select
+import socket
+from collections.abc import Callable, Sequence
+
+import trio
+
+from refault.daemon.address import Address
+from refault.daemon.dial import dial, prepare, why
+from refault.daemon.listener import Bound
+from refault.daemon.wire import Wire
+from refault.qmp.multiplexer import Multiplexer
+from refault.qmp.session import Client, Limits
+
+log = logging.getLogger("refault.qmp")
+
+_READ = 4 << 10
+_READ_MORE = 64 << 10
+"""Bytes to read from a client at a time, and while it is in the midst of a longer message."""
+_ONE_FD = socket.CMSG_LEN(4)
+"""Room for one descriptor: the kernel closes the others, as QEMU would."""
+_CONNECT_TIMEOUT = 10.0
+_CLOSE_TIMEOUT = 5.0
+_FINISH_TIMEOUT = 0.3
+_HANG_UP_CHECK = 1.0
+_BACKOFF = (0.05, 1.0)
+
+
+class Clients:
+    """Every client of one monitor. `flush` sends what the core has to say, to whomever."""
+
+    def __init__(self, name: str, core: Multiplexer, limits: Limits, flush: Callable[[], None]) -> None:
+        self.total = 0
+        """Clients since the start."""
+        self._name = name
+        self._core = core
+        self._limits = limits
+        self._flush_all = flush
+        self._paused: set[Client] = set()
+        self._nursery: trio.Nursery
+
+    async def run(self, listeners: Sequence[Bound], managers: Sequence[Address]) -> None:
+        """Serves those who come to `listeners`, and dials `managers`, until cancelled."""
+        async with trio.open_nursery() as nursery:
+            self._nursery = nursery
+            for listener in listeners:
+                if not _is_local(listener.address):
+                    log.warning(
+                        "%s: whoever can reach %s controls the VM; prefer a unix socket",
+                        self._name,
+                        listener.address,
+                    )
+                nursery.start_soon(self._accept, listener)
+            for address in managers:
+                nursery.start_soon(self._dial_manager, address)
+
+    def flush(self) -> None:
+        """Sends what goes at once of what the core has for clients; the rest waits for tasks."""
+        core = self._core
+        dirty, core.dirty = core.dirty, []
+        for client in dirty:
+            self._flush(client)
+
+    def resume(self) -> None:
+        """Those who sent too much are read from again, where their queue is short enough by now."""
+        if not self._paused:
+            return
+        for client in [client for client in self._paused if client.resumable]:
+            self._paused.discard(client)
+            wake = _wire(client).wake
+            if wake is not None:
+                wake.set()
+
+    def _flush(self, client: Client) -> None:
+        wire = _wire(client)
+        if client.overflow:
+            if client.connected and not wire.broken:
+                wire.broken = True
+                log.warning(
+                    "%s: client %d does not read its events and replies: disconnected with %d bytes unread",
+                    self._name,
+                    client.number,
+                    client.unsent,
+                )
+            wire.scope.cancel()
+            return
+        if out := client.out:
+            data = out[0] if len(out) == 1 else b"".join(out)
+            out.clear()
+            waiting = bool(wire.backlog)
+            wire.backlog.append((memoryview(data), -1))
+            if not waiting:
+                client.unsent -= wire.flush()
+                if wire.backlog:
+                    self._nursery.start_soon(self._drain, client, wire)
+        if client.closing:
+            if not wire.backlog:
+                wire.scope.cancel()
+            elif wire.scope.deadline == float("inf"):
+                wire.scope.deadline = trio.current_time() + _CLOSE_TIMEOUT
+
+    async def _drain(self, client: Client, wire: Wire) -> None:
+        while wire.backlog and not wire.broken:
+            if not await wire.writable():
+                return
+            client.unsent -= wire.flush()
+        self._core.dirty.append(client)
+        self._flush_all()
+
+    async def _accept(self, listener: Bound) -> None:
+        while True:
+            await trio.lowlevel.wait_readable(listener.sock)
+            try:
+                sock, _ = listener.sock.accept()
+            except BlockingIOError:
+                continue
+            except OSError as error:
+                if error.errno in (errno.EMFILE, errno.ENFILE, errno.ENOBUFS, errno.ENOMEM):
+                    log.error(
+                        "%s: cannot accept a client at %s: %s", self._name, listener.address, error.strerror
+                    )
+                    await trio.sleep(0.5)
+                continue
+            self._nursery.start_soon(self._serve, prepare(sock))
+
+    async def _dial_manager(self, address: Address) -> None:
+        delay, most = _BACKOFF
+        complained = False
+        while True:
+            try:
+                sock = await dial(address, _CONNECT_TIMEOUT)
+            except (OSError, trio.TooSlowError) as error:
+                if not complained:
+                    log.warning("%s: no manager at %s yet: %s", self._name, address, why(error))
+                    complained = True
+                await trio.sleep(delay)
+                delay = min(2 * delay, most)
+                continue
+            delay, complained = _BACKOFF[0], False
+            await self._serve(sock)
+            await trio.sleep(delay)
+
+    async def _serve(self, sock: socket.socket) -> None:
+        """One client's connection, from greeting to close."""
+        with sock, trio.CancelScope() as scope:
+            if len(self._core.clients) >= self._limits.clients:
+                log.warning(
+                    "%s: a client more than the %d allowed is refused", self._name, self._limits.clients
+                )
+                return
+            wire = Wire(sock, scope)
+            client = self._core.join(wire)
+            self.total += 1
+            try:
+                self._flush_all()
+                await self._read_client(client, wire)
+            except OSError:
+                pass
+            except Exception:
+                log.exception("%s: internal error; client %d is disconnected", self._name, client.number)
+            finally:
+                self._paused.discard(client)
+                if wire.backlog and not wire.broken:
+                    await self._finish(client, wire)
+                wire.broken = True
+                self._core.leave(client)
+                trio.lowlevel.notify_closing(sock)
+                self._flush_all()
+
+    async def _finish(self, client: Client, wire: Wire) -> None:
+        """Has a message that is sent in part sent whole, if the client reads it at all."""
+        with trio.move_on_after(_FINISH_TIMEOUT, shield=True):
+            await self._drain(client, wire)
+
+    async def _read_client(self, client: Client, wire: Wire) -> None:
+        sock, core, splitter = wire.sock, self._core, client.splitter
+        passes_fds = sock.family == socket.AF_UNIX
+        while True:
+            await trio.lowlevel.wait_readable(sock)
+            fd = -1
+            size = _READ if splitter.held < _READ else _READ_MORE
+            try:
+                if passes_fds:
+                    data, ancillary, _, _ = sock.recvmsg(size, _ONE_FD, socket.MSG_CMSG_CLOEXEC)
+                    if ancillary:
+                        fd = _descriptor(ancillary)
+                else:
+                    data = sock.recv(size)
+            except BlockingIOError:
+                continue
+            if not data:
+                if _hung_up(sock):
+                    return
+                core.half_close(client)
+                self._flush_all()
+                while True:
+                    await trio.sleep(_HANG_UP_CHECK)
+                    if _hung_up(sock):
+                        return
+            core.receive(client, data, fd)
+            self._flush_all()
+            while splitter.more or client.paused:
+                if client.paused:
+                    if not await self._until_resumable(client, wire):
+                        return
+                else:
+                    await trio.lowlevel.checkpoint()
+                    core.receive(client, b"")
+                    self._flush_all()
+
+    async def _until_resumable(self, client: Client, wire: Wire) -> bool:
+        """Waits; False if the client is gone meanwhile, which reading would have told."""
+        self._paused.add(client)
+        wire.wake = trio.Event()
+        while True:
+            with trio.move_on_after(_HANG_UP_CHECK):
+                await wire.wake.wait()
+                return True
+            if _hung_up(wire.sock):
+                return False
+
+
+def _wire(client: Client) -> Wire:
+    wire = client.transport
+    assert isinstance(wire, Wire)  # noqa: S101 - nobody else gives clients one
+    return wire
+
+
+def _is_local(address: Address) -> bool:
+    return address.path is not None or address.host in ("localhost", "::1") or address.host.startswith("127.")
+
+
+def _descriptor(ancillary: list[tuple[int, int, bytes]]) -> int:
+    """The descriptor in what recvmsg returned, or -1."""
+    for level, kind, data in ancillary:
+        if level == socket.SOL_SOCKET and kind == socket.SCM_RIGHTS and len(data) >= 4:
+            return int.from_bytes(data[:4], "little" if _LITTLE else "big", signed=True)
+    return -1
+
+
+_LITTLE = socket.htons(1) != 1
+
+
+def _hung_up(sock: socket.socket) -> bool:
+    """Whether the peer, having closed its sending side, has closed altogether."""
+    poll = select.poll()
+    poll.register(sock, 0)
+    return any(events & (select.POLLHUP | select.POLLERR) for _, events in poll.poll(0))

@@ -1,0 +1,170 @@
+"""The connection to one QEMU's monitor: made, kept, read from, sent to, and made again."""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import os
+import socket
+from collections.abc import Awaitable, Callable
+
+import trio
+
+from refault.daemon.address import Address
+from refault.daemon.dial import Peer, dial, peer_of, prepare, why
+from refault.daemon.listener import Bound
+from refault.daemon.wire import Wire
+from refault.qmp.multiplexer import Multiplexer, NotQmpError
+
+log = logging.getLogger("refault.qmp")
+
+_READ = 64 << 10
+_CONNECT_TIMEOUT = 10.0
+_GREETING_TIMEOUT = 10.0
+_BACKOFF = (0.05, 1.0)
+
+
+class Upstream:
+    """One connection at a time. `flush` sends what the core has to say, to whomever; `lost` is called once
+    for each connection, when it is over.
+    """
+
+    def __init__(
+        self,
+        name: str,
+        address: Address,
+        core: Multiplexer,
+        *,
+        flush: Callable[[], None],
+        lost: Callable[[], None],
+    ) -> None:
+        self.peer = Peer(None, None)
+        """Who is at the other end."""
+        self._name = name
+        self._address = address
+        self._core = core
+        self._flush_all = flush
+        self._lost = lost
+        self._wire: Wire | None = None
+        self._connection: trio.Nursery | None = None
+        self._last_complaint = ""
+
+    async def run(self, listener: Bound | None) -> None:
+        """Connects, again and again, until cancelled; `listener` is where QEMU dials us, if it does."""
+        delay, most = _BACKOFF
+        while True:
+            try:
+                sock = await self._reach(listener)
+                await self._converse(sock)
+                delay = _BACKOFF[0]
+            except NotQmpError as error:
+                self._complain(f"what answers at {self._address} is no QMP monitor: {error}")
+                delay = most
+            except trio.TooSlowError:
+                self._complain(
+                    f"nothing answers at {self._address}: another client may hold the monitor; detach it,"
+                    " or name a monitor of its own for refault"
+                )
+            except OSError as error:
+                self._complain(f"no QEMU at {self._address} yet: {why(error)}")
+            await trio.sleep(delay)
+            delay = min(1.5 * delay, most)
+
+    def ready(self) -> None:
+        """Commands can be sent: what was complained of before is over."""
+        self._last_complaint = ""
+
+    def start_soon(self, task: Callable[..., Awaitable[object]], *args: object) -> None:
+        """Starts a task that ends with the connection."""
+        assert self._connection is not None  # noqa: S101 - there is one
+        self._connection.start_soon(task, *args)
+
+    def flush(self) -> None:
+        """Sends what goes at once of what the core has for QEMU; the rest waits for a task."""
+        core = self._core
+        out, core.upstream_out = core.upstream_out, []
+        if not out:
+            return
+        wire = self._wire
+        if wire is None:
+            for _, fd in out:
+                if fd >= 0:
+                    os.close(fd)
+            return
+        waiting = bool(wire.backlog)
+        if len(out) == 1 or any(fd >= 0 for _, fd in out):
+            wire.backlog.extend((memoryview(data), fd) for data, fd in out)
+        else:
+            wire.backlog.append((memoryview(b"".join([data for data, _ in out])), -1))
+        if not waiting:
+            wire.flush()
+            if wire.backlog:
+                self.start_soon(self._drain, wire)
+
+    async def _drain(self, wire: Wire) -> None:
+        while wire.backlog and await wire.writable():
+            wire.flush()
+
+    def _complain(self, text: str) -> None:
+        """One line for each new trouble, not for each attempt."""
+        if text != self._last_complaint:
+            log.warning("%s: %s", self._name, text)
+            self._last_complaint = text
+
+    async def _reach(self, listener: Bound | None) -> socket.socket:
+        if listener is None:
+            return await dial(self._address, _CONNECT_TIMEOUT)
+        while True:
+            await trio.lowlevel.wait_readable(listener.sock)
+            with contextlib.suppress(BlockingIOError):
+                sock, _ = listener.sock.accept()
+                return prepare(sock)
+
+    async def _converse(self, sock: socket.socket) -> None:
+        """One connection to QEMU, from its greeting to its end."""
+        core = self._core
+        try:
+            with sock:
+                self.peer = peer_of(sock)
+                core.upstream_connected(b'"refault-%s"' % os.urandom(6).hex().encode())
+                trouble: Exception | None = None
+                async with trio.open_nursery() as nursery:
+                    self._connection = nursery
+                    self._wire = Wire(sock, nursery.cancel_scope)
+                    try:
+                        with trio.fail_after(_GREETING_TIMEOUT) as greeting:
+                            await self._read(sock, greeting)
+                    except (NotQmpError, trio.TooSlowError) as error:
+                        trouble = error  # outside of the nursery, which would wrap it
+                    except Exception:
+                        log.exception("%s: internal error; the connection to QEMU is made anew", self._name)
+                    finally:
+                        trio.lowlevel.notify_closing(sock)
+                        nursery.cancel_scope.cancel()
+                if trouble:
+                    raise trouble
+        finally:
+            self._lose()
+
+    async def _read(self, sock: socket.socket, greeting: trio.CancelScope) -> None:
+        core = self._core
+        while True:
+            await trio.lowlevel.wait_readable(sock)
+            try:
+                data = sock.recv(_READ)
+            except BlockingIOError:
+                continue
+            except ConnectionError:
+                return
+            if not data:
+                return
+            core.receive_upstream(data)
+            if core.greeting:
+                greeting.deadline = float("inf")
+            self._flush_all()
+
+    def _lose(self) -> None:
+        wire, self._wire, self._connection = self._wire, None, None
+        if wire is not None:
+            wire.discard()
+        self._lost()

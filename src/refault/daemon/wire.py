@@ -1,0 +1,87 @@
+"""A connection's sending side: what does not go at once waits for a task."""
+
+from __future__ import annotations
+
+import os
+import socket
+from collections import deque
+
+import trio
+
+_FLAGS = socket.MSG_NOSIGNAL | socket.MSG_DONTWAIT
+
+
+class Wire:
+    """Bytes and descriptors on their way into a socket.
+
+    The writer appends to `backlog` pairs of bytes and a descriptor (-1 for none) that goes with the first of
+    them and is the wire's from then on; calls `flush`, and while that leaves something, has one task `drain`.
+    """
+
+    __slots__ = ("backlog", "broken", "scope", "sock", "wake")
+
+    def __init__(self, sock: socket.socket, scope: trio.CancelScope) -> None:
+        self.sock = sock
+        self.scope = scope
+        """What ends with the connection."""
+        self.backlog: deque[tuple[memoryview, int]] = deque()
+        self.broken = False
+        """A broken connection takes everything and sends nothing."""
+        self.wake: trio.Event | None = None
+        """Set when a paused client may be read from again."""
+
+    def flush(self) -> int:
+        """Sends what goes at once; the number of bytes."""
+        total, backlog = 0, self.backlog
+        while backlog:
+            data, fd = backlog[0]
+            sent = self._send(data) if fd < 0 else self._send_fd(data, fd)
+            total += sent
+            if sent == len(data):
+                backlog.popleft()
+                continue
+            if sent:
+                backlog[0] = (data[sent:], -1)
+            break
+        return total
+
+    async def writable(self) -> bool:
+        """Waits until more can be sent; False if the socket is closed, or another task waits for it."""
+        try:
+            await trio.lowlevel.wait_writable(self.sock)
+        except (trio.ClosedResourceError, trio.BusyResourceError):
+            return False
+        return not self.broken
+
+    def discard(self) -> None:
+        """Drops what was not sent, and closes its descriptors."""
+        for _, fd in self.backlog:
+            if fd >= 0:
+                os.close(fd)
+        self.backlog.clear()
+
+    def _send(self, data: memoryview) -> int:
+        try:
+            return self.sock.send(data, _FLAGS)
+        except BlockingIOError:
+            return 0
+        except OSError:
+            return self._break(data)
+
+    def _send_fd(self, data: memoryview, fd: int) -> int:
+        try:
+            if self.sock.family == socket.AF_UNIX:
+                sent = socket.send_fds(self.sock, [data], [fd], _FLAGS)
+            else:  # QEMU says to the client that there is no descriptor
+                sent = self.sock.send(data, _FLAGS)
+        except BlockingIOError:
+            return 0
+        except OSError:
+            sent = self._break(data)
+        os.close(fd)
+        return sent
+
+    def _break(self, data: memoryview) -> int:
+        self.broken = True
+        self.scope.cancel()
+        return len(data)
