@@ -14,6 +14,7 @@ from refault.daemon.errors import OperatorError, operator_errors
 from refault.daemon.options import Patience, RunOptions
 from refault.daemon.paths import control_socket, make_default_directory, runtime_directory, state_directory
 
+_WEEK = 7 * 24 * 3600
 _URI = re.compile(r"[a-z][a-z0-9+.-]*:.")
 
 
@@ -64,6 +65,20 @@ def add_parser(subparsers: Any) -> None:
         help="without a relay, a postcopy that stands still for so long is paused; default: 15",
     )
     parser.add_argument(
+        "--client-wait",
+        type=_seconds,
+        metavar="SECONDS",
+        default=Patience.client_wait,
+        help="what a client that paused or recovers by hand is left before refault does it; default: 10",
+    )
+    parser.add_argument(
+        "--give-up-after",
+        type=_long_seconds,
+        metavar="SECONDS",
+        default=Patience.give_up_after,
+        help="make no further attempt for a loss that is so old; default: never give up",
+    )
+    parser.add_argument(
         "--metrics", type=_host_port, metavar="HOST:PORT", help="serve Prometheus metrics here"
     )
     parser.add_argument(
@@ -99,7 +114,12 @@ def run_options(arguments: argparse.Namespace) -> RunOptions:
         metrics=arguments.metrics,
         control=control,
         state_dir=arguments.state_dir or state_directory(),
-        patience=Patience(dead_after=arguments.dead_after, stall_after=arguments.stall_after),
+        patience=Patience(
+            dead_after=arguments.dead_after,
+            stall_after=arguments.stall_after,
+            client_wait=arguments.client_wait,
+            give_up_after=arguments.give_up_after,
+        ),
     )
 
 
@@ -164,14 +184,18 @@ def _uri(text: str) -> str:
     return text
 
 
-def _seconds(text: str) -> float:
+def _seconds(text: str, most: int = 3600) -> float:
     try:
         seconds = float(text)
     except ValueError:
         seconds = 0.0
-    if not 1 <= seconds <= 3600:
-        raise argparse.ArgumentTypeError(f"{text!r} is not a number of seconds from 1 to 3600")
+    if not 1 <= seconds <= most:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a number of seconds from 1 to {most}")
     return seconds
+
+
+def _long_seconds(text: str) -> float:
+    return _seconds(text, _WEEK)
 
 
 def _whole_seconds(text: str) -> int:

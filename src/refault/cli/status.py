@@ -101,6 +101,8 @@ def _vm_lines(vm: VmStatus, width: int) -> list[str]:
     ]
     if migration.held:
         facts.append(("HELD", migration.held))
+    if recovery.given_up:
+        facts.append(("GIVEN UP", "no further attempt for this loss; recover by hand, or restart refault"))
     facts += [
         ("channel", f"{_bytes(channel.bytes_forward)} forward, {_bytes(channel.bytes_return)} return path"),
         (

@@ -11,7 +11,7 @@ import trio
 from refault.daemon.channels import AttemptFailed
 from refault.daemon.monitor import MonitorLost, QmpError
 from refault.daemon.vm_state import QUERY_TIMEOUT, words
-from refault.migration.recovery import Action, Event, Recovery, State
+from refault.migration.recovery import Action, Event, Pace, Recovery, State
 
 if TYPE_CHECKING:
     from refault.daemon.migration import Migration
@@ -27,10 +27,12 @@ class Attempts:
     """The recovery of one migration, driven by its policy."""
 
     def __init__(self, migration: Migration) -> None:
-        self.policy = Recovery(jitter=random.random)
+        patience = migration.vm.patience
+        pace = Pace(client=patience.client_wait, give_up=patience.give_up_after)
+        self.policy = Recovery(pace, jitter=random.random)
         self._migration = migration
         self._scope: trio.CancelScope | None = None
-        self._timer_scope: trio.CancelScope | None = None
+        self._timers: dict[Event, trio.CancelScope] = {}
         self._one_at_a_time = trio.Lock()
         self._lost_at: float | None = None
         self._attempt_began = 0.0
@@ -55,23 +57,26 @@ class Attempts:
             case Action.COUNT_RECOVERY:
                 self._count_recovery()
             case Action.ATTEMPT:
-                self._cancel_timer()
+                self._cancel_timer(Event.TIMER)
                 self._attempt_began = trio.current_time()
                 self._scope = trio.CancelScope()
                 self._migration.vm.start_soon(self._attempt, self._scope)
             case Action.CANCEL_ATTEMPT:
                 self._cancel_attempt()
             case Action.TIMER_POLL | Action.TIMER_BACKOFF | Action.TIMER_CLIENT:
-                self._cancel_timer()
-                self._timer_scope = trio.CancelScope()
                 delay = self.policy.delay(action)
                 if action is Action.TIMER_BACKOFF:
                     delay = max(self.policy.pace.first_backoff, delay - self._since_attempt())
-                self._migration.vm.start_soon(self._timer, self._timer_scope, delay)
+                self._start_timer(Event.TIMER, delay)
+            case Action.TIMER_GIVE_UP:
+                self._start_timer(Event.OUT_OF_PATIENCE, self.policy.delay(action))
+            case Action.GIVE_UP:
+                self._cancel_timers()
+                self._tell_given_up()
             case Action.RESET_BACKOFF:
                 self._migration.addresses.recovered()
             case Action.CLEAN_UP:
-                self._cancel_timer()
+                self._cancel_timers()
                 self._migration.ended()
             case Action.STOP_GUEST:
                 self._migration.vm.start_soon(self._stop_guest)
@@ -102,17 +107,35 @@ class Attempts:
             counters.last_seconds = trio.current_time() - self._lost_at
             log.info("%s: recovered in %.3f s", self._migration.name, counters.last_seconds)
 
+    def _tell_given_up(self) -> None:
+        migration = self._migration
+        log.error(
+            "%s: ALERT: gave up after %g s (--give-up-after): no further attempt is made for this loss. Last"
+            " error: %s. What to do: keep both QEMUs running, the guest is split between them; put right what"
+            " the error names, then recover by hand (docs/running.md), or restart this refault, which begins"
+            " anew",
+            migration.name,
+            self.policy.pace.give_up,
+            migration.counters.last_error or "none, the other host did not come",
+        )
+
     async def _settle(self) -> None:
         try:
             await self._migration.procedure.settle()
         except (QmpError, MonitorLost, trio.TooSlowError, OSError) as error:
             log.warning("%s: could not ready the next recovery: %s", self._migration.name, words(error))
 
-    async def _timer(self, scope: trio.CancelScope, seconds: float) -> None:
+    def _start_timer(self, event: Event, seconds: float) -> None:
+        self._cancel_timer(event)
+        scope = self._timers[event] = trio.CancelScope()
+        self._migration.vm.start_soon(self._timer, event, scope, seconds)
+
+    async def _timer(self, event: Event, scope: trio.CancelScope, seconds: float) -> None:
         with scope:
             await trio.sleep(seconds)
-            self._timer_scope = None
-            self.feed(Event.TIMER)
+            if self._timers.get(event) is scope:  # else it was cancelled as it ran out
+                del self._timers[event]
+                self.feed(event)
 
     def path_changed(self) -> bool:
         """A path to the other host may be there again; False where none is waited for."""
@@ -123,17 +146,21 @@ class Attempts:
     def cancel(self) -> None:
         """Ends the attempt under way and the wait for the next one."""
         self._cancel_attempt()
-        self._cancel_timer()
+        self._cancel_timers()
 
     def _cancel_attempt(self) -> None:
         if self._scope is not None:
             self._scope.cancel()
             self._scope = None
 
-    def _cancel_timer(self) -> None:
-        if self._timer_scope is not None:
-            self._timer_scope.cancel()
-            self._timer_scope = None
+    def _cancel_timer(self, event: Event) -> None:
+        scope = self._timers.pop(event, None)
+        if scope is not None:
+            scope.cancel()
+
+    def _cancel_timers(self) -> None:
+        for event in list(self._timers):
+            self._cancel_timer(event)
 
     async def _attempt(self, scope: trio.CancelScope) -> None:
         outcome = None
@@ -157,11 +184,13 @@ class Attempts:
             if not isinstance(error, expected):
                 log.exception("%s: internal error in a recovery attempt", migration.name)
             migration.counters.last_error = words(error)
+            last = self.policy.state is State.GIVEN_UP
             log.warning(
-                "%s: recovery attempt %d failed: %s; trying again",
+                "%s: recovery attempt %d failed: %s; %s",
                 migration.name,
                 migration.counters.attempts,
                 migration.counters.last_error,
+                "it was the last" if last else "trying again",
             )
             return Event.ATTEMPT_FAILED
         return None

@@ -101,7 +101,10 @@ class Channels:
         """
         moved = -1
         deadline = 0.0
-        while self._migration.policy.state in (State.OPEN, State.HANDSHAKE) and not self.relay.closed:
+        going_on = (State.OPEN, State.HANDSHAKE, State.GIVEN_UP)
+        while self._migration.policy.state in going_on and not self.relay.closed:
+            if self.channel == self._ended:
+                return False
             view = self.relay.look()
             if view.forward_bytes + view.return_bytes != moved:
                 moved = view.forward_bytes + view.return_bytes

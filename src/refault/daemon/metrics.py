@@ -77,6 +77,7 @@ def families(status: Status) -> list[Metric]:
     attempts = counter("recovery_attempts", "Recoveries tried")
     recoveries = counter("recoveries", "Recoveries that brought QEMU back to postcopy-active")
     last = gauge("recovery_last_seconds", "The last recovery, from the noticed loss until postcopy-active")
+    given_up = gauge("recovery_given_up", "1 while a loss is given up: no further attempt is made for it")
     requested = counter("pages_requested", "Pages requested by the destination")
     repeated = counter("pages_repeated", "Requests that the destination QEMU made again by itself")
     arrived = counter("pages_arrived", "Requested pages that have passed the relay")
@@ -109,6 +110,7 @@ def families(status: Status) -> list[Metric]:
         recoveries.add_metric([vm.name], vm.recovery.recoveries)
         if vm.recovery.last_seconds is not None:
             last.add_metric([vm.name], vm.recovery.last_seconds)
+        given_up.add_metric([vm.name], vm.recovery.given_up)
         requested.add_metric([vm.name], vm.pages.requested)
         repeated.add_metric([vm.name], vm.pages.repeated)
         arrived.add_metric([vm.name], vm.pages.arrived)

@@ -8,6 +8,7 @@ from typing import Literal
 
 from refault.channel.relay import DEAD_AFTER_SECONDS
 from refault.daemon.address import Address
+from refault.migration.recovery import Pace
 
 
 @dataclass(frozen=True)
@@ -18,6 +19,10 @@ class Patience:
     """A relay's: the other host's silence in postcopy, though asked, before the channel counts as lost."""
     stall_after: float = 15.0
     """Without a relay: no progress in postcopy before it is paused."""
+    client_wait: float = Pace.client
+    """After a client's migrate-pause, or its command to recover, before refault does it."""
+    give_up_after: float = Pace.give_up
+    """From a loss until no further attempt is made for it; infinite: there is no giving up."""
 
 
 @dataclass(frozen=True)

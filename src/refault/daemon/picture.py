@@ -21,6 +21,7 @@ from refault.daemon.snapshot import (
 from refault.daemon.userfaultfd import Waiting, waiting
 from refault.daemon.vm_state import Counters, VmState
 from refault.migration.phase import Role
+from refault.migration.recovery import State
 
 LATENCY_BOUNDS = (
     0.0001, 0.00025, 0.0005, 0.001, 0.0025, 0.005, 0.01, 0.025, 0.05,
@@ -58,6 +59,7 @@ def picture(address: Address, info: QemuInfo | None, vm: VmState, migration: Mig
             recoveries=counters.recoveries,
             last_seconds=counters.last_seconds,
             last_error=counters.last_error,
+            given_up=migration is not None and migration.policy.state is State.GIVEN_UP,
         ),
         channel=_channel(counters, relay),
     )

@@ -117,6 +117,8 @@ class RecoveryStatus(msgspec.Struct, frozen=True, kw_only=True):
     """Last recovery: from the loss noticed to QEMU back in postcopy-active."""
     last_error: str | None = None
     """What the last failed attempt failed with; null after a recovery."""
+    given_up: bool = False
+    """The last loss is older than --give-up-after: no further attempt is made for it."""
 
 
 class ChannelStatus(msgspec.Struct, frozen=True, kw_only=True):

@@ -103,7 +103,7 @@ class Source:
         migration = self._migration
         log.info("%s: a client recovers the source by hand", migration.name)
         state = migration.policy.state
-        works = state is State.RUNNING and migration.cost_of_stopping() is not None
+        works = state in (State.RUNNING, State.GIVEN_UP) and migration.cost_of_stopping() is not None
         if works or state in (State.OPEN, State.HANDSHAKE, State.HELD):
             return Forward()
         migration.feed(Event.CLIENT_RECOVERS)

@@ -4,7 +4,8 @@ Rules
 - One loss is counted however many signals tell of it: the relay, the MIGRATION event, query-migrate.
 - An attempt begins only when none is pending, and it is the attempt that finds out whether QEMU has paused
 by now; until   then it ends NOT_YET and is made again soon, without growing the delay and without counting.
-- There is no giving up: the guest exists in no third place.
+- There is no giving up, for the guest exists in no third place, unless refault was told to: then the attempt
+under way is the last one for this loss. Who recovers it all the same, a client or the other host, is let.
 - A client that recovers by hand is right: its command cancels our attempt. A client that paused by hand is
 waited for.
 - A leg that may not be closed (legs.py) is HELD; it leaves that state when QEMU or more of the stream says
@@ -16,6 +17,7 @@ The states and all their transitions stand in `TABLE`; an event that a state has
 from __future__ import annotations
 
 import enum
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -32,6 +34,7 @@ class State(enum.Enum):
     YIELDED = "left to the client that paused"
     BY_CLIENT = "recovered by a client"
     HELD = "local leg held open"
+    GIVEN_UP = "given up: no further attempt for this loss"
     ENDED = "ended"
 
 
@@ -49,6 +52,7 @@ class Event(enum.Enum):
     ISSUED = "QEMU took the attempt's command"
     ATTEMPT_FAILED = "the attempt failed"
     TIMER = "the delay is over"
+    OUT_OF_PATIENCE = "the time after which a loss is given up is over"
     PATH_CHANGED = "a link, an address or a route of this host has changed"
     CLIENT_PAUSED = "a client's migrate-pause was accepted"
     CLIENT_RECOVERS = "a client's migrate-recover, or migrate with resume, is on its way"
@@ -68,6 +72,8 @@ class Action(enum.Enum):
     TIMER_POLL = "TIMER after the polling delay"
     TIMER_BACKOFF = "TIMER after the next back-off delay"
     TIMER_CLIENT = "TIMER after the delay that a client is given"
+    TIMER_GIVE_UP = "OUT_OF_PATIENCE after the time that was told, if one was; it runs beside the others"
+    GIVE_UP = "tell the operator; no timer runs on"
     RESET_BACKOFF = "the next back-off delay is the first again"
     QUICKEN_BACKOFF = "so too, in the middle of a recovery"
     CLEAN_UP = "close listeners, descriptors and the state file"
@@ -76,16 +82,17 @@ class Action(enum.Enum):
 
 S, E, A = State, Event, Action
 
+_LOSS = (A.COUNT_LOSS, A.TIMER_GIVE_UP)
 _RECOVERED = (A.COUNT_RECOVERY, A.RESET_BACKOFF, A.CANCEL_ATTEMPT)
 _AGAIN = (A.CANCEL_ATTEMPT, A.TIMER_BACKOFF)
 
 TABLE: dict[tuple[State, Event], tuple[State, tuple[Action, ...]]] = {
     (S.IDLE, E.STARTED): (S.RUNNING, (A.RESET_BACKOFF,)),
     (S.ENDED, E.STARTED): (S.RUNNING, (A.RESET_BACKOFF,)),
-    (S.RUNNING, E.CHANNEL_LOST): (S.WAITING, (A.COUNT_LOSS, A.TIMER_POLL)),
-    (S.RUNNING, E.PAUSED): (S.ATTEMPTING, (A.COUNT_LOSS, A.ATTEMPT)),
-    (S.RUNNING, E.LEG_HELD): (S.HELD, (A.COUNT_LOSS,)),
-    (S.RUNNING, E.CLIENT_PAUSED): (S.YIELDED, (A.COUNT_LOSS, A.TIMER_CLIENT)),
+    (S.RUNNING, E.CHANNEL_LOST): (S.WAITING, (*_LOSS, A.TIMER_POLL)),
+    (S.RUNNING, E.PAUSED): (S.ATTEMPTING, (*_LOSS, A.ATTEMPT)),
+    (S.RUNNING, E.LEG_HELD): (S.HELD, _LOSS),
+    (S.RUNNING, E.CLIENT_PAUSED): (S.YIELDED, (*_LOSS, A.TIMER_CLIENT)),
     (S.WAITING, E.TIMER): (S.ATTEMPTING, (A.ATTEMPT,)),
     (S.WAITING, E.PATH_CHANGED): (S.WAITING, (A.QUICKEN_BACKOFF, A.TIMER_BACKOFF)),
     # An attempt that was given up too early: QEMU took its command all the same.
@@ -127,9 +134,19 @@ TABLE: dict[tuple[State, Event], tuple[State, tuple[Action, ...]]] = {
     (S.BY_CLIENT, E.CHANNEL_LOST): (S.YIELDED, (A.TIMER_CLIENT,)),
     (S.BY_CLIENT, E.ATTEMPT_FAILED): (S.YIELDED, (A.TIMER_CLIENT,)),
     (S.BY_CLIENT, E.LEG_HELD): (S.HELD, ()),
-    (S.HELD, E.CHANNEL_LOST): (S.WAITING, (A.TIMER_POLL,)),
-    (S.HELD, E.PAUSED): (S.WAITING, (A.TIMER_POLL,)),
+    # Nothing can be tried while a leg is held, so the time after which a loss is given up begins here.
+    (S.HELD, E.CHANNEL_LOST): (S.WAITING, (A.TIMER_GIVE_UP, A.TIMER_POLL)),
+    (S.HELD, E.PAUSED): (S.WAITING, (A.TIMER_GIVE_UP, A.TIMER_POLL)),
+    (S.GIVEN_UP, E.CLIENT_RECOVERS): (S.GIVEN_UP, (A.CANCEL_ATTEMPT,)),
+    (S.GIVEN_UP, E.CHANNEL_LOST): (S.GIVEN_UP, (A.CANCEL_ATTEMPT,)),
+    (S.GIVEN_UP, E.LEG_HELD): (S.GIVEN_UP, (A.CANCEL_ATTEMPT,)),
+    (S.GIVEN_UP, E.ACTIVE): (S.RUNNING, _RECOVERED),
+    (S.GIVEN_UP, E.RESUME_ACKNOWLEDGED): (S.RUNNING, _RECOVERED),
 }
+
+# The attempt under way runs to its end, for QEMU may have its command.
+for _state in (S.WAITING, S.ATTEMPTING, S.OPEN, S.HANDSHAKE, S.YIELDED, S.BY_CLIENT):
+    TABLE[_state, E.OUT_OF_PATIENCE] = (S.GIVEN_UP, (A.GIVE_UP,))
 
 # Ends hold in every state that has a migration.
 for _state in set(State) - {S.IDLE, S.ENDED}:
@@ -148,6 +165,8 @@ class Pace:
     first_backoff: float = 0.02
     last_backoff: float = 2.0
     client: float = 10.0
+    give_up: float = math.inf
+    """From a loss until it is given up."""
 
 
 class Recovery:
@@ -180,6 +199,8 @@ class Recovery:
             return now
         if timer is Action.TIMER_CLIENT:
             return self.pace.client
+        if timer is Action.TIMER_GIVE_UP:
+            return self.pace.give_up
         now = self._backoff
         self._backoff = min(now * 2, self.pace.last_backoff)
         return now * (0.75 + 0.5 * self._jitter())

@@ -11,7 +11,7 @@ import pytest
 from refault.cli.main import build_parser, main
 from refault.cli.run import run_options
 from refault.daemon.address import parse_address
-from refault.daemon.options import RunOptions
+from refault.daemon.options import Patience, RunOptions
 
 MINIMAL = ["run", "--qemu", "/run/qemu/vm1", "--listen", "/run/vm1.qmp"]
 
@@ -43,6 +43,7 @@ def test_defaults() -> None:
 def test_everything_given() -> None:
     arguments = [*MINIMAL, "--listen", "tcp:0.0.0.0:4444", "--name", "web 7", "--relay", "off"]
     arguments += ["--recover-uri", "tcp:0.0.0.0:5001", "--recover-uri", "unix:/run/r"]
+    arguments += ["--client-wait", "30", "--give-up-after", "86400"]
     arguments += ["--metrics", "[::1]:9099", "--control", "/c", "--state-dir", "/s"]
     assert parsed(arguments) == RunOptions(
         name="web 7",
@@ -53,6 +54,7 @@ def test_everything_given() -> None:
         metrics=("::1", 9099),
         control=Path("/c"),
         state_dir=Path("/s"),
+        patience=Patience(client_wait=30, give_up_after=86400),
     )
 
 
@@ -80,6 +82,8 @@ def test_a_tcp_monitor_gives_a_name_too() -> None:
         ([*MINIMAL, "--name", "x" * 65], "at most 64 bytes"),
         ([*MINIMAL, "--recover-uri", "host"], "is not a migration URI"),
         ([*MINIMAL, "--recover-uri", "tcp:0:0"], "could not know it"),
+        ([*MINIMAL, "--client-wait", "0"], "from 1 to 3600"),
+        ([*MINIMAL, "--give-up-after", "never"], "from 1 to 604800"),
         ([*MINIMAL, "--metrics", "9099"], "is not HOST:PORT"),
         ([*MINIMAL, "--metrics", "host:http"], "is not HOST:PORT"),
         ([*MINIMAL, "--metrics", "host:70000"], "is not HOST:PORT"),

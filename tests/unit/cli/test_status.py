@@ -98,6 +98,7 @@ def test_lines_fit_the_terminal_and_tell_every_fact(width: int) -> None:
     for phrase in (
         "2 connected, 7 in all; 31 commands, 12 events; 1 dropped",
         "HELD the recovery handshake is under way",
+        "GIVEN UP no further attempt for this loss",
         "941.9 MiB forward, 4.22 KiB return path",
         "4 losses, 6 attempts, 3 recoveries, the last in 0.012 s; last error: QEMU said no",
         "p50 0.002 s, p99 0.031 s, max 1.25 s, of 110 answered requests",

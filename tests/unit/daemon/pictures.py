@@ -61,7 +61,7 @@ BUSY = VmStatus(
         p50=0.002, p99=0.031, max=1.25, count=110, sum=0.75, buckets=((0.001, 20), (0.01, 100), (1.0, 109))
     ),
     recovery=RecoveryStatus(
-        losses=4, attempts=6, recoveries=3, last_seconds=0.012, last_error="QEMU said no"
+        losses=4, attempts=6, recoveries=3, last_seconds=0.012, last_error="QEMU said no", given_up=True
     ),
     channel=ChannelStatus(bytes_forward=987654321, bytes_return=4321),
 )

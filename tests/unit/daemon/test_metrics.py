@@ -70,6 +70,8 @@ def test_values_are_those_of_the_status() -> None:
     assert value(text, "refault_relay_state", vm="vm1", state="opaque") == 1
     assert value(text, "refault_leg_held", vm="vm1") == 1
     assert value(text, "refault_leg_held", vm="vm2") == 0
+    assert value(text, "refault_recovery_given_up", vm="vm1") == 1
+    assert value(text, "refault_recovery_given_up", vm="vm2") == 0
     assert value(text, "refault_channel_bytes_total", vm="vm1", direction="forward") == 987654321
     assert value(text, "refault_channel_bytes_total", vm="vm1", direction="return") == 4321
     assert value(text, "refault_losses_total", vm="vm1") == 4

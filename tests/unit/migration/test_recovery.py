@@ -1,5 +1,6 @@
 """The policy: the table's reach, and the courses that matter."""
 
+import math
 from collections.abc import Iterable
 
 import pytest
@@ -123,6 +124,64 @@ def test_a_source_that_fails_after_postcopy_is_stopped_whatever_the_state() -> N
         policy = Recovery(jitter=lambda: 0.0)
         policy.state = state
         assert policy.handle(Event.FAILED_AFTER_POSTCOPY)[0] is Action.STOP_GUEST
+
+
+RUNS = [Event.ACTIVE, Event.RESUME_ACKNOWLEDGED]
+
+
+@pytest.mark.parametrize("recovered", RUNS)
+@pytest.mark.parametrize(
+    "lost",
+    [
+        [Event.CHANNEL_LOST],
+        [Event.PAUSED],
+        [Event.PAUSED, Event.ISSUED],
+        [Event.PAUSED, Event.ISSUED, Event.RECOVERING],
+        [Event.CLIENT_PAUSED],
+        [Event.CLIENT_PAUSED, Event.CLIENT_RECOVERS],
+    ],
+)
+def test_a_loss_that_is_given_up_is_not_tried_again_but_may_recover_and_the_next_begins_anew(
+    lost: list[Event], recovered: Event
+) -> None:
+    policy, actions = after([Event.STARTED, *lost])
+    assert actions.count(Action.TIMER_GIVE_UP) == 1
+    assert policy.handle(Event.OUT_OF_PATIENCE) == (Action.GIVE_UP,)
+    for event in (
+        Event.ISSUED,
+        Event.ATTEMPT_FAILED,
+        Event.TIMER,
+        Event.PATH_CHANGED,
+        Event.PAUSED,
+        Event.CHANNEL_LOST,
+        Event.CLIENT_RECOVERS,
+        Event.TIMER,
+        Event.OUT_OF_PATIENCE,
+    ):
+        assert Action.ATTEMPT not in policy.handle(event)
+        assert policy.state is State.GIVEN_UP
+    assert Action.COUNT_RECOVERY in policy.handle(recovered)
+    again = policy.handle(Event.PAUSED)
+    assert {Action.COUNT_LOSS, Action.TIMER_GIVE_UP, Action.ATTEMPT} == set(again)
+
+
+def test_giving_up_leaves_the_attempt_under_way_for_qemu_may_have_its_command() -> None:
+    policy, _ = after([Event.STARTED, Event.PAUSED])
+    assert Action.CANCEL_ATTEMPT not in policy.handle(Event.OUT_OF_PATIENCE)
+
+
+def test_a_held_leg_is_given_up_only_once_it_can_be_tried() -> None:
+    policy, _ = after([Event.STARTED, Event.LEG_HELD])
+    assert policy.handle(Event.OUT_OF_PATIENCE) == ()
+    assert Action.TIMER_GIVE_UP in policy.handle(Event.CHANNEL_LOST)
+    assert policy.handle(Event.OUT_OF_PATIENCE) == (Action.GIVE_UP,)
+
+
+def test_nothing_is_given_up_by_default_and_a_recovered_loss_never() -> None:
+    assert Recovery(jitter=lambda: 0.5).delay(Action.TIMER_GIVE_UP) == math.inf
+    assert Recovery(Pace(give_up=60), jitter=lambda: 0.5).delay(Action.TIMER_GIVE_UP) == 60
+    policy, _ = after([*OPEN, Event.ACTIVE])
+    assert policy.handle(Event.OUT_OF_PATIENCE) == ()
 
 
 def test_backoff_grows_to_its_end_and_begins_anew_after_a_recovery() -> None:
