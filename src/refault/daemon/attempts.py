@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import logging
 import random
+from collections.abc import Hashable
 from typing import TYPE_CHECKING
 
 import trio
 
 from refault.daemon.channels import AttemptFailed
 from refault.daemon.monitor import MonitorLost, QmpError
+from refault.daemon.repeats import repeats
 from refault.daemon.vm_state import QUERY_TIMEOUT, words
 from refault.migration.recovery import Action, Event, Pace, Recovery, State
 
@@ -191,9 +193,17 @@ class Attempts:
                 migration.counters.attempts,
                 migration.counters.last_error,
                 "it was the last" if last else "trying again",
+                extra=self.repeats("attempt failed", migration.counters.last_error, last),
             )
             return Event.ATTEMPT_FAILED
         return None
+
+    def repeats(self, subject: str, *what: Hashable) -> dict[str, object]:
+        """`extra` of a line that may come again and again for the same loss; without one each is said."""
+        migration = self._migration
+        if self.policy.state in (State.IDLE, State.RUNNING, State.ENDED):
+            return {}
+        return repeats((migration.name, subject), (migration.counters.losses, *what))
 
     async def over(self) -> None:
         """Waits until an attempt that was cancelled has ended: QEMU may have had its command already."""

@@ -186,7 +186,8 @@ class Channels:
         self._keep(None)
         self._migration.look_soon()
         if phase is not Phase.DONE:
-            log.info("%s: QEMU ended the channel in %s (%s)", self._migration.name, phase, view.local_loss())
+            log.info("%s: QEMU ended the channel in %s (%s)", self._migration.name, phase, view.local_loss(),
+                     extra=self._migration.attempts.repeats("QEMU ended", phase))  # fmt: skip
         if phase in _LOSABLE:
             self._migration.feed(Event.CHANNEL_LOST)
 
@@ -197,7 +198,8 @@ class Channels:
         if allowed:
             if phase is not Phase.DONE:
                 log.warning("%s: far leg %s in %s: closing QEMU's: %s",
-                            migration.name, view.far_loss(), phase, rule.effect)  # fmt: skip
+                            migration.name, view.far_loss(), phase, rule.effect,
+                            extra=migration.attempts.repeats("far leg", view.far_loss(), phase))  # fmt: skip
             self.held = None
             if phase is Phase.POSTCOPY and self._return_path_lags():
                 self._ended = self.channel

@@ -7,6 +7,8 @@ import os
 import sys
 from collections.abc import Mapping
 
+from refault.daemon.repeats import Sparing
+
 _PRIORITIES = (
     (logging.CRITICAL, 2),
     (logging.ERROR, 3),
@@ -50,6 +52,7 @@ def setup_logging(level: int = logging.INFO) -> None:
     """Sends what refault logs to standard error. For commands, once; a library does not do this."""
     handler = logging.StreamHandler(sys.stderr)
     handler.setFormatter(JournalFormatter() if is_journal(sys.stderr.fileno()) else PlainFormatter())
+    handler.addFilter(Sparing())
     logger = logging.getLogger("refault")
     logger.handlers = [handler]
     logger.propagate = False

@@ -256,7 +256,8 @@ class Migration:
     def on_status(self, status: str) -> None:
         """A MIGRATION event's word, or query-migrate's."""
         if status != self.status:
-            log.info("%s: migration is %s", self.name, status)
+            extra = self.attempts.repeats(status)
+            log.info("%s: migration is %s", self.name, status, extra=extra)
         self.status = status
         if status == "postcopy-paused":
             self.pause_told.set()

@@ -144,11 +144,13 @@ class Source:
         addresses = migration.addresses.order()
         if migration.channels is None:
             del addresses[1:]  # QEMU dials, and only one
+        where = ", then ".join(endpoint.uri for endpoint in addresses) or "?"
         log.info(
             "%s: recovery attempt %d: migrate with resume to %s",
             migration.name,
             migration.counters.attempts,
-            ", then ".join(endpoint.uri for endpoint in addresses) or "?",
+            where,
+            extra=migration.attempts.repeats("attempt", where),
         )
         if not addresses:
             raise AttemptFailed("the address of the lost channel is not known; name one with --recover-uri")

@@ -79,8 +79,10 @@ async def _pause(migration: Migration) -> None:
         migration.name,
         migration.vm.patience.stall_after,
         migration.role,
+        extra=migration.attempts.repeats("stalls"),
     )
     try:
         await migration.vm.monitor.execute("migrate-pause", oob=True, timeout=QUERY_TIMEOUT)
     except (QmpError, MonitorLost, trio.TooSlowError) as error:
-        log.warning("%s: could not pause it: %s; trying again", migration.name, words(error))
+        extra = migration.attempts.repeats("not paused", words(error))
+        log.warning("%s: could not pause it: %s; trying again", migration.name, words(error), extra=extra)

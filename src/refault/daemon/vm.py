@@ -22,6 +22,7 @@ from refault.daemon.monitor import (
 )
 from refault.daemon.options import RunOptions
 from refault.daemon.picture import picture
+from refault.daemon.repeats import repeats
 from refault.daemon.snapshot import VmStatus
 from refault.daemon.source import Source
 from refault.daemon.state_file import MigrationRecord, StateFile, process_started
@@ -234,6 +235,7 @@ class Vm:
                     "%s: cannot take over the migration that is under way: %s; trying again",
                     self.name,
                     words(error),
+                    extra=repeats((self.name, "take over"), (info, words(error))),
                 )
             await trio.sleep(pause)
             pause = min(pause * 2, MEET_LONGEST_PAUSE)
