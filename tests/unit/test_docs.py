@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import argparse
+import importlib
 import re
+from operator import attrgetter
 from pathlib import Path
 
 import pytest
@@ -38,6 +40,21 @@ def test_every_option_of_run_is_in_running_md() -> None:
     options = set(re.findall(r"--[a-z-]+", _run_usage()))
     rows = re.findall(r"^\| `(--[a-z-]+)", (ROOT / "docs" / "running.md").read_text(), flags=re.MULTILINE)
     assert set(rows) == options - {"--help", "--version"}
+
+
+DEADLINE = re.compile(r"^\| `(\w+)\.([\w.]+)` \| ([\d.]+|inf) \|", re.MULTILINE)
+
+
+def test_the_deadlines_in_architecture_md_are_those_of_the_code() -> None:
+    rows = DEADLINE.findall((ROOT / "docs" / "architecture.md").read_text())
+    for module, name, value in rows:
+        found = attrgetter(name)(importlib.import_module(f"refault.daemon.{module}"))
+        assert found == float(value), (module, name)
+    constant = re.compile(r"^(_?(?:[A-Z]+_)*(?:TIMEOUT|PATIENCE)) = ", re.MULTILINE)
+    daemon = (ROOT / "src" / "refault" / "daemon").glob("*.py")
+    there = {(file.stem, name) for file in daemon for name in constant.findall(file.read_text())}
+    assert len(there) > 15
+    assert there <= {(module, name) for module, name, _ in rows}
 
 
 def _run_usage() -> str:

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 import trio
 
 from refault.daemon.local import give_back
-from refault.daemon.monitor import MonitorLost
+from refault.daemon.monitor import MonitorLost, QmpError
 from refault.daemon.options import Patience
 from refault.daemon.state_file import MigrationRecord, StateFile, process_started
 from refault.migration.endpoint import Endpoint, parse_uri
@@ -101,8 +101,14 @@ class VmState:
     async def judge(self, endpoint: Endpoint | None) -> str | None:
         """Why the relay cannot carry a migration to `endpoint`; None where it can.
 
-        Warns of what QEMU could not recover.
+        Warns of what QEMU could not recover. Raises MonitorLost.
         """
+        try:
+            return await self._judge(endpoint)
+        except (QmpError, trio.TooSlowError) as error:
+            return f"what QEMU would do with it could not be asked: {words(error)}"
+
+    async def _judge(self, endpoint: Endpoint | None) -> str | None:
         capabilities = enabled_capabilities(
             await self.monitor.execute("query-migrate-capabilities", timeout=QUERY_TIMEOUT)
         )
