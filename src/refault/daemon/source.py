@@ -12,7 +12,7 @@ from refault.daemon.channels import AttemptFailed, Channels
 from refault.daemon.far_dial import connect_any
 from refault.daemon.local import hand_over, take_back
 from refault.daemon.migration import Migration, inet_of, is_error
-from refault.daemon.monitor import Answer, Forward, MonitorLost, QmpError, WatchedCommand
+from refault.daemon.monitor import Answer, Forward, QmpError, WatchedCommand
 from refault.daemon.vm_state import QUERY_TIMEOUT, words
 from refault.migration.endpoint import Endpoint, Inet, endpoint_of, with_descriptor
 from refault.migration.phase import Role
@@ -239,14 +239,17 @@ class Source:
         """A source leaves nothing with QEMU."""
 
     async def cancel(self, command: WatchedCommand) -> Forward | Answer:
-        """`migrate_cancel` in postcopy: answered as QEMU 10.0 does, for older ones hang (DESIGN, 6)."""
+        """`migrate_cancel` in postcopy: answered as QEMU 10.0 does (qmp_migrate_cancel).
+
+        Older ones hang while paused, and else end what the destination's guest still needs (5.2, 7.2).
+        """
         vm = self._migration.vm
-        if abilities(vm.version).refuses_cancel_while_paused:
+        if abilities(vm.version).refuses_cancel_in_postcopy:
             return Forward()
         try:
             status = (await vm.query("query-migrate")).get("status")
-        except (QmpError, MonitorLost, trio.TooSlowError):
-            return Forward()
-        if status != "postcopy-paused":
+        except (QmpError, trio.TooSlowError):
+            status = self._migration.status
+        if not str(status).startswith("postcopy-"):
             return Forward()
         return Answer(error=("GenericError", "Postcopy migration in progress, cannot cancel."))

@@ -15,9 +15,10 @@ class Abilities:
     pauses_again_in_handshake: bool
     """A channel lost in the recovery handshake brings `postcopy-paused` back. Else the destination segfaults
     and the source stays in `postcopy-recover` for ever (tried on 5.2 and 7.2; 10.0 pauses again)."""
-    refuses_cancel_while_paused: bool
-    """`migrate_cancel` in `postcopy-paused` is an error. Else it hangs in `cancelling` (tried on 5.2 and
-    7.2)."""
+    refuses_cancel_in_postcopy: bool
+    """`migrate_cancel` in postcopy is an error. Else it hangs in `cancelling` while paused, and from
+    `postcopy-active` the source goes to `cancelled` and the destination stays paused for good (tried on 5.2
+    and 7.2)."""
 
     resume_after: float
     """Seconds that the source is left alone after it has paused. Before 8.2 its return-path thread may come
@@ -30,14 +31,14 @@ class Abilities:
 _SINCE: tuple[tuple[Version, Abilities], ...] = (
     (
         (8, 2, 0),
-        Abilities(pauses_again_in_handshake=True, refuses_cancel_while_paused=False, resume_after=0.0),
+        Abilities(pauses_again_in_handshake=True, refuses_cancel_in_postcopy=False, resume_after=0.0),
     ),
     (
         (10, 0, 0),
-        Abilities(pauses_again_in_handshake=True, refuses_cancel_while_paused=True, resume_after=0.0),
+        Abilities(pauses_again_in_handshake=True, refuses_cancel_in_postcopy=True, resume_after=0.0),
     ),
 )
-_OLDEST = Abilities(pauses_again_in_handshake=False, refuses_cancel_while_paused=False, resume_after=0.05)
+_OLDEST = Abilities(pauses_again_in_handshake=False, refuses_cancel_in_postcopy=False, resume_after=0.05)
 
 
 def abilities(version: Version) -> Abilities:
