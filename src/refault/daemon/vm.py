@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import math
 from collections.abc import Callable, Collection, Mapping
 
 import trio
@@ -50,6 +51,8 @@ _UNDER_WAY = frozenset(
 
 MEET_PAUSE = 0.05
 MEET_LONGEST_PAUSE = 2.0
+QUIT_PATIENCE = 1.0
+QUIT_LOOK = 0.02
 
 
 class Vm:
@@ -216,12 +219,22 @@ class Vm:
     def _on_disconnect(self) -> None:
         if self.stopping:
             return
-        if process_started(self.state.qemu_pid) is not None:
-            log.warning(
-                "%s: the monitor was lost, but QEMU (pid %s) still runs", self.name, self.state.qemu_pid
-            )
-        elif self.migration is not None:
-            self.migration.feed(Event.QEMU_GONE)
+        if self.migration is not None:
+            self.state.start_soon(self._follow_end, self.migration)
+
+    async def _follow_end(self, migration: Migration) -> None:
+        """A QEMU that ends closes its monitor first, and the migration ends with the process."""
+        pid = self.state.qemu_pid
+        started = process_started(pid)
+        expected = trio.current_time() + QUIT_PATIENCE
+        while started is not None and process_started(pid) == started:
+            if self.monitor.qemu is not None:
+                return
+            if trio.current_time() > expected:
+                log.warning("%s: the monitor was lost, but QEMU (pid %s) still runs", self.name, pid)
+                expected = math.inf
+            await trio.sleep(QUIT_LOOK)
+        migration.feed(Event.QEMU_GONE)
 
     async def _meet(self, info: QemuInfo) -> None:
         """Takes over a migration that is under way; one that is paused is a lost channel like any other."""
