@@ -6,7 +6,9 @@ memory went with refault: only the file can know them.
 
 from __future__ import annotations
 
+import contextlib
 import os
+from collections.abc import AsyncIterator, Sequence
 from pathlib import Path
 
 import pytest
@@ -17,10 +19,10 @@ from tests.integration.starving import Case, Recovered, build_no_repeat, lose_a_
 
 from refault.lab import bare
 from refault.lab.channel import Cut, Loss, free_port, start_channel
-from refault.lab.driver import refault_driver
+from refault.lab.driver import REFAULT, RefaultDriver, refault_driver
 from refault.lab.guest import Guest
 from refault.lab.memory import compare
-from refault.lab.qemu import PairOptions, start_pair
+from refault.lab.qemu import Pair, PairOptions, Qemu, start_pair
 from refault.lab.story import Side
 
 pytestmark = [
@@ -34,6 +36,13 @@ pytestmark = [
 GUEST = Guest(vcpus=4, log_pages=12, tick_ns=2_000_000)
 SMALL = Guest(vcpus=4, log_pages=11, tick_ns=1_000_000)
 BACKGROUND = 256 << 10
+UNGUARDED = """
+import sys
+from refault.daemon.channels import Channels
+Channels._guard_completion = lambda self: None
+from refault.cli.main import main
+sys.exit(main())
+"""
 BOTH: tuple[Side, ...] = ("source", "destination")
 
 
@@ -69,13 +78,15 @@ async def test_without_the_state_file_they_starve(tmp_path: Path, no_repeat: Pat
         await memory_is_right(recovered)
 
 
-async def test_a_source_that_failed_while_refault_was_dead_is_stopped(tmp_path: Path) -> None:
-    """A killed refault cannot hold the source's leg between EOF and SHUT, and 10.0 runs the guest again."""
-    binary = qemus("qemu-10")[-1]
+@contextlib.asynccontextmanager
+async def all_sent(
+    directory: Path, binary: str, command: Sequence[str] = REFAULT
+) -> AsyncIterator[tuple[Pair, RefaultDriver]]:
+    """A source that has sent all and hears nothing, for its channel was lost: refault holds its leg."""
     async with (
-        start_pair(SMALL, tmp_path, PairOptions(binary, binary)) as pair,
-        start_channel(tmp_path, free_port()) as channel,
-        refault_driver(pair, channel, tmp_path) as driver,
+        start_pair(SMALL, directory, PairOptions(binary, binary)) as pair,
+        start_channel(directory, free_port()) as channel,
+        refault_driver(pair, channel, directory, command=command) as driver,
     ):
         await bare.start_postcopy(driver.source, driver.destination, channel, bandwidth=1 << 20)
         cut = Cut(Loss.CLOSE, True, EOF, 0, "now")
@@ -85,12 +96,51 @@ async def test_a_source_that_failed_while_refault_was_dead_is_stopped(tmp_path: 
         with trio.fail_after(20):
             while not [vm for vm in await driver.statuses() if vm.name == "source" and vm.migration.held]:
                 await trio.sleep(0.02)
+        yield pair, driver
+
+
+async def runs(qemu: Qemu) -> bool:
+    return bool((await qemu.qmp.execute("query-status"))["running"])
+
+
+def sockets(pid: int) -> set[str]:
+    """The sockets that a process has open, by their inodes."""
+    links = set()
+    for entry in Path(f"/proc/{pid}/fd").iterdir():
+        with contextlib.suppress(FileNotFoundError):
+            links.add(str(entry.readlink()))
+    return {link for link in links if link.startswith("socket:")}
+
+
+async def test_a_source_that_has_sent_all_does_not_run_again_though_refault_is_killed(tmp_path: Path) -> None:
+    async with all_sent(tmp_path, qemus("qemu-10")[-1]) as (pair, driver):
+        with trio.fail_after(20):
+            while not sockets(pair.source.pid) & sockets(driver.processes[0].pid):  # QEMU has our end too
+                await trio.sleep(0.02)
+            driver.processes[0].kill()
+            again = driver.start_again(0)
+            while "which must not run again" not in again.tail(50):
+                assert not await runs(pair.source)
+                await trio.sleep(0.02)
+            await pair.destination.qmp.wait_migration("completed")
+            await pair.destination.wait_progress()
+        assert await bare.migration_status(pair.source.qmp) == "postcopy-active"
+        assert not await runs(pair.source)
+        verdict = await compare(SMALL, pair.destination.qmp, pair.source.qmp)
+        assert verdict.right, verdict
+
+
+async def test_a_source_that_failed_while_refault_was_dead_is_stopped(tmp_path: Path) -> None:
+    """A kill in the moment before QEMU holds both ends: 10.0 runs the guest again."""
+    binary = qemus("qemu-10")[-1]
+    async with all_sent(tmp_path, binary, [REFAULT[0], "-c", UNGUARDED]) as (pair, driver):
+        with trio.fail_after(20):
             driver.processes[0].kill()
             if pair.source.qmp.version < (10, 0, 0):
                 return  # it hangs, and does not run
             await bare.wait_status(pair.source.qmp, "failed")
-            assert (await pair.source.qmp.execute("query-status"))["running"]
+            assert await runs(pair.source)
             driver.start_again(0)
-            while (await pair.source.qmp.execute("query-status"))["running"]:
+            while await runs(pair.source):
                 await trio.sleep(0.02)
         await pair.destination.wait_progress()

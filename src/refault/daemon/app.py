@@ -9,7 +9,6 @@ from collections.abc import AsyncIterator
 import trio
 
 from refault.daemon.control import serve_control
-from refault.daemon.metrics import serve_metrics
 from refault.daemon.notify import Notifier
 from refault.daemon.options import RunOptions
 from refault.daemon.snapshot import Status
@@ -58,6 +57,8 @@ async def serve(options: RunOptions) -> None:
         async with trio.open_nursery() as nursery:
             await nursery.start(serve_control, options.control, publisher.publish)
             if options.metrics is not None:
+                from refault.daemon.metrics import serve_metrics  # what is not needed delays a restart
+
                 await nursery.start(serve_metrics, *options.metrics, publisher.status)
             await nursery.start(vm.run)
             nursery.start_soon(publisher.run)

@@ -16,7 +16,7 @@ import trio
 
 from refault.channel.relay import RUN_SECONDS, LegState, Relay, RelayView
 from refault.channel.tracker import Kept
-from refault.daemon.local import LocalLeg, give_back
+from refault.daemon.local import LocalLeg, give_back, take_back
 from refault.daemon.return_path import end_first
 from refault.migration.legs import may_close
 from refault.migration.phase import Phase, Role, phase_of
@@ -57,6 +57,11 @@ class Channels:
         self._peer_inode = 0
         self._ending = trio.Lock()
         self._kept_by_qemu = False
+        """Whether QEMU holds our end of the local leg as well."""
+        self._names: list[str] = []
+        """By which QEMU knows ends of ours."""
+        self._guarded = 0
+        """The channel whose end QEMU was asked to hold, because a kill of refault must not end it."""
         self._told_foreign: set[str] = set()
         """The addresses of which it was said that they are another VM's."""
         self._told_part = False
@@ -146,6 +151,8 @@ class Channels:
         if passed.running:
             self._migration.postcopy_began = True
         self._tell_not_kept()
+        if self.phase is Phase.COMPLETING and self._migration.role is Role.SOURCE:
+            self._guard_completion()
         if passed.resumed and passed.resume_acknowledged and not (view.local.lost or view.far.lost):
             self._migration.feed(Event.RESUME_ACKNOWLEDGED)
         if view.local.lost:
@@ -154,6 +161,32 @@ class Channels:
             if view.far is LegState.REFUSED:
                 self._tell_foreign()
             self._far_lost(view)
+
+    def _guard_completion(self) -> None:
+        """The source has sent all: should its leg end now, it would run its guest again (legs.py).
+
+        Refault holds it; but a kill of refault would end it, unless QEMU holds our end as well.
+        """
+        if self._guarded != self.channel:
+            self._guarded = self.channel
+            self._migration.vm.start_soon(self._have_qemu_keep)
+
+    async def _have_qemu_keep(self) -> None:
+        ours = self._duplicate
+        if ours is None or self._kept_by_qemu:
+            return
+        name = await give_back(self._migration.vm.monitor, ours)
+        if name is not None:
+            self._names.append(name)
+            self._kept_by_qemu = self._duplicate is ours  # else the leg has ended meanwhile
+            if not self._migration.under_way:
+                await self.have_qemu_let_go()
+
+    async def have_qemu_let_go(self) -> None:
+        """The migration has ended: QEMU need not hold our ends."""
+        names, self._names = self._names, []
+        for name in names:
+            await take_back(self._migration.vm.monitor, name)
 
     def _tell_foreign(self) -> None:
         """The pump has cut the channel before RESUME: another VM's destination answered (replay.h)."""
@@ -264,7 +297,7 @@ class Channels:
         """
         cost = self.cost_of_stopping()
         if cost is not None and not cost[0] and self._duplicate is not None:
-            self._kept_by_qemu = await give_back(self._migration.vm.monitor, self._duplicate)
+            await self._have_qemu_keep()
             return self._kept_by_qemu
         return True
 
@@ -287,6 +320,7 @@ class Channels:
         if self._duplicate is not None:
             self._duplicate.close()
         self._duplicate = duplicate
+        self._kept_by_qemu = False
 
 
 def _age(monotonic_ns: int) -> float:

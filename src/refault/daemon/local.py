@@ -87,15 +87,18 @@ async def take_back(monitor: Executes, name: str) -> None:
         log.debug("QEMU keeps the descriptor %s: %s", name, error)
 
 
-async def give_back(monitor: Executes, ours: socket.socket) -> bool:
-    """Hands QEMU our end too, so that the pair never ends though we do. False where QEMU does not take it."""
+async def give_back(monitor: Executes, ours: socket.socket) -> str | None:
+    """Hands QEMU our end too, so that the pair never ends though we do.
+
+    The name by which QEMU knows it; None where it does not take it.
+    """
     name = f"refault-kept-{os.getpid()}-{next(_numbers)}"
     try:
         await monitor.execute("getfd", {"fdname": name}, fd=ours.fileno(), timeout=GIVE_BACK_TIMEOUT)
     except Exception as error:
         log.warning("QEMU did not take back its descriptor: %s", error)
-        return False
-    return True
+        return None
+    return name
 
 
 class Deposits:

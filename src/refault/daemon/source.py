@@ -236,7 +236,9 @@ class Source:
         return True
 
     async def clean_up(self) -> None:
-        """A source leaves nothing with QEMU."""
+        """Takes back from QEMU what it held for the migration's last moments."""
+        if self._migration.channels is not None:
+            await self._migration.channels.have_qemu_let_go()
 
     async def cancel(self, command: WatchedCommand) -> Forward | Answer:
         """`migrate_cancel` in postcopy: answered as QEMU 10.0 does (qmp_migrate_cancel).

@@ -53,6 +53,10 @@ MEET_PAUSE = 0.05
 MEET_LONGEST_PAUSE = 2.0
 QUIT_PATIENCE = 1.0
 QUIT_LOOK = 0.02
+NOT_PAUSED_YET = (
+    "it has not paused yet (a source that stays so has sent all: look at the destination; if its migration is"
+    " completed, quit this QEMU, which must not run again)"
+)
 
 
 class Vm:
@@ -268,7 +272,7 @@ class Vm:
         relayed = record is not None and record.relayed and isinstance(endpoint, Inet)
         if relayed and status in self._about_to_pause:
             # Its channel ended with the refault that carried it; QEMU will notice in a moment.
-            raise AttemptFailed("it has not paused yet")
+            raise AttemptFailed(NOT_PAUSED_YET)
         log.info("%s: met a migration that is %s", self.name, status)
         taken_over = relayed and (failed or status == "postcopy-paused")
         reason = None if taken_over else "it was under way before refault"
