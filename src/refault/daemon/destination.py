@@ -170,6 +170,7 @@ class Destination:
                     self._migration.name,
                     endpoint.uri,
                     error,
+                    extra=self._migration.attempts.repeats(endpoint.uri, str(error)),
                 )
 
     async def _serve(self, listener: FarListener) -> None:
@@ -274,7 +275,8 @@ class Destination:
         await migration.vm.monitor.execute("migrate-recover", {"uri": uri}, oob=True, timeout=RECOVER_TIMEOUT)
         migration.counters.attempts += 1
         log.info("%s: recovery attempt %d: QEMU waits for the source (%s)",
-                 migration.name, migration.counters.attempts, uri)  # fmt: skip
+                 migration.name, migration.counters.attempts, uri,
+                 extra=migration.attempts.repeats("attempt", uri))  # fmt: skip
 
     async def _lay(self) -> None:
         migration = self._migration
