@@ -11,13 +11,12 @@ from pathlib import Path
 
 import pytest
 import trio
-from tests.integration.test_main_job import GUEST, begin_postcopy, command_of, fronted
+from tests.integration.test_main_job import GUEST, begin_postcopy, fronted
 
 from refault.lab import bare, qmp_client
 from refault.lab.channel import Channel
 from refault.lab.driver import RefaultDriver
 from refault.lab.memory import compare
-from refault.lab.process import started
 from refault.lab.qemu import Pair, Qemu, start_qemu
 from refault.lab.qmp_client import QmpClient, QmpError
 
@@ -109,7 +108,8 @@ async def test_a_destination_that_pauses_by_itself_sees_no_end_of_a_leg(tmp_path
         await all_ends_well(pair, driver)
 
 
-async def test_a_refault_that_is_stopped_while_qemu_waits_for_the_source(tmp_path: Path) -> None:
+@pytest.mark.parametrize("how", ["stopped", "killed"])
+async def test_a_refault_that_ends_while_qemu_waits_for_the_source(tmp_path: Path, how: str) -> None:
     async with fronted(tmp_path) as (pair, channel, driver):
         await begin_postcopy(channel, driver)
         port = int(channel.target_uri.rpartition(":")[2])
@@ -118,16 +118,16 @@ async def test_a_refault_that_is_stopped_while_qemu_waits_for_the_source(tmp_pat
         with trio.fail_after(20):
             while (await driver.statuses())[-1].recovery.attempts == 0:
                 await trio.sleep(0.02)
-        process = driver.processes[1]
-        command = command_of(process.pid)
-        assert await process.stop(grace=20) == 0
+        if how == "stopped":
+            assert await driver.processes[1].stop(grace=20) == 0
+        else:
+            driver.processes[1].kill()
         await trio.sleep(SETTLES)
         pair.destination.process.must_run()
         await channel.retarget(port)
-        with started("refault again", command, tmp_path / "again.log") as again:
-            await is_active(pair)
-            driver.processes = [driver.processes[0], again]
-            await all_ends_well(pair, driver)
+        driver.start_again(1)
+        await is_active(pair)
+        await all_ends_well(pair, driver)
 
 
 async def test_a_second_migration_is_qemus_to_refuse_and_harms_nothing(tmp_path: Path) -> None:

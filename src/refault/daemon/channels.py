@@ -93,6 +93,8 @@ class Channels:
         self._peer_inode = local.peer_inode
         self.relay.attach(local.detach(), far.detach(), recovered=recovered, may_replay=may_replay)
         self.channel += 1
+        if local.kept is not None:  # from here QEMU is to see an end, be it by a kill of refault
+            self._migration.vm.start_soon(take_back, self._migration.vm.monitor, local.kept)
 
     def abandon(self, channel: int) -> None:
         """Closes a channel that this QEMU did not take, or that it pauses again on."""

@@ -307,7 +307,9 @@ class Destination:
         self._listeners.clear()
         legs = self._deposits.drain()
         for leg in legs:
-            await take_back(self._migration.vm.monitor, leg.name)
+            for name in (leg.name, leg.kept):
+                if name is not None:
+                    await take_back(self._migration.vm.monitor, name)
             leg.close()
         # QEMU wakes up on an end that it was told of, even long after the migration, and may abort.
         ends = [leg for leg in (*self._spare, self._open, self._first) if leg is not None]

@@ -46,6 +46,8 @@ class LocalLeg:
     socket: socket.socket
     peer_inode: int
     """Of QEMU's end, as /proc shows it."""
+    kept: str | None = None
+    """The name by which QEMU knows our end, where it holds that too."""
 
     def close(self) -> None:
         """Closes our end, where QEMU has not been told to use its own, or has gone."""
@@ -112,7 +114,10 @@ class Deposits:
     async def fill(self, monitor: Executes) -> None:
         """Lays descriptors until there are enough."""
         while len(self._legs) < self.WANTED:
-            self._legs.append(await hand_over(monitor, Role.DESTINATION))
+            leg = await hand_over(monitor, Role.DESTINATION)
+            # QEMU before 8.2 does not survive the end of one that it waits on, and a kill of refault ends it.
+            leg.kept = await give_back(monitor, leg.socket)
+            self._legs.append(leg)
 
     def take(self) -> LocalLeg | None:
         """One that QEMU knows; None where there is none left."""

@@ -27,7 +27,7 @@ from refault.daemon.repeats import repeats
 from refault.daemon.snapshot import VmStatus
 from refault.daemon.source import Source
 from refault.daemon.state_file import MigrationRecord, StateFile, process_started
-from refault.daemon.vm_state import VmState, words
+from refault.daemon.vm_state import QUERY_TIMEOUT, VmState, words
 from refault.migration.endpoint import Endpoint, Inet, endpoint_of, parse_uri
 from refault.migration.phase import Role
 from refault.migration.recovery import Event
@@ -245,7 +245,7 @@ class Vm:
         pause = MEET_PAUSE
         while self.monitor.qemu is info and not self._under_way:
             try:
-                await self._take_over()
+                await self._take_over(patient=pause < MEET_LONGEST_PAUSE / 4)
                 return
             except (QmpError, MonitorLost, trio.TooSlowError, OSError, AttemptFailed) as error:
                 log.error(
@@ -257,7 +257,7 @@ class Vm:
             await trio.sleep(pause)
             pause = min(pause * 2, MEET_LONGEST_PAUSE)
 
-    async def _take_over(self) -> None:
+    async def _take_over(self, *, patient: bool) -> None:
         reply = await self.state.query("query-migrate")
         status = reply.get("status")
         record = self.state.record()
@@ -271,7 +271,10 @@ class Vm:
             return  # it listens somewhere that refault was not told of
         relayed = record is not None and record.relayed and isinstance(endpoint, Inet)
         if relayed and status in self._about_to_pause:
-            # Its channel ended with the refault that carried it; QEMU will notice in a moment.
+            # Its channel ended with the refault that carried it; QEMU will notice in a moment, unless it
+            # still holds our end of its leg (local.Deposits).
+            if not patient and not is_source:
+                await self.monitor.execute("migrate-pause", oob=True, timeout=QUERY_TIMEOUT)
             raise AttemptFailed(NOT_PAUSED_YET)
         log.info("%s: met a migration that is %s", self.name, status)
         taken_over = relayed and (failed or status == "postcopy-paused")
