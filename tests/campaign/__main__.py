@@ -1,15 +1,21 @@
-"""The campaign of losses: `make campaign CAMPAIGN="--qemu BINARY --losses 260 --seed 1"`."""
+"""The campaign of losses: `make campaign CAMPAIGN="--qemu BINARY --each 20 --seed 1"`.
+
+With --record the same command, issued again, goes on where it was: `--minutes 5 --record FILE` makes it in
+pieces.
+"""
 
 from __future__ import annotations
 
 import argparse
 import random
 import sys
+from functools import partial
 from pathlib import Path
 
 import trio
 from tests.campaign.campaign import run
 from tests.campaign.losses import LossClass
+from tests.campaign.record import Record
 
 from refault.lab.qemu import DEFAULT_BINARY
 
@@ -18,9 +24,10 @@ def main() -> int:
     """The process's beginning; 1 where a loss did not end as well as QEMU allows."""
     parser = argparse.ArgumentParser(prog="make campaign", description=__doc__)
     parser.add_argument("--qemu", default=DEFAULT_BINARY, help="the QEMU binary of both ends")
-    parser.add_argument("--losses", type=int, default=260, help="how many, shared by the classes")
+    parser.add_argument("--each", type=int, default=20, help="how many losses of each class at least")
     parser.add_argument("--seed", type=int, default=random.SystemRandom().randrange(1 << 32))
     parser.add_argument("--minutes", type=float, default=120.0, help="begin no migration after this time")
+    parser.add_argument("--record", type=Path, help="where to keep the record, to go on with it later")
     parser.add_argument("--logs", type=Path, help="where to keep the logs of what ended badly")
     parser.add_argument(
         "--only",
@@ -30,10 +37,14 @@ def main() -> int:
     )
     arguments = parser.parse_args()
     kinds = [kind for kind in LossClass if not arguments.only or kind.name.lower() in arguments.only]
-    record = trio.run(
-        run, arguments.qemu, kinds, arguments.losses, arguments.seed, arguments.minutes * 60, arguments.logs
-    )
+    command = " ".join(["python -m tests.campaign", *sys.argv[1:]])
+    record = Record.begin(command, arguments.seed, arguments.record)
+    campaign = partial(run, arguments.qemu, kinds, arguments.each, record, arguments.minutes * 60)
+    trio.run(partial(campaign, keep=arguments.record, logs=arguments.logs))
     print(record)
+    left = sum(record.left(kinds, arguments.each).values())
+    if left:
+        print(f"{left} losses are still to be made")
     return 1 if record.defects or record.failures else 0
 
 

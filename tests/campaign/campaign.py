@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import random
 import shutil
-import sys
 import tempfile
 from collections.abc import Sequence
 from pathlib import Path
@@ -12,8 +11,7 @@ from pathlib import Path
 import trio
 from tests.campaign.life import Life, compose, live
 from tests.campaign.losses import LossClass, plan
-from tests.campaign.outcomes import allowed
-from tests.campaign.record import Record, commit_of
+from tests.campaign.record import Record
 
 from refault.migration.versions import abilities
 
@@ -22,53 +20,61 @@ _LONGEST = 240.0  # seconds of one migration
 
 
 async def run(
-    binary: str, kinds: Sequence[LossClass], losses: int, seed: int, seconds: float, logs: Path | None = None
+    binary: str,
+    kinds: Sequence[LossClass],
+    each: int,
+    record: Record,
+    seconds: float,
+    *,
+    keep: Path | None = None,
+    logs: Path | None = None,
 ) -> Record:
-    """Makes ``losses`` losses, spread evenly over ``kinds``; begins no migration after ``seconds``.
+    """Makes losses until the record has ``each`` of every class; begins no migration after ``seconds``.
 
-    The logs of migrations that ended worse than QEMU allows are kept below ``logs``.
+    The record is written to ``keep`` after each migration, and the logs of those that ended worse than QEMU
+    allows below ``logs``.
     """
-    draw = random.Random(seed)
-    print(f"seed {seed}", flush=True)
-    record = Record(" ".join(["python -m tests.campaign", *sys.argv[1:]]), commit_of(), seed)
-    each, more = divmod(losses, len(kinds))
-    remaining = {kind: each + (at < more) for at, kind in enumerate(draw.sample(kinds, len(kinds)))}
+    print(f"seed {record.seed}", flush=True)
     began = trio.current_time()
-    while any(count > 0 for count in remaining.values()) and trio.current_time() - began < seconds:
+    while any((left := record.left(kinds, each)).values()) and trio.current_time() - began < seconds:
+        # By the migration's number, so that what is made in pieces is drawn as in one.
+        draw = random.Random(f"{record.seed} {record.lives}")
         ends = not abilities(record.version).pauses_again_in_handshake
-        drawn = compose(draw, remaining, _PER_LIFE, handshake_ends_it=ends)
-        plans = [plan(kind, draw) for kind in drawn]
+        plans = [plan(kind, draw) for kind in compose(draw, left, _PER_LIFE, handshake_ends_it=ends)]
         life = Life()
         record.lives += 1
+        name = f"migration {record.lives}"
         with tempfile.TemporaryDirectory(prefix="refault-campaign-") as directory:
             try:
                 with trio.fail_after(_LONGEST):
                     await live(Path(directory), binary, plans, life)
             except Exception as error:
-                record.failures.append(f"migration {record.lives}: {error!r}")
-                print(f"migration {record.lives}: the lab failed: {error!r}", flush=True)
-                keep_logs(logs, directory, f"migration-{record.lives}")
+                record.failures.append(f"{name}: {error!r}")
+                print(f"{name}: the lab failed: {error!r}", flush=True)
+                keep_logs(logs, directory, name)
                 if len(record.failures) > 5:
                     raise
-            record.version = max(record.version, life.version)
-            record.pages_compared += life.pages_compared
-            record.results += life.results
-            for result in life.results:
-                remaining[result.planned.kind] -= 1
-                took = "" if result.seconds is None else f" in {result.seconds * 1000:.0f} ms"
-                told = f"{result.planned}: {result.outcome.value}{took} {result.note}".rstrip()
-                print(f"migration {record.lives}: {told}", flush=True)
-            if any(
-                result.outcome not in allowed(result.planned.kind, life.version) for result in life.results
-            ):
-                keep_logs(logs, directory, f"migration-{record.lives}")
+            entries = record.add(life)
+            for entry in entries:
+                print(f"{name}: {entry}", flush=True)
+            told = tracebacks(directory)
+            record.failures += [f"{name}: a traceback in {log}" for log in told]
+            if told or any(map(record.is_defect, entries)):
+                keep_logs(logs, directory, name)
+        if keep is not None:
+            record.keep(keep)
     return record
+
+
+def tracebacks(directory: str) -> list[str]:
+    """The names of the logs in which a refault tells of an error of its own."""
+    return [log.name for log in Path(directory).glob("refault*.log") if "Traceback" in log.read_text()]
 
 
 def keep_logs(logs: Path | None, directory: str, name: str) -> None:
     """Copies the logs of what ended badly below ``logs``, where that is wanted."""
     if logs is not None:
-        keep = logs / name
+        keep = logs / name.replace(" ", "-")
         shutil.rmtree(keep, ignore_errors=True)
         keep.mkdir(parents=True)
         for log in Path(directory).glob("*.log"):

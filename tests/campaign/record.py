@@ -5,11 +5,14 @@ from __future__ import annotations
 import statistics
 import subprocess
 from collections import Counter
+from collections.abc import Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 
-from tests.campaign.life import Result
+import msgspec
+from tests.campaign.life import Life
 from tests.campaign.losses import LossClass
-from tests.campaign.outcomes import allowed
+from tests.campaign.outcomes import Outcome, allowed
 
 from refault.migration.versions import Version
 
@@ -18,6 +21,21 @@ def commit_of() -> str:
     """The commit of the tree, with ``+`` where it has changes."""
     git = ["git", "describe", "--always", "--dirty=+", "--abbrev=12"]
     return subprocess.run(git, capture_output=True, text=True, check=False).stdout.strip() or "unknown"
+
+
+@dataclass
+class Entry:
+    """One loss and its end, in words that a file can hold."""
+
+    kind: LossClass
+    loss: str
+    outcome: Outcome
+    seconds: float | None = None
+    note: str = ""
+
+    def __str__(self) -> str:
+        took = "" if self.seconds is None else f" in {self.seconds * 1000:.0f} ms"
+        return f"{self.loss}: {self.outcome.value}{took} {self.note}".rstrip()
 
 
 @dataclass
@@ -30,14 +48,50 @@ class Record:
     version: Version = (0, 0, 0)
     lives: int = 0
     pages_compared: int = 0
-    results: list[Result] = field(default_factory=list)
+    results: list[Entry] = field(default_factory=list)
     failures: list[str] = field(default_factory=list)
     """Migrations that ended because something of the lab's did not work, and not by a loss."""
 
+    @classmethod
+    def begin(cls, command: str, seed: int, path: Path | None = None) -> Record:
+        """An empty one, or what ``path`` has of the same command and commit. Raises ValueError where it is
+        of another."""
+        record = cls(command, commit_of(), seed)
+        if path is None or not path.exists():
+            return record
+        kept = msgspec.json.decode(path.read_bytes(), type=cls)
+        if (kept.command, kept.commit) != (command, record.commit):
+            raise ValueError(f"{path} is of another run: {kept.command} at {kept.commit}")
+        return kept
+
+    def keep(self, path: Path) -> None:
+        """Writes it down, for a later run to go on with."""
+        path.write_bytes(msgspec.json.encode(self))
+
+    def add(self, life: Life) -> list[Entry]:
+        """Counts a migration; its losses, as recorded."""
+        self.version = max(self.version, life.version)
+        self.pages_compared += life.pages_compared
+        entries = [
+            Entry(result.planned.kind, str(result.planned), result.outcome, result.seconds, result.note)
+            for result in life.results
+        ]
+        self.results += entries
+        return entries
+
+    def left(self, kinds: Sequence[LossClass], each: int) -> dict[LossClass, int]:
+        """How many losses of each class are still to be made."""
+        made = Counter(entry.kind for entry in self.results)
+        return {kind: max(0, each - made[kind]) for kind in kinds}
+
+    def is_defect(self, entry: Entry) -> bool:
+        """Whether it did not end as well as this QEMU allows."""
+        return entry.outcome not in allowed(entry.kind, self.version)
+
     @property
-    def defects(self) -> list[Result]:
+    def defects(self) -> list[Entry]:
         """The losses that did not end as well as this QEMU allows."""
-        return [each for each in self.results if each.outcome not in allowed(each.planned.kind, self.version)]
+        return [entry for entry in self.results if self.is_defect(entry)]
 
     def __str__(self) -> str:
         version = ".".join(map(str, self.version))
@@ -52,14 +106,14 @@ class Record:
             "|---|---|---|---|---|",
         ]
         for kind in LossClass:
-            mine = [result for result in self.results if result.planned.kind is kind]
-            counts = Counter(result.outcome for result in mine)
+            mine = [entry for entry in self.results if entry.kind is kind]
+            counts = Counter(entry.outcome for entry in mine)
             told = ", ".join(f"{outcome.value} {count}" for outcome, count in counts.most_common())
-            times = sorted(result.seconds for result in mine if result.seconds is not None)
+            times = sorted(entry.seconds for entry in mine if entry.seconds is not None)
             figures = f"{_ms(statistics.median(times))} | {_ms(_p99(times))}" if times else "- | -"
             lines.append(f"| {kind.value} | {len(mine)} | {told or '-'} | {figures} |")
         lines.append("")
-        lines += [f"DEFECT: {each.planned}: {each.outcome.value}: {each.note}" for each in self.defects]
+        lines += [f"DEFECT: {entry}" for entry in self.defects]
         lines += [f"LAB: {text}" for text in self.failures]
         lines.append(f"{len(self.defects)} not as good as this QEMU allows")
         return "\n".join(lines)

@@ -8,6 +8,7 @@ from collections.abc import Sequence
 import pytest
 from tests.campaign.campaign import run
 from tests.campaign.losses import LossClass
+from tests.campaign.record import Record
 from tests.integration.qemus import BINARIES
 
 from refault.lab.qemu import DEFAULT_BINARY
@@ -39,7 +40,7 @@ async def test_a_twentieth_of_the_kills_of_refault() -> None:
 async def campaign(binary: str, kinds: Sequence[LossClass]) -> None:
     """A loss of each class from a fresh seed, which is told where one does not end well."""
     seed = random.SystemRandom().randrange(1 << 32)
-    record = await run(binary, kinds, len(kinds), seed, seconds=45)
+    record = await run(binary, kinds, 1, Record.begin("make test", seed), seconds=45)
     print(record)
     assert record.results, f"seed {seed}: {record}"
     assert not record.failures, f"seed {seed}: {record}"

@@ -1,0 +1,37 @@
+"""The campaign's record: what is kept, and what a later run makes of it."""
+
+from __future__ import annotations
+
+import random
+from pathlib import Path
+
+import pytest
+from tests.campaign.life import Life, Result
+from tests.campaign.losses import LossClass, plan
+from tests.campaign.outcomes import Outcome
+from tests.campaign.record import Record
+
+KINDS = (LossClass.RESET, LossClass.HANDSHAKE_ACK)
+
+
+def lived() -> Life:
+    draw = random.Random(1)
+    results = [Result(plan(kind, draw), Outcome.RECOVERED, 0.012) for kind in KINDS]
+    return Life([*results, Result(plan(LossClass.RESET, draw), Outcome.DEAD, note="why")], (10, 0, 2), 7)
+
+
+def test_a_record_that_was_kept_goes_on_where_it_was(tmp_path: Path) -> None:
+    record = Record.begin("command", 1, tmp_path / "record")
+    record.add(lived())
+    record.keep(tmp_path / "record")
+    again = Record.begin("command", 2, tmp_path / "record")
+    assert again == record
+    assert str(again) == str(record)
+    assert again.left(KINDS, 2) == {LossClass.RESET: 0, LossClass.HANDSHAKE_ACK: 1}
+    assert [defect.note for defect in again.defects] == ["why"]
+
+
+def test_a_record_of_another_command_is_refused(tmp_path: Path) -> None:
+    Record.begin("one", 1).keep(tmp_path / "record")
+    with pytest.raises(ValueError, match="another run"):
+        Record.begin("another", 1, tmp_path / "record")
