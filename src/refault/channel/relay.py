@@ -29,7 +29,8 @@ MEMORY_CEILING = 512 * 1024 * 1024
 DEAD_AFTER_SECONDS = 5
 """How long the other host may be silent in postcopy, though asked, before the channel counts as lost."""
 RUN_SECONDS = 1.0
-"""From PONG 3 until RUN has surely been carried out: it is the next command and a bottom half (savevm.c)."""
+"""From PONG 3 until the destination has surely read RUN, the next command, where no event says that it runs
+(a guest that is to stay paused)."""
 
 
 class LegState(enum.IntEnum):
@@ -111,6 +112,8 @@ class Relay:
         self._map = lib.rf_tracker_pagemap(self._tracker)
         self._last: RelayView | None = None
         self._loaded_at: float | None = None
+        self._runs_told = False
+        self._role = role
         self.stale = False
         """Whether `look` gave an older picture, for the pump kept writing: look again soon."""
         self._resumed = False
@@ -168,13 +171,19 @@ class Relay:
             opaque=self.opaque_reason() is not None,
         )
 
+    def guest_runs(self) -> None:
+        """The destination's QEMU has said so: an event RESUME."""
+        self._runs_told = True
+
     def _runs(self, facts: Fact) -> bool:
-        """PONG 3 comes right before RUN (tracker.h), PONG 4 may be lost with the channel, then time tells."""
+        """PONG 3 comes right before RUN (tracker.h). Until RUN is read a destination does not pause but exits
+        (savevm.c, qemu_loadvm_state_main), and PONG 4, another thread's, may come before that too."""
         if Fact.PONG_3 not in facts:
             return False
         if self._loaded_at is None:
             self._loaded_at = time.monotonic()
-        return Fact.PONG_4 in facts or time.monotonic() - self._loaded_at >= RUN_SECONDS
+        told = self._role is Role.SOURCE or self._runs_told
+        return told or time.monotonic() - self._loaded_at >= RUN_SECONDS
 
     def opaque_reason(self) -> str | None:
         """Why the bytes are no longer read, in words; None while both directions are decoded."""

@@ -271,6 +271,12 @@ class Migration:
         elif status in _STATUS_EVENTS:
             self.feed(_STATUS_EVENTS[status])
 
+    def on_resume(self) -> None:
+        """A RESUME event: this QEMU runs its guest."""
+        if self.channels is not None and self.role is Role.DESTINATION and not self.channels.relay.closed:
+            self.channels.relay.guest_runs()
+            self.channels.look()
+
     def look_soon(self) -> None:
         """Asks QEMU for its status now, not only at the next interval."""
         self._wake_poller.set()

@@ -208,6 +208,8 @@ class Vm:
         status = data.get("status")
         if name == "MIGRATION" and isinstance(status, str) and self.migration is not None:
             self.migration.on_status(status)
+        if name == "RESUME" and self.migration is not None:
+            self.migration.on_resume()
 
     async def _on_connect(self, info: QemuInfo) -> None:
         same = self._last_info is not None and self._last_info.pid == info.pid and info.pid is not None

@@ -33,8 +33,8 @@ class Passed:
     packaged_begun: bool = False
     """MIG_CMD_PACKAGED: the device state is under way (migration/savevm.c, qemu_savevm_send_packaged)."""
     running: bool = False
-    """The destination's answers to the pings around RUN: it runs the guest (migration/migration.c,
-    postcopy_start)."""
+    """The destination has said so, or has had time to after its answer to the ping before RUN
+    (migration/migration.c, postcopy_start); for the source that answer alone."""
     ended: bool = False
     """QEMU_VM_EOF after postcopy: the source has sent all (savevm.c, qemu_savevm_state_complete_postcopy)."""
     shut: bool = False

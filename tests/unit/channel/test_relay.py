@@ -185,6 +185,23 @@ def test_what_the_destination_says_is_read_while_its_leg_is_held() -> None:
             time.sleep(0.001)
 
 
+@pytest.mark.parametrize("role", list(Role))
+def test_pongs_alone_do_not_say_that_the_destination_runs(
+    role: Role, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("refault.channel.relay.RUN_SECONDS", 3600.0)
+    with relaying(role) as ends:
+        ends.channel()
+        pongs = struct.pack(">HHI", 2, 4, 4) + struct.pack(">HHI", 2, 4, 3)
+        answers, asks = (ends.qemu, ends.host) if role is Role.DESTINATION else (ends.host, ends.qemu)
+        answers.sendall(pongs)
+        read_exactly(asks, len(pongs))
+        # A source has no RUN to carry out; a destination may not have read it yet.
+        assert ends.relay.passed().running is (role is Role.SOURCE)
+        ends.relay.guest_runs()
+        assert ends.relay.passed().running
+
+
 def lose_with(ends: Ends, *requests: bytes) -> None:
     """A first channel in which these requests pass, and its loss."""
     ends.channel()
