@@ -11,12 +11,13 @@ from pathlib import Path
 import trio
 from tests.campaign.life import Life, compose, live
 from tests.campaign.losses import LossClass, plan
-from tests.campaign.record import Record
+from tests.campaign.record import Entry, Record
 
 from refault.migration.versions import abilities
 
 _PER_LIFE = 7
 _LONGEST = 240.0  # seconds of one migration
+_LONG = 3.0  # and of one recovery
 
 
 async def run(
@@ -32,7 +33,7 @@ async def run(
     """Makes losses until the record has ``each`` of every class; begins no migration after ``seconds``.
 
     The record is written to ``keep`` after each migration, and the logs of those that ended worse than QEMU
-    allows below ``logs``.
+    allows, or in which a recovery took long, below ``logs``.
     """
     print(f"seed {record.seed}", flush=True)
     began = trio.current_time()
@@ -59,11 +60,17 @@ async def run(
                 print(f"{name}: {entry}", flush=True)
             told = tracebacks(directory)
             record.failures += [f"{name}: a traceback in {log}" for log in told]
-            if told or any(map(record.is_defect, entries)):
+            if told or any(record.is_defect(entry) or _slow(entry) for entry in entries):
                 keep_logs(logs, directory, name)
         if keep is not None:
             record.keep(keep)
     return record
+
+
+def _slow(entry: Entry) -> bool:
+    """Whether one may want to know why it took so long."""
+    client_waited_for = entry.kind is LossClass.PAUSE_CLIENT
+    return entry.seconds is not None and entry.seconds > _LONG and not client_waited_for
 
 
 def tracebacks(directory: str) -> list[str]:

@@ -1,11 +1,13 @@
 """What is waited out, and how: slow migrations, a blocked main thread, and a source that nobody answers.
 
-    slow           1 MiB/s and a guest that faults little: it runs its time out and is never paused
-    slow-unrelayed the same with --relay off
-    blocked        the destination's main thread sleeps on a missing page: recovery runs out-of-band alone
-    refused        a source whose channel is lost and at whose address nobody listens
-    no-route       the same, and its link is down
-    mute           the same, and whoever accepts there says nothing
+    slow              1 MiB/s and a guest that faults little: it runs its time out and is never paused
+    slow-unrelayed    the same with --relay off
+    silent-unrelayed  --relay off and the link down: each side sees by itself that nothing moves
+                      (--stall-after), the destination by its threads that wait
+    blocked           the destination's main thread sleeps on a missing page: recovery runs out-of-band alone
+    refused           a source whose channel is lost and at whose address nobody listens
+    no-route          the same, and its link is down
+    mute              the same, and whoever accepts there says nothing
 
 The last three tell how often the source tried and what share of a CPU its refault took. Exits with 1 where
 one is paused, cut, lost, or takes 1% or more.
@@ -32,6 +34,7 @@ from tests.campaign.scenarios import NotWell, tell
 
 from refault.channel.relay import DEAD_AFTER_SECONDS
 from refault.daemon import control
+from refault.daemon.options import Patience
 from refault.lab.guest import PAGE, Guest
 from refault.lab.process import Process, started
 from refault.lab.qemu import DEFAULT_BINARY, Qemu
@@ -42,6 +45,9 @@ LAZY = Guest(vcpus=1, log_pages=13, tick_ns=1_000_000_000)
 CPU_MOST = 0.01
 LONGEST_PAUSE = 2.0 * 1.25
 """Seconds between two tries: the longest back-off, with its jitter."""
+STALL_AFTER = Patience.stall_after
+STALL_MARGIN = 1.2
+"""It is looked at 20 times in that time, and the source counts from the last that TCP took."""
 _TRY = 10.0
 """What one try may itself take (source.HANDSHAKE_TIMEOUT)."""
 
@@ -64,6 +70,21 @@ async def slow(stage: Stage) -> str:
         if "postcopy-paused" in statuses(qemu):
             raise NotWell(f"{qemu.name} was paused: {statuses(qemu)}")
     return f"postcopy took {trio.current_time() - began:.0f} s and was not paused"
+
+
+async def silent(stage: Stage) -> str:
+    lab = stage.lab
+    since, began = lab.marks(), trio.current_time()
+    lab.hosts[1].link("down")
+    told = []
+    for qemu, when in zip(lab.qemus, await lab.both("postcopy-paused", since, STALL_AFTER * 3), strict=True):
+        told.append(f"the {qemu.name} paused after {when - began:.1f} s")
+        if when - began > STALL_AFTER * STALL_MARGIN:
+            raise NotWell(told[-1])
+    since, up = lab.marks(), trio.current_time()
+    lab.hosts[1].link("up")
+    active = max(await lab.both("postcopy-active", since, 60)) - up
+    return f"{', '.join(told)}; recovered {active:.2f} s after the link was up"
 
 
 async def blocked(stage: Stage) -> str:
@@ -152,6 +173,7 @@ def statuses(qemu: Qemu) -> list[str]:
 SCENARIOS: dict[str, Callable[[Stage], Awaitable[str]]] = {
     "slow": slow,
     "slow-unrelayed": slow,
+    "silent-unrelayed": silent,
     "blocked": blocked,
     "refused": refused,
     "no-route": no_route,
@@ -161,7 +183,7 @@ SCENARIOS: dict[str, Callable[[Stage], Awaitable[str]]] = {
 
 async def one(directory: Path, name: str, binary: str, seconds: float) -> str:
     """One scenario, with its memory compared; what became of it. Raises where it did not end well."""
-    setting = Setting(binary, relay="off" if name == "slow-unrelayed" else "auto")
+    setting = Setting(binary, relay="off" if name.endswith("-unrelayed") else "auto")
     if "slow" in name:
         setting = Setting(binary, LAZY, relay=setting.relay)
     with contextlib.ExitStack() as processes:
