@@ -3,7 +3,7 @@
 Rules
 - One loss is counted however many signals tell of it: the relay, the MIGRATION event, query-migrate.
 - An attempt begins only when none is pending, and it is the attempt that finds out whether QEMU has paused
-by now; until   then it ends NOT_YET and is made again soon, without growing the delay and without counting.
+by now; until then it ends NOT_YET and is made again soon, without growing the delay and without counting.
 - There is no giving up, for the guest exists in no third place, unless refault was told to: then the attempt
 under way is the last one for this loss. Who recovers it all the same, a client or the other host, is let.
 - A client that recovers by hand is right: its command cancels our attempt. A client that paused by hand is
