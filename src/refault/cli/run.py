@@ -13,6 +13,7 @@ from refault.daemon.address import SUN_PATH, Address, parse_address
 from refault.daemon.errors import OperatorError, operator_errors
 from refault.daemon.options import Patience, RunOptions
 from refault.daemon.paths import control_socket, make_default_directory, runtime_directory, state_directory
+from refault.migration.endpoint import Inet, parse_uri
 
 _WEEK = 7 * 24 * 3600
 _URI = re.compile(r"[a-z][a-z0-9+.-]*:.")
@@ -79,6 +80,12 @@ def add_parser(subparsers: Any) -> None:
         help="make no further attempt for a loss that is so old; default: never give up",
     )
     parser.add_argument(
+        "--incoming",
+        type=_incoming,
+        metavar="tcp:HOST:PORT,unix:PATH",
+        help="serve a QEMU that was started with -incoming unix:PATH at this address",
+    )
+    parser.add_argument(
         "--metrics", type=_host_port, metavar="HOST:PORT", help="serve Prometheus metrics here"
     )
     parser.add_argument(
@@ -111,6 +118,7 @@ def run_options(arguments: argparse.Namespace) -> RunOptions:
         listen=tuple(arguments.listen),
         relay=arguments.relay,
         recover_uris=tuple(arguments.recover_uri),
+        incoming=arguments.incoming,
         metrics=arguments.metrics,
         control=control,
         state_dir=arguments.state_dir or state_directory(),
@@ -203,6 +211,14 @@ def _whole_seconds(text: str) -> int:
     if seconds != int(seconds):
         raise argparse.ArgumentTypeError(f"{text!r} is not a whole number of seconds")
     return int(seconds)
+
+
+def _incoming(text: str) -> tuple[Inet, str]:
+    outside, _, path = text.partition(",unix:")
+    endpoint = parse_uri(outside)
+    if not isinstance(endpoint, Inet) or not path:
+        raise argparse.ArgumentTypeError(f"{text!r} is not like tcp:0.0.0.0:4444,unix:/run/qemu/vm1.incoming")
+    return endpoint, _address(f"unix:{path}").path or path
 
 
 def _host_port(text: str) -> tuple[str, int]:

@@ -12,7 +12,7 @@ from refault.daemon import far
 from refault.daemon.attempts import NotPausedYet
 from refault.daemon.channels import AttemptFailed, Channels
 from refault.daemon.far import FarListener, Kind
-from refault.daemon.local import Deposits, LocalLeg, give_back, hand_over, take_back
+from refault.daemon.local import Deposits, LocalLeg, give_back, hand_over, reach, take_back
 from refault.daemon.migration import Migration, inet_of, is_error
 from refault.daemon.monitor import Answer, Forward, MonitorLost, QmpError, WatchedCommand
 from refault.daemon.vm_state import words
@@ -30,6 +30,12 @@ STALL_TIMEOUT = 20.0
 ADDRESS_TIMEOUT = 15.0
 """How long an address is listened at before the next one, or the same again, is tried; longer than a source
 tries (source.HANDSHAKE_TIMEOUT)."""
+REACH_TIMEOUT = 5.0
+IN_FLIGHT = 0.4
+"""What a source sent before it gave its channel up has arrived so long after its next connection."""
+LIVES_AFTER = 3.0
+"""A channel that is still there so long after `dead_after` since another came for it has shown that it lives
+(cext/leg.c)."""
 _NOT_PAUSED = "postcopy is paused"
 
 
@@ -48,7 +54,11 @@ class Destination:
         self._spare: list[LocalLeg] = []
         """Pairs on which QEMU may still listen though another was used: it must never see them end."""
         self._wanted = trio.Event()
-        self._newest: trio.socket.SocketType | None = None
+        self._line: list[trio.socket.SocketType] = []
+        """Recovered channels that QEMU does not wait for yet."""
+        self._listens_at: str | None = None
+        """Where QEMU listens by its command line, until it has been connected to."""
+        self._hides_address = False
         self._asked_for: Endpoint | None = None
 
     # ---- clients' commands ----
@@ -84,6 +94,20 @@ class Destination:
             if self._migration.channels is not None:
                 self._migration.vm.start_soon(self._lay)
         return reply
+
+    async def serve(self, path: str) -> None:
+        """A QEMU that listens at unix:`path` by its command line: refault binds the address that others are
+        to know, and connects to QEMU when a migration begins there. Raises OSError.
+        """
+        migration = self._migration
+        listener = await self._bind(inet_of(migration.endpoint))
+        migration.addresses.moved(listener.endpoint)
+        self._asked_for = listener.endpoint
+        await self._bind_alternatives()
+        self._listens_at = path
+        self._hides_address = True
+        migration.accepted()
+        await self._lay()
 
     async def adopt(self, endpoint: Endpoint) -> None:
         """A migration that was met at start-up: binds its address again. Raises OSError."""
@@ -134,12 +158,15 @@ class Destination:
         """What makes query-migrate show the address that the client asked for; None: QEMU shows its own."""
         alternatives = self._migration.addresses.alternatives
         listeners = [listener for listener in self._listeners if listener.endpoint not in alternatives]
+        hides = self._hides_address
         if not listeners or self._asked_for is None:
             return None
 
         def show(reply: bytes) -> bytes:
             decoded = msgspec.json.decode(reply)
-            if not isinstance(decoded.get("return"), dict) or "socket-address" in decoded["return"]:
+            if not isinstance(decoded.get("return"), dict):
+                return reply
+            if "socket-address" in decoded["return"] and not hides:
                 return reply
             decoded["return"]["socket-address"] = [
                 listener.endpoint.as_socket_address() for listener in listeners
@@ -179,38 +206,90 @@ class Destination:
             await listener.serve(self._offer)
 
     async def _offer(self, connection: trio.socket.SocketType, kind: Kind) -> None:
-        migration = self._migration
         if kind is Kind.FRESH:
-            if self._first is None or migration.channels is None:
-                log.warning(
-                    "%s: closed a connection that begins a migration: one is under way", migration.name
-                )
-                return
-            leg, self._first = self._first, None
+            await self._begin(connection)
+        elif not await self._is_ours(connection):
+            log.warning("%s: closed a connection that recovers another VM, or none", self._migration.name)
+        else:
+            await self._wait_in_line(connection)
+
+    async def _begin(self, connection: trio.socket.SocketType) -> None:
+        migration = self._migration
+        if migration.channels is None or (self._first is None and self._listens_at is None):
+            log.warning("%s: closed a connection that begins a migration: one is under way", migration.name)
+            return
+        leg, self._first = self._first, None
+        if leg is None:
+            leg = await self._reach_listener()
+        if leg is not None:
             migration.channels.join(leg, connection, recovered=False)
-            return
-        if not await self._is_ours(connection):
-            log.warning("%s: closed a connection that recovers another VM, or none", migration.name)
-            return
-        self._newest = connection  # whoever made it has given up the one before
-        while far.alive(connection) and self._newest is connection:
-            if self._open is not None and migration.channels is not None:
-                leg, self._open = self._open, None
-                migration.channels.join(leg, connection, recovered=True)
-                migration.vm.start_soon(self._watch_handshake, migration.channels)
-                return
-            with trio.move_on_after(0.5):  # the peer may go while we wait for our own QEMU
-                await self._wanted.wait()
+
+    async def _reach_listener(self) -> LocalLeg | None:
+        """The leg to a QEMU that listens by its command line; None where it cannot be had."""
+        migration = self._migration
+        path, self._listens_at = self._listens_at, None
+        if path is None:
+            return None
+        # Its client may have set since what the relay cannot carry.
+        reason = await migration.vm.judge(migration.endpoint)
+        if reason is not None:
+            log.error(
+                "%s: closed a connection that begins a migration, for the relay cannot carry it: %s. Let QEMU"
+                " listen at an address of its own for that one",
+                migration.name,
+                reason,
+            )
+        else:
+            try:
+                return await reach(path, migration.vm.qemu_pid, REACH_TIMEOUT)
+            except OSError as error:
+                log.error("%s: QEMU cannot be reached for the migration: %s", migration.name, error)
+        self._listens_at = path
+        return None
+
+    async def _wait_in_line(self, connection: trio.socket.SocketType) -> None:
+        """Until QEMU waits for it, it goes away, or the channel that it would replace has shown its life.
+
+        The last to come is the first to be taken: its peer had most reason to come.
+        """
+        migration = self._migration
+        far.watch_over(connection)
+        self._line.append(connection)
+        came = trio.current_time()
+        lives_after = migration.vm.patience.dead_after + LIVES_AFTER
+        arrived_before: int | None = None
+        try:
+            while far.alive(connection):
+                if self._open is not None and self._line[-1] is connection and migration.channels is not None:
+                    leg, self._open = self._open, None
+                    try:
+                        migration.channels.join(leg, connection, recovered=True)
+                    except AttemptFailed:
+                        self._open = leg
+                        raise
+                    migration.vm.start_soon(self._watch_handshake, migration.channels)
+                    return
+                if migration.channels is not None and migration.policy.state is State.RUNNING:
+                    waited = trio.current_time() - came
+                    arrived = migration.channels.relay.look().forward_bytes
+                    if waited > lives_after or (arrived_before is not None and arrived > arrived_before):
+                        log.warning("%s: closed a connection that recovers what is not lost", migration.name)
+                        return
+                    if waited > IN_FLIGHT:
+                        arrived_before = arrived
+                with trio.move_on_after(0.5):  # the peer may go while we wait for our own QEMU
+                    await self._wanted.wait()
+        finally:
+            self._line.remove(connection)
         log.info("%s: a recovered channel went away before QEMU was ready for it", migration.name)
 
     async def _is_ours(self, connection: trio.socket.SocketType) -> bool:
-        """Whether a recovered channel speaks of one of our RAM blocks; True also where none are known."""
-        name = None
-        with trio.move_on_after(FIRST_COMMAND_TIMEOUT):
-            name = await far.first_block(connection)
+        """Whether a recovered channel asks for all our RAM blocks; for any where ours are not known."""
         channels = self._migration.channels
         known = {block.name for block in channels.relay.blocks()} if channels is not None else set()
-        return name is not None and (not known or name in known)
+        with trio.move_on_after(FIRST_COMMAND_TIMEOUT):
+            return await far.asks_for(connection, known)
+        return False
 
     async def _watch_handshake(self, channels: Channels) -> None:
         migration = self._migration

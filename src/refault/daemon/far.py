@@ -7,7 +7,7 @@ import enum
 import logging
 import socket
 import struct
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Collection
 
 import trio
 
@@ -18,6 +18,8 @@ log = logging.getLogger("refault.far")
 FIRST_BYTES = 4
 FIRST_BYTES_TIMEOUT = 30.0
 BACKLOG = 128
+LONGEST_REQUEST = 6 + 255
+_RECV_BITMAP = struct.pack(">BH", 8, 10)
 _TCP_ESTABLISHED = 1
 
 
@@ -40,28 +42,55 @@ def classify(first: bytes) -> Kind:
     """
     if first == b"QEVM":
         return Kind.FRESH
-    if first == struct.pack(">BHB", 8, 10, 0):
+    if first[:3] == _RECV_BITMAP and first[3:] == b"\0":  # a name has at most 255 bytes
         return Kind.RESUMED
     return Kind.FOREIGN
 
 
-async def first_block(connection: trio.socket.SocketType) -> bytes | None:
-    """The RAM block that a recovered channel asks about first, not consumed; None if the channel goes away.
+async def asks_for(connection: trio.socket.SocketType, blocks: Collection[bytes]) -> bool:
+    """Whether a recovered channel begins by asking for all these RAM blocks, or for any where none is given.
+
+    False if it goes away. Nothing is consumed. A source asks for all of them before it waits for the first
+    answer (migration/ram.c, ram_dirty_bitmap_sync_all).
+    """
+    missing = set(blocks)
+    while alive(connection):
+        begun = await connection.recv((len(missing) + 1) * LONGEST_REQUEST, socket.MSG_PEEK)
+        names, ended = recv_bitmaps(begun)
+        if names and missing <= set(names):
+            return True
+        if ended or len(begun) == (len(missing) + 1) * LONGEST_REQUEST:
+            return False
+        await trio.sleep(0.001)
+    return False
+
+
+def recv_bitmaps(begun: bytes) -> tuple[list[bytes], bool]:
+    """The RAM blocks that the beginning of a recovered channel asks for, and whether something else follows.
 
     migration/savevm.c, qemu_savevm_send_recv_bitmap: section type, command and length, then the counted name.
     """
-    while alive(connection):
-        first = await connection.recv(6 + 255, socket.MSG_PEEK)
-        if len(first) > 5 and len(first) >= 6 + first[5]:
-            return first[6 : 6 + first[5]]
-        await trio.sleep(0.001)
-    return None
+    names: list[bytes] = []
+    while len(begun) > 5 and len(begun) >= 6 + begun[5]:
+        if not begun.startswith(_RECV_BITMAP):
+            return names, True
+        names.append(begun[6 : 6 + begun[5]])
+        begun = begun[6 + begun[5] :]
+    return names, not begun.startswith(_RECV_BITMAP[: len(begun)])
 
 
 def alive(connection: trio.socket.SocketType) -> bool:
     """Whether the peer has not closed its end (TCP_INFO's first byte is the state)."""
     info = connection.getsockopt(socket.IPPROTO_TCP, socket.TCP_INFO, 1)
     return isinstance(info, bytes) and info[0] == _TCP_ESTABLISHED
+
+
+def watch_over(connection: trio.socket.SocketType) -> None:
+    """Has the kernel ask the peer every second, so that one that went silently is not `alive` for long."""
+    for option in (socket.TCP_KEEPIDLE, socket.TCP_KEEPINTVL):
+        connection.setsockopt(socket.IPPROTO_TCP, option, 1)
+    connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_KEEPCNT, 3)
+    connection.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
 
 
 class FarListener:

@@ -1,5 +1,5 @@
 """The local leg: a socketpair, one end handed to QEMU with `getfd`. No path, no strangers, a send buffer
-that we size."""
+that we size. Or a connection to where a QEMU was told on its command line to listen."""
 
 from __future__ import annotations
 
@@ -11,6 +11,10 @@ from collections import deque
 from dataclasses import dataclass
 from typing import Protocol
 
+import trio
+
+from refault.daemon.address import Address
+from refault.daemon.dial import dial, peer_of
 from refault.migration.phase import Role
 
 GETFD_TIMEOUT = 10.0
@@ -40,7 +44,7 @@ class Executes(Protocol):
 
 @dataclass
 class LocalLeg:
-    """Our end of a socketpair whose other end QEMU knows by `name`; closed only where legs.py allows it."""
+    """Our end of a pair whose other end is QEMU's, by `name`; closed only where legs.py allows it."""
 
     name: str
     socket: socket.socket
@@ -79,6 +83,23 @@ async def hand_over(monitor: Executes, role: Role) -> LocalLeg:
             ours.close()
             raise
     return LocalLeg(name, ours, inode)
+
+
+async def reach(path: str, pid: int | None, timeout: float) -> LocalLeg:  # noqa: ASYNC109
+    """Connects to where a destination QEMU, the process `pid`, listens itself. Raises OSError.
+
+    Its listener may be good for one connection only (DESIGN, 6).
+    """
+    try:
+        ours = await dial(Address(path), timeout)
+    except trio.TooSlowError:
+        raise OSError(f"unix:{path} takes no connection") from None
+    owner = peer_of(ours).pid
+    if owner != pid:
+        ours.close()
+        raise OSError(f"process {owner} listens at unix:{path}, not QEMU, process {pid}")
+    ours.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, DESTINATION_SEND_BUFFER)
+    return LocalLeg(path, ours, 0)
 
 
 async def take_back(monitor: Executes, name: str) -> None:

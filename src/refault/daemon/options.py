@@ -8,6 +8,7 @@ from typing import Literal
 
 from refault.channel.relay import DEAD_AFTER_SECONDS
 from refault.daemon.address import Address
+from refault.migration.endpoint import Inet
 from refault.migration.recovery import Pace
 
 
@@ -38,6 +39,9 @@ class RunOptions:
     relay: Literal["auto", "off"]
     recover_uris: tuple[str, ...]
     """Other addresses of the destination: it listens there, the source dials them, in this order."""
+    incoming: tuple[Inet, str] | None
+    """Where a destination is to be found by others, and the path at which its QEMU listens by its command
+    line."""
     metrics: tuple[str, int] | None
     """Host and port."""
     control: Path

@@ -259,9 +259,30 @@ class Vm:
             await trio.sleep(pause)
             pause = min(pause * 2, MEET_LONGEST_PAUSE)
 
+    async def _listens(self, query_migrate: Mapping[str, object]) -> bool:
+        """Serves a QEMU that waits for a migration where its command line says, if an option says it too."""
+        if (await self.state.query("query-status")).get("status") != "inmigrate":
+            return False
+        if self.options.incoming is not None:
+            endpoint, path = self.options.incoming
+            migration = await self._replace(Destination, endpoint, None)
+            if isinstance(migration.procedure, Destination):
+                await migration.procedure.serve(path)
+            return True
+        match query_migrate.get("socket-address"):
+            case [{"type": "inet"}, *_]:
+                log.warning(
+                    "%s: QEMU itself listens for a migration, and any connection there can end it: start it"
+                    " with -incoming defer and give the address to migrate-incoming, or see --incoming",
+                    self.name,
+                )
+        return False
+
     async def _take_over(self, *, patient: bool) -> None:
         reply = await self.state.query("query-migrate")
         status = reply.get("status")
+        if status in (None, "none", "setup") and await self._listens(reply):
+            return
         record = self.state.record()
         # A source that has failed meanwhile may run the guest a second time.
         failed = status == "failed" and record is not None and record.role is Role.SOURCE

@@ -149,25 +149,27 @@ async def refault_driver(
     relay: Relay = "auto",
     command: Sequence[str] = REFAULT,
     prefixes: tuple[Sequence[str], Sequence[str]] = ((), ()),
+    options: tuple[Sequence[str], Sequence[str]] = ((), ()),
 ) -> AsyncIterator[RefaultDriver]:
     """Starts a `refault run` at each QEMU, with its files in ``directory``, and connects a client to each.
 
     ``command`` is how refault is started, ``prefixes`` what comes before it at the source and at the
-    destination. Raises ProcessFailed, with what it said, when one does not start.
+    destination, ``options`` what comes after. Raises ProcessFailed, with what it said, when one does
+    not start.
     """
     recover_port = free_port() if relay == "off" else None
     commands: list[tuple[list[str], Path]] = []
     controls: list[Path] = []
     async with contextlib.AsyncExitStack() as stack:
-        ends = ("source", pair.source, prefixes[0]), ("destination", pair.destination, prefixes[1])
-        for side, qemu, prefix in ends:
+        ends = zip(SIDES, (pair.source, pair.destination), prefixes, options, strict=True)
+        for side, qemu, prefix, further in ends:
             listen, control, state = (directory / f"{side}.{kind}" for kind in ("client", "control", "state"))
             state.mkdir(mode=0o700, exist_ok=True)
             arguments = ["run", "--qemu", qemu.monitor, "--listen", f"unix:{listen}", "--name", side]
             arguments += ["--relay", relay, "--control", str(control), "--state-dir", str(state)]
             if side == "destination" and recover_port is not None:
                 arguments += ["--recover-uri", f"tcp:{channel.host}:{recover_port}"]
-            commands.append(([*prefix, *command, *arguments], directory / f"refault-{side}.log"))
+            commands.append(([*prefix, *command, *arguments, *further], directory / f"refault-{side}.log"))
             controls.append(control)
 
         def start(end: int) -> Process:

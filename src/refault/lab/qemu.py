@@ -148,11 +148,12 @@ class PairOptions:
     extra: Sequence[str] = ()
     source_prefix: Sequence[str] = field(default=())
     destination_prefix: Sequence[str] = field(default=())
+    incoming: str = "defer"
 
 
 @dataclass
 class Pair:
-    """A source whose guest runs, and a destination that was started with `-incoming defer`."""
+    """A source whose guest runs, and a destination that waits for it."""
 
     source: Qemu
     destination: Qemu
@@ -177,7 +178,7 @@ async def start_pair(
             binary=opts.destination_binary,
             extra=opts.extra,
             prefix=opts.destination_prefix,
-            incoming="defer",
+            incoming=opts.incoming,
         ) as destination,
     ):
         await source.wait_guest()

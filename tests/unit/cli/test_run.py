@@ -12,6 +12,7 @@ from refault.cli.main import build_parser, main
 from refault.cli.run import run_options
 from refault.daemon.address import parse_address
 from refault.daemon.options import Patience, RunOptions
+from refault.migration.endpoint import Inet
 
 MINIMAL = ["run", "--qemu", "/run/qemu/vm1", "--listen", "/run/vm1.qmp"]
 
@@ -34,6 +35,7 @@ def test_defaults() -> None:
         listen=(parse_address("unix:/run/vm1.qmp", server=True),),
         relay="auto",
         recover_uris=(),
+        incoming=None,
         metrics=None,
         control=Path("/run/refault/vm1/vm1.control"),
         state_dir=Path("/run/refault/vm1"),
@@ -44,6 +46,7 @@ def test_everything_given() -> None:
     arguments = [*MINIMAL, "--listen", "tcp:0.0.0.0:4444", "--name", "web 7", "--relay", "off"]
     arguments += ["--recover-uri", "tcp:0.0.0.0:5001", "--recover-uri", "unix:/run/r"]
     arguments += ["--client-wait", "30", "--give-up-after", "86400"]
+    arguments += ["--incoming", "tcp:0.0.0.0:5000,unix:/run/qemu/i"]
     arguments += ["--metrics", "[::1]:9099", "--control", "/c", "--state-dir", "/s"]
     assert parsed(arguments) == RunOptions(
         name="web 7",
@@ -51,6 +54,7 @@ def test_everything_given() -> None:
         listen=(parse_address("/run/vm1.qmp", server=True), parse_address("tcp:0.0.0.0:4444", server=True)),
         relay="off",
         recover_uris=("tcp:0.0.0.0:5001", "unix:/run/r"),
+        incoming=(Inet("0.0.0.0", 5000), "/run/qemu/i"),
         metrics=("::1", 9099),
         control=Path("/c"),
         state_dir=Path("/s"),
@@ -84,6 +88,8 @@ def test_a_tcp_monitor_gives_a_name_too() -> None:
         ([*MINIMAL, "--recover-uri", "tcp:0:0"], "could not know it"),
         ([*MINIMAL, "--client-wait", "0"], "from 1 to 3600"),
         ([*MINIMAL, "--give-up-after", "never"], "from 1 to 604800"),
+        ([*MINIMAL, "--incoming", "tcp:0:4444"], "is not like tcp:"),
+        ([*MINIMAL, "--incoming", "unix:/a,unix:/b"], "is not like tcp:"),
         ([*MINIMAL, "--metrics", "9099"], "is not HOST:PORT"),
         ([*MINIMAL, "--metrics", "host:http"], "is not HOST:PORT"),
         ([*MINIMAL, "--metrics", "host:70000"], "is not HOST:PORT"),

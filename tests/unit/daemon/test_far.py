@@ -199,25 +199,61 @@ async def test_a_peer_that_left_is_seen_though_its_bytes_are_there(nursery: trio
     assert seen == [True]
 
 
-@pytest.mark.parametrize("cut", [0, 3, 5, 6, 9])
-async def test_the_first_block_is_read_without_being_consumed(nursery: trio.Nursery, cut: int) -> None:
-    names: list[bytes | None] = []
+TWO = RECOVERED + struct.pack(">BHH", 8, 10, 3) + b"\x02vr"
+RESUME = struct.pack(">BHH", 8, 9, 0)
+
+
+@pytest.mark.parametrize("cut", [4, 5, 6, 9, 13, 17])
+async def test_the_blocks_are_read_without_being_consumed(nursery: trio.Nursery, cut: int) -> None:
+    answers: list[bool] = []
     left: list[bytes] = []
     done = trio.Event()
 
     async def offer(connection: trio.socket.SocketType, kind: Kind) -> None:
-        names.append(await far.first_block(connection))
+        answers.append(await far.asks_for(connection, {b"pc.ram", b"vr"}))
         left.append(await connection.recv(100))
         done.set()
 
     listener = await FarListener.bind(ANY_PORT)
     nursery.start_soon(listener.serve, offer)
     connection = await connect(listener.endpoint, 5)
-    if cut:
-        await connection.send(RECOVERED[:cut])
-        await trio.sleep(0.01)
-    await connection.send(RECOVERED[cut:])
+    await connection.send(TWO[:cut])
+    await trio.sleep(0.01)
+    await connection.send(TWO[cut:])
     with trio.fail_after(5):
         await done.wait()
-    assert (names, left) == ([b"pc.ram"], [RECOVERED])
+    assert (answers, left) == ([True], [TWO])
     connection.close()
+
+
+@pytest.mark.parametrize(
+    ("begun", "blocks", "ours"),
+    [
+        (RECOVERED, {b"pc.ram"}, True),
+        (RECOVERED, set(), True),
+        (RECOVERED, {b"pc.ram", b"vga"}, False),
+        (RECOVERED + RESUME, {b"pc.ram", b"vga"}, False),
+        (TWO, {b"other"}, False),
+        (RECOVERED[:9], set(), False),
+    ],
+)
+async def test_a_recovered_channel_asks_for_all_our_blocks(
+    nursery: trio.Nursery, begun: bytes, blocks: set[bytes], ours: bool
+) -> None:
+    async def offer(connection: trio.socket.SocketType, kind: Kind) -> None:
+        answers.append(await far.asks_for(connection, blocks))
+        done.set()
+
+    answers: list[bool] = []
+    done = trio.Event()
+    listener = await FarListener.bind(ANY_PORT)
+    nursery.start_soon(listener.serve, offer)
+    connection = await connect(listener.endpoint, 5)
+    await connection.send(begun)
+    if not ours:
+        await trio.sleep(0.02)
+        connection.close()
+    with trio.fail_after(5):
+        await done.wait()
+    connection.close()
+    assert answers == [ours]
