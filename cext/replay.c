@@ -105,7 +105,8 @@ void rf_replay_feed(struct rf_replay *replay, const uint8_t *buf, size_t len, ui
         if (event.type == RF_RETURN_BAD) {
             release_held(replay); /* no RESUME_ACK will be seen on this channel */
         }
-        if (event.type == RF_RETURN_BITMAP_DATA || event.type == RF_RETURN_BAD ||
+        if (event.type == RF_RETURN_BITMAP_DATA ||
+            rf_tracker_return_opaque(replay->tracker) != RF_OPAQUE_NO ||
             n > sizeof(replay->partial) - replay->partial_len) {
             /* Not a message that could have to wait: as it came, and at once. */
             pass_partial(replay);

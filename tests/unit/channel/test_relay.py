@@ -313,6 +313,18 @@ def test_requests_held_back_follow_where_no_resume_ack_can_be_seen_any_more() ->
         assert read_exactly(ends.qemu, len(expected)) == expected
 
 
+@pytest.mark.parametrize("recovered", [False, True])
+def test_what_cannot_be_read_is_never_held_back(recovered: bool) -> None:
+    server_hello = b"\x16\x03\x03\x00\x7a" + bytes(122)
+    with relaying(Role.SOURCE) as ends:
+        lose_with(ends, request(9 * PAGE))
+        ends.channel(recovered=recovered)
+        for said in (server_hello[:5], server_hello[5:], b"\x17\x03\x03\x00\x05later", RESUME_ACK):
+            ends.host.sendall(said)
+            assert read_exactly(ends.qemu, len(said)) == said
+        assert ends.relay.opaque_reason() == "it is encrypted (TLS)"
+
+
 def test_a_request_without_a_name_after_a_replay_is_given_the_one_it_means() -> None:
     with relaying(Role.SOURCE) as ends:
         lose_with(ends, request(9 * PAGE, b"vga.vram"))
