@@ -53,9 +53,9 @@ MEET_PAUSE = 0.05
 MEET_LONGEST_PAUSE = 2.0
 QUIT_PATIENCE = 1.0
 QUIT_LOOK = 0.02
-NOT_PAUSED_YET = (
-    "it has not paused yet (a source that stays so has sent all: look at the destination; if its migration is"
-    " completed, quit this QEMU, which must not run again)"
+SENT_ALL = (
+    "it does not pause, so it may have sent all: look at the destination; if its migration is completed, quit"
+    " this QEMU, which must not run again"
 )
 
 
@@ -225,10 +225,9 @@ class Vm:
     def _on_disconnect(self) -> None:
         if self.stopping:
             return
-        if self.migration is not None:
-            self.state.start_soon(self._follow_end, self.migration)
+        self.state.start_soon(self._follow_end, self.migration)
 
-    async def _follow_end(self, migration: Migration) -> None:
+    async def _follow_end(self, migration: Migration | None) -> None:
         """A QEMU that ends closes its monitor first, and the migration ends with the process."""
         pid = self.state.qemu_pid
         started = process_started(pid)
@@ -240,7 +239,8 @@ class Vm:
                 log.warning("%s: the monitor was lost, but QEMU (pid %s) still runs", self.name, pid)
                 expected = math.inf
             await trio.sleep(QUIT_LOOK)
-        migration.feed(Event.QEMU_GONE)
+        if migration is not None:
+            migration.feed(Event.QEMU_GONE)
 
     async def _meet(self, info: QemuInfo) -> None:
         """Takes over a migration that is under way; one that is paused is a lost channel like any other."""
@@ -298,7 +298,7 @@ class Vm:
             # still holds our end of its leg (local.Deposits).
             if not patient and not is_source:
                 await self.monitor.execute("migrate-pause", oob=True, timeout=QUERY_TIMEOUT)
-            raise AttemptFailed(NOT_PAUSED_YET)
+            raise AttemptFailed(SENT_ALL if is_source and not patient else "it has not paused yet")
         log.info("%s: met a migration that is %s", self.name, status)
         taken_over = relayed and (failed or status == "postcopy-paused")
         reason = None if taken_over else "it was under way before refault"
