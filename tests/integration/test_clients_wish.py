@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 import trio
-from tests.integration.qemus import ALL_BINARIES, BINARIES
+from tests.integration.qemus import ALL_BINARIES
 from tests.integration.test_main_job import GUEST, REFAULT
 
 from refault.daemon.snapshot import RecoveryStatus
@@ -115,9 +115,8 @@ async def test_a_client_that_quits_qemu_while_paused_is_obeyed(tmp_path: Path) -
         assert "recovery attempt" not in refault.output.read_text().removeprefix(said)
 
 
-@pytest.mark.parametrize("binary", BINARIES)
-async def test_a_loss_that_is_given_up_is_left_to_the_client(tmp_path: Path, binary: str) -> None:
-    async with lost(tmp_path, binary, "--give-up-after", str(GIVE_UP_AFTER)) as case:
+async def test_a_loss_that_is_given_up_is_left_to_the_client(tmp_path: Path) -> None:
+    async with lost(tmp_path, DEFAULT_BINARY, "--give-up-after", str(GIVE_UP_AFTER)) as case:
         with trio.fail_after(GIVE_UP_AFTER + 15):
             while not all(recovery.given_up for recovery in await case.recoveries()):
                 await trio.sleep(0.05)
