@@ -50,7 +50,7 @@ async def time_to_run(case: Case) -> float:
             if left:
                 raise SystemExit(f"vCPUs {sorted(left)} still blocked after {BLOCKED_SECONDS} s: {case}")
             await memory_is_right(found)
-            return max(when - found.recovered for when in found.stood if when is not None)
+            return max(when - found.recovered for when in found.stood() if when is not None)
 
 
 async def time_to_run_back_end(case: Case) -> float:

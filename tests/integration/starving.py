@@ -4,8 +4,10 @@ replays it or not."""
 from __future__ import annotations
 
 import contextlib
+import math
 import subprocess
 import sys
+import time
 from collections.abc import AsyncIterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -60,18 +62,24 @@ class Case:
 
 @dataclass
 class Recovered:
-    """A migration that was lost at ``lost`` and is active again since ``recovered`` (trio's clock)."""
+    """A migration that was lost at ``lost`` and is active again since ``recovered`` (trio's clock; 0 until
+    then)."""
 
     pair: Pair
     driver: RefaultDriver
     lost: float
     recovered: float
-    stood: list[float | None]
-    """By vCPU: when it was first seen to have gone on after the recovery."""
+    moved: list[list[float]]
+    """By vCPU: when it was seen to have gone on, since the loss."""
+
+    def stood(self) -> list[float | None]:
+        """By vCPU: when it was first seen to have gone on after the recovery."""
+        since = self.recovered or math.inf
+        return [next((when for when in times if when >= since), None) for times in self.moved]
 
     def starved(self) -> set[int]:
         """The vCPUs that have not gone on."""
-        return {vcpu for vcpu, when in enumerate(self.stood) if when is None}
+        return {vcpu for vcpu, when in enumerate(self.stood()) if when is None}
 
     async def run_again(self, seconds: float) -> set[int]:
         """Those that are still starved when all have gone on or this time is over."""
@@ -83,29 +91,28 @@ class Recovered:
 
 async def _watch(pair: Pair, found: Recovered) -> None:
     """Notes when each vCPU goes on; before the recovery all come to stand still."""
-    since = pair.destination.progress()
+    before = pair.destination.progress()
     while found.starved():
-        await trio.sleep(0.001)
+        # In a thread: the loop itself sleeps whole milliseconds, and a request is answered in less.
+        await trio.to_thread.run_sync(time.sleep, 0.0002)
         now = pair.destination.progress()
         when = trio.current_time()
         for vcpu, progress in enumerate(now):
-            if found.stood[vcpu] is None and progress != since[vcpu]:
-                if found.recovered:
-                    found.stood[vcpu] = when
-                else:
-                    since[vcpu] = progress
+            if progress != before[vcpu]:
+                found.moved[vcpu].append(when)
+        before = now
 
 
 async def _lose(case: Case, channel: Channel, driver: RefaultDriver, directory: Path) -> Lost:
     """Kills the carrier with a request inside, and the refaults that are to be killed; starts those again."""
     if not case.killed:
-        return await channel.kill()
+        return await channel.kill(last=True)
     inside = await channel.freeze_with_request()
     for side in case.killed:
         driver.processes[SIDES.index(side)].kill()
         if case.forget:
             (directory / f"{side}.state" / f"{side}.pages").unlink()
-    lost = await channel.kill(request_inside=False)
+    lost = await channel.kill(request_inside=False, last=True)
     for side in case.killed:
         driver.start_again(SIDES.index(side))
     return Lost(lost.loss, lost.when, inside)
@@ -128,10 +135,10 @@ async def lose_a_request(case: Case, directory: Path) -> AsyncIterator[Recovered
         since = len(events.events)
         lost = await _lose(case, channel, driver, directory)
         assert lost.bytes_inside > 0
-        found = Recovered(pair, driver, lost.when, 0.0, [None] * case.guest.vcpus)
+        found = Recovered(pair, driver, lost.when, 0.0, [[] for _ in range(case.guest.vcpus)])
         nursery.start_soon(_watch, pair, found)
         with trio.fail_after(20):
             event = await events.wait_migration("postcopy-active", since=since)
-            found.recovered = event.when
+            found.recovered = event.emitted
         yield found
         nursery.cancel_scope.cancel()

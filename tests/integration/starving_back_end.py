@@ -124,7 +124,7 @@ async def _kill_with_request(channel: Channel, back_end: BackEnd) -> int:
         await back_end.wait_stuck()
         while not channel.unread_requests():
             await trio.sleep(0.005)
-    await channel.kill(request_inside=False)
+    await channel.kill(request_inside=False, last=True)
     return back_end.counts()[0]
 
 
@@ -157,4 +157,4 @@ async def lose_a_back_ends_request(case: Case, directory: Path) -> AsyncIterator
             stuck = await _kill_with_request(channel, back_end)
             with trio.fail_after(10):
                 event = await events.wait_migration("postcopy-active", since=since)
-            yield Recovered(pair, driver, back_end, event.when, stuck)
+            yield Recovered(pair, driver, back_end, event.emitted, stuck)

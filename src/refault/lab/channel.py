@@ -192,9 +192,10 @@ class Channel:
         await self._running().command("cut-done", deadline)
         return Lost(cut.loss, trio.current_time())
 
-    async def kill(self, *, request_inside: bool = True, deadline: float = 20.0) -> Lost:
+    async def kill(self, *, request_inside: bool = True, deadline: float = 20.0, last: bool = False) -> Lost:
         """Kills the carrier, by default when unread bytes of the return path (page requests) are inside it.
 
+        ``last``: no spare is started for a next kill, which would take processor time from the recovery.
         Raises trio.TooSlowError when no request came by for ``deadline`` seconds; the carrier runs on then.
         """
         inside = await self.freeze_with_request(deadline) if request_inside else 0
@@ -204,7 +205,7 @@ class Channel:
             self._pass_over_listeners()  # the next carrier cannot know them: the end may listen anew at once
         carrier.killed = True
         carrier.process.kill()
-        await self._replace()
+        await self._replace(last)
         return Lost(Loss.KILL, when, inside)
 
     def freeze(self) -> None:
@@ -255,7 +256,7 @@ class Channel:
                 self.thaw()
         return inside
 
-    async def _replace(self) -> None:
+    async def _replace(self, last: bool = False) -> None:
         with trio.fail_after(30):
             await self._spare_there.wait()
         carrier, self._spare = self._spare, None
@@ -265,7 +266,8 @@ class Channel:
         await carrier.command("open")
         self._carrier = carrier
         self._spare_there = trio.Event()
-        self._nursery.start_soon(self._keep_carrier)
+        if not last:
+            self._nursery.start_soon(self._keep_carrier)
 
     async def _keep_carrier(self) -> None:
         """One carrier's life: a spare until it is opened, until it is killed."""

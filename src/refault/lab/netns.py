@@ -45,27 +45,37 @@ class Host:
 
     def socket(self) -> socket.socket:
         """A TCP socket of this host, for whoever is not inside."""
-        made: list[socket.socket] = []
-        failures: list[OSError] = []
-
-        def make() -> None:  # only this thread enters
-            with open(f"/run/netns/{self.namespace}", "rb") as namespace:
-                if _libc.setns(namespace.fileno(), _CLONE_NEWNET) < 0:
-                    failures.append(OSError(ctypes.get_errno(), os.strerror(ctypes.get_errno())))
-                else:
-                    made.append(socket.socket(socket.AF_INET, socket.SOCK_STREAM))
-
-        thread = threading.Thread(target=make)
-        thread.start()
-        thread.join()
-        if failures:
-            raise failures[0]
-        return made[0]
+        return socket_inside(f"/run/netns/{self.namespace}", socket.AF_INET, socket.SOCK_STREAM)
 
     def limit(self, rate: str) -> None:
         """Lets no more out of it than ``rate``, as tc(8) spells it (`100mbit`)."""
         bucket = ["tbf", "rate", rate, "burst", "64k", "latency", "20ms"]
         _run([*self.prefix, "tc", "qdisc", "replace", "dev", "veth0", "root", *bucket])
+
+
+def socket_inside(namespace: str, family: int, kind: int, protocol: int = 0) -> socket.socket:
+    """A socket of the network namespace that the file ``namespace`` stands for, for whoever is not inside.
+
+    Raises OSError where entering it is not permitted.
+    """
+    made: list[socket.socket] = []
+    failures: list[OSError] = []
+
+    def make() -> None:  # only this thread enters
+        try:
+            with open(namespace, "rb") as file:
+                if _libc.setns(file.fileno(), _CLONE_NEWNET) < 0:
+                    raise OSError(ctypes.get_errno(), os.strerror(ctypes.get_errno()))
+            made.append(socket.socket(family, kind, protocol))
+        except OSError as error:
+            failures.append(error)
+
+    thread = threading.Thread(target=make)
+    thread.start()
+    thread.join()
+    if failures:
+        raise failures[0]
+    return made[0]
 
 
 def _ip(*arguments: str, inside: Host | None = None) -> None:
