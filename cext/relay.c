@@ -216,9 +216,7 @@ static void return_write(struct rf_relay *relay) {
     for (;;) {
         size_t n;
 
-        if (rf_replay_pending(replay) == 0) {
-            rf_replay_refill(replay, now_ns());
-        }
+        rf_replay_refill(replay, now_ns());
         if (rf_replay_pending(replay) == 0) {
             return;
         }

@@ -24,8 +24,8 @@ static bool bytes_put(struct rf_bytes *bytes, const uint8_t *data, size_t len) {
 bool rf_replay_init(struct rf_replay *replay, struct rf_tracker *tracker, bool source_side,
                     size_t input_max) {
     /* One feed gives out no more than: the message begun before, all input, all that was held, and for each
-     * request in the input (at least 16 bytes) a block name of 256 more. */
-    const size_t room = RF_REPLAY_MESSAGE_MAX + input_max * 17 + RF_REPLAY_HELD_MAX;
+     * request in the input (at least 16 bytes) a block name of 256 more. Then a burst of the replay. */
+    const size_t room = 2 * RF_REPLAY_MESSAGE_MAX + input_max * 17 + RF_REPLAY_HELD_MAX + RF_REPLAY_BURST;
 
     *replay = (struct rf_replay){.tracker = tracker, .source_side = source_side};
     return bytes_init(&replay->out, room) && bytes_init(&replay->held, RF_REPLAY_HELD_MAX);
@@ -144,12 +144,14 @@ void rf_replay_feed(struct rf_replay *replay, const uint8_t *buf, size_t len, ui
 void rf_replay_refill(struct rf_replay *replay, uint64_t now_ns) {
     struct rf_pagemap *map = rf_tracker_pagemap(replay->tracker);
 
-    if (!replay->replaying || rf_replay_pending(replay) > 0 || replay->partial_len > 0 ||
-        !rf_tracker_return_at_boundary(replay->tracker)) {
+    if (!replay->replaying || replay->partial_len > 0 || !rf_tracker_return_at_boundary(replay->tracker)) {
         return;
     }
-    bytes_clear(&replay->out);
-    while (replay->out.len < RF_REPLAY_BURST) {
+    if (rf_replay_pending(replay) == 0) {
+        bytes_clear(&replay->out);
+    }
+    while (rf_replay_pending(replay) < RF_REPLAY_BURST &&
+           replay->out.room - replay->out.len >= RF_REPLAY_MESSAGE_MAX) {
         uint8_t message[RF_REPLAY_MESSAGE_MAX];
         struct rf_request request;
         size_t n;

@@ -4,7 +4,9 @@
  * with postcopy-preempt aborts on them (migration/migration.c, source_return_path_thread); they follow right
  * after it;
  *  - after RESUME_ACK the page requests that the record holds and the received bitmaps do not confirm are
- * written, between two messages, oldest first, as REQ_PAGES_ID;
+ * written, between two messages, oldest first, as REQ_PAGES_ID; the first of them together with RESUME_ACK,
+ * for a source that has used up its bandwidth before they come serves none for up to 100 ms
+ * (migration/savevm.c, qemu_savevm_state_iterate);
  *  - the next REQ_PAGES after one of ours, which carries no block name, is given the one it means, for the
  * source now remembers another (migration/ram.c, ram_save_queue_pages, last_req_rb).
  *
@@ -17,7 +19,7 @@
  *
  *      in ──▶ rf_replay_feed ──▶ out ──▶ towards the source
  *                  │              ▲
- *                  ▼              │ rf_replay_refill, when `out` is empty
+ *                  ▼              │ rf_replay_refill, before each write
  *               tracker ──▶ replay list
  */
 #ifndef RF_REPLAY_H
@@ -74,7 +76,7 @@ void rf_replay_channel(struct rf_replay *replay, bool recovered, bool may_replay
 /* Takes `len` bytes of the return path, at most `input_max`, only while nothing is pending. */
 void rf_replay_feed(struct rf_replay *replay, const uint8_t *buf, size_t len, uint64_t now_ns);
 
-/* Puts more of the replay into `out`, where one is under way and nothing is pending. */
+/* Puts more of the replay into `out`, behind what waits there, where one is under way. */
 void rf_replay_refill(struct rf_replay *replay, uint64_t now_ns);
 
 /* Bytes that wait for the local leg: out.data[out.off] and on. */

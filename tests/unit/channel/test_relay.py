@@ -30,10 +30,12 @@ class Ends:
     qemu: socket.socket
     host: socket.socket
 
-    def channel(self, *, recovered: bool = False, may_replay: bool = True) -> None:
+    def channel(
+        self, *, recovered: bool = False, may_replay: bool = True, kind: int = socket.SOCK_STREAM
+    ) -> None:
         self.qemu.close()
         self.host.close()
-        ours_local, self.qemu = socket.socketpair()
+        ours_local, self.qemu = socket.socketpair(socket.AF_UNIX, kind)
         ours_far, self.host = tcp_pair()
         for end in (self.qemu, self.host):
             end.settimeout(DEADLINE)
@@ -231,6 +233,17 @@ def test_outstanding_requests_are_replayed_after_resume_ack_oldest_first() -> No
         assert read_exactly(ends.qemu, len(expected)) == expected
         assert ends.until(lambda view: view.replayed == 2).last_replay_ns > 0
         assert nothing_comes(ends.qemu)
+
+
+def test_the_replay_is_in_one_write_with_resume_ack() -> None:
+    with relaying(Role.SOURCE) as ends:
+        lose_with(ends, request(9 * PAGE), request(3 * PAGE))
+        ends.channel(recovered=True, kind=socket.SOCK_SEQPACKET)  # where one recv takes one write
+        handshake = received_bitmap(set(), 64)
+        ends.host.sendall(handshake)
+        assert ends.qemu.recv(4096) == handshake
+        ends.host.sendall(RESUME_ACK)
+        assert ends.qemu.recv(4096) == RESUME_ACK + request(9 * PAGE) + request(3 * PAGE)
 
 
 def test_the_destinations_side_replays_what_was_lost_between_the_relays() -> None:
