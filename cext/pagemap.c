@@ -56,6 +56,7 @@ struct block {
     struct rf_bitmap *missing;     /* requested, and has not passed since */
     struct rf_bitmap *unconfirmed; /* requested, and not confirmed by a received bitmap */
     struct rf_bitmap *in_flight;   /* taken out of `forwarded` in a handshake that is not over; NULL: none */
+    struct rf_bitmap *unproven;    /* of `forwarded`, not known to be loaded; NULL: none. See enum proof */
 };
 
 struct record {
@@ -73,6 +74,13 @@ struct record {
     bool outstanding;
 };
 
+/* What is known of which forwarded pages the destination has loaded. */
+enum proof {
+    PROOF_NONE = 0,  /* nothing */
+    PROOF_ASKED = 1, /* nothing yet, and after a PONG all that is not `unproven` */
+    PROOF_GIVEN = 2, /* all that is not `unproven` */
+};
+
 struct rf_pagemap {
     struct rf_budget budget;
     struct rf_statefile *kept; /* NULL: the map is in memory alone */
@@ -81,6 +89,8 @@ struct rf_pagemap {
     uint32_t channel; /* counts channels, from 1 */
     bool forward_seen;
     bool any_declared;
+    bool pages_passed; /* on this channel */
+    enum proof proof;
 
     struct record *records;
     uint32_t records_room; /* a power of two, or 0 */
@@ -159,7 +169,8 @@ static void free_bitmaps(struct block *block) {
     rf_bitmap_free(block->missing);
     rf_bitmap_free(block->unconfirmed);
     rf_bitmap_free(block->in_flight);
-    block->forwarded = block->missing = block->unconfirmed = block->in_flight = NULL;
+    rf_bitmap_free(block->unproven);
+    block->forwarded = block->missing = block->unconfirmed = block->in_flight = block->unproven = NULL;
 }
 
 void rf_pagemap_free(struct rf_pagemap *map) {
@@ -673,6 +684,24 @@ static void settle(struct rf_pagemap *map, struct block *block, uint32_t slot, u
     rf_histogram_record(&map->latency, now > record->time ? now - record->time : 0);
 }
 
+/* Before they are noted as forwarded: those of the pages that were not so before are not known to be loaded.
+ */
+static void note_unproven(struct rf_pagemap *map, struct block *block, uint64_t first, uint64_t count) {
+    if (map->proof == PROOF_NONE || rf_bitmap_count_range(block->forwarded, first, count) == count) {
+        return;
+    }
+    if (block->unproven == NULL) {
+        block->unproven = rf_bitmap_new_within(&map->budget, rf_bitmap_bits(block->forwarded));
+    }
+    for (uint64_t page = first; page < first + count; page++) {
+        if (!rf_bitmap_test(block->forwarded, page) &&
+            (block->unproven == NULL || rf_bitmap_set(block->unproven, page) < 0)) {
+            map->proof = PROOF_NONE;
+            return;
+        }
+    }
+}
+
 static int arrived(struct rf_pagemap *map, uint32_t index, uint64_t offset, uint64_t length, uint64_t now) {
     if (index >= blocks_length(map)) {
         return RF_UNKNOWN_BLOCK;
@@ -686,6 +715,8 @@ static int arrived(struct rf_pagemap *map, uint32_t index, uint64_t offset, uint
     uint64_t count = length >> map->page_bits;
     count = count < room ? count : room;
     int status = RF_OK;
+    map->pages_passed = true;
+    note_unproven(map, block, first, count);
     if (rf_bitmap_set_range(block->forwarded, first, count) < 0) {
         map->forward_seen = false;
         status = RF_NO_MEMORY;
@@ -739,7 +770,10 @@ int rf_pagemap_discarded(struct rf_pagemap *map, uint32_t index, uint64_t start,
     return RF_OK;
 }
 
-void rf_pagemap_forward_unseen(struct rf_pagemap *map) { map->forward_seen = false; }
+void rf_pagemap_forward_unseen(struct rf_pagemap *map) {
+    map->forward_seen = false;
+    map->proof = PROOF_NONE;
+}
 
 /* Losses and received bitmaps. */
 
@@ -761,10 +795,33 @@ static void forget_in_flight(struct block *block) {
     block->in_flight = NULL;
 }
 
+static void forget_unproven(struct rf_pagemap *map) {
+    for (uint32_t i = 0; i < blocks_length(map); i++) {
+        rf_bitmap_free(block_at(map, i)->unproven);
+        block_at(map, i)->unproven = NULL;
+    }
+}
+
+void rf_pagemap_ping_passed(struct rf_pagemap *map) {
+    forget_unproven(map);
+    map->proof = PROOF_ASKED;
+}
+
+void rf_pagemap_pong_passed(struct rf_pagemap *map) {
+    if (map->proof == PROOF_ASKED) {
+        map->proof = PROOF_GIVEN;
+    }
+}
+
 void rf_pagemap_handshake_over(struct rf_pagemap *map) {
+    /* No page passes in a handshake of QEMU's: one that did would be behind the bitmaps. */
+    bool whole = !map->pages_passed;
     for (uint32_t i = 0; i < blocks_length(map); i++) {
         forget_in_flight(block_at(map, i));
+        whole &= block_at(map, i)->bitmap_channel == map->channel;
     }
+    forget_unproven(map);
+    map->proof = whole ? PROOF_GIVEN : PROOF_NONE;
 }
 
 int rf_pagemap_channel_lost(struct rf_pagemap *map, uint64_t now) {
@@ -772,6 +829,9 @@ int rf_pagemap_channel_lost(struct rf_pagemap *map, uint64_t now) {
     write_begin(map);
     add(&map->counters.losses, 1);
     map->bitmap_block = NONE;
+    if (map->proof == PROOF_ASKED) {
+        map->proof = PROOF_NONE; /* a PONG of another channel answers another PING */
+    }
     for (uint32_t i = 0; i < blocks_length(map); i++) {
         struct block *block = block_at(map, i);
         if (block->in_flight != NULL && !put_back_in_flight(block)) {
@@ -786,6 +846,7 @@ int rf_pagemap_channel_lost(struct rf_pagemap *map, uint64_t now) {
 void rf_pagemap_channel_begin(struct rf_pagemap *map, uint64_t now) {
     map->channel++;
     map->bitmap_block = NONE;
+    map->pages_passed = false;
     map->forward_seen = true; /* the received bitmaps set right what was missed */
 }
 
@@ -821,6 +882,10 @@ int rf_pagemap_bitmap_begin(struct rf_pagemap *map, const char *name, size_t nam
     return index;
 }
 
+static bool known_loaded(const struct rf_pagemap *map, const struct block *block, uint64_t page) {
+    return map->proof == PROOF_GIVEN && (block->unproven == NULL || !rf_bitmap_test(block->unproven, page));
+}
+
 /* Keeps what the received bitmap is about to take out of `forwarded`; false without memory. */
 static bool keep_in_flight(struct rf_pagemap *map, struct block *block, uint64_t offset, const uint8_t *dense,
                            size_t bytes) {
@@ -837,7 +902,11 @@ static bool keep_in_flight(struct rf_pagemap *map, struct block *block, uint64_t
         }
         for (size_t i = 0; i < count && pages[i] < end; i++) {
             uint64_t bit = pages[i] - offset * 8;
-            if ((dense[bit / 8] >> bit % 8 & 1) == 0 && rf_bitmap_set(block->in_flight, pages[i]) < 0) {
+            if ((dense[bit / 8] >> bit % 8 & 1) != 0) {
+                continue;
+            }
+            map->report.loaded_not_received += known_loaded(map, block, pages[i]);
+            if (rf_bitmap_set(block->in_flight, pages[i]) < 0) {
                 return false;
             }
         }
@@ -870,6 +939,10 @@ int rf_pagemap_bitmap_data(struct rf_pagemap *map, uint64_t offset, const uint8_
 
 bool rf_pagemap_bitmap_is_foreign(const struct rf_pagemap *map) {
     return map->bitmap_block != NONE && map->report.received_not_forwarded > 0;
+}
+
+bool rf_pagemap_bitmap_lacks_loaded(const struct rf_pagemap *map) {
+    return map->bitmap_block != NONE && map->report.loaded_not_received > 0;
 }
 
 void rf_pagemap_bitmap_disown(struct rf_pagemap *map) {

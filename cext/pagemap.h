@@ -75,6 +75,7 @@ struct rf_bitmap_report {
     uint64_t received;
     uint64_t forwarded_not_received; /* was in flight */
     uint64_t received_not_forwarded; /* never passed here: another VM's, if the whole stream was seen */
+    uint64_t loaded_not_received;    /* known to be loaded: another VM's, or another QEMU's */
     uint64_t records_ended;
     uint64_t records_left;
 };
@@ -109,8 +110,20 @@ int rf_pagemap_arrived(struct rf_pagemap *map, uint32_t block, uint64_t offset, 
 int rf_pagemap_discarded(struct rf_pagemap *map, uint32_t block, uint64_t start, uint64_t length);
 
 /* From here on, to the end of this channel, pages and discards pass unseen: what passed before no longer
- * answers a request. */
+ * answers a request, and nothing is known to be loaded. */
 void rf_pagemap_forward_unseen(struct rf_pagemap *map);
+
+/*
+ * What the destination must have: the pages that are known to be loaded. It loads the main channel in order,
+ * so that a PONG says so of all that passed before its PING; and a received bitmap that was resumed with says
+ * so of what it holds, for received pages are taken back by RAM_DISCARD alone, which no destination takes
+ * once it runs (migration/savevm.c, loadvm_postcopy_ram_handle_discard; ram.c, ram_discard_range).
+ *
+ * ping_passed: a PING that comes behind all discards has passed, and pages from here on are behind it.
+ * pong_passed: its PONG has, on the same channel.
+ */
+void rf_pagemap_ping_passed(struct rf_pagemap *map);
+void rf_pagemap_pong_passed(struct rf_pagemap *map);
 
 /* Where the recovery handshake was not over, its received bitmaps count for nothing: what was in flight
  * before it may have been received after all. RF_NO_MEMORY: not all of that could be noted. */
@@ -126,11 +139,13 @@ int rf_pagemap_bitmap_end(struct rf_pagemap *map, struct rf_bitmap_report *repor
 
 /* Whether the bitmap under way claims a page that was never forwarded. */
 bool rf_pagemap_bitmap_is_foreign(const struct rf_pagemap *map);
+/* Whether it lacks a page that is known to be loaded. */
+bool rf_pagemap_bitmap_lacks_loaded(const struct rf_pagemap *map);
 /* In place of end: it is another VM's and confirms nothing, nor do those before it on this channel once it is
  * lost, save that records which those have ended do not come back. */
 void rf_pagemap_bitmap_disown(struct rf_pagemap *map);
 
-/* RESUME_ACK: the received bitmaps of this channel hold. */
+/* RESUME_ACK: the received bitmaps of this channel hold, and what they say is known to be loaded. */
 void rf_pagemap_handshake_over(struct rf_pagemap *map);
 
 /* The oldest record with an id above `after` (start with 0). 1 and *out filled, or 0. Cheap when `after` is

@@ -7,6 +7,8 @@
 
 #define BLOCKS_MAX 4096
 #define NONE UINT32_MAX
+/* Behind all RAM_DISCARDs (tracker.h). */
+#define PING_BEFORE_PACKAGED 2
 
 /* A decoder of pages, and which of the page map's blocks its own are. */
 struct pages {
@@ -221,6 +223,11 @@ static void command(struct rf_tracker *tracker, const struct rf_forward_event *e
     case RF_COMMAND_OPEN_RETURN_PATH:
         note(tracker, RF_FACT_RP_OPENED);
         break;
+    case RF_COMMAND_PING:
+        if (event->value == PING_BEFORE_PACKAGED && (get(&tracker->facts) & RF_FACT_WHOLE_STREAM_SEEN) != 0) {
+            rf_pagemap_ping_passed(tracker->map);
+        }
+        break;
     case RF_COMMAND_POSTCOPY_ADVISE:
         note(tracker, RF_FACT_POSTCOPY_ADVISE);
         rf_pagemap_set_target_page_bits(tracker->map, rf_forward_target_page_bits(tracker->main.decoder));
@@ -365,13 +372,20 @@ static void bitmap_begin(struct rf_tracker *tracker, struct rf_returnpath_event 
     }
 }
 
+static bool another_vms(const struct rf_tracker *tracker) {
+    uint32_t facts = get(&tracker->facts);
+    if (atomic_load(&tracker->trusts_bitmaps) || (facts & RF_FACT_RAM_DECLARED) == 0 ||
+        (facts & RF_FACT_IGNORE_SHARED) != 0) {
+        return false;
+    }
+    return rf_pagemap_bitmap_lacks_loaded(tracker->map) ||
+           (rf_pagemap_bitmap_is_foreign(tracker->map) && (facts & RF_FACT_WHOLE_STREAM_SEEN) != 0);
+}
+
 static void bitmap_end(struct rf_tracker *tracker) {
     struct rf_bitmap_report report;
-    const uint32_t needed = RF_FACT_WHOLE_STREAM_SEEN | RF_FACT_RAM_DECLARED;
-    uint32_t facts = get(&tracker->facts);
     note(tracker, RF_FACT_RECV_BITMAP_SENT);
-    if (rf_pagemap_bitmap_is_foreign(tracker->map) && !atomic_load(&tracker->trusts_bitmaps) &&
-        (facts & needed) == needed && (facts & RF_FACT_IGNORE_SHARED) == 0) {
+    if (another_vms(tracker)) {
         note(tracker, RF_FACT_FOREIGN_PAGES);
         rf_pagemap_bitmap_disown(tracker->map);
     } else {
@@ -390,6 +404,9 @@ static void return_event(struct rf_tracker *tracker, struct rf_returnpath_event 
         break;
     case RF_RETURN_PONG:
         note(tracker, event->value == 3 ? RF_FACT_PONG_3 : event->value == 4 ? RF_FACT_PONG_4 : 0);
+        if (event->value == PING_BEFORE_PACKAGED) {
+            rf_pagemap_pong_passed(tracker->map);
+        }
         break;
     case RF_RETURN_BITMAP_BEGIN:
         bitmap_begin(tracker, event);

@@ -10,9 +10,10 @@
  * the device state and right before RUN, and PING 4 right behind it on the main stream. The destination's
  * main thread loads the package (migration/savevm.c, loadvm_handle_cmd_packaged) and answers 3 when all
  * device state is loaded; its listen thread, which starts at LISTEN at the head of the package, reads the
- * main stream meanwhile and may answer 4 *before* 3. So PONG 3, not PONG 4, says that device state was loaded
- * and that RUN is next; nothing on the wire says that RUN was carried out (loadvm_postcopy_handle_run only
- * schedules a bottom half). None of the pings is sent where only dirty-bitmaps go postcopy.
+ * main stream meanwhile and may answer 4 *before* 3. So PONG 2 says that all that precopy sent was loaded,
+ * and discarded where it had to be; PONG 3, not PONG 4, says that device state was loaded and that RUN is
+ * next; nothing on the wire says that RUN was carried out (loadvm_postcopy_handle_run only schedules a bottom
+ * half). None of the pings is sent where only dirty-bitmaps go postcopy.
  */
 #ifndef RF_TRACKER_H
 #define RF_TRACKER_H
@@ -44,7 +45,8 @@ enum rf_fact {
     RF_FACT_REQUEST_SEEN = 16384,   /* a page request passed */
     RF_FACT_RAM_DECLARED = 32768,   /* the block list passed */
     RF_FACT_FOREIGN_PAGES = 65536,  /* a received bitmap claims pages that were never forwarded, and the whole
-                                       stream was seen: it is another VM's */
+                                       stream was seen, or lacks some that are known to be loaded: it is
+                                       another VM's */
     RF_FACT_IGNORE_SHARED = 131072, /* the configuration lists x-ignore-shared */
     RF_FACT_MULTIFD = 262144,       /* pages go over channels of their own */
     RF_FACT_WHOLE_STREAM_SEEN =

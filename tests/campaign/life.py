@@ -118,6 +118,13 @@ async def live(directory: Path, binary: str, plans: Sequence[Planned], life: Lif
             dead = any("dead" in text for text in stage.watch.broken)
             life.results[-1].outcome = Outcome.DEAD if dead else Outcome.DOUBLED
             life.results[-1].note = "; ".join(stage.watch.broken)
+        elif life.results and _refused(directory):
+            life.results[-1].outcome = Outcome.REFUSED
+
+
+def _refused(directory: Path) -> bool:
+    """Whether a refault has taken its own VM's destination for another VM's."""
+    return any("answers for another VM" in log.read_text() for log in directory.glob("refault-*.log"))
 
 
 async def _make(stage: _Stage, planned: Planned, life: Life) -> bool:

@@ -22,6 +22,7 @@ class Outcome(enum.Enum):
     DEAD = "DEAD"
     DOUBLED = "DOUBLED"
     WRONG_MEMORY = "WRONG MEMORY"
+    REFUSED = "REFUSED as another VM's"
 
 
 def allowed(kind: LossClass, version: Version) -> tuple[Outcome, ...]:

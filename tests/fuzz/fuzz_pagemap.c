@@ -55,7 +55,7 @@ static void received(struct rf_pagemap *map, struct input *in, const char *name)
             CHECK(status == RF_OK || status == RF_NO_MEMORY);
             done += part;
         }
-        if (rf_pagemap_bitmap_is_foreign(map) && size % 3 == 0) {
+        if ((rf_pagemap_bitmap_is_foreign(map) || rf_pagemap_bitmap_lacks_loaded(map)) && size % 3 == 0) {
             rf_pagemap_bitmap_disown(map);
         } else {
             CHECK(rf_pagemap_bitmap_end(map, &report) == RF_OK);
@@ -105,8 +105,18 @@ static void step(struct rf_pagemap *map, struct input *in, uint64_t now) {
         replay(map, next(in));
         break;
     case 8:
-        if (next(in) < 16) {
+        switch (next(in) / 16) {
+        case 0:
             rf_pagemap_complete(map);
+            break;
+        case 1:
+            rf_pagemap_ping_passed(map);
+            break;
+        case 2:
+            rf_pagemap_pong_passed(map);
+            break;
+        default:
+            break;
         }
         break;
     case 9:

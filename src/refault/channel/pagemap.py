@@ -82,6 +82,7 @@ class BitmapReport:
     received: int
     forwarded_not_received: int
     received_not_forwarded: int
+    loaded_not_received: int
     records_ended: int
     records_left: int
 
@@ -193,6 +194,14 @@ class PageMap:
     def channel_begin(self, now: int) -> None:
         """A recovered channel begins."""
         lib.rf_pagemap_channel_begin(self._map, now)
+
+    def ping_passed(self) -> None:
+        """A PING behind all discards has passed."""
+        lib.rf_pagemap_ping_passed(self._map)
+
+    def pong_passed(self) -> None:
+        """Its PONG has: what passed before the PING is loaded."""
+        lib.rf_pagemap_pong_passed(self._map)
 
     def handshake_over(self) -> None:
         """RESUME_ACK has passed: the received bitmaps hold, though the channel be lost."""

@@ -199,10 +199,11 @@ class Channels:
         if address not in self._told_foreign:
             self._told_foreign.add(address)
             log.error(
-                "%s: ALERT: %s answers for another VM: it has pages that were never sent to it. The channel"
-                " was cut before it could be resumed. What to do: put the network or the address right; from"
-                " QEMU 8.2 on refault goes on trying. If it is this VM's destination for sure, restart this"
-                " refault: a new one has not seen the whole stream and does not judge",
+                "%s: ALERT: %s answers for another VM: it has pages that were never sent to it, or lacks some"
+                " that this VM's has. The channel was cut before it could be resumed. What to do: put the"
+                " network or the address right; from QEMU 8.2 on refault goes on trying. If it is this VM's"
+                " destination for sure, restart this refault: a new one has not seen the whole stream and"
+                " does not judge",
                 migration.name,
                 address,
             )

@@ -42,6 +42,8 @@ class BlockModel:
     forwarded: set[int] = field(default_factory=set)
     bitmap_on: int = 0
     in_flight: set[int] = field(default_factory=set)
+    behind: set[int] = field(default_factory=set)
+    """Passed since the last PING or handshake."""
 
 
 class Model(RuleBasedStateMachine):
@@ -56,6 +58,7 @@ class Model(RuleBasedStateMachine):
         self.now = 0
         self.channel = 1
         self.requested = self.answers = self.repeated = self.confirmed = 0
+        self.pinged = self.loaded_known = self.passed = False
 
     def tick(self) -> int:
         self.now += 10
@@ -89,6 +92,8 @@ class Model(RuleBasedStateMachine):
         page %= total
         self.map.arrived(self.index[name], page * PAGE, count * PAGE, self.tick())
         gone = set(range(page, min(page + count, total)))
+        self.passed = True
+        self.blocks[name].behind |= gone - self.blocks[name].forwarded
         self.blocks[name].forwarded |= gone
         for record in self.records:
             if record.name == name and record.missing:
@@ -109,12 +114,36 @@ class Model(RuleBasedStateMachine):
             block.in_flight.clear()
         self.map.channel_begin(self.tick())
         self.channel += 1
+        self.pinged = self.passed = False
+
+    @rule()
+    def ping(self) -> None:
+        self.map.ping_passed()
+        self.pinged, self.loaded_known = True, False
+        for block in self.blocks.values():
+            block.behind.clear()
+
+    @rule()
+    def pong(self) -> None:
+        self.map.pong_passed()
+        self.loaded_known |= self.pinged
 
     @rule()
     def handshake_over(self) -> None:
         self.map.handshake_over()
+        self.pinged = False
+        told = all(block.bitmap_on == self.channel for block in self.blocks.values())
+        self.loaded_known = told and not self.passed
         for block in self.blocks.values():
             block.in_flight.clear()
+            block.behind.clear()
+
+    @rule(names=st.permutations(sorted(BLOCKS)), seed=st.integers(0, 1 << 30))
+    def recover(self, names: list[bytes], seed: int) -> None:
+        self.lose()
+        for name in names:
+            self.received(name, seed, 8)
+        self.handshake_over()
 
     @rule(name=NAMES, seed=st.integers(0, 1 << 30), chunk=st.integers(1, 9))
     def received(self, name: bytes, seed: int, chunk: int) -> None:
@@ -126,6 +155,8 @@ class Model(RuleBasedStateMachine):
         assert report.received == len(there)
         assert report.forwarded_not_received == len(block.forwarded - there)
         assert report.received_not_forwarded == len(there - block.forwarded)
+        loaded = block.forwarded - block.behind if self.loaded_known else set()
+        assert report.loaded_not_received == len(loaded - there)
         block.in_flight |= block.forwarded - there
         block.forwarded &= there
         block.bitmap_on = self.channel
@@ -252,6 +283,19 @@ def test_an_answer_lost_behind_the_relay_is_replayed() -> None:
     assert (stats.replayed, stats.reopened, stats.outstanding, stats.recorded) == (1, 1, 0, 1)
     with pytest.raises(PageMapError):
         page_map.replayed(request.id + 100, 80)
+
+
+def test_a_pong_proves_all_that_passed_before_its_ping_and_no_more() -> None:
+    page_map = declared()
+    for page in range(3):
+        page_map.arrived(0, page * PAGE, PAGE, 10)
+        page_map.ping_passed()
+    page_map.arrived(0, 3 * PAGE, PAGE, 20)
+    page_map.arrived(0, PAGE, PAGE, 20)  # again: it was there
+    page_map.pong_passed()
+    page_map.discarded(0, 0, PAGE)
+    report = page_map.received(b"pc.ram", bytes(1 << 15))
+    assert (report.forwarded_not_received, report.loaded_not_received) == (3, 2)
 
 
 def test_a_request_that_the_destination_repeats_is_not_replayed() -> None:

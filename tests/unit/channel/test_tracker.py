@@ -151,11 +151,80 @@ def test_a_foreign_bitmap_confirms_nothing_and_the_right_one_is_known_after_it()
     assert [request.start for request in tracker.to_replay()] == [5 * PAGE, 6 * PAGE]
 
 
+def pong(value: int) -> bytes:
+    return s.message(2, struct.pack(">I", value))
+
+
+def called_foreign(tracker: Tracker, *pages: int, over: bool = False) -> bool:
+    """Of a received bitmap of pc.ram with these pages, on a channel of its own. ``over``: with RESUME_ACK."""
+    tracker.channel_lost(2)
+    tracker.channel_begin(recovered=True, now=2)
+    tracker.backward(s.received(RAM, bitmap(*pages)) + s.received(b"pc.bios", bitmap(0)), 3)
+    if over:
+        tracker.backward(s.message(6, b"\0\0\0\1"), 3)
+    return Fact.FOREIGN_PAGES in tracker.channel_facts
+
+
+def test_after_pong_2_a_bitmap_without_a_page_of_precopy_is_another_vms() -> None:
+    tracker = begun()
+    assert not called_foreign(tracker)
+    tracker = begun()
+    tracker.backward(pong(2), 2)
+    assert called_foreign(tracker)
+    assert called_foreign(tracker, 0, 2)
+    assert not called_foreign(tracker, 1)  # the others were discarded, and then on their way
+    assert not called_foreign(tracker, 0, 1, 2)
+    tracker.backward(s.received(b"pc.bios", bytes(8)), 4)
+    assert Fact.FOREIGN_PAGES in tracker.channel_facts
+
+
+def test_a_pong_after_a_loss_says_nothing_of_what_is_loaded() -> None:
+    tracker = begun()
+    tracker.channel_lost(2)
+    tracker.channel_begin(recovered=True, now=2)
+    tracker.backward(pong(2), 2)
+    assert not called_foreign(tracker)
+
+
+def test_once_resumed_with_a_received_bitmap_only_grows() -> None:
+    tracker = begun()
+    assert not called_foreign(tracker, 1, 2)
+    assert not called_foreign(tracker, 1)  # no handshake was over
+    assert not called_foreign(tracker, 0, 2, over=True)
+    tracker.forward(s.part() + s.page(5 * PAGE, RAM) + s.page(6 * PAGE) + s.EOS, 4)
+    assert called_foreign(tracker, 0, 5)
+    assert called_foreign(tracker, 5, 6)
+    assert not called_foreign(tracker, 0, 2, 5, over=True)
+    assert called_foreign(tracker, 0, 2)
+    assert not called_foreign(tracker, 0, 2, 5)
+
+
+def test_where_a_bitmap_was_missing_or_pages_passed_unseen_nothing_is_known_to_be_loaded() -> None:
+    tracker = begun()
+    tracker.backward(pong(2), 2)
+    tracker.channel_begin(recovered=True, now=2)
+    tracker.backward(s.received(RAM, bitmap(0, 1)) + s.message(6, b"\0\0\0\1"), 3)
+    assert not called_foreign(tracker)
+    tracker = begun()
+    tracker.channel_begin(recovered=True, now=2)
+    tracker.backward(s.received(RAM, bitmap(0, 1)) + s.received(b"pc.bios", bitmap(0)), 3)
+    tracker.forward(s.part() + s.page(5 * PAGE, RAM) + s.EOS, 3)  # which no QEMU sends before RESUME_ACK
+    tracker.backward(s.message(6, b"\0\0\0\1"), 3)
+    assert not called_foreign(tracker, 0, 1)
+    tracker = begun(s.postcopy_stream()[:-1] + b"\x99")
+    tracker.backward(pong(2), 2)
+    assert not called_foreign(tracker)
+    assert not called_foreign(tracker, 0, over=True)
+    tracker.forward(b"\x99", 4)
+    assert not called_foreign(tracker)
+
+
 def test_bitmaps_that_are_trusted_are_never_foreign() -> None:
     tracker = begun()
     tracker.trust_bitmaps()
+    tracker.backward(pong(2), 2)
     tracker.channel_begin(recovered=True, now=2)
-    tracker.backward(s.received(RAM, bitmap(0, 1, 2, 40)), 3)
+    tracker.backward(s.received(RAM, bitmap(0, 40)), 3)
     assert Fact.FOREIGN_PAGES not in tracker.facts
 
 
