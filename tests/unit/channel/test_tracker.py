@@ -169,6 +169,9 @@ def test_after_pong_2_a_bitmap_without_a_page_of_precopy_is_another_vms() -> Non
     tracker = begun()
     assert not called_foreign(tracker)
     tracker = begun()
+    tracker.backward(pong(1), 2)
+    assert not called_foreign(tracker)
+    tracker = begun()
     tracker.backward(pong(2), 2)
     assert called_foreign(tracker)
     assert called_foreign(tracker, 0, 2)
@@ -232,6 +235,7 @@ def test_without_the_whole_stream_no_bitmap_is_called_foreign() -> None:
     multifd = s.postcopy_stream().replace(s.EOS, struct.pack(">Q", 0x200) + s.EOS, 1)
     for tracker in (begun(multifd), begun(s.postcopy_stream()[:-1] + b"\x99")):
         assert Fact.WHOLE_STREAM_SEEN not in tracker.facts
+        tracker.backward(pong(2), 2)
         tracker.channel_begin(recovered=True, now=2)
         tracker.backward(s.received(RAM, bitmap(40)), 3)
         assert Fact.FOREIGN_PAGES not in tracker.facts
