@@ -20,17 +20,19 @@ from refault.lab.driver import RefaultDriver, refault_driver
 from refault.lab.guest import Guest
 from refault.lab.memory import compare
 from refault.lab.netns import two_hosts
-from refault.lab.qemu import DEFAULT_BINARY, Pair, PairOptions, Qemu, start_pair
+from refault.lab.qemu import DEFAULT_BINARY, Pair, PairOptions, Qemu, disks, start_pair
 from refault.lab.qmp_client import QmpClosed, QmpError
 from refault.lab.story import SIDES
 from refault.lab.tasks import background
 
 GUEST = Guest(vcpus=4, log_pages=11, tick_ns=10_000_000)
+DISKS = 4
 _POSTCOPY_BANDWIDTH = 512 << 10
 _PRECOPY_BANDWIDTH = 64 << 20
 _SLOW_PRECOPY = 16 << 20
 _ACTIVE = ("postcopy-active", "completed")
 _SETTLED = 0.15  # seconds for which both must stay active
+_TAKES_BACK = 3.0  # seconds after which a source does not take its guest back any more
 _HELD = 2.5  # seconds after which a hold is not a passing one: longer than refault's RUN_SECONDS
 _DEADLINE = 45.0  # of one recovery; a client's migrate-pause alone is waited for 10 s
 
@@ -88,7 +90,13 @@ async def _stage(directory: Path, binary: str) -> AsyncIterator[_Stage]:
         if os.geteuid() == 0:
             here, there = stack.enter_context(two_hosts())
             prefixes = here.prefix, there.prefix
-        options = PairOptions(binary, binary, source_prefix=prefixes[0], destination_prefix=prefixes[1])
+        options = PairOptions(
+            binary,
+            binary,
+            extra=disks(DISKS),
+            source_prefix=prefixes[0],
+            destination_prefix=prefixes[1],
+        )
         pair = await stack.enter_async_context(start_pair(GUEST, directory, options))
         host, between = "127.0.0.1", None
         if prefixes[0]:
@@ -253,14 +261,14 @@ async def _judge(stage: _Stage, planned: Planned, when: float, since: Sequence[i
     while trio.current_time() < deadline:
         if await _ended_without_guest(stage, planned):
             return Result(planned, Outcome.LEFT_AT_SOURCE, note=_words(stage))
+        last = [_last(qemu, mark) for qemu, mark in zip(stage.both, since, strict=True)]
+        if last[0][0] == "failed":
+            return await _source_failed(stage, planned)
         stage.watch.look_at_processes()
         if stage.watch.broken:
             return Result(planned, Outcome.DEAD, note=_words(stage))
-        last = [_last(qemu, mark) for qemu, mark in zip(stage.both, since, strict=True)]
         if all(status in _ACTIVE and at > when for status, at in last) and _settled(last):
             return Result(planned, Outcome.RECOVERED, max(at for _, at in last) - when)
-        if last[0][0] == "failed":
-            return await _source_failed(stage, planned)
         held = await stage.held()
         held_since = (held_since or trio.current_time()) if held else None
         if held_since is not None and trio.current_time() - held_since > _HELD:
@@ -280,7 +288,9 @@ async def _ended_without_guest(stage: _Stage, planned: Planned) -> bool:
     if planned.kind is not LossClass.SWITCHOVER or destination.status is None:
         return False
     refault = stage.driver.processes[1]
-    await trio.sleep(0.3)
+    with trio.move_on_after(_TAKES_BACK):
+        await stage.pair.source.qmp.wait_migration("failed")
+        return False
     return "in precopy: closing QEMU's" in refault.tail(50) and not stage.watch.handed_over
 
 

@@ -11,6 +11,7 @@ from refault.lab.channel import Cut, Loss
 
 # The places in the stream (DESIGN section 5; QEMU: migration/savevm.c, qemu_savevm_command_send; migration.c,
 # migrate_send_rp_message). All integers are big-endian.
+PING_2 = rb"\x08\x00\x02\x00\x04\x00\x00\x00\x02"
 PACKAGED = rb"\x08\x00\x07\x00\x04"
 PONG_3 = rb"\x00\x02\x00\x04\x00\x00\x00\x03"
 RECV_BITMAP_COMMAND = rb"\x08\x00\x0a"
@@ -141,11 +142,13 @@ def plan(kind: LossClass, draw: random.Random) -> Planned:
 
 
 def _in_switchover(how: Broken, draw: random.Random) -> Cut:
-    """Inside the package, around its end, or when the destination has loaded it and is about to run.
+    """Right before the package, inside it, around its end, or when the destination is about to run.
 
-    The lab's package has about 19 KiB.
+    With the campaign's disks the package has about 200 KiB.
     """
     if draw.random() < 0.4:
         return Cut(how, False, PONG_3, 0, "now")
-    bytes_later = draw.choice((0, *(draw.randrange(limit) for limit in (19_000, 19_000, 40_000, 500_000))))
+    if draw.random() < 0.2:
+        return Cut(how, True, PING_2, 0, "now")
+    bytes_later = draw.choice((0, *(draw.randrange(limit) for limit in (200_000, 200_000, 210_000, 700_000))))
     return Cut(how, True, PACKAGED, bytes_later, "now")

@@ -162,7 +162,9 @@ class Relay:
         facts = Fact(lib.rf_tracker_facts(self._tracker))
         channel = Fact(lib.rf_tracker_channel_facts(self._tracker))
         return Passed(
+            discarding=Fact.POSTCOPY_DISCARD_SEEN in facts,
             packaged_begun=Fact.PACKAGED_BEGUN in facts,
+            packaged_passed=Fact.PACKAGED_PASSED in facts,
             running=self._runs(facts),
             ended=Fact.EOF_PASSED in channel,
             shut=Fact.SHUT_PASSED in channel,

@@ -11,6 +11,7 @@ import trio
 
 from refault.daemon.channels import AttemptFailed
 from refault.daemon.monitor import MonitorLost, QmpError
+from refault.daemon.reclaim import reclaim
 from refault.daemon.repeats import repeats
 from refault.daemon.vm_state import QUERY_TIMEOUT, words
 from refault.migration.recovery import Action, Event, Pace, Recovery, State
@@ -80,6 +81,8 @@ class Attempts:
             case Action.CLEAN_UP:
                 self._cancel_timers()
                 self._migration.ended()
+            case Action.RECLAIM:
+                self._migration.vm.start_soon(reclaim, self._migration)
             case Action.STOP_GUEST:
                 self._migration.vm.start_soon(self._stop_guest)
 

@@ -19,7 +19,7 @@ from refault.channel.tracker import Kept
 from refault.daemon.local import LocalLeg, give_back, take_back
 from refault.daemon.return_path import end_first
 from refault.migration.legs import may_close
-from refault.migration.phase import Phase, Role, phase_of
+from refault.migration.phase import Passed, Phase, Role, cannot_have_left, phase_of
 from refault.migration.recovery import Event, State
 from refault.migration.versions import abilities
 
@@ -162,7 +162,26 @@ class Channels:
         elif view.far.lost:
             if view.far is LegState.REFUSED:
                 self._tell_foreign()
-            self._far_lost(view)
+            if self._may_reclaim(passed):
+                self._ended = self.channel
+                self._migration.feed(Event.CANNOT_HAVE_LEFT)
+            else:
+                self._far_lost(view)
+
+    def _may_reclaim(self, passed: Passed) -> bool:
+        migration = self._migration
+        able = migration.role is Role.SOURCE and abilities(migration.vm.version).fails_when_told
+        return able and migration.policy.state is State.RUNNING and cannot_have_left(passed)
+
+    async def swallow(self) -> None:
+        """Reads what QEMU still writes on a lost channel, into nothing, until it ends it or we are cancelled.
+
+        The pump reads nothing that it cannot pass on.
+        """
+        if self._duplicate is not None:
+            with trio.socket.from_stdlib_socket(self._duplicate.dup()) as leg:
+                while await leg.recv(1 << 16):
+                    pass
 
     def _guard_completion(self) -> None:
         """The source has sent all: should its leg end now, it would run its guest again (legs.py).
@@ -239,7 +258,7 @@ class Channels:
             self.held = None
             if phase is Phase.POSTCOPY and self._return_path_lags():
                 self._ended = self.channel
-                migration.vm.start_soon(self._close_return_path_first, self.channel)
+                migration.vm.start_soon(self.close_return_path_first, self.channel)
             else:
                 self.abandon(self.channel)
             migration.look_soon()
@@ -262,7 +281,8 @@ class Channels:
         migration = self._migration
         return migration.role is Role.SOURCE and abilities(migration.vm.version).resume_after > 0
 
-    async def _close_return_path_first(self, channel: int) -> None:
+    async def close_return_path_first(self, channel: int) -> None:
+        """Closes a lost channel, and the return path a little earlier, where QEMU is seen to take note."""
         async with self._ending:
             pid = self._migration.vm.qemu_pid
             try:

@@ -87,6 +87,8 @@ class Migration:
         self.pause_told = trio.Event()
         """Set when QEMU has said that it paused, since the last channel was made."""
         self.postcopy_began = False
+        self.stopped_by_switchover = False
+        """Whether the guest ran until QEMU before 10.0 stopped it for postcopy; it does not run it again."""
         self.procedure = procedure(self)
         self.attempts = Attempts(self)
         self._generation = ""
@@ -266,7 +268,8 @@ class Migration:
         if status in _POSTCOPY:
             self.postcopy_began = True
         if status == "failed":
-            after = self.postcopy_began and self.role is Role.SOURCE
+            reclaimed = self.policy.state is State.RECLAIMING
+            after = self.postcopy_began and self.role is Role.SOURCE and not reclaimed
             self.feed(Event.FAILED_AFTER_POSTCOPY if after else Event.FAILED)
         elif status in _STATUS_EVENTS:
             self.feed(_STATUS_EVENTS[status])
@@ -276,6 +279,12 @@ class Migration:
         if self.channels is not None and self.role is Role.DESTINATION and not self.channels.relay.closed:
             self.channels.relay.guest_runs()
             self.channels.look()
+
+    def on_stop(self) -> None:
+        """A STOP event: this QEMU ran its guest and has stopped it. Before 10.0 postcopy-active comes first
+        (migration/migration.c, postcopy_start)."""
+        if self.status == "postcopy-active" and self.role is Role.SOURCE:
+            self.stopped_by_switchover = True
 
     def look_soon(self) -> None:
         """Asks QEMU for its status now, not only at the next interval."""

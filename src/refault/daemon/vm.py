@@ -210,6 +210,8 @@ class Vm:
             self.migration.on_status(status)
         if name == "RESUME" and self.migration is not None:
             self.migration.on_resume()
+        if name == "STOP" and self.migration is not None:
+            self.migration.on_stop()
 
     async def _on_connect(self, info: QemuInfo) -> None:
         same = self._last_info is not None and self._last_info.pid == info.pid and info.pid is not None

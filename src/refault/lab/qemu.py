@@ -90,6 +90,15 @@ def command_line(
     return [*command, *extra]
 
 
+def disks(count: int) -> list[str]:
+    """Arguments for so many disks (`disk0`, `disk1`...) that hold nothing; each is 45 KiB of device state."""
+    arguments: list[str] = []
+    for number in range(count):
+        arguments += ["-blockdev", f"driver=null-co,node-name=node{number},size=1048576"]
+        arguments += ["-device", f"virtio-blk-pci,drive=node{number},id=disk{number}"]
+    return arguments
+
+
 @contextlib.asynccontextmanager
 async def start_qemu(
     guest: Guest,

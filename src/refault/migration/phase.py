@@ -30,8 +30,13 @@ class Passed:
     """What has passed the relay, of the whole migration and (`resumed`, `resume_acknowledged`) of this
     channel."""
 
+    discarding: bool = False
+    """RAM_DISCARD: the source has stopped its guest, and the switchover is next (ram.c,
+    ram_postcopy_send_discard_bitmap)."""
     packaged_begun: bool = False
     """MIG_CMD_PACKAGED: the device state is under way (migration/savevm.c, qemu_savevm_send_packaged)."""
+    packaged_passed: bool = False
+    """All of it has been read from QEMU, or from the far leg."""
     running: bool = False
     """The destination has said so, or has had time to after its answer to the ping before RUN
     (migration/migration.c, postcopy_start); for the source that answer alone."""
@@ -45,6 +50,13 @@ class Passed:
     """MIG_RP_MSG_RESUME_ACK on this channel."""
     opaque: bool = False
     """A direction could not be decoded, so the facts above may be missing."""
+
+
+def cannot_have_left(passed: Passed) -> bool:
+    """Of a source whose far leg is lost: whether the switchover has begun and the destination surely cannot
+    run the guest, for RUN is the last of the package (loadvm_handle_cmd_packaged wants all of it first)."""
+    begun = passed.discarding or passed.packaged_begun
+    return begun and not (passed.packaged_passed or passed.running or passed.resumed or passed.opaque)
 
 
 # The first row whose condition holds gives the phase.

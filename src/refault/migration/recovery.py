@@ -34,6 +34,7 @@ class State(enum.Enum):
     YIELDED = "left to the client that paused"
     BY_CLIENT = "recovered by a client"
     HELD = "local leg held open"
+    RECLAIMING = "taking the guest back from a lost switchover"
     GIVEN_UP = "given up: no further attempt for this loss"
     ENDED = "ended"
 
@@ -44,6 +45,7 @@ class Event(enum.Enum):
     STARTED = "migrate or migrate-incoming was accepted, or a migration was met at start-up"
     CHANNEL_LOST = "the local leg was closed, by the relay after the far leg was lost or by QEMU"
     LEG_HELD = "the far leg is lost and the local leg may not be closed"
+    CANNOT_HAVE_LEFT = "the far leg is lost in the switchover, and the destination cannot have the guest"
     PAUSED = "QEMU says postcopy-paused"
     RECOVERING = "QEMU says postcopy-recover or postcopy-recover-setup"
     ACTIVE = "QEMU says postcopy-active"
@@ -77,6 +79,7 @@ class Action(enum.Enum):
     RESET_BACKOFF = "the next back-off delay is the first again"
     QUICKEN_BACKOFF = "so too, in the middle of a recovery"
     CLEAN_UP = "close listeners, descriptors and the state file"
+    RECLAIM = "take the guest back"
     STOP_GUEST = "stop, at once: the guest must not run twice"
 
 
@@ -92,6 +95,7 @@ TABLE: dict[tuple[State, Event], tuple[State, tuple[Action, ...]]] = {
     (S.RUNNING, E.CHANNEL_LOST): (S.WAITING, (*_LOSS, A.TIMER_POLL)),
     (S.RUNNING, E.PAUSED): (S.ATTEMPTING, (*_LOSS, A.ATTEMPT)),
     (S.RUNNING, E.LEG_HELD): (S.HELD, _LOSS),
+    (S.RUNNING, E.CANNOT_HAVE_LEFT): (S.RECLAIMING, (A.COUNT_LOSS, A.RECLAIM)),
     (S.RUNNING, E.CLIENT_PAUSED): (S.YIELDED, (*_LOSS, A.TIMER_CLIENT)),
     (S.WAITING, E.TIMER): (S.ATTEMPTING, (A.ATTEMPT,)),
     (S.WAITING, E.PATH_CHANGED): (S.WAITING, (A.QUICKEN_BACKOFF, A.TIMER_BACKOFF)),
@@ -134,6 +138,8 @@ TABLE: dict[tuple[State, Event], tuple[State, tuple[Action, ...]]] = {
     (S.BY_CLIENT, E.CHANNEL_LOST): (S.YIELDED, (A.TIMER_CLIENT,)),
     (S.BY_CLIENT, E.ATTEMPT_FAILED): (S.YIELDED, (A.TIMER_CLIENT,)),
     (S.BY_CLIENT, E.LEG_HELD): (S.HELD, ()),
+    # What QEMU says of its channels meanwhile is refault's own doing; the end is FAILED.
+    (S.RECLAIMING, E.ATTEMPT_FAILED): (S.WAITING, (A.TIMER_GIVE_UP, A.TIMER_BACKOFF)),
     # Nothing can be tried while a leg is held, so the time after which a loss is given up begins here.
     (S.HELD, E.CHANNEL_LOST): (S.WAITING, (A.TIMER_GIVE_UP, A.TIMER_POLL)),
     (S.HELD, E.PAUSED): (S.WAITING, (A.TIMER_GIVE_UP, A.TIMER_POLL)),

@@ -3,7 +3,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 Version = tuple[int, int, int]
 
@@ -20,6 +20,10 @@ class Abilities:
     `postcopy-active` the source goes to `cancelled` and the destination stays paused for good (tried on 5.2
     and 7.2)."""
 
+    fails_when_told: bool
+    """A destination's word that it failed, on a resumed channel, makes a paused source fail and gives it its
+    guest back (tried on 7.2 and 10.0; 5.2 does not take the resume)."""
+
     resume_after: float
     """Seconds that the source is left alone after it has paused. Before 8.2 its return-path thread may come
     to the old channel's end only after a resume has opened the new one, and then frees the new one's file
@@ -28,17 +32,16 @@ class Abilities:
     handshake that begins there (4 of 5 kills, when the source came at once)."""
 
 
-_SINCE: tuple[tuple[Version, Abilities], ...] = (
-    (
-        (8, 2, 0),
-        Abilities(pauses_again_in_handshake=True, refuses_cancel_in_postcopy=False, resume_after=0.0),
-    ),
-    (
-        (10, 0, 0),
-        Abilities(pauses_again_in_handshake=True, refuses_cancel_in_postcopy=True, resume_after=0.0),
-    ),
+_OLDEST = Abilities(
+    pauses_again_in_handshake=False,
+    refuses_cancel_in_postcopy=False,
+    fails_when_told=False,
+    resume_after=0.05,
 )
-_OLDEST = Abilities(pauses_again_in_handshake=False, refuses_cancel_in_postcopy=False, resume_after=0.05)
+_V72 = replace(_OLDEST, fails_when_told=True)
+_V82 = replace(_V72, pauses_again_in_handshake=True, resume_after=0.0)
+_V100 = replace(_V82, refuses_cancel_in_postcopy=True)
+_SINCE: tuple[tuple[Version, Abilities], ...] = (((7, 2, 0), _V72), ((8, 2, 0), _V82), ((10, 0, 0), _V100))
 
 
 def abilities(version: Version) -> Abilities:

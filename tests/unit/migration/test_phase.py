@@ -1,6 +1,6 @@
 import pytest
 
-from refault.migration.phase import Passed, Phase, phase_of
+from refault.migration.phase import Passed, Phase, cannot_have_left, phase_of
 
 
 @pytest.mark.parametrize(
@@ -34,3 +34,19 @@ def test_the_status_counts_only_where_the_stream_is_opaque() -> None:
 def test_an_acknowledgement_that_passed_unread_is_taken_from_the_status() -> None:
     assert phase_of(Passed(resumed=True, opaque=True), "postcopy-recover") is Phase.RECOVERY_HANDSHAKE
     assert phase_of(Passed(resumed=True, opaque=True), "postcopy-active") is Phase.POSTCOPY
+
+
+@pytest.mark.parametrize(
+    ("passed", "here"),
+    [
+        (Passed(), False),  # in precopy QEMU fails by itself
+        (Passed(discarding=True), True),
+        (Passed(discarding=True, packaged_begun=True), True),
+        (Passed(packaged_begun=True, packaged_passed=True), False),
+        (Passed(packaged_begun=True, running=True), False),
+        (Passed(packaged_begun=True, resumed=True), False),
+        (Passed(packaged_begun=True, opaque=True), False),
+    ],
+)
+def test_a_guest_cannot_have_left_before_the_package_has(passed: Passed, here: bool) -> None:
+    assert cannot_have_left(passed) is here

@@ -252,3 +252,13 @@ def test_a_path_that_may_be_back_is_tried_at_once_and_nothing_else_changes() -> 
     assert policy.handle(Event.TIMER) == (Action.ATTEMPT,)
     assert policy.handle(Event.PATH_CHANGED) == ()
     assert policy.handle(Event.ATTEMPT_FAILED) == (Action.TIMER_BACKOFF,)
+
+
+def test_a_guest_that_is_taken_back_is_neither_recovered_nor_stopped() -> None:
+    told = [Event.CHANNEL_LOST, Event.PAUSED, Event.RECOVERING, Event.ACTIVE, Event.FAILED]
+    policy, actions = after([Event.STARTED, Event.CANNOT_HAVE_LEFT, *told])
+    assert policy.state is State.ENDED
+    assert Action.RECLAIM in actions
+    assert not {Action.ATTEMPT, Action.COUNT_RECOVERY, Action.STOP_GUEST} & set(actions)
+    policy, _ = after([Event.STARTED, Event.CANNOT_HAVE_LEFT, Event.ATTEMPT_FAILED])
+    assert policy.state is State.WAITING

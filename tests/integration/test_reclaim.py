@@ -1,0 +1,48 @@
+"""A channel lost while the source writes its device state: the guest goes on there, disks and all."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import trio
+from tests.campaign.losses import PING_2
+from tests.integration.qemus import qemus
+from tests.integration.test_main_job import GUEST
+
+from refault.lab import bare
+from refault.lab.channel import Cut, Loss, free_port, start_channel
+from refault.lab.driver import refault_driver
+from refault.lab.memory import compare
+from refault.lab.qemu import PairOptions, disks, start_pair
+
+pytestmark = [pytest.mark.qemu, pytest.mark.timeout(90)]
+
+DISKS = 24
+"""A package of 1 MiB, so that the loss is surely noticed before all of it has left QEMU."""
+
+
+@pytest.mark.parametrize("binary", qemus("qemu-10", "qemu-11"))
+async def test_the_guest_goes_on_at_the_source(tmp_path: Path, binary: str) -> None:
+    async with (
+        start_pair(GUEST, tmp_path, PairOptions(binary, binary, extra=disks(DISKS))) as pair,
+        start_channel(tmp_path, free_port()) as channel,
+        refault_driver(pair, channel, tmp_path) as driver,
+    ):
+        cut = Cut(Loss.CLOSE, True, PING_2, 0, "now")
+        with trio.fail_after(60):
+            await bare.begin(
+                driver.source, driver.destination, channel, bandwidth=1 << 20, precopy_bandwidth=64 << 20
+            )
+            await bare.wait_sent(driver.source, 0.1)
+            await channel.cut_at(cut)
+            await driver.source.execute("migrate-start-postcopy")
+            await channel.was_cut(cut, 20)
+            await bare.wait_status(pair.source.qmp, "failed")
+            await pair.source.wait_progress()
+        assert not [event for event in pair.destination.qmp.events if event.name == "RESUME"]
+        # A write to a disk that is not activated ends QEMU.
+        await pair.source.qmp.monitor_command('qemu-io -d disk0/virtio-backend "write 0 512"')
+        assert (await driver.source.execute("query-status"))["running"]
+        verdict = await compare(GUEST, pair.source.qmp)
+        assert verdict.right, verdict

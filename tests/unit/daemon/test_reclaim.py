@@ -1,0 +1,61 @@
+"""What a source that is to fail is told."""
+
+import socket
+import struct
+
+import pytest
+import trio
+from tests.unit.channel import streams
+
+from refault.channel.returnpath import Kind, ReturnPathDecoder
+from refault.daemon.channels import AttemptFailed
+from refault.daemon.reclaim import fail_as_destination
+
+SIZES = {b"pc.ram": 100 * 4096, b"pc.bios": 4096}
+RESUME = struct.pack(">BHH", 8, 9, 0)
+ENDS = streams.part(kind=3) + streams.EOS + streams.footer() + streams.EOF
+
+
+async def answered(sent: bytes, answer: int) -> bytes:
+    """What comes back before, in all, so many bytes have come; what is left is read when it has ended."""
+    near, far = socket.socketpair()
+    with trio.fail_after(10):
+        async with (
+            trio.SocketStream(trio.socket.from_stdlib_socket(near)) as source,
+            trio.SocketStream(trio.socket.from_stdlib_socket(far)) as stream,
+        ):
+            got = b""
+            async with trio.open_nursery() as nursery:
+                nursery.start_soon(fail_as_destination, stream, SIZES)
+                await source.send_all(sent)
+                while len(got) < answer:
+                    got += await source.receive_some(answer - len(got))
+                await source.send_eof()
+    return got
+
+
+async def test_a_source_is_told_that_all_was_received_and_then_of_an_error() -> None:
+    asks = streams.recv_bitmap(b"pc.ram") + streams.recv_bitmap(b"pc.bios") + RESUME
+    size = sum(4 + 1 + len(name) + 8 + 8 for name in SIZES) + 16 + 8 + 8 + 8
+    received = await answered(asks + ENDS, size)
+    events = list(ReturnPathDecoder().feed(received))
+    bitmaps = [(event.name, int.from_bytes(event.data, "little").bit_count())
+               for event in events if event.kind is Kind.BITMAP_DATA]  # fmt: skip
+    assert bitmaps == [(b"pc.ram", 100), (b"pc.bios", 1)]
+    assert [(event.kind, event.value) for event in events[-2:]] == [(Kind.RESUME_ACK, 1), (Kind.SHUT, 1)]
+
+
+async def test_the_error_waits_for_the_end_of_the_stream() -> None:
+    """QEMU that hears of it sooner pauses again (10.0)."""
+    asks = streams.recv_bitmap(b"pc.bios") + RESUME
+    part = streams.part() + streams.EOS + streams.footer()
+    with pytest.raises(ExceptionGroup) as failed:
+        await answered(asks + part, 4 + 8 + 8 + 8 + 8 + 8)
+    assert failed.group_contains(AttemptFailed, match="ended its recovery")
+
+
+async def test_what_is_no_recovery_is_not_answered() -> None:
+    for sent in (streams.ping(1), streams.recv_bitmap(b"other"), streams.part()):
+        with pytest.raises(ExceptionGroup) as failed:
+            await answered(sent, 0)
+        assert failed.group_contains(AttemptFailed)
