@@ -1,9 +1,13 @@
-"""The campaign's record: what was run, and what came of it, by class."""
+"""The campaign's record: what was run, and what came of it, by class.
+
+Several of one QEMU as one table: python -m tests.campaign.record FILE...
+"""
 
 from __future__ import annotations
 
 import statistics
 import subprocess
+import sys
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -59,10 +63,15 @@ class Record:
         record = cls(command, commit_of(), seed)
         if path is None or not path.exists():
             return record
-        kept = msgspec.json.decode(path.read_bytes(), type=cls)
+        kept = cls.read(path)
         if (kept.command, kept.commit) != (command, record.commit):
             raise ValueError(f"{path} is of another run: {kept.command} at {kept.commit}")
         return kept
+
+    @classmethod
+    def read(cls, path: Path) -> Record:
+        """One that was kept."""
+        return msgspec.json.decode(path.read_bytes(), type=cls)
 
     def keep(self, path: Path) -> None:
         """Writes it down, for a later run to go on with."""
@@ -94,12 +103,18 @@ class Record:
         return [entry for entry in self.results if self.is_defect(entry)]
 
     def __str__(self) -> str:
-        version = ".".join(map(str, self.version))
+        return f"{self.heading}\n{self.table}"
+
+    @property
+    def heading(self) -> str:
+        """What was run."""
+        return f"command  {self.command}\ncommit   {self.commit}\nseed     {self.seed}"
+
+    @property
+    def table(self) -> str:
+        """What came of it."""
         lines = [
-            f"command  {self.command}",
-            f"commit   {self.commit}",
-            f"seed     {self.seed}",
-            f"QEMU     {version}",
+            f"QEMU     {'.'.join(map(str, self.version))}",
             f"{len(self.results)} losses in {self.lives} migrations; {self.pages_compared} pages compared",
             "",
             "| class | losses | outcomes | median ms | p99 ms |",
@@ -125,3 +140,24 @@ def _ms(seconds: float) -> str:
 
 def _p99(times: list[float]) -> float:
     return times[min(len(times) - 1, int(len(times) * 0.99))]
+
+
+def main() -> int:
+    """Prints the table of several records together; 1 where one has a defect."""
+    records = [Record.read(Path(name)) for name in sys.argv[1:]]
+    whole = Record("", "", 0)
+    for record in records:
+        if whole.version not in ((0, 0, 0), record.version):
+            raise ValueError("records of different QEMUs make no table")
+        print(record.heading)
+        whole.version = record.version
+        whole.lives += record.lives
+        whole.pages_compared += record.pages_compared
+        whole.results += record.results
+        whole.failures += record.failures
+    print(whole.table)
+    return 1 if whole.defects or whole.failures else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
