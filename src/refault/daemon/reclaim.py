@@ -28,7 +28,7 @@ from typing import TYPE_CHECKING
 import trio
 
 from refault.daemon.channels import AttemptFailed
-from refault.daemon.local import hand_over, take_back
+from refault.daemon.local import Executes, hand_over, take_back
 from refault.daemon.monitor import MonitorLost, QmpError
 from refault.daemon.vm_state import QUERY_TIMEOUT, words
 from refault.migration.phase import Role
@@ -44,6 +44,7 @@ PATIENCE = 60.0
 """For the whole of it: QEMU may still have much device state to write."""
 RESUME_TIMEOUT = 10.0
 _LOOK = 0.005
+_NOT_FINAL = "not finalized"
 _WRITING = ("active", "device")
 """The statuses of a QEMU that has not done with the package; before 8.2 there is none of its own."""
 TARGET_PAGE = 4096
@@ -86,22 +87,44 @@ async def reclaim(migration: Migration) -> None:
                 await trio.sleep(abilities(migration.vm.version).resume_after)
                 await _resume_to_us(migration, sizes)
             if migration.stopped_by_switchover:
-                await migration.vm.monitor.execute("cont", timeout=QUERY_TIMEOUT)
+                await go_on(migration.vm.monitor)
     except* (AttemptFailed, QmpError, MonitorLost, trio.TooSlowError, OSError) as errors:
-        log.error(
-            "%s: ALERT: the guest could not be taken back: %s; it stays paused here, whole: do not quit this"
-            " QEMU",
-            migration.name,
-            words(_first(errors)),
-        )
+        _say_why_not(migration, words(_first(errors)))
         migration.feed(Event.ATTEMPT_FAILED)
     else:
         log.warning("%s: the migration has failed, and the guest goes on here", migration.name)
 
 
+def _say_why_not(migration: Migration, why: str) -> None:
+    if not migration.under_way and migration.status != "failed":
+        log.warning("%s: %s: the guest is not taken back", migration.name, why)
+    else:
+        log.error(
+            "%s: ALERT: the guest could not be taken back: %s; it stays paused here, whole: do not quit this"
+            " QEMU",
+            migration.name,
+            why,
+        )
+
+
 async def _when(migration: Migration, holds: Callable[[str | None], bool]) -> None:
-    while not holds(migration.status):  # noqa: ASYNC110 - events and the poller both tell it
+    while not holds(migration.status):  # events and the poller both tell it
+        if not migration.under_way:
+            raise AttemptFailed(f"the migration has ended: {migration.status}")
         await trio.sleep(_LOOK)
+
+
+async def go_on(monitor: Executes) -> None:
+    """`cont`, which QEMU refuses for the moment between the event and the end of its migration thread."""
+    while True:
+        try:
+            await monitor.execute("cont", timeout=QUERY_TIMEOUT)
+        except QmpError as error:
+            if _NOT_FINAL not in error.desc:
+                raise
+            await trio.sleep(_LOOK)
+        else:
+            return
 
 
 def _first(errors: BaseException) -> BaseException:

@@ -2,6 +2,7 @@
 
 import socket
 import struct
+from typing import Any
 
 import pytest
 import trio
@@ -9,7 +10,8 @@ from tests.unit.channel import streams
 
 from refault.channel.returnpath import Kind, ReturnPathDecoder
 from refault.daemon.channels import AttemptFailed
-from refault.daemon.reclaim import fail_as_destination
+from refault.daemon.monitor import QmpError
+from refault.daemon.reclaim import fail_as_destination, go_on
 
 SIZES = {b"pc.ram": 100 * 4096, b"pc.bios": 4096}
 RESUME = struct.pack(">BHH", 8, 9, 0)
@@ -59,3 +61,18 @@ async def test_what_is_no_recovery_is_not_answered() -> None:
         with pytest.raises(ExceptionGroup) as failed:
             await answered(sent, 0)
         assert failed.group_contains(AttemptFailed)
+
+
+async def test_cont_is_repeated_until_the_migration_thread_has_ended() -> None:
+    answers = ["Migration is not finalized yet", "Migration is not finalized yet", ""]
+    asked: list[str] = []
+
+    class Monitor:
+        async def execute(self, command: str, *_: Any, **__: Any) -> None:
+            asked.append(command)
+            if desc := answers[len(asked) - 1]:
+                raise QmpError("GenericError", desc)
+
+    with trio.fail_after(10):
+        await go_on(Monitor())
+    assert asked == ["cont"] * 3
