@@ -67,7 +67,7 @@ async def two_vms(directory: Path, binary: str) -> AsyncIterator[tuple[One, One]
         yield One(*one), One(*other)
 
 
-@pytest.mark.parametrize(("binary", "recovered_before"), zip(BINARIES, (False, True), strict=False))
+@pytest.mark.parametrize(("binary", "recovered_before"), list(zip(BINARIES, (False, True), strict=False)))
 async def test_two_vms_crossed_are_cut_before_resume(
     tmp_path: Path, binary: str, recovered_before: bool
 ) -> None:
