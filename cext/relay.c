@@ -24,7 +24,7 @@ enum {
     VIEW_WORDS = sizeof(struct rf_relay_view) / sizeof(uint64_t),
 };
 
-enum command_kind { COMMAND_ATTACH, COMMAND_CLOSE, COMMAND_COMPLETE, COMMAND_STOP };
+enum command_kind { COMMAND_ATTACH, COMMAND_CLOSE, COMMAND_POSTCOPY, COMMAND_COMPLETE, COMMAND_STOP };
 
 struct command {
     enum command_kind kind;
@@ -69,6 +69,7 @@ struct rf_relay {
     struct rf_relay_view view;
     struct told told;
     unsigned dead_after_s;
+    bool in_postcopy;         /* as told, for a stream that cannot be read */
     bool probing;             /* postcopy: the far leg's silence counts */
     uint64_t next_silence_ns; /* when to look at it again */
     uint64_t
@@ -191,8 +192,8 @@ static void forward_write(struct rf_relay *relay) {
 }
 
 static void forward_read(struct rf_relay *relay) {
-    size_t chunk =
-        (rf_tracker_facts(relay->tracker) & RF_FACT_PACKAGED_BEGUN) ? POSTCOPY_CHUNK : PRECOPY_CHUNK;
+    bool postcopy = relay->in_postcopy || rf_tracker_facts(relay->tracker) & RF_FACT_PACKAGED_BEGUN;
+    size_t chunk = postcopy ? POSTCOPY_CHUNK : PRECOPY_CHUNK;
     size_t n;
 
     if (!rf_leg_writable(forward_to(relay))) {
@@ -393,6 +394,9 @@ static bool take_commands(struct rf_relay *relay) {
                 close_channel(relay);
             }
             break;
+        case COMMAND_POSTCOPY:
+            relay->in_postcopy = true;
+            break;
         case COMMAND_COMPLETE:
             rf_tracker_complete(relay->tracker);
             break;
@@ -479,7 +483,8 @@ static void move_bytes(struct rf_relay *relay, const struct pollfd *polls) {
 }
 
 static bool silence_counts(const struct rf_relay *relay) {
-    return rf_tracker_facts(relay->tracker) & (RF_FACT_PONG_3 | RF_FACT_RESUME_ACK_PASSED) ||
+    return relay->in_postcopy ||
+           rf_tracker_facts(relay->tracker) & (RF_FACT_PONG_3 | RF_FACT_RESUME_ACK_PASSED) ||
            rf_tracker_channel_facts(relay->tracker) & RF_FACT_RECV_BITMAP_ASKED;
 }
 
@@ -601,6 +606,10 @@ int rf_relay_attach(struct rf_relay *relay, int local_fd, int far_fd, bool recov
 
 int rf_relay_close_channel(struct rf_relay *relay, uint64_t channel) {
     return give(relay, &(struct command){.kind = COMMAND_CLOSE, .channel = channel});
+}
+
+int rf_relay_in_postcopy(struct rf_relay *relay) {
+    return give(relay, &(struct command){.kind = COMMAND_POSTCOPY});
 }
 
 int rf_relay_complete(struct rf_relay *relay) {

@@ -73,6 +73,10 @@ bool rf_relay_look(const struct rf_relay *relay, struct rf_relay_view *view);
  */
 int rf_relay_attach(struct rf_relay *relay, int local_fd, int far_fd, bool recovered, bool may_replay);
 
+/* The destination runs the guest; for a stream that cannot be read, which does not show it. 0, or -1 with
+ * errno. */
+int rf_relay_in_postcopy(struct rf_relay *relay);
+
 /* Closes what is open of `channel`, if that is still the one attached last. 0, or -1 with errno. */
 int rf_relay_close_channel(struct rf_relay *relay, uint64_t channel);
 

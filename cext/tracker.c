@@ -272,6 +272,14 @@ static void page_event(struct rf_tracker *tracker, struct pages *pages, const st
     }
 }
 
+static void section(struct rf_tracker *tracker, const struct rf_forward_event *event) {
+    bool in_postcopy = get(&tracker->facts) & RF_FACT_PACKAGED_BEGUN ||
+                       get(&tracker->channel_facts) & RF_FACT_RECV_BITMAP_ASKED;
+    if (event->code == RF_SECTION_END && !event->packaged && in_postcopy) {
+        note(tracker, RF_FACT_COMPLETION_BEGUN);
+    }
+}
+
 static void forward_event(struct rf_tracker *tracker, const struct rf_forward_event *event, uint64_t now) {
     switch (event->type) {
     case RF_FORWARD_PAGE:
@@ -298,6 +306,9 @@ static void forward_event(struct rf_tracker *tracker, const struct rf_forward_ev
         break;
     case RF_FORWARD_PACKAGED_END:
         note(tracker, RF_FACT_PACKAGED_PASSED);
+        break;
+    case RF_FORWARD_SECTION:
+        section(tracker, event);
         break;
     case RF_FORWARD_EOF:
         note(tracker, RF_FACT_EOF_PASSED);

@@ -49,6 +49,8 @@ enum rf_fact {
                                        another VM's */
     RF_FACT_IGNORE_SHARED = 131072, /* the configuration lists x-ignore-shared */
     RF_FACT_MULTIFD = 262144,       /* pages go over channels of their own */
+    RF_FACT_COMPLETION_BEGUN = 1048576, /* the first section END in postcopy: from here on a source does not
+                                           pause, whatever happens */
     RF_FACT_WHOLE_STREAM_SEEN =
         524288, /* of the migration, not of a channel; cleared when it ends to be so */
 };

@@ -166,6 +166,7 @@ class Relay:
             packaged_begun=Fact.PACKAGED_BEGUN in facts,
             packaged_passed=Fact.PACKAGED_PASSED in facts,
             running=self._runs(facts),
+            completing=Fact.COMPLETION_BEGUN in channel,
             ended=Fact.EOF_PASSED in channel,
             shut=Fact.SHUT_PASSED in channel,
             resumed=self._resumed,
@@ -176,6 +177,11 @@ class Relay:
     def guest_runs(self) -> None:
         """The destination's QEMU has said so: an event RESUME."""
         self._runs_told = True
+
+    @property
+    def runs_told(self) -> bool:
+        """Whether it was said that the destination runs."""
+        return self._runs_told
 
     def _runs(self, facts: Fact) -> bool:
         """PONG 3 comes right before RUN (tracker.h). Until RUN is read a destination does not pause but exits
@@ -230,6 +236,13 @@ class Relay:
             os.close(far_fd)
             raise OSError(error, os.strerror(error))
         self._resumed = recovered
+
+    def in_postcopy(self) -> None:
+        """The destination runs, by QEMU's word, for the stream cannot be read: queues are short from here
+        on, and silence is a loss. Raises OSError where the pump takes no commands any more.
+        """
+        if lib.rf_relay_in_postcopy(self._open()) < 0:
+            raise OSError(errno.EAGAIN, "the relay's command ring is full")
 
     def close_channel(self, channel: int) -> None:
         """Closes both legs of `channel`, if it is still the one attached last."""

@@ -6,6 +6,7 @@ that may not be closed.
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import os
 import socket
@@ -17,11 +18,13 @@ import trio
 from refault.channel.relay import RUN_SECONDS, LegState, Relay, RelayView
 from refault.channel.tracker import Kept
 from refault.daemon.local import LocalLeg, give_back, take_back
+from refault.daemon.monitor import MonitorLost, QmpError
 from refault.daemon.return_path import end_first
 from refault.migration.legs import may_close
-from refault.migration.phase import Passed, Phase, Role, cannot_have_left, phase_of
+from refault.migration.phase import Passed, Phase, Role, Told, cannot_have_left, phase_of
 from refault.migration.recovery import Event, State
 from refault.migration.versions import abilities
+from refault.migration.word import LOOK_AGAIN, Word, phase_after_loss, word_of
 
 if TYPE_CHECKING:
     from refault.daemon.migration import Migration
@@ -32,6 +35,8 @@ REPLAY_DOUBT_SECONDS = 2.0
 """Two losses so soon after a replay, and the next recovery goes without (DESIGN, 5)."""
 STALL_LOOK = 0.25
 """Seconds between looks at a handshake that may stand still for many; its end is heard of by other ways."""
+ASKED_EVERY = 1.0
+"""Seconds until QEMU has answered the next time, where the stream is not read."""
 _LOSABLE = (Phase.SWITCHOVER, Phase.POSTCOPY, Phase.RECOVERY_HANDSHAKE)
 """The phases in which a lost channel is one to recover."""
 
@@ -65,12 +70,48 @@ class Channels:
         self._told_foreign: set[str] = set()
         """The addresses of which it was said that they are another VM's."""
         self._told_part = False
+        self._told_pump = False
+        self._word: Word | None = None
+        """What QEMU said last, where the stream is not read."""
+        self._asked_at = 0.0
+        self._asking = 0
+        """The lost channel whose phase QEMU is asked for."""
         self._scope = trio.CancelScope()
 
     @property
     def phase(self) -> Phase:
         """The phase, as far as it is known."""
-        return phase_of(self.relay.passed(), self._migration.status)
+        migration = self._migration
+        told = Told(migration.status, self.relay.runs_told, self._much_left(ASKED_EVERY))
+        return phase_of(self.relay.passed(), migration.role, told)
+
+    @property
+    def unread(self) -> bool:
+        """Whether bytes pass that cannot be read, so that QEMU must tell how far it is."""
+        return not self.relay.closed and self.relay.passed().opaque
+
+    async def ask(self) -> Word:
+        """How far QEMU is, by its own word. Raises what `execute` raises."""
+        vm = self._migration.vm
+        source = self._migration.role is Role.SOURCE
+        migrate = await vm.query("query-migrate")
+        parameters = await vm.query("query-migrate-parameters") if source else {}
+        runs = self.relay.runs_told
+        if not source and not runs:
+            runs = (await vm.query("query-status")).get("status") not in (None, "inmigrate")
+        word = word_of(migrate, parameters, runs=runs)
+        self._word, self._asked_at = word, trio.current_time()
+        if (runs or word.requests > 0) and not self.relay.closed:
+            self.relay.guest_runs()
+            self._tell_pump()
+        return word
+
+    def _tell_pump(self) -> None:
+        """The pump cannot read that the destination runs, and from when on it is to mind silence."""
+        if self.relay.runs_told and self.unread and not self._told_pump:
+            with contextlib.suppress(OSError):  # another time, then
+                self.relay.in_postcopy()
+                self._told_pump = True
 
     def join(self, local: LocalLeg, far: trio.socket.SocketType, *, recovered: bool) -> None:
         """Gives both legs to the pump as the next channel.
@@ -89,6 +130,8 @@ class Channels:
                 self._migration.name,
             )
         self._migration.pause_told = trio.Event()
+        if recovered:
+            self._migration.status = "postcopy-paused"  # or this would not be; an older word tells nothing
         self._keep(local.socket.dup())
         self._peer_inode = local.peer_inode
         self.relay.attach(local.detach(), far.detach(), recovered=recovered, may_replay=may_replay)
@@ -120,6 +163,19 @@ class Channels:
                 return True
             await trio.sleep(STALL_LOOK)
         return False
+
+    async def handshake_begun(self) -> bool:
+        """Whether QEMU has come to the recovery handshake itself; under TLS another goes before it."""
+        if not self.unread:
+            return True
+        before = self.relay.look()
+        try:
+            word = await self.ask()
+        except (QmpError, MonitorLost, trio.TooSlowError):
+            return True
+        now = self.relay.look()
+        moved = now.forward_bytes + now.return_bytes != before.forward_bytes + before.return_bytes
+        return moved or word.status != "postcopy-paused"
 
     def count_loss(self) -> float:
         """Notes a loss; how many seconds ago the pump saw it."""
@@ -153,7 +209,8 @@ class Channels:
         if passed.running:
             self._migration.postcopy_began = True
         self._tell_not_kept()
-        if self.phase is Phase.COMPLETING and self._migration.role is Role.SOURCE:
+        self._tell_pump()
+        if self._completes():
             self._guard_completion()
         if passed.resumed and passed.resume_acknowledged and not (view.local.lost or view.far.lost):
             self._migration.feed(Event.RESUME_ACKNOWLEDGED)
@@ -182,6 +239,15 @@ class Channels:
             with trio.socket.from_stdlib_socket(self._duplicate.dup()) as leg:
                 while await leg.recv(1 << 16):
                     pass
+
+    def _completes(self) -> bool:
+        """Whether a source is known to be in its last moments; `phase` is careful where it is not known."""
+        if self._migration.role is not Role.SOURCE or self.phase is not Phase.COMPLETING:
+            return False
+        if not self.unread:
+            return self.relay.passed().ended  # only then would QEMU take our end (word.py)
+        word = self._word
+        return word is not None and word.status == "postcopy-active" and word.remaining <= word.threshold
 
     def _guard_completion(self) -> None:
         """The source has sent all: should its leg end now, it would run its guest again (legs.py).
@@ -247,8 +313,62 @@ class Channels:
             self._migration.feed(Event.CHANNEL_LOST)
 
     def _far_lost(self, view: RelayView) -> None:
+        if self._must_ask():
+            if self._asking != self.channel:
+                self._asking = self.channel
+                self._migration.vm.start_soon(self._ask_phase, self.channel)
+        else:
+            self._judge_loss(view, self.phase)
+
+    def _must_ask(self) -> bool:
+        """Whether QEMU must say what phase it is, for what has passed does not."""
+        if self._migration.role is Role.DESTINATION:
+            return self.unread and self.phase is not Phase.POSTCOPY
+        if self.phase is Phase.SWITCHOVER and not self.unread:
+            return self.relay.passed().packaged_passed  # before that it cannot complete
+        return self.unread or self.phase is Phase.POSTCOPY
+
+    def _unanswered(self) -> Phase:
+        """The phase of a QEMU that answers nothing: the worst of those that it may be in.
+
+        A source does so in the completion (word.py), and before the destination runs while it sends PACKAGED.
+        """
+        if self._migration.role is Role.DESTINATION:
+            return Phase.SWITCHOVER if self.phase is Phase.PRECOPY else self.phase
+        if not self._migration.postcopy_began:
+            return self.phase
+        packaged = self.unread and not self.relay.runs_told and self._much_left(ASKED_EVERY)
+        return Phase.SWITCHOVER if packaged else Phase.COMPLETING
+
+    def _much_left(self, seconds: float) -> bool:
+        """Whether a source is far from its completion for some seconds more, going by its last word."""
+        age = trio.current_time() - self._asked_at
+        return self._word is not None and self._word.far_from_completion(age + seconds)
+
+    async def _ask_phase(self, channel: int) -> None:
+        """Has QEMU say in what phase a channel was lost, until its leg is closed."""
+        role = self._migration.role
+        before: Word | None = None
+        while self.channel == channel and self._ended != channel and not self.relay.closed:
+            now: Word | None = None
+            phase: Phase | None = None
+            try:
+                now = await self.ask()
+            except trio.TooSlowError:
+                phase = self._unanswered()
+            except (QmpError, MonitorLost):
+                pass
+            if self.channel != channel or self._ended == channel or self.relay.closed:
+                return
+            if now is not None:
+                phase = phase_after_loss(self.relay.passed(), role, before, now)
+            if phase is not None:
+                self._judge_loss(self.relay.look(), phase)
+            before = now
+            await trio.sleep(LOOK_AGAIN if self.held is None else ASKED_EVERY)
+
+    def _judge_loss(self, view: RelayView, phase: Phase) -> None:
         migration = self._migration
-        phase = self.phase
         allowed, rule = may_close(phase, migration.role, migration.vm.version)
         if allowed:
             if phase is not Phase.DONE:

@@ -31,7 +31,8 @@ log = logging.getLogger("refault.migration")
 
 STATUS_INTERVAL = 1.0
 STATUS_INTERVAL_UNRELAYED = 0.1
-"""Without a relay and without the `events` capability a loss is only seen by asking."""
+"""Without a relay and without the `events` capability a loss is only seen by asking; and how far it is, where
+the relay cannot read what passes."""
 COMPLETION_INTERVAL = 0.05
 NO_MIGRATION = "no migration yet"
 
@@ -304,7 +305,10 @@ class Migration:
             self.channels.look()
         asked_in = self.policy.state
         try:
-            status = (await self.vm.query("query-migrate")).get("status")
+            if self.channels is not None and self.channels.unread:
+                status: object = (await self.channels.ask()).status
+            else:
+                status = (await self.vm.query("query-migrate")).get("status")
         except (QmpError, MonitorLost, trio.TooSlowError):
             return  # a destination's main thread may be stuck on a missing page: that tells nothing
         # An answer to a question from before a transition tells of the time before it.
@@ -317,6 +321,8 @@ class Migration:
     def _poll_interval(self) -> float:
         if self.channels is None:
             return STATUS_INTERVAL_UNRELAYED if self.under_way else STATUS_INTERVAL
+        if self.channels.unread and self.under_way:
+            return STATUS_INTERVAL_UNRELAYED
         return COMPLETION_INTERVAL if self.phase is Phase.DONE and self.under_way else STATUS_INTERVAL
 
 

@@ -64,7 +64,8 @@ RULES: dict[tuple[Phase, Role], Rule] = {
     (Phase.COMPLETING, Role.SOURCE): Rule(
         Verdict.HOLD,
         "the source goes to failed and runs the guest a second time (10.0 and later) or hangs (up to 7.2)",
-        "look at the destination: if its migration is completed, quit the source QEMU; it must not run again",
+        "look at the destination: if its migration is completed, end the source QEMU; it must not run again."
+        " If it waits, this QEMU sends no more: what the guest there lacks cannot be had again",
     ),
     (Phase.COMPLETING, Role.DESTINATION): Rule(
         Verdict.HOLD,

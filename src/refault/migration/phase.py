@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import enum
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -40,6 +41,9 @@ class Passed:
     running: bool = False
     """The destination has said so, or has had time to after its answer to the ping before RUN
     (migration/migration.c, postcopy_start); for the source that answer alone."""
+    completing: bool = False
+    """A section END in postcopy: the source sends the rest, and does not pause any more (savevm.c,
+    qemu_savevm_state_complete_postcopy)."""
     ended: bool = False
     """QEMU_VM_EOF after postcopy: the source has sent all (savevm.c, qemu_savevm_state_complete_postcopy)."""
     shut: bool = False
@@ -59,6 +63,18 @@ def cannot_have_left(passed: Passed) -> bool:
     return begun and not (passed.packaged_passed or passed.running or passed.resumed or passed.opaque)
 
 
+@dataclass(frozen=True)
+class Told:
+    """What QEMU itself says: it counts where the stream cannot be read."""
+
+    status: str | None = None
+    """query-migrate's word."""
+    runs: bool = False
+    """A destination: RUN has been carried out."""
+    much_left: bool = False
+    """A source: so much is left to send that it is not about to complete."""
+
+
 # The first row whose condition holds gives the phase.
 _PHASES: tuple[tuple[Callable[[Passed], bool], Phase], ...] = (
     (lambda p: p.shut, Phase.DONE),
@@ -69,11 +85,7 @@ _PHASES: tuple[tuple[Callable[[Passed], bool], Phase], ...] = (
     (lambda p: p.packaged_begun, Phase.SWITCHOVER),
 )
 
-# Where the stream tells nothing, QEMU's own word for it does.
-# `postcopy-active` begins at LISTEN, before the destination runs: what is not known to be over is taken as
-# under way.
 _BY_STATUS = {
-    "postcopy-active": Phase.SWITCHOVER,
     "postcopy-paused": Phase.POSTCOPY,
     "postcopy-recover-setup": Phase.RECOVERY_HANDSHAKE,
     "postcopy-recover": Phase.RECOVERY_HANDSHAKE,
@@ -81,13 +93,26 @@ _BY_STATUS = {
 }
 
 
-def phase_of(passed: Passed, status: str | None = None) -> Phase:
-    """The phase, from what passed; `status` (query-migrate's word) counts only where the stream is opaque."""
-    if passed.opaque and passed.resumed and not passed.shut and status == "postcopy-active":
-        return Phase.POSTCOPY  # RESUME_ACK may have passed unread; QEMU says so after it
-    for holds, phase in _PHASES:
-        if holds(passed):
-            return phase
-    if passed.opaque and status is not None:
-        return _BY_STATUS.get(status, Phase.PRECOPY)
-    return Phase.PRECOPY
+def phase_of(passed: Passed, role: Role = Role.DESTINATION, told: Told | None = None) -> Phase:
+    """The phase, from what passed; what QEMU `told` counts only where the stream is opaque."""
+    told = told or Told()
+    if role is Role.SOURCE and passed.completing:
+        passed = dataclasses.replace(passed, ended=True)
+    read = next((phase for holds, phase in _PHASES if holds(passed)), Phase.PRECOPY)
+    if not passed.opaque or read in (Phase.DONE, Phase.COMPLETING):
+        return read
+    if told.status == "completed":
+        return Phase.DONE
+    if told.status == "postcopy-active" or (told.runs and not passed.resumed):
+        return _unread_postcopy(passed, role, told)
+    if passed.resumed and not passed.resume_acknowledged:
+        return Phase.RECOVERY_HANDSHAKE
+    return _BY_STATUS.get(told.status or "", read)
+
+
+def _unread_postcopy(passed: Passed, role: Role, told: Told) -> Phase:
+    """What is not known to be over is taken as under way, and what may have begun as begun."""
+    if role is Role.SOURCE:
+        return Phase.POSTCOPY if told.much_left else Phase.COMPLETING
+    # It says postcopy-active from LISTEN on, before it runs; after a recovery only once it has resumed.
+    return Phase.POSTCOPY if passed.running or passed.resumed or told.runs else Phase.SWITCHOVER

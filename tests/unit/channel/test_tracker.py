@@ -46,6 +46,7 @@ def test_the_facts_of_a_postcopy_migration_come_in_their_order() -> None:
         Fact.POSTCOPY_DISCARD_SEEN,
         Fact.PACKAGED_BEGUN,
         Fact.PACKAGED_PASSED,
+        Fact.COMPLETION_BEGUN,
         Fact.EOF_PASSED,
     ]
     assert Fact.WHOLE_STREAM_SEEN in tracker.facts
