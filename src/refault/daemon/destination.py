@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import logging
 from collections.abc import Callable
 
@@ -206,7 +207,25 @@ class Destination:
             await listener.serve(self._offer)
 
     async def _offer(self, connection: trio.socket.SocketType, kind: Kind) -> None:
-        if kind is Kind.FRESH:
+        begins = self._first is not None or self._listens_at is not None
+        if begins:
+            with contextlib.suppress(QmpError, MonitorLost, trio.TooSlowError):
+                await self._migration.vm.ask_encrypted()  # its client may have set it since
+        encrypted = self._migration.vm.encrypted
+        if encrypted is not (kind is Kind.ENCRYPTED):
+            log.warning(
+                "%s: closed a connection that begins with %s: tls-creds is %s here",
+                self._migration.name,
+                kind.value,
+                "set" if encrypted else "not set",
+            )
+        elif encrypted:
+            # Nothing can be read, so what it is follows from what is waited for.
+            if begins:
+                await self._begin(connection)
+            else:
+                await self._wait_in_line(connection)
+        elif kind is Kind.FRESH:
             await self._begin(connection)
         elif not await self._is_ours(connection):
             log.warning("%s: closed a connection that recovers another VM, or none", self._migration.name)
@@ -231,7 +250,7 @@ class Destination:
         if path is None:
             return None
         # Its client may have set since what the relay cannot carry.
-        reason = await migration.vm.judge(migration.endpoint)
+        reason = await migration.vm.judge(migration.endpoint, Role.DESTINATION)
         if reason is not None:
             log.error(
                 "%s: closed a connection that begins a migration, for the relay cannot carry it: %s. Let QEMU"
@@ -296,7 +315,8 @@ class Destination:
         channel = channels.channel
         if not await channels.handshake_stalls(STALL_TIMEOUT) or channels.channel != channel:
             return
-        if abilities(migration.vm.version).pauses_again_in_handshake:
+        again = abilities(migration.vm.version).pauses_again_in_handshake
+        if again or not await channels.handshake_begun():
             log.warning("%s: no end of the recovery handshake in %g s", migration.name, STALL_TIMEOUT)
             channels.abandon(channel)
             migration.feed(Event.CHANNEL_LOST)

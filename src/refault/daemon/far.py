@@ -28,6 +28,7 @@ class Kind(enum.Enum):
 
     FRESH = "the beginning of a migration"
     RESUMED = "a recovered channel"
+    ENCRYPTED = "a TLS handshake"
     FOREIGN = "no migration stream"
 
 
@@ -35,7 +36,8 @@ Offer = Callable[[trio.socket.SocketType, Kind], Awaitable[None]]
 
 
 def classify(first: bytes) -> Kind:
-    """Reads the first 4 bytes: QEMU_VM_FILE_MAGIC, or the command section that opens a recovered channel.
+    """Reads the first 4 bytes: QEMU_VM_FILE_MAGIC, the command section that opens a recovered channel, or a
+    TLS record with a handshake in it (RFC 8446, 5.1).
 
     migration/savevm.c: qemu_savevm_state_header, and qemu_savevm_send_recv_bitmap, which is what
     ram_resume_prepare (migration/ram.c) begins a recovery with.
@@ -44,6 +46,8 @@ def classify(first: bytes) -> Kind:
         return Kind.FRESH
     if first[:3] == _RECV_BITMAP and first[3:] == b"\0":  # a name has at most 255 bytes
         return Kind.RESUMED
+    if first[:2] == b"\x16\x03":
+        return Kind.ENCRYPTED
     return Kind.FOREIGN
 
 

@@ -82,6 +82,9 @@ async def hand_over(monitor: Executes, role: Role) -> LocalLeg:
         except BaseException:
             ours.close()
             raise
+        # Or a TLS handshake that the other host does not answer blocks QEMU's main thread. Only now, for QEMU
+        # makes what it is passed blocking (io/channel-socket.c), as it does again after the handshake.
+        theirs.setblocking(False)
     return LocalLeg(name, ours, inode)
 
 

@@ -205,7 +205,7 @@ class Source:
         migration = self._migration
         if migration.channels is not None:
             if await migration.channels.handshake_stalls(HANDSHAKE_TIMEOUT):
-                self._out_of_time(migration.channels)
+                await self._out_of_time(migration.channels)
             return
         deadline = trio.current_time() + HANDSHAKE_TIMEOUT
         while migration.policy.state is State.OPEN and trio.current_time() < deadline:
@@ -213,9 +213,10 @@ class Source:
             if (await migration.vm.query("query-migrate")).get("status") == "postcopy-paused":
                 raise AttemptFailed("QEMU could not connect, or lost the connection again")
 
-    def _out_of_time(self, channels: Channels) -> None:
+    async def _out_of_time(self, channels: Channels) -> None:
         migration = self._migration
-        if abilities(migration.vm.version).pauses_again_in_handshake:
+        again = abilities(migration.vm.version).pauses_again_in_handshake
+        if again or not await channels.handshake_begun():
             channels.abandon(channels.channel)
             raise AttemptFailed(
                 f"no end of the recovery handshake in {HANDSHAKE_TIMEOUT:g} s ({HANDSHAKE_ADVICE})"

@@ -138,12 +138,12 @@ class Vm:
         return await self._set_up(Destination, command)
 
     async def _set_up(
-        self, role: Callable[[Migration], RoleProcedure], command: WatchedCommand
+        self, role: type[Source] | type[Destination], command: WatchedCommand
     ) -> Forward | Answer:
         if await self._busy():
             return Forward()
         endpoint = endpoint_of(command.arguments)
-        migration = await self._replace(role, endpoint, await self.state.judge(endpoint))
+        migration = await self._replace(role, endpoint, await self.state.judge(endpoint, role.role))
         return await migration.procedure.set_up(command)
 
     async def _replace(
@@ -206,9 +206,11 @@ class Vm:
 
     def _on_event(self, name: str, data: Mapping[str, object]) -> None:
         status = data.get("status")
-        if name == "MIGRATION" and isinstance(status, str) and self.migration is not None:
+        if self.migration is None:
+            return
+        if name == "MIGRATION" and isinstance(status, str):
             self.migration.on_status(status)
-        if name == "RESUME" and self.migration is not None:
+        elif name == "RESUME":
             self.migration.on_resume()
         if name == "STOP" and self.migration is not None:
             self.migration.on_stop()
@@ -307,6 +309,7 @@ class Vm:
         role = Source if is_source else Destination
         migration = await self._replace(role, endpoint, reason, record)
         if isinstance(migration.procedure, Destination) and reason is None and endpoint is not None:
+            await self.state.ask_encrypted()
             await migration.procedure.adopt(endpoint)
         migration.feed(Event.STARTED)
         migration.on_status(status)

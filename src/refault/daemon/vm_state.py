@@ -16,6 +16,7 @@ from refault.daemon.monitor import MonitorLost, QmpError
 from refault.daemon.options import Patience
 from refault.daemon.state_file import MigrationRecord, StateFile, process_started
 from refault.migration.endpoint import Endpoint, parse_uri
+from refault.migration.phase import Role
 from refault.migration.relayable import enabled_capabilities, why_not, why_not_recoverable
 
 if TYPE_CHECKING:
@@ -61,6 +62,8 @@ class VmState:
         self.patience = patience or Patience()
         self.qemu_pid: int | None = None
         """The process behind the monitor, also while the monitor is lost; None where it is not known."""
+        self.encrypted = False
+        """Whether QEMU's channels speak TLS, as it was last asked."""
         self._relay_allowed = relay_allowed
         self._nursery: trio.Nursery | None = None
         self._not_given: list[socket.socket] = []
@@ -98,17 +101,23 @@ class VmState:
         reply = await self.monitor.execute(command, timeout=QUERY_TIMEOUT)
         return reply if isinstance(reply, Mapping) else {}
 
-    async def judge(self, endpoint: Endpoint | None) -> str | None:
+    async def ask_encrypted(self) -> Mapping[str, object]:
+        """QEMU's migration parameters, of which `encrypted` is noted."""
+        parameters = await self.query("query-migrate-parameters")
+        self.encrypted = bool(parameters.get("tls-creds"))
+        return parameters
+
+    async def judge(self, endpoint: Endpoint | None, role: Role) -> str | None:
         """Why the relay cannot carry a migration to `endpoint`; None where it can.
 
         Warns of what QEMU could not recover. Raises MonitorLost.
         """
         try:
-            return await self._judge(endpoint)
+            return await self._judge(endpoint, role)
         except (QmpError, trio.TooSlowError) as error:
             return f"what QEMU would do with it could not be asked: {words(error)}"
 
-    async def _judge(self, endpoint: Endpoint | None) -> str | None:
+    async def _judge(self, endpoint: Endpoint | None, role: Role) -> str | None:
         capabilities = enabled_capabilities(
             await self.monitor.execute("query-migrate-capabilities", timeout=QUERY_TIMEOUT)
         )
@@ -119,10 +128,10 @@ class VmState:
             )
         if not self._relay_allowed:
             return "switched off (--relay off)"
-        parameters = await self.query("query-migrate-parameters")
+        parameters = await self.ask_encrypted()
         info = self.monitor.qemu
         is_unix = info is not None and info.pid is not None
-        return why_not(endpoint, capabilities, parameters, monitor_is_unix=is_unix)
+        return why_not(endpoint, capabilities, parameters, role=role, monitor_is_unix=is_unix)
 
     def record(self) -> MigrationRecord | None:
         """What the state file says of a migration of this QEMU."""

@@ -6,6 +6,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping
 
 from refault.migration.endpoint import Endpoint, Inet
+from refault.migration.phase import Role
 
 # One channel, nothing but the main stream on it: tried with losses on QEMU 7.2 and 10.0.
 TESTED_CAPABILITIES = frozenset(
@@ -39,6 +40,7 @@ def why_not(
     enabled: Iterable[str],
     parameters: Mapping[str, object],
     *,
+    role: Role,
     monitor_is_unix: bool,
 ) -> str | None:
     """Why the relay cannot carry this migration, for the operator; None where it can."""
@@ -49,8 +51,9 @@ def why_not(
     untested = sorted(set(enabled) - TESTED_CAPABILITIES)
     if untested:
         return f"capability {', '.join(untested)} is not among those tested with the relay"
-    if parameters.get("tls-creds"):
-        return "the channel uses TLS"
+    if role is Role.SOURCE and parameters.get("tls-creds") and not parameters.get("tls-hostname"):
+        # Else QEMU checks the name that is in the address (migration/tls.c); a descriptor has none.
+        return "the channel uses TLS and tls-hostname is not set, by which QEMU would know the destination"
     return None
 
 

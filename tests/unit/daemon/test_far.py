@@ -21,7 +21,8 @@ RECOVERED = struct.pack(">BHH", 8, 10, 7) + b"\x06pc.ram"
     [
         (b"QEVM", Kind.FRESH),
         (RECOVERED[:4], Kind.RESUMED),
-        (b"\x16\x03\x01\x02", Kind.FOREIGN),
+        (b"\x16\x03\x01\x02", Kind.ENCRYPTED),
+        (b"\x15\x03\x01\x00", Kind.FOREIGN),
         (b"\x11\x22\x33\x44", Kind.FOREIGN),
         (b"GET ", Kind.FOREIGN),
         (b"QE", Kind.FOREIGN),
@@ -63,7 +64,7 @@ async def test_nothing_is_consumed_before_it_is_offered(nursery: trio.Nursery) -
     connection.close()
 
 
-@pytest.mark.parametrize("stranger", [b"", b"QE", b"GET / HTTP/1.0\r\n\r\n", b"\x16\x03\x01\x02\x00"])
+@pytest.mark.parametrize("stranger", [b"", b"QE", b"GET / HTTP/1.0\r\n\r\n", b"\x16\x02\x01\x02\x00"])
 async def test_strangers_are_not_offered(nursery: trio.Nursery, stranger: bytes) -> None:
     door, endpoint = await open_door(nursery)
     connection = await connect(endpoint, 5)

@@ -12,6 +12,7 @@ from refault.daemon.monitor import Monitor, QemuInfo, QmpError
 from refault.daemon.state_file import StateFile
 from refault.daemon.vm_state import VmState
 from refault.migration.endpoint import Inet
+from refault.migration.phase import Role
 
 
 class Deaf:
@@ -40,6 +41,6 @@ async def test_a_migration_that_qemu_tells_nothing_of_is_not_relayed_but_recover
         recover_uris=(),
         state_file=StateFile(tmp_path, "vm"),
     )
-    reason = await vm.judge(Inet("127.0.0.1", 4444))
+    reason = await vm.judge(Inet("127.0.0.1", 4444), Role.SOURCE)
     assert reason is not None
     assert told in reason

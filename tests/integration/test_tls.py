@@ -1,0 +1,132 @@
+"""Encrypted channels: carried unread, recovered all the same, and what a stranger's handshake does."""
+
+from __future__ import annotations
+
+import subprocess
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+from pathlib import Path
+
+import pytest
+import trio
+from tests.integration.qemus import BINARIES
+from tests.integration.test_addresses import active_again, lose, memory_is_right, set_up, to_postcopy
+from tests.integration.test_main_job import GUEST
+
+from refault.lab.channel import Channel, free_port, start_channel
+from refault.lab.driver import RefaultDriver, refault_driver
+from refault.lab.qemu import Pair, PairOptions, start_pair
+
+pytestmark = [pytest.mark.qemu, pytest.mark.timeout(90)]
+
+NAME = "destination.example"
+CLIENT_HELLO = (
+    bytes.fromhex("16030100360100003203035a5a")
+    + bytes(30)
+    + bytes.fromhex("000004c02fc0300100000500ff01000100")
+)
+
+
+def openssl(*arguments: str | Path) -> None:
+    subprocess.run(["openssl", *map(str, arguments)], check=True, capture_output=True)
+
+
+@pytest.fixture(scope="module")
+def credentials(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A directory as QEMU's tls-creds-x509 and tls-creds-psk want it, for both ends."""
+    place = tmp_path_factory.mktemp("tls")
+    key = ("-newkey", "ec", "-pkeyopt", "ec_paramgen_curve:P-256", "-nodes", "-keyout")
+    ca, ca_key = place / "ca-cert.pem", place / "ca-key.pem"
+    openssl("req", "-x509", *key, ca_key, "-subj", "/CN=lab", "-out", ca)
+    for end, usage in (("server", "serverAuth"), ("client", "clientAuth")):
+        extensions, request = place / f"{end}.ext", place / f"{end}.csr"
+        extensions.write_text(
+            f"subjectAltName=DNS:{NAME},IP:127.0.0.1\nextendedKeyUsage={usage}\nkeyUsage=digitalSignature\n"
+        )
+        openssl("req", *key, place / f"{end}-key.pem", "-subj", f"/CN={end}", "-out", request)
+        signed = ("-CA", ca, "-CAkey", ca_key, "-CAcreateserial", "-extfile", extensions)
+        openssl("x509", "-req", "-in", request, *signed, "-out", place / f"{end}-cert.pem")
+    (place / "keys.psk").write_text("qemu:" + "5a" * 32 + "\n")
+    return place
+
+
+@asynccontextmanager
+async def encrypted(
+    directory: Path, credentials: Path, binary: str, *, kind: str = "x509", hostname: str = NAME
+) -> AsyncIterator[tuple[Pair, Channel, RefaultDriver]]:
+    """A pair with a refault in front of each, and postcopy under way over TLS."""
+    async with (
+        start_pair(GUEST, directory, PairOptions(binary, binary)) as pair,
+        start_channel(directory, free_port()) as channel,
+        refault_driver(pair, channel, directory) as driver,
+    ):
+        await set_up(driver)
+        for qmp, endpoint in ((driver.source, "client"), (driver.destination, "server")):
+            tls = {"qom-type": f"tls-creds-{kind}", "id": "tls0", "dir": str(credentials)}
+            if kind == "psk" and endpoint == "client":
+                tls["username"] = "qemu"
+            await qmp.execute("object-add", {**tls, "endpoint": endpoint})
+            await qmp.execute("migrate-set-parameters", {"tls-creds": "tls0"})
+        await driver.source.execute("migrate-set-parameters", {"tls-hostname": hostname})
+        await driver.destination.execute("migrate-incoming", {"uri": channel.target_uri})
+        await channel.wait_open()
+        await driver.source.execute("migrate", {"uri": channel.uri})
+        await to_postcopy(driver)
+        yield pair, channel, driver
+
+
+@pytest.mark.parametrize(("binary", "kind"), list(zip(BINARIES, ("x509", "psk"), strict=False)))
+async def test_an_encrypted_channel_is_recovered_unread(
+    tmp_path: Path, credentials: Path, binary: str, kind: str
+) -> None:
+    async with encrypted(tmp_path, credentials, binary, kind=kind) as (pair, channel, driver):
+        for _ in range(3):
+            await lose(channel, driver)
+        for vm in await driver.statuses():
+            assert (vm.migration.relay, vm.migration.held) == ("opaque", None)
+            assert "TLS" in (vm.migration.relay_reason or "")
+            assert (vm.recovery.losses, vm.recovery.recoveries) == (3, 3)
+            assert (vm.pages.requested, vm.pages.replayed) == (0, 0)
+        await memory_is_right(pair, driver)
+
+
+async def test_a_source_that_is_told_no_name_is_not_relayed_and_recovers(
+    tmp_path: Path, credentials: Path
+) -> None:
+    async with encrypted(tmp_path, credentials, BINARIES[0], hostname="") as (pair, channel, driver):
+        await lose(channel, driver)
+        source, destination = [vm.migration for vm in await driver.statuses()]
+        assert (source.relay, destination.relay) == ("off", "opaque")
+        assert "tls-hostname" in (source.relay_reason or "")
+        await memory_is_right(pair, driver)
+
+
+@pytest.mark.parametrize("binary", BINARIES)
+async def test_tls_handshakes_that_come_to_nothing_while_it_is_paused(
+    tmp_path: Path, credentials: Path, binary: str
+) -> None:
+    async with encrypted(tmp_path, credentials, binary) as (pair, channel, driver):
+        port = int(channel.target_uri.rpartition(":")[2])
+        hellos, said = trio.open_memory_channel[bytes](10)
+
+        async def hang_up(stream: trio.SocketStream) -> None:
+            await hellos.send(await stream.receive_some(4096))
+
+        async with trio.open_nursery() as nursery:
+            [listener] = await trio.open_tcp_listeners(0, host="127.0.0.1")
+            nursery.start_soon(trio.serve_listeners, hang_up, [listener])
+            await channel.retarget(listener.socket.getsockname()[1])  # the source finds somebody else
+            since = len(driver.destination.events)
+            await channel.reset()
+            with trio.fail_after(20):
+                await driver.destination.wait_migration("postcopy-paused", since=since)
+                for _ in range(2):
+                    assert (await said.receive()).startswith(b"\x16\x03")
+                for hello in (CLIENT_HELLO, CLIENT_HELLO[:20], b"\x16\x03garbage"):
+                    async with await trio.open_tcp_stream("127.0.0.1", port) as stranger:
+                        await stranger.send_all(hello)
+                        await trio.sleep(0.2)
+            nursery.cancel_scope.cancel()
+        await channel.retarget(port)
+        await active_again(driver, since)
+        await memory_is_right(pair, driver)
