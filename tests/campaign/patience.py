@@ -38,11 +38,11 @@ from refault.daemon.options import Patience
 from refault.lab.guest import PAGE, Guest
 from refault.lab.process import Process, started
 from refault.lab.qemu import DEFAULT_BINARY, Qemu
-from refault.migration.versions import abilities
 
 BANDWIDTH = 1 << 20
 LAZY = Guest(vcpus=1, log_pages=13, tick_ns=1_000_000_000)
 CPU_MOST = 0.01
+_ADVICE = ("failed", "ALERT", "does not answer")
 LONGEST_PAUSE = 2.0 * 1.25
 """Seconds between two tries: the longest back-off, with its jitter."""
 STALL_AFTER = Patience.stall_after
@@ -146,7 +146,9 @@ async def _unanswered(stage: Stage) -> str:
     await trio.sleep(stage.seconds)
     share = (_cpu_seconds(source) - before) / stage.seconds
     tries = await _tries(lab) - tried
-    advice = next((line for line in reversed(lab.log("src")) if "failed" in line or "ALERT" in line), "none")
+    advice = next(
+        (line for line in reversed(lab.log("src")) if any(word in line for word in _ADVICE)), "none"
+    )
     pace = f"{tries} tries, one in {stage.seconds / tries:.1f} s" if tries else "one that goes on"
     told = f"{pace}, {tried} before; {share:.2%} of a CPU; it says: {advice.partition(' src: ')[2]}"
     if share >= CPU_MOST or (tries + 1) * (LONGEST_PAUSE + _TRY) < stage.seconds:
@@ -201,9 +203,6 @@ async def one(directory: Path, name: str, binary: str, seconds: float) -> str:
                 since = lab.marks()
                 command = refault_command(directory, "dst", lab.pair.destination, lab.hosts, setting)
                 processes.enter_context(started("refault (dst)", command, directory / "again.log"))
-                version = lab.pair.source.qmp.version
-                if name == "mute" and not abilities(version).pauses_again_in_handshake:
-                    return f"{told}; held, nobody dead: this QEMU cannot leave the handshake"
                 await lab.both("postcopy-active", since, 40)
             return f"{told}; {await lab.finish(60)}"
 

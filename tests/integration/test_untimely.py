@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 import trio
+from tests.integration.qemus import BINARIES
 from tests.integration.test_main_job import GUEST, begin_postcopy, fronted
 
 from refault.lab import bare, qmp_client
@@ -183,18 +184,80 @@ async def test_a_qemu_killed_before_the_migration_is_followed_by_the_next(tmp_pa
 
 
 async def test_a_clients_resume_in_our_own_handshake_is_qemus_to_refuse(tmp_path: Path) -> None:
-    async with fronted(tmp_path) as (pair, channel, driver):
+    """On 10.0: before 8.2 refault has no handshake begun until the other side has answered."""
+    async with fronted(tmp_path, binary=BINARIES[-1]) as (pair, channel, driver):
         await begin_postcopy(channel, driver)
         driver.processes[1].signal(signal.SIGSTOP)
         await channel.reset()
         with trio.fail_after(8):
-            await bare.wait_status(pair.source.qmp, "postcopy-recover")
+            await bare.wait_status(pair.source.qmp, "postcopy-recover", "postcopy-recover-setup")
             with pytest.raises(QmpError, match="no paused migration"):
                 await driver.source.execute("migrate", {"uri": channel.uri, "resume": True})
         driver.processes[1].signal(signal.SIGCONT)
         await is_active(pair)
         pair.destination.process.must_run()
         assert [vm.migration.relay for vm in await driver.statuses()] == ["tracking", "tracking"]
+        await all_ends_well(pair, driver)
+
+
+async def test_a_source_that_waits_for_an_answer_makes_way_for_a_clients_resume(tmp_path: Path) -> None:
+    async with fronted(tmp_path) as (pair, channel, driver):
+        await begin_postcopy(channel, driver)
+        driver.processes[1].signal(signal.SIGSTOP)
+        await channel.reset()
+        with trio.fail_after(20):
+            while (await driver.statuses())[0].recovery.attempts == 0:
+                await trio.sleep(0.02)
+            await trio.sleep(SETTLES)
+            assert await bare.migration_status(pair.source.qmp) == "postcopy-paused"
+            await driver.source.execute("migrate", {"uri": channel.uri, "resume": True})
+        driver.processes[1].signal(signal.SIGCONT)
+        await is_active(pair)
+        await all_ends_well(pair, driver)
+
+
+async def accepts_and_says_nothing(listener: trio.SocketListener) -> trio.SocketStream:
+    """Takes one connection, and what comes first on it."""
+    connection = await listener.accept()
+    await connection.receive_some(1)
+    return connection
+
+
+@pytest.mark.parametrize("end", [False, True], ids=["reset", "garbage"])
+async def test_a_source_is_not_resumed_into_what_only_accepts(tmp_path: Path, end: bool) -> None:
+    """7.2 cannot leave a handshake in which the connection is lost: it must not begin there."""
+    async with fronted(tmp_path) as (pair, channel, driver):
+        await begin_postcopy(channel, driver)
+        port = int(channel.target_uri.rpartition(":")[2])
+        [listener] = await trio.open_tcp_listeners(0, host="127.0.0.1")
+        async with listener:
+            await channel.retarget(listener.socket.getsockname()[1])
+            await channel.reset()
+            with trio.fail_after(20):
+                connection = await accepts_and_says_nothing(listener)
+            await trio.sleep(SETTLES)
+            assert await bare.migration_status(pair.source.qmp) == "postcopy-paused"
+            await channel.retarget(port)
+            async with connection:
+                if end:
+                    await connection.send_all(b"HTTP/1.1 400 Bad Request\r\n\r\n")
+        await is_active(pair)
+        await all_ends_well(pair, driver)
+
+
+async def test_a_bare_destination_answers_a_source_that_asks(tmp_path: Path) -> None:
+    async with fronted(tmp_path) as (pair, channel, driver):
+        await driver.processes[1].stop()
+        destination = pair.destination.qmp
+        await bare.start_postcopy(driver.source, destination, channel, bandwidth=1 << 20)
+        since = len(destination.events)
+        await channel.retarget()  # QEMU's first listener may be open, and does not survive being met
+        await channel.reset()
+        with trio.fail_after(20):
+            await destination.wait_migration("postcopy-paused", since=since)
+        await destination.execute("migrate-recover", {"uri": channel.target_uri}, oob=True)
+        await is_active(pair)
+        driver.processes = driver.processes[:1]
         await all_ends_well(pair, driver)
 
 

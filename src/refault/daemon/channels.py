@@ -60,6 +60,7 @@ class Channels:
         """Losses in a row that came right after a replay."""
         self._duplicate: socket.socket | None = None
         self._peer_inode = 0
+        self._return_path_over = False
         self._ending = trio.Lock()
         self._kept_by_qemu = False
         """Whether QEMU holds our end of the local leg as well."""
@@ -134,6 +135,7 @@ class Channels:
             self._migration.status = "postcopy-paused"  # or this would not be; an older word tells nothing
         self._keep(local.socket.dup())
         self._peer_inode = local.peer_inode
+        self._return_path_over = False
         self.relay.attach(local.detach(), far.detach(), recovered=recovered, may_replay=may_replay)
         self.channel += 1
         if local.kept is not None:  # from here QEMU is to see an end, be it by a kill of refault
@@ -407,15 +409,16 @@ class Channels:
             pid = self._migration.vm.qemu_pid
             try:
                 if self._duplicate is not None and pid is not None:
-                    await end_first(self._duplicate, pid, self._peer_inode)
+                    over = await end_first(self._duplicate, pid, self._peer_inode)
+                    self._return_path_over = over and channel == self.channel
             finally:
                 if not self.relay.closed:
                     self.relay.close_channel(channel)
 
-    async def return_path_over(self) -> None:
-        """Waits until QEMU's return-path thread has left the lost channel, where that is seen to."""
+    async def return_path_over(self) -> bool:
+        """Whether QEMU's return-path thread has surely left the lost channel; waits for what sees to it."""
         async with self._ending:
-            pass
+            return self._return_path_over
 
     async def _look_again(self) -> None:
         """A hold may end by time alone: a destination that was about to run surely does a second later."""

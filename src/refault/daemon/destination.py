@@ -9,7 +9,7 @@ from collections.abc import Callable
 import msgspec
 import trio
 
-from refault.daemon import far
+from refault.daemon import far, ping
 from refault.daemon.attempts import NotPausedYet
 from refault.daemon.channels import AttemptFailed, Channels
 from refault.daemon.far import FarListener, Kind
@@ -227,10 +227,27 @@ class Destination:
                 await self._wait_in_line(connection)
         elif kind is Kind.FRESH:
             await self._begin(connection)
+        elif kind is Kind.PING and not await self._answer(connection):
+            log.info("%s: a source that asked whether we are ready went away", self._migration.name)
         elif not await self._is_ours(connection):
             log.warning("%s: closed a connection that recovers another VM, or none", self._migration.name)
         else:
             await self._wait_in_line(connection)
+
+    async def _answer(self, connection: trio.socket.SocketType) -> bool:
+        """Tells a source that asks (ping.py) when our QEMU waits for it; True if a recovered channel follows.
+
+        One that is told nothing in the end has not been resumed, and asks again.
+        """
+        with trio.move_on_after(far.FIRST_BYTES_TIMEOUT):
+            while self._open is None and far.alive(connection):
+                with trio.move_on_after(0.5):  # the peer may go while we wait for our own QEMU
+                    await self._wanted.wait()
+        if self._open is None or not await ping.answer(connection):
+            return False
+        with trio.move_on_after(far.FIRST_BYTES_TIMEOUT):
+            return far.classify(await far.peek(connection)) is Kind.RESUMED
+        return False
 
     async def _begin(self, connection: trio.socket.SocketType) -> None:
         migration = self._migration

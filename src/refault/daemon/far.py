@@ -29,6 +29,7 @@ class Kind(enum.Enum):
     FRESH = "the beginning of a migration"
     RESUMED = "a recovered channel"
     ENCRYPTED = "a TLS handshake"
+    PING = "the question whether a recovered channel would be answered"
     FOREIGN = "no migration stream"
 
 
@@ -36,8 +37,8 @@ Offer = Callable[[trio.socket.SocketType, Kind], Awaitable[None]]
 
 
 def classify(first: bytes) -> Kind:
-    """Reads the first 4 bytes: QEMU_VM_FILE_MAGIC, the command section that opens a recovered channel, or a
-    TLS record with a handshake in it (RFC 8446, 5.1).
+    """Reads the first 4 bytes: QEMU_VM_FILE_MAGIC, the command section that opens a recovered channel, the
+    PING that a refault sends before it (ping.py), or a TLS record with a handshake in it (RFC 8446, 5.1).
 
     migration/savevm.c: qemu_savevm_state_header, and qemu_savevm_send_recv_bitmap, which is what
     ram_resume_prepare (migration/ram.c) begins a recovery with.
@@ -48,6 +49,8 @@ def classify(first: bytes) -> Kind:
         return Kind.RESUMED
     if first[:2] == b"\x16\x03":
         return Kind.ENCRYPTED
+    if first == struct.pack(">BHB", 8, 2, 0):
+        return Kind.PING
     return Kind.FOREIGN
 
 
@@ -152,7 +155,7 @@ class FarListener:
         peer = connection.getpeername()[0]
         first = None
         with trio.move_on_after(FIRST_BYTES_TIMEOUT):
-            first = await _peek(connection)
+            first = await peek(connection)
         if first is None:
             log.warning("%s: closed a connection from %s that said nothing", self.endpoint.uri, peer)
         elif (kind := classify(first)) is Kind.FOREIGN:
@@ -187,7 +190,8 @@ def _why(first: bytes) -> str:
     )
 
 
-async def _peek(connection: trio.socket.SocketType) -> bytes:
+async def peek(connection: trio.socket.SocketType) -> bytes:
+    """The first 4 bytes, not consumed; fewer where the peer goes away before."""
     while True:
         try:
             first = await connection.recv(FIRST_BYTES, socket.MSG_PEEK)

@@ -13,6 +13,7 @@ from typing import Any
 
 import trio
 
+from refault.daemon.far import alive
 from refault.migration.endpoint import Inet
 
 FIRST_PATIENCE = 0.25
@@ -69,6 +70,13 @@ async def connect(endpoint: Inet, seconds: float) -> trio.socket.SocketType:
     if not answered:
         raise NoAnswer(f"no answer from {endpoint.uri} in {seconds:g} s")
     raise OSError(f"cannot connect to {endpoint.uri}: {'; '.join(dict.fromkeys(errors))}")
+
+
+async def outlast(connection: trio.socket.SocketType) -> None:
+    """Keeps a connection that is of no more use until the peer ends it."""
+    with connection:
+        while alive(connection):  # noqa: ASYNC110 - the kernel tells of it only with bytes to be read
+            await trio.sleep(1)
 
 
 async def _connect(sock: socket.socket, where: tuple[Any, ...]) -> trio.socket.SocketType:

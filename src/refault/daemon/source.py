@@ -7,9 +7,10 @@ from collections.abc import Sequence
 
 import trio
 
+from refault.daemon import ping
 from refault.daemon.attempts import NotPausedYet
 from refault.daemon.channels import AttemptFailed, Channels
-from refault.daemon.far_dial import connect_any
+from refault.daemon.far_dial import connect_any, outlast
 from refault.daemon.local import hand_over, take_back
 from refault.daemon.migration import Migration, inet_of, is_error
 from refault.daemon.monitor import Answer, Forward, QmpError, WatchedCommand
@@ -67,8 +68,16 @@ class Source:
             return True
         return has_virtio_mem(devices)
 
-    async def _join(self, channels: Channels, endpoints: Sequence[Inet], *, recovered: bool) -> str:
-        """Makes both legs and joins them; the name by which QEMU knows its end.
+    async def _join(
+        self,
+        channels: Channels,
+        endpoints: Sequence[Inet],
+        *,
+        recovered: bool,
+        course: trio.CancelScope | None = None,
+    ) -> str:
+        """Makes both legs and joins them, with a `course` only when there is an answer; the name by which
+        QEMU knows its end.
 
         Dialled last and joined at once: a connection to a QEMU that listens for a recovery must not be given
         up. Raises OSError, AttemptFailed, and what `execute` raises.
@@ -80,6 +89,8 @@ class Source:
             connection, endpoint = await connect_any(endpoints, patience)
             with connection:
                 self._migration.addresses.tried(endpoint)
+                if course is not None:
+                    await self._ask(connection, endpoint, course)
                 channels.join(local, connection, recovered=recovered)
         except BaseException:
             local.close()
@@ -87,6 +98,34 @@ class Source:
                 await take_back(monitor, local.name)
             raise
         return local.name
+
+    async def _ask(
+        self, connection: trio.socket.SocketType, endpoint: Inet, course: trio.CancelScope
+    ) -> None:
+        """Returns when there is an answer (ping.py); meanwhile `course` has no shield.
+
+        Raises OSError where the connection ends before.
+        """
+        migration = self._migration
+        course.shield = False
+        try:
+            await ping.ask(connection, migration.vm.patience.dead_after)
+            with trio.move_on_after(HANDSHAKE_TIMEOUT):
+                await ping.answered(connection)
+                return
+            log.warning(
+                "%s: %s has accepted and does not answer for %g s; going on to wait (%s)",
+                migration.name,
+                endpoint.uri,
+                HANDSHAKE_TIMEOUT,
+                HANDSHAKE_ADVICE,
+            )
+            await ping.answered(connection)
+        except trio.Cancelled:
+            migration.vm.start_soon(outlast, connection.dup())
+            raise
+        finally:
+            course.shield = True
 
     def _watch_reply(self, reply: bytes) -> bytes:
         if is_error(reply):
@@ -154,13 +193,12 @@ class Source:
         )
         if not addresses:
             raise AttemptFailed("the address of the lost channel is not known; name one with --recover-uri")
-        if migration.channels is not None:
-            await migration.channels.return_path_over()
-        await trio.sleep(abilities(migration.vm.version).resume_after)
+        if migration.channels is None or not await migration.channels.return_path_over():
+            await trio.sleep(abilities(migration.vm.version).resume_after)
         # Once the other host has been dialled and QEMU has its command, the course is run to its end.
-        with trio.CancelScope(shield=True):
+        with trio.CancelScope(shield=True) as course:
             if migration.channels is not None:
-                await self._resume_relayed(migration.channels, addresses)
+                await self._resume_relayed(migration.channels, addresses, course)
             else:
                 [endpoint] = addresses
                 migration.addresses.tried(endpoint)
@@ -182,10 +220,15 @@ class Source:
                 migration.on_status(str(status))
             raise NotPausedYet
 
-    async def _resume_relayed(self, channels: Channels, addresses: Sequence[Endpoint]) -> None:
+    async def _resume_relayed(
+        self, channels: Channels, addresses: Sequence[Endpoint], course: trio.CancelScope
+    ) -> None:
         endpoints = [endpoint for endpoint in addresses if isinstance(endpoint, Inet)]
+        vm = self._migration.vm
+        # Under TLS nothing of ours can be said, and a handshake that nobody answers leaves QEMU paused.
+        asks = not (abilities(vm.version).pauses_again_in_handshake or vm.encrypted)
         try:
-            name = await self._join(channels, endpoints, recovered=True)
+            name = await self._join(channels, endpoints, recovered=True, course=course if asks else None)
         except OSError as error:
             raise AttemptFailed(f"{error} ({DIAL_ADVICE})") from None
         channel = channels.channel

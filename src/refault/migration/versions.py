@@ -27,9 +27,8 @@ class Abilities:
     resume_after: float
     """Seconds that the source is left alone after it has paused. Before 8.2 its return-path thread may come
     to the old channel's end only after a resume has opened the new one, and then frees the new one's file
-    (migration/migration.c, source_return_path_thread; seen once on 7.2 as a segfault). And what
-    accepts on the way to a refault that has just died may do so for some ms more: 7.2 cannot leave the
-    handshake that begins there (4 of 5 kills, when the source came at once)."""
+    (migration/migration.c, source_return_path_thread; seen once on 7.2 as a segfault). Not where the
+    thread has been seen to be out of the way (daemon/return_path.py)."""
 
 
 _OLDEST = Abilities(
