@@ -166,7 +166,7 @@ for _state in set(State) - {S.IDLE, S.ENDED}:
 class Pace:
     """The delays of the policy, in seconds."""
 
-    poll: float = 0.002
+    poll: float = 0.001
     last_poll: float = 0.25
     first_backoff: float = 0.02
     last_backoff: float = 2.0
