@@ -54,8 +54,8 @@ RULES: dict[tuple[Phase, Role], Rule] = {
         Verdict.HOLD,
         "the destination exits while it loads the device state",
         "held until the destination says that it runs; if the device state came only in part it never"
-        " will, and the guest stays paused in the source QEMU, which has all of it but can neither cancel nor"
-        " go on: do not quit that one",
+        " will, and the guest is at the source, whole: look there whether it goes on, and do not quit that"
+        " QEMU",
     ),
     (Phase.POSTCOPY, Role.SOURCE): _CLOSE_POSTCOPY,
     (Phase.POSTCOPY, Role.DESTINATION): _CLOSE_POSTCOPY,
