@@ -37,6 +37,9 @@ STALL_LOOK = 0.25
 """Seconds between looks at a handshake that may stand still for many; its end is heard of by other ways."""
 ASKED_EVERY = 1.0
 """Seconds until QEMU has answered the next time, where the stream is not read."""
+ANSWERED_WITHIN = 0.5
+"""A source that has come through the TLS handshake has answered its command so soon after the far side's
+end."""
 _LOSABLE = (Phase.SWITCHOVER, Phase.POSTCOPY, Phase.RECOVERY_HANDSHAKE)
 """The phases in which a lost channel is one to recover."""
 
@@ -75,6 +78,8 @@ class Channels:
         self._word: Word | None = None
         """What QEMU said last, where the stream is not read."""
         self._asked_at = 0.0
+        self._answered = 0
+        """The channel whose command a source's QEMU has answered."""
         self._asking = 0
         """The lost channel whose phase QEMU is asked for."""
         self._scope = trio.CancelScope()
@@ -347,9 +352,24 @@ class Channels:
         age = trio.current_time() - self._asked_at
         return self._word is not None and self._word.far_from_completion(age + seconds)
 
+    def answered(self) -> None:
+        """QEMU has answered the command that named the newest channel."""
+        self._answered = self.channel
+
+    async def _in_tls_handshake(self, channel: int) -> bool:
+        """Whether a source never came through the TLS handshake, in which it answers nothing at all."""
+        if self._migration.role is not Role.SOURCE or not self.unread or self._answered == channel:
+            return False
+        await trio.sleep(ANSWERED_WITHIN)
+        return self._answered != channel == self.channel and not self.relay.closed
+
     async def _ask_phase(self, channel: int) -> None:
         """Has QEMU say in what phase a channel was lost, until its leg is closed."""
         role = self._migration.role
+        if await self._in_tls_handshake(channel):
+            resumed = self.relay.passed().resumed
+            self._judge_loss(self.relay.look(), Phase.POSTCOPY if resumed else Phase.PRECOPY)
+            return
         before: Word | None = None
         while self.channel == channel and self._ended != channel and not self.relay.closed:
             now: Word | None = None

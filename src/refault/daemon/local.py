@@ -82,9 +82,11 @@ async def hand_over(monitor: Executes, role: Role) -> LocalLeg:
         except BaseException:
             ours.close()
             raise
-        # Or a TLS handshake that the other host does not answer blocks QEMU's main thread. Only now, for QEMU
-        # makes what it is passed blocking (io/channel-socket.c), as it does again after the handshake.
-        theirs.setblocking(False)
+        if role is Role.DESTINATION:
+            # Or a TLS handshake that stands still blocks QEMU's monitor. Only now, for QEMU makes what it is
+            # passed blocking (io/channel-socket.c), as it does itself after the handshake. A source of 11.1
+            # does not, and its migration thread then spins on a lost channel.
+            theirs.setblocking(False)
     return LocalLeg(name, ours, inode)
 
 

@@ -132,6 +132,8 @@ class Source:
             self._migration.refused()
         else:
             self._migration.accepted()
+            if self._migration.channels is not None:
+                self._migration.channels.answered()
         return reply
 
     async def client_resumes(self, command: WatchedCommand) -> Forward | Answer:
@@ -166,6 +168,8 @@ class Source:
         def watch(reply: bytes) -> bytes:
             if is_error(reply):
                 channels.abandon(channel)
+            elif channels.channel == channel:
+                channels.answered()
             return self._watch_resume(reply)
 
         return Forward(with_descriptor(command.arguments, name), on_reply=watch)
@@ -237,6 +241,11 @@ class Source:
         except QmpError:
             channels.abandon(channel)
             raise
+        except trio.TooSlowError:
+            if channels.unread:  # it waits in the TLS handshake, and answers nobody before that has an end
+                channels.abandon(channel)
+            raise
+        channels.answered()
 
     async def _resume(self, uri: str) -> None:
         await self._migration.vm.monitor.execute(

@@ -307,9 +307,10 @@ class Vm:
         taken_over = relayed and (failed or status == "postcopy-paused")
         reason = None if taken_over else "it was under way before refault"
         role = Source if is_source else Destination
+        if reason is None:
+            await self.state.ask_encrypted()
         migration = await self._replace(role, endpoint, reason, record)
         if isinstance(migration.procedure, Destination) and reason is None and endpoint is not None:
-            await self.state.ask_encrypted()
             await migration.procedure.adopt(endpoint)
         migration.feed(Event.STARTED)
         migration.on_status(status)

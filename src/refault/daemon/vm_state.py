@@ -131,7 +131,9 @@ class VmState:
         parameters = await self.ask_encrypted()
         info = self.monitor.qemu
         is_unix = info is not None and info.pid is not None
-        return why_not(endpoint, capabilities, parameters, role=role, monitor_is_unix=is_unix)
+        return why_not(
+            endpoint, capabilities, parameters, role=role, version=self.version, monitor_is_unix=is_unix
+        )
 
     def record(self) -> MigrationRecord | None:
         """What the state file says of a migration of this QEMU."""

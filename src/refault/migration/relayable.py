@@ -7,6 +7,7 @@ from collections.abc import Iterable, Mapping
 
 from refault.migration.endpoint import Endpoint, Inet
 from refault.migration.phase import Role
+from refault.migration.versions import Version, abilities
 
 # One channel, nothing but the main stream on it: tried with losses on QEMU 7.2 and 10.0.
 TESTED_CAPABILITIES = frozenset(
@@ -41,6 +42,7 @@ def why_not(
     parameters: Mapping[str, object],
     *,
     role: Role,
+    version: Version,
     monitor_is_unix: bool,
 ) -> str | None:
     """Why the relay cannot carry this migration, for the operator; None where it can."""
@@ -51,6 +53,8 @@ def why_not(
     untested = sorted(set(enabled) - TESTED_CAPABILITIES)
     if untested:
         return f"capability {', '.join(untested)} is not among those tested with the relay"
+    if parameters.get("tls-creds") and not abilities(version).survives_failed_resume:
+        return "the channel uses TLS, and this QEMU does not survive a TLS handshake that comes to nothing"
     if role is Role.SOURCE and parameters.get("tls-creds") and not parameters.get("tls-hostname"):
         # Else QEMU checks the name that is in the address (migration/tls.c); a descriptor has none.
         return "the channel uses TLS and tls-hostname is not set, by which QEMU would know the destination"

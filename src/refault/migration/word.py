@@ -18,8 +18,9 @@ from refault.migration.phase import Passed, Phase, Role, Told, phase_of
 
 LOOK_AGAIN = 0.15
 """Seconds between two answers that are compared: QEMU's rate limit lets something through in each 0.1 s."""
-UNSEEN = 16 << 20
-"""More of the guest's memory than can still leave a source whose leg is not read: zero pages take 9 bytes."""
+UNSEEN = 8 << 20
+"""More bytes of the guest's memory than can still leave a source whose leg is not read: the socket takes less
+than 16 KiB (local.py), and a zero page is 9 bytes in it."""
 
 
 @dataclass(frozen=True)

@@ -4,28 +4,35 @@ from refault.migration.endpoint import Inet, Other
 from refault.migration.phase import Role
 from refault.migration.relayable import enabled_capabilities, has_virtio_mem, why_not, why_not_recoverable
 
+NEW = (7, 2, 0)
 HERE = Inet("127.0.0.1", 4444)
 
 
 def test_a_plain_postcopy_migration_is_relayed() -> None:
     enabled = {"postcopy-ram", "events"}
     for role in Role:
-        assert why_not(HERE, enabled, {"tls-creds": ""}, role=role, monitor_is_unix=True) is None
+        assert why_not(HERE, enabled, {"tls-creds": ""}, role=role, version=NEW, monitor_is_unix=True) is None
 
 
 def test_with_tls_a_source_must_be_told_whom_it_speaks_to() -> None:
     tls = {"tls-creds": "tls0", "tls-hostname": ""}
-    reason = why_not(HERE, set(), tls, role=Role.SOURCE, monitor_is_unix=True)
+    reason = why_not(HERE, set(), tls, role=Role.SOURCE, version=NEW, monitor_is_unix=True)
     assert "tls-hostname" in (reason or "")
-    assert why_not(HERE, set(), tls, role=Role.DESTINATION, monitor_is_unix=True) is None
+    assert why_not(HERE, set(), tls, role=Role.DESTINATION, version=NEW, monitor_is_unix=True) is None
+    old = why_not(HERE, set(), tls, role=Role.DESTINATION, version=(5, 2, 0), monitor_is_unix=True)
+    assert "TLS handshake" in (old or "")
     named = {**tls, "tls-hostname": "host-b"}
-    assert why_not(HERE, set(), named, role=Role.SOURCE, monitor_is_unix=True) is None
+    assert why_not(HERE, set(), named, role=Role.SOURCE, version=NEW, monitor_is_unix=True) is None
 
 
 def test_each_reason_is_told() -> None:
-    assert "multifd" in (why_not(HERE, {"multifd"}, {}, role=Role.SOURCE, monitor_is_unix=True) or "")
-    assert "monitor" in (why_not(HERE, set(), {}, role=Role.SOURCE, monitor_is_unix=False) or "")
-    assert "rdma:h:1" in (why_not(Other("rdma:h:1"), set(), {}, role=Role.SOURCE, monitor_is_unix=True) or "")
+    assert "multifd" in (
+        why_not(HERE, {"multifd"}, {}, role=Role.SOURCE, version=NEW, monitor_is_unix=True) or ""
+    )
+    assert "monitor" in (why_not(HERE, set(), {}, role=Role.SOURCE, version=NEW, monitor_is_unix=False) or "")
+    assert "rdma:h:1" in (
+        why_not(Other("rdma:h:1"), set(), {}, role=Role.SOURCE, version=NEW, monitor_is_unix=True) or ""
+    )
 
 
 def test_what_qemu_could_not_recover_is_announced() -> None:
