@@ -66,7 +66,9 @@ class Attempts:
                 self._migration.vm.start_soon(self._attempt, self._scope)
             case Action.CANCEL_ATTEMPT:
                 self._cancel_attempt()
-            case Action.TIMER_POLL | Action.TIMER_BACKOFF | Action.TIMER_CLIENT:
+            case Action.TIMER_POLL:
+                self._start_timer(Event.TIMER, self.policy.delay(action), self._migration.pause_told)
+            case Action.TIMER_BACKOFF | Action.TIMER_CLIENT:
                 delay = self.policy.delay(action)
                 if action is Action.TIMER_BACKOFF:
                     delay = max(self.policy.pace.first_backoff, delay - self._since_attempt())
@@ -130,14 +132,18 @@ class Attempts:
         except (QmpError, MonitorLost, trio.TooSlowError, OSError) as error:
             log.warning("%s: could not ready the next recovery: %s", self._migration.name, words(error))
 
-    def _start_timer(self, event: Event, seconds: float) -> None:
+    def _start_timer(self, event: Event, seconds: float, sooner: trio.Event | None = None) -> None:
+        """Feeds `event` after so many seconds, or as soon as `sooner` is set, if it is not set already."""
         self._cancel_timer(event)
         scope = self._timers[event] = trio.CancelScope()
-        self._migration.vm.start_soon(self._timer, event, scope, seconds)
+        if sooner is None or sooner.is_set():
+            sooner = trio.Event()
+        self._migration.vm.start_soon(self._timer, event, scope, seconds, sooner)
 
-    async def _timer(self, event: Event, scope: trio.CancelScope, seconds: float) -> None:
+    async def _timer(self, event: Event, scope: trio.CancelScope, seconds: float, sooner: trio.Event) -> None:
         with scope:
-            await trio.sleep(seconds)
+            with trio.move_on_after(seconds):
+                await sooner.wait()
             if self._timers.get(event) is scope:  # else it was cancelled as it ran out
                 del self._timers[event]
                 self.feed(event)

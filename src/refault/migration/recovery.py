@@ -71,7 +71,7 @@ class Action(enum.Enum):
     COUNT_RECOVERY = "a recovery"
     ATTEMPT = "begin an attempt"
     CANCEL_ATTEMPT = "end the attempt under way"
-    TIMER_POLL = "TIMER after the polling delay"
+    TIMER_POLL = "TIMER when QEMU says that it has paused, and after the polling delay"
     TIMER_BACKOFF = "TIMER after the next back-off delay"
     TIMER_CLIENT = "TIMER after the delay that a client is given"
     TIMER_GIVE_UP = "OUT_OF_PATIENCE after the time that was told, if one was; it runs beside the others"
@@ -166,7 +166,8 @@ for _state in set(State) - {S.IDLE, S.ENDED}:
 class Pace:
     """The delays of the policy, in seconds."""
 
-    poll: float = 0.001
+    poll: float = 0.004
+    """Longer than QEMU mostly takes to pause, which it tells: an attempt made too early is in the way."""
     last_poll: float = 0.25
     first_backoff: float = 0.02
     last_backoff: float = 2.0
