@@ -46,7 +46,7 @@ _ADVICE = ("failed", "ALERT", "does not answer")
 LONGEST_PAUSE = 2.0 * 1.25
 """Seconds between two tries: the longest back-off, with its jitter."""
 STALL_AFTER = Patience.stall_after
-STALL_MARGIN = 1.2
+STALL_MARGIN = 1.4
 """It is looked at 20 times in that time, and the source counts from the last that TCP took."""
 _TRY = 10.0
 """What one try may itself take (source.HANDSHAKE_TIMEOUT)."""

@@ -11,6 +11,7 @@ from tests.campaign.hosts import Setting, on_two_hosts
 from tests.integration.qemus import BINARIES
 
 from refault.lab.channel import free_port
+from refault.lab.qemu import DEFAULT_BINARY
 
 pytestmark = [
     pytest.mark.qemu,
@@ -34,6 +35,22 @@ async def test_a_silent_network_is_paused_and_recovered_by_another(tmp_path: Pat
         since = lab.marks()
         lab.hosts[1].link("down")
         await lab.both("postcopy-paused", since, STALL_AFTER * 5)
+        await lab.both("postcopy-active", since, 40)
+        await lab.finish()
+
+
+async def test_a_silent_network_that_comes_back_finds_one_attempt_under_way(tmp_path: Path) -> None:
+    """7.2 aborts where it was told to resume while it still dialled, and both got through."""
+    setting = Setting(DEFAULT_BINARY, relay="off", options=("--stall-after", str(STALL_AFTER)))
+    async with on_two_hosts(tmp_path, setting) as lab:
+        await lab.begin(1 << 20)
+        await lab.postcopy()
+        since = lab.marks()
+        lab.hosts[1].link("down")
+        await lab.both("postcopy-paused", since, STALL_AFTER * 5)
+        await trio.sleep(1.0)  # time for many attempts
+        since = lab.marks()
+        lab.hosts[1].link("up")
         await lab.both("postcopy-active", since, 40)
         await lab.finish()
 

@@ -74,11 +74,10 @@ async def hand_over(monitor: Executes, role: Role) -> LocalLeg:
         theirs.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, SOURCE_SEND_BUFFER)
     else:
         ours.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, DESTINATION_SEND_BUFFER)
-    name = f"refault-{os.getpid()}-{next(_numbers)}"
     with theirs:
         inode = os.fstat(theirs.fileno()).st_ino
         try:
-            await monitor.execute("getfd", {"fdname": name}, fd=theirs.fileno(), timeout=GETFD_TIMEOUT)
+            name = await hand_connection(monitor, theirs.fileno())
         except BaseException:
             ours.close()
             raise
@@ -88,6 +87,13 @@ async def hand_over(monitor: Executes, role: Role) -> LocalLeg:
             # does not, and its migration thread then spins on a lost channel.
             theirs.setblocking(False)
     return LocalLeg(name, ours, inode)
+
+
+async def hand_connection(monitor: Executes, fd: int) -> str:
+    """Gives QEMU a connection; the name by which it knows it. Raises what `execute` raises."""
+    name = f"refault-{os.getpid()}-{next(_numbers)}"
+    await monitor.execute("getfd", {"fdname": name}, fd=fd, timeout=GETFD_TIMEOUT)
+    return name
 
 
 async def reach(path: str, pid: int | None, timeout: float) -> LocalLeg:  # noqa: ASYNC109

@@ -10,15 +10,16 @@ import trio
 from refault.daemon import ping
 from refault.daemon.attempts import NotPausedYet
 from refault.daemon.channels import AttemptFailed, Channels
+from refault.daemon.connecting import connects, same_network
 from refault.daemon.far_dial import connect_any, outlast
-from refault.daemon.local import hand_over, take_back
+from refault.daemon.local import hand_connection, hand_over, take_back
 from refault.daemon.migration import Migration, inet_of, is_error
 from refault.daemon.monitor import Answer, Forward, QmpError, WatchedCommand
 from refault.daemon.vm_state import QUERY_TIMEOUT, words
 from refault.migration.endpoint import Endpoint, Inet, endpoint_of, with_descriptor
 from refault.migration.phase import Role
 from refault.migration.recovery import Event, State
-from refault.migration.relayable import has_virtio_mem
+from refault.migration.relayable import enabled_capabilities, has_virtio_mem
 from refault.migration.versions import abilities
 
 log = logging.getLogger("refault.migration")
@@ -27,7 +28,10 @@ CONNECT_TIMEOUT = 5.0
 REDIAL_TIMEOUT = 2.0
 """In a recovery. The kernel repeats a SYN ever later, so that a new dial finds a path that is back sooner."""
 MIGRATE_TIMEOUT = 10.0
+DIAL_TIMEOUT = 150.0
+"""What a connection that nobody answers takes at most by itself (tcp(7), tcp_syn_retries: 127 s)."""
 HANDSHAKE_TIMEOUT = 10.0
+UNRELAYED_ADVICE = "look at the route and firewall to the other host, and whether its QEMU listens there"
 DIAL_ADVICE = "look whether refault runs for this VM on the other host, and at the route and firewall to it"
 HANDSHAKE_ADVICE = "look at refault and QEMU of this VM on the other host: whoever accepted says nothing"
 PAUSE_TOLD_WITHIN = 0.01
@@ -206,7 +210,7 @@ class Source:
             else:
                 [endpoint] = addresses
                 migration.addresses.tried(endpoint)
-                await self._resume(endpoint.uri)
+                await self._resume_unrelayed(endpoint)
         await migration.attempts.issued()
         await self._until_active()
 
@@ -247,6 +251,36 @@ class Source:
             raise
         channels.answered()
 
+    async def _resume_unrelayed(self, endpoint: Endpoint) -> None:
+        """To an address, or, where QEMU does not tell of its dialling, over a connection made for it."""
+        vm = self._migration.vm
+        if not isinstance(endpoint, Inet) or not await self._takes_connection():
+            await self._resume(endpoint.uri)
+            return
+        try:
+            connection, _ = await connect_any([endpoint], REDIAL_TIMEOUT)
+        except OSError as error:
+            raise AttemptFailed(f"{error} ({UNRELAYED_ADVICE})") from None
+        with connection:
+            name = await hand_connection(vm.monitor, connection.fileno())
+            await self._resume(f"fd:{name}")
+
+    async def _takes_connection(self) -> bool:
+        """Whether QEMU, unrelayed, is better given a connection, and takes one. Raises what `execute` does.
+
+        It may dial for two minutes, and must not be told of another address meanwhile (connecting.py).
+        """
+        vm = self._migration.vm
+        if abilities(vm.version).tells_that_it_dials or vm.qemu_pid is None:
+            return False
+        on = enabled_capabilities(
+            await vm.monitor.execute("query-migrate-capabilities", timeout=QUERY_TIMEOUT)
+        )
+        parameters = await vm.query("query-migrate-parameters")
+        if on & {"multifd", "postcopy-preempt"} or parameters.get("tls-creds"):
+            return False  # further connections, or a name to check
+        return same_network(vm.qemu_pid)
+
     async def _resume(self, uri: str) -> None:
         await self._migration.vm.monitor.execute(
             "migrate", {"uri": uri, "resume": True}, timeout=MIGRATE_TIMEOUT
@@ -259,11 +293,24 @@ class Source:
             if await migration.channels.handshake_stalls(HANDSHAKE_TIMEOUT):
                 await self._out_of_time(migration.channels)
             return
-        deadline = trio.current_time() + HANDSHAKE_TIMEOUT
-        while migration.policy.state is State.OPEN and trio.current_time() < deadline:
+        began = trio.current_time()
+        while migration.policy.state is State.OPEN:
             await trio.sleep(0.05)
-            if (await migration.vm.query("query-migrate")).get("status") == "postcopy-paused":
+            dials = self._dials(trio.current_time() - began)
+            if (await migration.vm.query("query-migrate")).get("status") == "postcopy-paused" and not dials:
                 raise AttemptFailed("QEMU could not connect, or lost the connection again")
+
+    def _dials(self, since: float) -> bool:
+        """Whether QEMU, without a relay, may still be at the connection that it was told to make."""
+        vm, endpoint = self._migration.vm, self._migration.addresses.last
+        if abilities(vm.version).tells_that_it_dials or not isinstance(endpoint, Inet):
+            return False
+        try:
+            if vm.qemu_pid is not None:
+                return connects(vm.qemu_pid, endpoint.port)
+        except OSError:
+            pass  # it is another user's, say
+        return since < DIAL_TIMEOUT
 
     async def _out_of_time(self, channels: Channels) -> None:
         migration = self._migration

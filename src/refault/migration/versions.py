@@ -20,6 +20,10 @@ class Abilities:
     `postcopy-active` the source goes to `cancelled` and the destination stays paused for good (tried on 5.2
     and 7.2)."""
 
+    tells_that_it_dials: bool
+    """`postcopy-recover-setup` stands from `migrate` with `resume` until it has connected or not. Else it
+    stays paused, and a second resume meanwhile ends it by an assertion (tried on 7.2; 10.0 tells)."""
+
     fails_when_told: bool
     """A destination's word that it failed, on a resumed channel, makes a paused source fail and gives it its
     guest back (tried on 7.2 and 10.0; 5.2 does not take the resume)."""
@@ -38,13 +42,14 @@ class Abilities:
 _OLDEST = Abilities(
     pauses_again_in_handshake=False,
     refuses_cancel_in_postcopy=False,
+    tells_that_it_dials=False,
     fails_when_told=False,
     resume_after=0.05,
     survives_failed_resume=False,
 )
 _V72 = replace(_OLDEST, fails_when_told=True, survives_failed_resume=True)
 _V82 = replace(_V72, pauses_again_in_handshake=True, resume_after=0.0)
-_V100 = replace(_V82, refuses_cancel_in_postcopy=True)
+_V100 = replace(_V82, tells_that_it_dials=True, refuses_cancel_in_postcopy=True)
 _SINCE: tuple[tuple[Version, Abilities], ...] = (((7, 2, 0), _V72), ((8, 2, 0), _V82), ((10, 0, 0), _V100))
 
 

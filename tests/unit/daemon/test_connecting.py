@@ -1,0 +1,34 @@
+"""Who dials, and who does not any more."""
+
+import os
+import socket
+
+import pytest
+
+from refault.daemon.connecting import connects, same_network
+
+
+def test_a_connection_that_comes_to_nothing_is_one_until_then() -> None:
+    with socket.socket() as listener, socket.socket() as full, socket.socket() as dials:
+        listener.bind(("127.0.0.1", 0))
+        listener.listen(0)
+        port = listener.getsockname()[1]
+        assert not connects(os.getpid(), port)
+        full.connect(listener.getsockname())
+        assert connects(os.getpid(), port)
+        full.close()
+        assert not connects(os.getpid(), port)
+        # Nobody accepts and the queue is full, so that this one's SYN is not answered.
+        dials.setblocking(False)
+        dials.connect_ex(listener.getsockname())
+        assert connects(os.getpid(), port)
+
+
+def test_a_process_that_is_gone_cannot_be_looked_at() -> None:
+    with pytest.raises(OSError, match="No such file"):
+        connects(2**22 + 1, 1)
+    assert not same_network(2**22 + 1)
+
+
+def test_this_process_is_in_its_own_network() -> None:
+    assert same_network(os.getpid())
