@@ -8,8 +8,9 @@ on a silent network, and takes a second `migrate` with `resume` meanwhile. When 
 from __future__ import annotations
 
 import os
-import re
 from pathlib import Path
+
+from refault.daemon.return_path import holds
 
 _ESTABLISHED = 1
 _SYN_SENT = 2
@@ -17,18 +18,8 @@ _SYN_SENT = 2
 
 def connects(pid: int, port: int) -> bool:
     """Whether a process dials a TCP port, or has just got through. Raises OSError where one may not look."""
-    inodes: set[int] = set()
-    for table in ("tcp", "tcp6"):
-        inodes |= _inodes(Path(f"/proc/{pid}/net/{table}"), port)
-    with os.scandir(f"/proc/{pid}/fd") as entries:
-        for entry in entries:
-            try:
-                found = re.fullmatch(r"socket:\[(\d+)\]", os.readlink(entry.path))
-            except FileNotFoundError:
-                continue  # closed while we looked
-            if found and int(found[1]) in inodes:
-                return True
-    return False
+    tables = (Path(f"/proc/{pid}/net/{table}") for table in ("tcp", "tcp6"))
+    return any(holds(pid, inode) for table in tables for inode in _inodes(table, port))
 
 
 def same_network(pid: int) -> bool:
