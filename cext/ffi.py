@@ -55,6 +55,8 @@ MODULES: tuple[Module, ...] = (
             "pagemap",
             "tracker",
             "leg",
+            "pipe",
+            "lane",
             "replay",
             "relay",
         ),

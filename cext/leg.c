@@ -5,7 +5,6 @@
 #include <linux/sockios.h>
 #include <netinet/in.h>
 #include <netinet/tcp.h>
-#include <poll.h>
 #include <sys/ioctl.h>
 #include <sys/socket.h>
 #include <unistd.h>
@@ -83,6 +82,36 @@ size_t rf_leg_write(struct rf_leg *leg, const uint8_t *buf, size_t len) {
         leg_broke(leg, errno);
     }
     return 0;
+}
+
+bool rf_leg_lost(const struct rf_leg *leg) {
+    return leg->state == RF_LEG_ENDED || leg->state == RF_LEG_FAILED || leg->state == RF_LEG_REFUSED;
+}
+
+void rf_leg_want(const struct rf_leg *leg, short events, struct pollfd *one) {
+    if (leg->fd >= 0) {
+        one->fd = leg->fd;
+        one->events |= events;
+    }
+}
+
+short rf_leg_events(const struct rf_leg *leg, const struct pollfd *one) {
+    return one->fd >= 0 && one->fd == leg->fd ? one->revents : 0;
+}
+
+bool rf_leg_hung_up(struct rf_leg *leg, short events) {
+    int error = 0;
+    socklen_t size = sizeof(error);
+
+    if (leg->state != RF_LEG_OPEN || !(events & (POLLRDHUP | POLLHUP | POLLERR | POLLNVAL))) {
+        return false;
+    }
+    if (getsockopt(leg->fd, SOL_SOCKET, SO_ERROR, &error, &size) == 0 && error != 0) {
+        leg_broke(leg, error);
+    } else {
+        leg->state = RF_LEG_ENDED;
+    }
+    return true;
 }
 
 bool rf_leg_writable(const struct rf_leg *leg) {

@@ -6,6 +6,7 @@
 #ifndef RF_LEG_H
 #define RF_LEG_H
 
+#include <poll.h>
 #include <stdbool.h>
 #include <stddef.h>
 #include <stdint.h>
@@ -46,6 +47,18 @@ size_t rf_leg_read(struct rf_leg *leg, uint8_t *buf, size_t len);
 /* Writes what the kernel takes of `len` bytes and returns the count; the leg is FAILED when it took none for
  * good. */
 size_t rf_leg_write(struct rf_leg *leg, const uint8_t *buf, size_t len);
+
+/* Whether the peer has ended it, it broke, or what is behind it was refused. */
+bool rf_leg_lost(const struct rf_leg *leg);
+
+/* Adds what is wanted of it to its entry for poll. */
+void rf_leg_want(const struct rf_leg *leg, short events, struct pollfd *one);
+
+/* What poll said of it; 0 where it was not asked, or is another descriptor by now. */
+short rf_leg_events(const struct rf_leg *leg, const struct pollfd *one);
+
+/* Whether the peer ended it though it is not being read: ENDED or FAILED then. */
+bool rf_leg_hung_up(struct rf_leg *leg, short events);
 
 /* True where the kernel would take bytes now (or would tell that it never will). */
 bool rf_leg_writable(const struct rf_leg *leg);

@@ -11,20 +11,31 @@
 #include <time.h>
 #include <unistd.h>
 
+#include "lane.h"
+#include "pipe.h"
 #include "replay.h"
 
 enum {
-    PRECOPY_CHUNK = 64 * 1024,  /* before postcopy throughput counts */
-    POSTCOPY_CHUNK = 16 * 1024, /* from then on what is queued is latency (DESIGN 7) */
+    PRECOPY_CHUNK = RF_PIPE_ROOM, /* before postcopy throughput counts */
+    POSTCOPY_CHUNK = 16 * 1024,   /* from then on what is queued is latency (DESIGN 7) */
     RETURN_CHUNK = 4 * 1024,
     RING_SIZE = 16,
+    LANES_MAX = 255, /* as many as multifd-channels can be (qapi/migration.json) */
     LOOK_RETRIES = 100,
     SILENCE_LOOK_MS = 250,
     LINGER_MS = 1000, /* for the far side to take what was sent before it */
     VIEW_WORDS = sizeof(struct rf_relay_view) / sizeof(uint64_t),
 };
 
-enum command_kind { COMMAND_ATTACH, COMMAND_CLOSE, COMMAND_POSTCOPY, COMMAND_COMPLETE, COMMAND_STOP };
+enum command_kind {
+    COMMAND_ATTACH,
+    COMMAND_LANE,
+    COMMAND_LOSE,
+    COMMAND_CLOSE,
+    COMMAND_POSTCOPY,
+    COMMAND_COMPLETE,
+    COMMAND_STOP
+};
 
 struct command {
     enum command_kind kind;
@@ -32,6 +43,9 @@ struct command {
     int far_fd;
     bool recovered;
     bool may_replay;
+    unsigned lanes;
+    enum rf_lane_kind lane_kind;
+    int error;
     uint64_t channel;
     bool keep_local;
 };
@@ -44,7 +58,11 @@ struct told {
     uint64_t channel;
     uint64_t local_state;
     uint64_t far_state;
+    uint64_t lanes;
+    uint64_t waiting;
 };
+
+enum { POLL_COMMAND, POLL_LOCAL, POLL_FAR, POLL_LANES, POLL_MAX = POLL_LANES + LANES_MAX * RF_LANE_POLLS };
 
 struct rf_relay {
     enum rf_relay_side side;
@@ -66,6 +84,9 @@ struct rf_relay {
     struct rf_replay replay;
     struct rf_leg local;
     struct rf_leg far;
+    struct rf_lane *lanes[LANES_MAX];
+    unsigned lanes_wanted;
+    struct pollfd polls[POLL_MAX];
     struct rf_relay_view view;
     struct told told;
     unsigned dead_after_s;
@@ -74,11 +95,8 @@ struct rf_relay {
     uint64_t next_silence_ns; /* when to look at it again */
     uint64_t
         linger_until_ns; /* the local leg has ended and the far one is read until it ends too; 0 for not */
-    bool forward_waits;  /* there is something to read, but no room to send it */
-    bool return_waits;
-    size_t forward_off;
-    size_t forward_len;
-    uint8_t forward[PRECOPY_CHUNK];
+    bool return_waits;   /* there is something to read, but no room to send it */
+    struct rf_pipe forward;
     uint8_t backward[RETURN_CHUNK];
 };
 
@@ -103,6 +121,39 @@ static void clear_event(int fd) {
     (void)n; /* EAGAIN: it was not signalled */
 }
 
+/* Whether what is read must not pass before the lanes are there. */
+static bool forward_held(const struct rf_relay *relay) {
+    const uint32_t gates = RF_FACT_PACKAGED_BEGUN | RF_FACT_RESUME_SENT;
+
+    return relay->view.lanes < relay->lanes_wanted && (rf_tracker_channel_facts(relay->tracker) & gates) != 0;
+}
+
+/* Whether they must be added as soon as they come: where nothing can be read nothing is held back. */
+static bool lanes_due(const struct rf_relay *relay) {
+    bool opaque = rf_tracker_forward_opaque(relay->tracker) != RF_OPAQUE_NO;
+
+    return relay->view.lanes < relay->lanes_wanted &&
+           (opaque || (forward_held(relay) && rf_pipe_pending(&relay->forward)));
+}
+
+/*
+ * The source has completed and closed its channel, and QEMU has not been given all of it yet. Nobody sends
+ * that again: the end of the far leg is no news before.
+ */
+static bool draining(const struct rf_relay *relay) {
+    if (relay->side != RF_RELAY_DESTINATION || relay->far.state != RF_LEG_ENDED ||
+        relay->local.state != RF_LEG_OPEN ||
+        (rf_tracker_channel_facts(relay->tracker) & RF_FACT_EOF_PASSED) == 0) {
+        return false;
+    }
+    for (unsigned i = 0; i < relay->view.lanes; i++) {
+        if (!rf_lane_drained(relay->lanes[i])) {
+            return true;
+        }
+    }
+    return rf_pipe_pending(&relay->forward);
+}
+
 /* ---- what others may look at ---- */
 
 /* What others wait for is told at once; counters they look up when they like. */
@@ -115,11 +166,14 @@ static bool has_news(struct rf_relay *relay, const uint64_t *words) {
         .channel = words[0],
         .local_state = words[1],
         .far_state = words[2],
+        .lanes = relay->view.lanes,
+        .waiting = relay->view.waiting,
     };
     bool news = now.facts != relay->told.facts || now.channel_facts != relay->told.channel_facts ||
                 now.forward_opaque != relay->told.forward_opaque ||
                 now.return_opaque != relay->told.return_opaque || now.channel != relay->told.channel ||
-                now.local_state != relay->told.local_state || now.far_state != relay->told.far_state;
+                now.local_state != relay->told.local_state || now.far_state != relay->told.far_state ||
+                now.lanes != relay->told.lanes || now.waiting != relay->told.waiting;
 
     relay->told = now;
     return news;
@@ -130,12 +184,13 @@ static void publish(struct rf_relay *relay) {
     uint64_t sequence;
 
     relay->view.local_state = relay->local.state;
-    relay->view.far_state = relay->far.state;
+    relay->view.far_state = draining(relay) ? RF_LEG_OPEN : relay->far.state;
     relay->view.local_error = (uint64_t)relay->local.error;
     relay->view.far_error = (uint64_t)relay->far.error;
     relay->view.replayed = relay->replay.replayed;
     relay->view.held = relay->replay.held_count;
     relay->view.last_replay_ns = relay->replay.last_replay_ns;
+    relay->view.waiting = lanes_due(relay);
     memcpy(words, &relay->view, sizeof(words));
 
     sequence = atomic_load_explicit(&relay->sequence, memory_order_relaxed);
@@ -169,10 +224,6 @@ bool rf_relay_look(const struct rf_relay *relay, struct rf_relay_view *view) {
 
 /* ---- the two pipes ---- */
 
-static bool leg_gone(const struct rf_leg *leg) {
-    return leg->state == RF_LEG_ENDED || leg->state == RF_LEG_FAILED || leg->state == RF_LEG_REFUSED;
-}
-
 static struct rf_leg *forward_from(struct rf_relay *relay) {
     return relay->side == RF_RELAY_SOURCE ? &relay->local : &relay->far;
 }
@@ -181,31 +232,19 @@ static struct rf_leg *forward_to(struct rf_relay *relay) {
     return relay->side == RF_RELAY_SOURCE ? &relay->far : &relay->local;
 }
 
-static bool forward_pending(const struct rf_relay *relay) { return relay->forward_off < relay->forward_len; }
-
 static void forward_write(struct rf_relay *relay) {
-    size_t n = rf_leg_write(forward_to(relay), relay->forward + relay->forward_off,
-                            relay->forward_len - relay->forward_off);
-
-    relay->forward_off += n;
-    relay->view.forward_bytes += n;
+    if (!forward_held(relay)) {
+        relay->view.forward_bytes += rf_pipe_write(&relay->forward, forward_to(relay));
+    }
 }
 
 static void forward_read(struct rf_relay *relay) {
     bool postcopy = relay->in_postcopy || rf_tracker_facts(relay->tracker) & RF_FACT_PACKAGED_BEGUN;
     size_t chunk = postcopy ? POSTCOPY_CHUNK : PRECOPY_CHUNK;
-    size_t n;
+    size_t n = rf_pipe_read(&relay->forward, forward_from(relay), forward_to(relay), chunk);
 
-    if (!rf_leg_writable(forward_to(relay))) {
-        relay->forward_waits = true;
-        return;
-    }
-    relay->forward_waits = false;
-    n = rf_leg_read(forward_from(relay), relay->forward, chunk);
     if (n > 0) {
-        rf_tracker_forward(relay->tracker, relay->forward, n, now_ns());
-        relay->forward_off = 0;
-        relay->forward_len = n;
+        rf_tracker_forward(relay->tracker, relay->forward.data, n, now_ns());
         forward_write(relay);
     }
 }
@@ -266,35 +305,67 @@ static void mark_lost(struct rf_relay *relay) {
     }
 }
 
+static void close_far_lanes(struct rf_relay *relay) {
+    for (unsigned i = 0; i < relay->view.lanes; i++) {
+        rf_leg_close(&relay->lanes[i]->far);
+    }
+}
+
 static void drain_far(struct rf_relay *relay) {
     while (rf_leg_read(&relay->far, relay->backward, sizeof(relay->backward)) > 0) {
         /* the local leg, which this was for, has ended */
     }
 }
 
+/*
+ * A lane that is lost is the channel's loss, save
+ *  - at the end, when the destination closes its lanes before it says SHUT on the main one;
+ *  - a multifd lane that ends in order: a source that has completed closes all, and this end can arrive
+ * before what is still under way on the others.
+ */
+static void settle_lane(struct rf_relay *relay, struct rf_lane *lane) {
+    bool in_order = lane->kind == RF_LANE_MULTIFD && lane->far.state == RF_LEG_ENDED;
+
+    rf_lane_pass_end(lane);
+    if (rf_leg_lost(&lane->far) && lane->far.fd >= 0) {
+        rf_leg_close(&lane->far);
+        if (relay->far.state == RF_LEG_OPEN && !in_order &&
+            (rf_tracker_channel_facts(relay->tracker) & RF_FACT_EOF_PASSED) == 0) {
+            relay->far.state = lane->far.state;
+            relay->far.error = lane->far.error;
+        }
+    }
+}
+
 static void settle_legs(struct rf_relay *relay) {
-    if (leg_gone(&relay->far) && relay->far.fd >= 0) {
+    for (unsigned i = 0; i < relay->view.lanes; i++) {
+        settle_lane(relay, relay->lanes[i]);
+    }
+    if (rf_leg_lost(&relay->far) && relay->far.fd >= 0 && !draining(relay)) {
         mark_lost(relay);
         rf_leg_close(&relay->far);
+        close_far_lanes(relay);
         relay->linger_until_ns = 0;
-        relay->forward_waits = relay->return_waits = false;
+        relay->forward.waits = relay->return_waits = false;
     }
-    if (leg_gone(&relay->local) && relay->local.fd >= 0) {
+    if (rf_leg_lost(&relay->local) && relay->local.fd >= 0) {
         mark_lost(relay);
         rf_leg_close(&relay->local); /* QEMU has closed its end, or it is dead */
-        relay->forward_waits = relay->return_waits = false;
+        relay->forward.waits = relay->return_waits = false;
         if (relay->far.fd >= 0) {
             relay->linger_until_ns = now_ns() + (uint64_t)LINGER_MS * 1000000u;
         }
     }
     if (relay->linger_until_ns != 0) {
-        bool unsent =
-            relay->side == RF_RELAY_SOURCE ? forward_pending(relay) : rf_replay_pending(&relay->replay) > 0;
+        bool unsent = relay->side == RF_RELAY_SOURCE ? rf_pipe_pending(&relay->forward)
+                                                     : rf_replay_pending(&relay->replay) > 0;
 
         if (!unsent) {
             rf_leg_end_writing(&relay->far);
         }
-        if (now_ns() >= relay->linger_until_ns) {
+        if (unsent) {
+            relay->linger_until_ns = now_ns() + (uint64_t)LINGER_MS * 1000000u;
+        } else if (now_ns() >= relay->linger_until_ns) {
             rf_leg_close(&relay->far);
             relay->linger_until_ns = 0;
         }
@@ -318,6 +389,15 @@ static void record_rest(struct rf_relay *relay) {
     }
 }
 
+static void drop_lanes(struct rf_relay *relay) {
+    for (unsigned i = 0; i < relay->view.lanes; i++) {
+        relay->view.forward_bytes += rf_lane_offer(relay->lanes[i]);
+        rf_lane_free(relay->lanes[i]);
+        relay->lanes[i] = NULL;
+    }
+    relay->view.lanes = 0;
+}
+
 static void close_channel(struct rf_relay *relay) {
     if (relay->local.fd >= 0) {
         /* Offer what is here once more; a QEMU that does not take it now will ask for it again after the
@@ -327,7 +407,7 @@ static void close_channel(struct rf_relay *relay) {
                 return_write(relay);
             }
         } else {
-            if (forward_pending(relay)) {
+            if (rf_pipe_pending(&relay->forward)) {
                 forward_write(relay);
             }
             record_rest(relay);
@@ -337,26 +417,62 @@ static void close_channel(struct rf_relay *relay) {
     if (relay->far.fd >= 0) {
         rf_leg_close(&relay->far);
     }
+    drop_lanes(relay);
     mark_lost(relay);
     relay->linger_until_ns = 0;
-    relay->forward_off = relay->forward_len = 0;
-    relay->forward_waits = relay->return_waits = false;
+    rf_pipe_clear(&relay->forward);
+    relay->return_waits = false;
     rf_replay_discard(&relay->replay);
 }
 
 static void attach(struct rf_relay *relay, const struct command *command) {
-    if (relay->local.fd >= 0 || relay->far.fd >= 0) {
+    if (relay->local.fd >= 0 || relay->far.fd >= 0 || relay->view.lanes > 0) {
         close_channel(relay);
     }
     relay->view.channel++;
     relay->view.lost_ns = 0;
-    relay->forward_off = relay->forward_len = 0;
+    relay->lanes_wanted = command->lanes;
+    rf_pipe_clear(&relay->forward); /* where both legs were lost the end of a channel may have stayed in it */
     relay->linger_until_ns = 0;
     relay->probing = false;
     rf_tracker_channel_begin(relay->tracker, command->recovered, now_ns());
     rf_replay_channel(&relay->replay, command->recovered, command->may_replay);
     rf_leg_adopt(&relay->local, command->local_fd);
     rf_leg_adopt(&relay->far, command->far_fd);
+}
+
+static void add_lane(struct rf_relay *relay, const struct command *command) {
+    struct rf_lane *lane = NULL;
+
+    if (command->channel == relay->view.channel && relay->local.fd >= 0 &&
+        relay->view.lanes < relay->lanes_wanted) {
+        lane = rf_lane_new(command->lane_kind, relay->side == RF_RELAY_SOURCE, command->local_fd,
+                           command->far_fd);
+    }
+    if (lane == NULL) {
+        close(command->local_fd);
+        close(command->far_fd);
+        return;
+    }
+    relay->lanes[relay->view.lanes++] = lane;
+    if (lane->kind == RF_LANE_PREEMPT) {
+        rf_tracker_preempt_begin(relay->tracker, now_ns());
+    } else {
+        rf_tracker_pages_elsewhere(relay->tracker);
+    }
+    if (relay->far.fd < 0) {
+        rf_leg_close(&lane->far);
+    } else if (relay->probing) {
+        rf_leg_probe(&lane->far, relay->dead_after_s);
+    }
+}
+
+static void lose(struct rf_relay *relay, const struct command *command) {
+    if (command->channel == relay->view.channel && relay->far.state == RF_LEG_OPEN) {
+        relay->far.state = RF_LEG_FAILED;
+        relay->far.error = command->error;
+        settle_legs(relay);
+    }
 }
 
 /* ---- commands ---- */
@@ -375,6 +491,13 @@ static int give(struct rf_relay *relay, const struct command *command) {
     return 0;
 }
 
+static void let_go_of_local_legs(struct rf_relay *relay) {
+    rf_leg_let_go(&relay->local);
+    for (unsigned i = 0; i < relay->view.lanes; i++) {
+        rf_leg_let_go(&relay->lanes[i]->local);
+    }
+}
+
 /* False when the thread is to end. */
 static bool take_commands(struct rf_relay *relay) {
     bool go_on = true;
@@ -389,6 +512,12 @@ static bool take_commands(struct rf_relay *relay) {
         case COMMAND_ATTACH:
             attach(relay, &command);
             break;
+        case COMMAND_LANE:
+            add_lane(relay, &command);
+            break;
+        case COMMAND_LOSE:
+            lose(relay, &command);
+            break;
         case COMMAND_CLOSE:
             if (command.channel == relay->view.channel) {
                 close_channel(relay);
@@ -402,7 +531,7 @@ static bool take_commands(struct rf_relay *relay) {
             break;
         case COMMAND_STOP:
             if (command.keep_local) {
-                rf_leg_let_go(&relay->local);
+                let_go_of_local_legs(relay);
             }
             close_channel(relay);
             go_on = false;
@@ -414,71 +543,70 @@ static bool take_commands(struct rf_relay *relay) {
 
 /* ---- the loop ---- */
 
-enum { POLL_COMMAND, POLL_LOCAL, POLL_FAR, POLL_COUNT };
-
-static void want(struct pollfd *polls, const struct rf_relay *relay, const struct rf_leg *leg, short events) {
-    struct pollfd *one = &polls[leg == &relay->local ? POLL_LOCAL : POLL_FAR];
-
-    if (leg->fd >= 0) {
-        one->fd =
-            leg->fd; /* a leg that nothing is wanted of stays out, for poll tells of a hang-up unasked */
-        one->events |= events;
-    }
-}
-
-static void prepare_polls(struct rf_relay *relay, struct pollfd *polls) {
+static unsigned prepare_polls(struct rf_relay *relay) {
+    struct pollfd *polls = relay->polls;
     struct rf_leg *from = forward_from(relay);
     struct rf_leg *to = forward_to(relay);
+    struct pollfd *from_poll = &polls[relay->side == RF_RELAY_SOURCE ? POLL_LOCAL : POLL_FAR];
+    struct pollfd *to_poll = &polls[relay->side == RF_RELAY_SOURCE ? POLL_FAR : POLL_LOCAL];
 
     polls[POLL_COMMAND] = (struct pollfd){.fd = relay->command_event, .events = POLLIN};
-    polls[POLL_LOCAL] = (struct pollfd){.fd = -1};
-    polls[POLL_FAR] = (struct pollfd){.fd = -1};
+    polls[POLL_LOCAL] = polls[POLL_FAR] = (struct pollfd){.fd = -1};
 
-    if (forward_pending(relay) || relay->forward_waits) {
-        want(polls, relay, to, POLLOUT);
-    } else if (to->state == RF_LEG_OPEN) {
-        want(polls, relay, from, POLLIN);
+    if (forward_held(relay) && rf_pipe_pending(&relay->forward)) {
+        if (from->state == RF_LEG_OPEN) {
+            rf_leg_want(from, POLLRDHUP, from_poll); /* not read, but its end must show */
+        }
+    } else {
+        rf_pipe_want(&relay->forward, from, to, from_poll, to_poll);
     }
     if (rf_replay_pending(&relay->replay) > 0 || relay->return_waits) {
-        want(polls, relay, from, POLLOUT);
+        rf_leg_want(from, POLLOUT, from_poll);
     } else if (from->state == RF_LEG_OPEN || relay->side == RF_RELAY_DESTINATION) {
-        want(polls, relay, to, POLLIN);
+        rf_leg_want(to, POLLIN, to_poll);
     }
     if (relay->linger_until_ns != 0) {
-        want(polls, relay, &relay->far, POLLIN);
+        rf_leg_want(&relay->far, POLLIN, &polls[POLL_FAR]);
+    }
+    for (unsigned i = 0; i < relay->view.lanes; i++) {
+        rf_lane_want(relay->lanes[i], &polls[POLL_LANES + i * RF_LANE_POLLS]);
+    }
+    return POLL_LANES + (unsigned)relay->view.lanes * RF_LANE_POLLS;
+}
+
+static void move_forward(struct rf_relay *relay, short from_events, short to_events) {
+    if (forward_held(relay) && rf_pipe_pending(&relay->forward)) {
+        (void)rf_leg_hung_up(forward_from(relay), from_events);
+    } else if (rf_pipe_ready(&relay->forward, forward_to(relay), from_events, to_events)) {
+        if (rf_pipe_pending(&relay->forward)) {
+            forward_write(relay);
+        } else {
+            forward_read(relay);
+        }
     }
 }
 
-static short happened(const struct pollfd *polls, const struct rf_relay *relay, const struct rf_leg *leg) {
-    const struct pollfd *one = &polls[leg == &relay->local ? POLL_LOCAL : POLL_FAR];
-
-    return one->fd >= 0 && one->fd == leg->fd ? one->revents : 0;
-}
-
-static void move_bytes(struct rf_relay *relay, const struct pollfd *polls) {
+static void move_bytes(struct rf_relay *relay) {
     const short gone = POLLERR | POLLHUP | POLLNVAL;
-    struct rf_leg *from = forward_from(relay);
-    struct rf_leg *to = forward_to(relay);
+    short local_events = rf_leg_events(&relay->local, &relay->polls[POLL_LOCAL]);
+    short far_events = rf_leg_events(&relay->far, &relay->polls[POLL_FAR]);
+    short from_events = relay->side == RF_RELAY_SOURCE ? local_events : far_events;
+    short to_events = relay->side == RF_RELAY_SOURCE ? far_events : local_events;
 
-    if (relay->linger_until_ns != 0 && happened(polls, relay, &relay->far) & (POLLIN | gone)) {
+    if (relay->linger_until_ns != 0 && far_events & (POLLIN | gone)) {
         drain_far(relay);
     }
-    if (forward_pending(relay)) {
-        if (happened(polls, relay, to) & (POLLOUT | gone)) {
-            forward_write(relay);
-        }
-    } else if (to->state == RF_LEG_OPEN &&
-               ((happened(polls, relay, from) & (POLLIN | gone)) ||
-                (relay->forward_waits && happened(polls, relay, to) & (POLLOUT | gone)))) {
-        forward_read(relay);
-    }
+    move_forward(relay, from_events, to_events);
     if (rf_replay_pending(&relay->replay) > 0) {
-        if (happened(polls, relay, from) & (POLLOUT | gone)) {
+        if (from_events & (POLLOUT | gone)) {
             return_write(relay);
         }
-    } else if ((happened(polls, relay, to) & (POLLIN | gone)) ||
-               (relay->return_waits && happened(polls, relay, from) & (POLLOUT | gone))) {
+    } else if ((to_events & (POLLIN | gone)) || (relay->return_waits && from_events & (POLLOUT | gone))) {
         return_read(relay);
+    }
+    for (unsigned i = 0; i < relay->view.lanes; i++) {
+        relay->view.forward_bytes += rf_lane_move(
+            relay->lanes[i], &relay->polls[POLL_LANES + i * RF_LANE_POLLS], relay->tracker, now_ns());
     }
 }
 
@@ -497,11 +625,17 @@ static void mind_silence(struct rf_relay *relay) {
     if (!relay->probing) {
         relay->probing = true;
         rf_leg_probe(&relay->far, relay->dead_after_s);
+        for (unsigned i = 0; i < relay->view.lanes; i++) {
+            rf_leg_probe(&relay->lanes[i]->far, relay->dead_after_s);
+        }
     }
     now = now_ns();
     if (now >= relay->next_silence_ns) {
         relay->next_silence_ns = now + (uint64_t)SILENCE_LOOK_MS * 1000000u;
         rf_leg_check_silence(&relay->far, relay->dead_after_s);
+        for (unsigned i = 0; i < relay->view.lanes; i++) {
+            rf_leg_check_silence(&relay->lanes[i]->far, relay->dead_after_s);
+        }
     }
 }
 
@@ -518,16 +652,15 @@ static void *pump(void *opaque) {
     bool go_on = true;
 
     while (go_on) {
-        struct pollfd polls[POLL_COUNT];
+        unsigned count = prepare_polls(relay);
 
-        prepare_polls(relay, polls);
-        if (poll(polls, POLL_COUNT, poll_timeout_ms(relay)) < 0) {
+        if (poll(relay->polls, count, poll_timeout_ms(relay)) < 0) {
             continue; /* EINTR cannot be, all signals are blocked; ENOMEM passes */
         }
-        move_bytes(relay, polls);
+        move_bytes(relay);
         mind_silence(relay);
         settle_legs(relay);
-        if (polls[POLL_COMMAND].revents != 0) {
+        if (relay->polls[POLL_COMMAND].revents != 0) {
             go_on = take_commands(relay);
         }
         publish(relay);
@@ -596,12 +729,27 @@ int rf_relay_notify_fd(const struct rf_relay *relay) { return relay->notify_even
 
 struct rf_tracker *rf_relay_tracker(struct rf_relay *relay) { return relay->tracker; }
 
-int rf_relay_attach(struct rf_relay *relay, int local_fd, int far_fd, bool recovered, bool may_replay) {
+int rf_relay_attach(struct rf_relay *relay, int local_fd, int far_fd, bool recovered, bool may_replay,
+                    unsigned lanes) {
     return give(relay, &(struct command){.kind = COMMAND_ATTACH,
                                          .local_fd = local_fd,
                                          .far_fd = far_fd,
                                          .recovered = recovered,
-                                         .may_replay = may_replay});
+                                         .may_replay = may_replay,
+                                         .lanes = lanes < LANES_MAX ? lanes : LANES_MAX});
+}
+
+int rf_relay_add_lane(struct rf_relay *relay, uint64_t channel, int kind, int local_fd, int far_fd) {
+    return give(relay,
+                &(struct command){.kind = COMMAND_LANE,
+                                  .local_fd = local_fd,
+                                  .far_fd = far_fd,
+                                  .lane_kind = kind == RF_LANE_MULTIFD ? RF_LANE_MULTIFD : RF_LANE_PREEMPT,
+                                  .channel = channel});
+}
+
+int rf_relay_lose(struct rf_relay *relay, uint64_t channel, int error) {
+    return give(relay, &(struct command){.kind = COMMAND_LOSE, .channel = channel, .error = error});
 }
 
 int rf_relay_close_channel(struct rf_relay *relay, uint64_t channel) {

@@ -11,6 +11,15 @@
  * Each direction holds one chunk at the most: it is read only when the other leg can be sent to, so that a
  * requested page never waits behind what we have buffered. The two directions never wait for each other.
  *
+ * With postcopy-preempt or multifd a channel has lanes beside the main connection (lane.h), which are added
+ * one by one. QEMU takes no harm only if it has all or none:
+ *  - the device state (PACKAGED) and RESUME are held back until all lanes are there: a destination that got
+ *    them before its preempt channel would wait for that in a thread that nothing can wake
+ *    (migration/savevm.c, loadvm_postcopy_handle_resume; migration/postcopy-ram.c, postcopy_preempt_thread).
+ *    A stream that cannot be read is not held back;
+ *  - a lane whose far leg is lost is the channel's loss, and all far legs are closed at once. Only what is
+ *    lost after EOF does not count: a destination closes its lanes before it says SHUT.
+ *
  * The pump alone reads, writes and closes its descriptors. It gets commands by a ring and an eventfd and
  * tells of what happens by another eventfd and by atomic words; it calls nobody. When one leg is lost it
  * closes the other one only if that is the far leg: a local leg stays open until the pump is told to close
@@ -22,6 +31,7 @@
 #include <stdbool.h>
 #include <stdint.h>
 
+#include "lane.h"
 #include "leg.h"
 #include "tracker.h"
 
@@ -43,6 +53,8 @@ struct rf_relay_view {
     uint64_t held;           /* page requests held back until RESUME_ACK */
     uint64_t last_replay_ns; /* CLOCK_MONOTONIC; 0 for never */
     uint64_t lost_ns; /* CLOCK_MONOTONIC, when the first leg of this channel was lost; 0 for not lost */
+    uint64_t lanes;   /* added to this channel */
+    uint64_t waiting; /* 1: the lanes are due: bytes are held back for them, or cannot be read */
 };
 
 struct rf_relay;
@@ -67,11 +79,24 @@ bool rf_relay_look(const struct rf_relay *relay, struct rf_relay_view *view);
 
 /*
  * Joins two stream sockets as the next channel and takes ownership of both. `recovered`: it resumes a lost
- * channel. `may_replay`: outstanding page requests are replayed after RESUME_ACK.
+ * channel. `may_replay`: outstanding page requests are replayed after RESUME_ACK. `lanes`: how many are to be
+ * added before the device state or RESUME may pass.
  * What is left of the channel before is closed. 0, or -1 with errno (EAGAIN: the ring is full); then the
  * descriptors are still the caller's.
  */
-int rf_relay_attach(struct rf_relay *relay, int local_fd, int far_fd, bool recovered, bool may_replay);
+int rf_relay_attach(struct rf_relay *relay, int local_fd, int far_fd, bool recovered, bool may_replay,
+                    unsigned lanes);
+
+/*
+ * Joins two stream sockets as a further lane of `channel` and takes ownership of both. Where that is no
+ * longer the one attached last, or has all its lanes, both are closed; where its far leg is lost, the lane's
+ * is too. 0, or -1 with errno as above.
+ */
+int rf_relay_add_lane(struct rf_relay *relay, uint64_t channel, int kind, int local_fd, int far_fd);
+
+/* The other host cannot be had whole: the far legs of `channel` are closed as if one had broken with `error`.
+ */
+int rf_relay_lose(struct rf_relay *relay, uint64_t channel, int error);
 
 /* The destination runs the guest; for a stream that cannot be read, which does not show it. 0, or -1 with
  * errno. */

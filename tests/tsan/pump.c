@@ -1,6 +1,7 @@
 /*
- * Two pumps, as source and destination have them, carry a migration that is lost again and again, while other
- * threads read all that may be read beside a running pump: pump SECONDS.
+ * Two pumps, as source and destination have them, carry a migration with two lanes beside its main connection
+ * that is lost again and again, while other threads read all that may be read beside a running pump: pump
+ * SECONDS.
  *
  *     this thread ══ source's pump ══ destination's pump ══ this thread        readers, two of each pump
  *
@@ -36,7 +37,7 @@
         }                                                                                                    \
     } while (0)
 
-enum { SOURCE, DESTINATION, SIDES, READERS_EACH = 2 };
+enum { SOURCE, DESTINATION, SIDES, READERS_EACH = 2, LANES = 2 };
 
 static struct rf_relay *relays[SIDES];
 static atomic_bool ending;
@@ -192,6 +193,15 @@ static void put_pages(struct out *out, uint64_t first, unsigned count) {
     put_number(out, 0x7e00000002, 5);
 }
 
+/* The same on the preempt lane, which has frames alone. */
+static void put_urgent_pages(struct out *out, uint64_t first, unsigned count) {
+    for (unsigned i = 0; i < count; i++) {
+        put_number(out, (first + i) * PAGE | 0x02, 8);
+        put_name(out, BLOCK);
+        put_number(out, 0, 1);
+    }
+}
+
 static void put_request(struct out *out, uint64_t page) {
     put_number(out, 3, 2);
     put_number(out, 12 + 1 + strlen(BLOCK), 2);
@@ -229,10 +239,14 @@ static uint64_t take_message(int fd) {
 
 /* ---- one channel after the other ---- */
 
+enum { AT_ONCE = 16 };
+
 struct ends {
     int source;
     int destination;
     int network; /* one end of what joins the pumps, to cut it */
+    int source_lanes[LANES];
+    int destination_lanes[LANES];
 };
 
 static bool both_gone(void) {
@@ -254,22 +268,43 @@ static void close_both(uint64_t channel) {
     }
 }
 
+/* QEMU's connection at either side, and what joins the pumps. */
+static void make_pairs(int near[2], int far[2], int between[2]) {
+    CHECK(socketpair(AF_UNIX, SOCK_STREAM, 0, near) == 0);
+    CHECK(socketpair(AF_UNIX, SOCK_STREAM, 0, far) == 0);
+    CHECK(socketpair(AF_UNIX, SOCK_STREAM, 0, between) == 0);
+}
+
 static struct ends attach(bool recovered) {
     struct ends ends;
     int near[2];
     int far[2];
     int between[2];
 
-    CHECK(socketpair(AF_UNIX, SOCK_STREAM, 0, near) == 0);
-    CHECK(socketpair(AF_UNIX, SOCK_STREAM, 0, far) == 0);
-    CHECK(socketpair(AF_UNIX, SOCK_STREAM, 0, between) == 0);
+    make_pairs(near, far, between);
     ends.source = near[0];
     ends.destination = far[0];
     ends.network = dup(between[0]);
     CHECK(ends.network >= 0);
-    CHECK(rf_relay_attach(relays[SOURCE], near[1], between[0], recovered, true) == 0);
-    CHECK(rf_relay_attach(relays[DESTINATION], far[1], between[1], recovered, true) == 0);
+    CHECK(rf_relay_attach(relays[SOURCE], near[1], between[0], recovered, true, LANES) == 0);
+    CHECK(rf_relay_attach(relays[DESTINATION], far[1], between[1], recovered, true, LANES) == 0);
     return ends;
+}
+
+static void add_lanes(struct ends *ends, uint64_t channel) {
+    const int kinds[LANES] = {RF_LANE_PREEMPT, RF_LANE_MULTIFD};
+
+    for (int i = 0; i < LANES; i++) {
+        int near[2];
+        int far[2];
+        int between[2];
+
+        make_pairs(near, far, between);
+        CHECK(rf_relay_add_lane(relays[SOURCE], channel, kinds[i], near[1], between[0]) == 0);
+        CHECK(rf_relay_add_lane(relays[DESTINATION], channel, kinds[i], far[1], between[1]) == 0);
+        ends->source_lanes[i] = near[0];
+        ends->destination_lanes[i] = far[0];
+    }
 }
 
 static void lose(struct ends *ends, uint64_t channel) {
@@ -281,6 +316,10 @@ static void lose(struct ends *ends, uint64_t channel) {
     close(ends->source);
     close(ends->destination);
     close(ends->network);
+    for (int i = 0; i < LANES; i++) {
+        close(ends->source_lanes[i]);
+        close(ends->destination_lanes[i]);
+    }
 }
 
 static void take_forward(int fd, size_t length) {
@@ -289,8 +328,19 @@ static void take_forward(int fd, size_t length) {
     CHECK(length <= sizeof(bytes) && receive_all(fd, bytes, length));
 }
 
+static void use_lanes(const struct ends *ends, uint64_t page, struct out *out) {
+    for (int i = 0; i < LANES; i++) {
+        size_t length;
+
+        put_urgent_pages(out, page, AT_ONCE);
+        length = out->length;
+        send_all(ends->source_lanes[i], out);
+        take_forward(ends->destination_lanes[i], length);
+    }
+}
+
 /* The handshake of a recovery, in which the destination has none of the pages from `missing` on. */
-static void resume(const struct ends *ends, uint64_t missing, struct out *out) {
+static void resume(struct ends *ends, uint64_t channel, uint64_t missing, struct out *out) {
     size_t length;
 
     put_number(out, 0x08000a, 3); /* RECV_BITMAP */
@@ -311,9 +361,10 @@ static void resume(const struct ends *ends, uint64_t missing, struct out *out) {
     send_all(ends->destination, out);
     CHECK(take_message(ends->source) == UINT64_MAX);
 
-    put_number(out, 0x0800090000, 5); /* RESUME */
+    put_number(out, 0x0800090000, 5); /* RESUME, which waits for the lanes */
     length = out->length;
     send_all(ends->source, out);
+    add_lanes(ends, channel);
     take_forward(ends->destination, length);
     put_number(out, 6, 2);
     put_number(out, 4, 2);
@@ -321,8 +372,6 @@ static void resume(const struct ends *ends, uint64_t missing, struct out *out) {
     send_all(ends->destination, out);
     CHECK(take_message(ends->source) == UINT64_MAX);
 }
-
-enum { AT_ONCE = 16 };
 
 /* One migration, until `until`; the number of losses. */
 static unsigned migrate(double until) {
@@ -332,6 +381,7 @@ static unsigned migrate(double until) {
     struct ends ends = attach(false);
     size_t length;
 
+    add_lanes(&ends, channel);
     put_beginning(&out);
     length = out.length;
     send_all(ends.source, &out);
@@ -354,6 +404,7 @@ static unsigned migrate(double until) {
             CHECK(came == page + i || came < page); /* both sides replay: what is older may come twice */
             i += came == page + i;
         }
+        use_lanes(&ends, page, &out);
         page += AT_ONCE;
         if (seconds_now() >= until) {
             break;
@@ -375,7 +426,7 @@ static unsigned migrate(double until) {
         lose(&ends, channel);
         ends = attach(true);
         channel++;
-        resume(&ends, page, &out);
+        resume(&ends, channel, page, &out);
         for (unsigned i = 0; i < AT_ONCE;) {
             uint64_t came = take_message(ends.source);
 

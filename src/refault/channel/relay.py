@@ -33,6 +33,13 @@ RUN_SECONDS = 1.0
 (a guest that is to stay paused)."""
 
 
+class Lane(enum.IntEnum):
+    """What a further connection of a channel carries (cext/lane.h)."""
+
+    PREEMPT = 0
+    MULTIFD = 1
+
+
 class LegState(enum.IntEnum):
     """The state of one leg (cext/leg.h)."""
 
@@ -65,6 +72,10 @@ class RelayView:
     held: int
     last_replay_ns: int
     lost_ns: int
+    lanes: int
+    """Connections that were added beside the main one of this channel."""
+    waiting: bool
+    """Whether bytes are held back until all lanes are there."""
 
     def far_loss(self) -> str:
         """How the far leg was lost, in words."""
@@ -153,6 +164,8 @@ class Relay:
                 held=raw.held,
                 last_replay_ns=raw.last_replay_ns,
                 lost_ns=raw.lost_ns,
+                lanes=raw.lanes,
+                waiting=bool(raw.waiting),
             )
         return self._last
 
@@ -224,18 +237,42 @@ class Relay:
         self._open()
         return read_latency(self._map)
 
-    def attach(self, local_fd: int, far_fd: int, *, recovered: bool, may_replay: bool) -> None:
-        """Joins two stream sockets as the next channel. Both descriptors are the pump's from now on, also on
-        error.
+    def attach(
+        self, local_fd: int, far_fd: int, *, recovered: bool, may_replay: bool, lanes: int = 0
+    ) -> None:
+        """Joins two stream sockets as the next channel, to which `lanes` more connections belong.
 
-        Raises OSError where the pump takes no commands any more.
+        Both descriptors are the pump's from now on, also on error. Raises OSError where the pump takes no
+        commands any more.
         """
-        if lib.rf_relay_attach(self._open(), local_fd, far_fd, recovered, may_replay) < 0:
-            error = ffi.errno
-            os.close(local_fd)
-            os.close(far_fd)
-            raise OSError(error, os.strerror(error))
+        self._give(
+            lib.rf_relay_attach(self._open(), local_fd, far_fd, recovered, may_replay, lanes),
+            local_fd,
+            far_fd,
+        )
         self._resumed = recovered
+
+    def add_lane(self, channel: int, kind: Lane, local_fd: int, far_fd: int) -> None:
+        """Joins two stream sockets as a further lane of `channel`; of one that is gone, both are closed.
+
+        As for `attach`.
+        """
+        self._give(
+            lib.rf_relay_add_lane(self._open(), channel, int(kind), local_fd, far_fd), local_fd, far_fd
+        )
+
+    def _give(self, result: int, *descriptors: int) -> None:
+        if result < 0:
+            error = ffi.errno
+            for descriptor in descriptors:
+                os.close(descriptor)
+            raise OSError(error, os.strerror(error))
+
+    def lose(self, channel: int, error: int) -> None:
+        """Closes the far legs of `channel`, if it is the one attached last, as if one had broken with
+        `error`."""
+        if lib.rf_relay_lose(self._open(), channel, error) < 0:
+            raise OSError(errno.EAGAIN, "the relay's command ring is full")
 
     def in_postcopy(self) -> None:
         """The destination runs, by QEMU's word, for the stream cannot be read: queues are short from here

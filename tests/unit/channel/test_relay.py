@@ -7,12 +7,12 @@ import struct
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import pytest
 
-from refault.channel.relay import LegState, Relay, RelayView
+from refault.channel.relay import Lane, LegState, Relay, RelayView
 from refault.migration.phase import Role
 
 from . import streams
@@ -29,9 +29,15 @@ class Ends:
     relay: Relay
     qemu: socket.socket
     host: socket.socket
+    others: list[socket.socket] = field(default_factory=list)
 
     def channel(
-        self, *, recovered: bool = False, may_replay: bool = True, kind: int = socket.SOCK_STREAM
+        self,
+        *,
+        recovered: bool = False,
+        may_replay: bool = True,
+        kind: int = socket.SOCK_STREAM,
+        lanes: int = 0,
     ) -> None:
         self.qemu.close()
         self.host.close()
@@ -40,8 +46,22 @@ class Ends:
         for end in (self.qemu, self.host):
             end.settimeout(DEADLINE)
         before = self.relay.look().channel
-        self.relay.attach(ours_local.detach(), ours_far.detach(), recovered=recovered, may_replay=may_replay)
+        self.relay.attach(
+            ours_local.detach(), ours_far.detach(), recovered=recovered, may_replay=may_replay, lanes=lanes
+        )
         self.until(lambda view: view.channel == before + 1)
+
+    def lane(self, kind: Lane = Lane.PREEMPT) -> tuple[socket.socket, socket.socket]:
+        """Adds a lane; QEMU's end and the other host's."""
+        local, qemu = socket.socketpair()
+        far, host = tcp_pair()
+        for end in (qemu, host):
+            end.settimeout(DEADLINE)
+            self.others.append(end)
+        before = self.relay.look()
+        self.relay.add_lane(before.channel, kind, local.detach(), far.detach())
+        self.until(lambda view: view.lanes == before.lanes + 1)
+        return qemu, host
 
     def until(self, holds: Callable[[RelayView], bool]) -> RelayView:
         deadline = time.monotonic() + DEADLINE
@@ -66,8 +86,8 @@ def relaying(role: Role) -> Iterator[Ends]:
         yield ends
     finally:
         relay.close()
-        ends.qemu.close()
-        ends.host.close()
+        for end in (ends.qemu, ends.host, *ends.others):
+            end.close()
 
 
 def read_exactly(end: socket.socket, count: int) -> bytes:
@@ -77,6 +97,18 @@ def read_exactly(end: socket.socket, count: int) -> bytes:
         assert chunk, f"ended after {len(data)} of {count} bytes"
         data += chunk
     return bytes(data)
+
+
+def bytes_pass_both_ways(qemu: socket.socket, host: socket.socket) -> None:
+    for one, other in ((qemu, host), (host, qemu)):
+        data = os.urandom(300_000)
+        received = bytearray()
+        sent = 0
+        while len(received) < len(data):
+            if sent < len(data):
+                sent += one.send(data[sent : sent + 4096])
+            received += other.recv(1 << 20)
+        assert received == data
 
 
 def nothing_comes(end: socket.socket, seconds: float = 0.1) -> bool:
@@ -115,15 +147,25 @@ PONG = struct.pack(">HHI", 2, 4, 7)
 def test_bytes_pass_both_ways_as_they_came(role: Role) -> None:
     with relaying(role) as ends:
         ends.channel()
-        for one, other in ((ends.qemu, ends.host), (ends.host, ends.qemu)):
-            data = os.urandom(300_000)
-            received = bytearray()
-            sent = 0
-            while len(received) < len(data):
-                if sent < len(data):
-                    sent += one.send(data[sent : sent + 4096])
-                received += other.recv(1 << 20)
-            assert received == data
+        bytes_pass_both_ways(ends.qemu, ends.host)
+
+
+def test_what_qemu_did_not_take_of_a_channel_never_begins_the_next() -> None:
+    """QEMU would take it for the recovered one's first section: a zero byte is the end of the migration."""
+    with relaying(Role.DESTINATION) as ends:
+        ends.channel()
+        ends.host.setblocking(False)
+        with contextlib.suppress(BlockingIOError):
+            while ends.host.send(bytes(1 << 16)):
+                time.sleep(0.001)
+        ends.qemu.close()
+        ends.host.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
+        ends.host.close()
+        ends.until(lambda view: view.local.lost and view.far.lost)
+        ends.channel(recovered=True)
+        assert nothing_comes(ends.qemu)
+        ends.host.sendall(streams.recv_bitmap(BLOCK))
+        assert read_exactly(ends.qemu, len(streams.recv_bitmap(BLOCK))) == streams.recv_bitmap(BLOCK)
 
 
 def test_a_full_return_path_does_not_stop_the_forward_stream() -> None:

@@ -1,0 +1,66 @@
+/*
+ * A lane: a further connection of a channel beside the main one, for pages alone. With postcopy-preempt there
+ * is one, for the pages that were asked for, without a magic number; with multifd there are several. QEMU
+ * writes on them from the source to the destination; should anything come back it passes too.
+ *
+ *     source's side:      local ──▶ forward ──▶ far      destination's side:     far ──▶ forward ──▶ local
+ *                         local ◀── backward ◀── far                              far ◀── backward ◀── local
+ */
+#ifndef RF_LANE_H
+#define RF_LANE_H
+
+#include <poll.h>
+#include <stdbool.h>
+#include <stdint.h>
+
+#include "leg.h"
+#include "pipe.h"
+#include "tracker.h"
+
+/* cffi: begin */
+enum rf_lane_kind {
+    RF_LANE_PREEMPT = 0,
+    RF_LANE_MULTIFD = 1,
+};
+/* cffi: end */
+
+enum { RF_LANE_LOCAL, RF_LANE_FAR, RF_LANE_POLLS };
+
+struct rf_lane {
+    enum rf_lane_kind kind;
+    bool source_side;
+    struct rf_leg local;
+    struct rf_leg far;
+    struct rf_pipe forward;
+    struct rf_pipe backward;
+};
+
+/* Takes ownership of both descriptors. NULL without memory: then they are still the caller's. */
+struct rf_lane *rf_lane_new(enum rf_lane_kind kind, bool source_side, int local_fd, int far_fd);
+
+/* Frees it; both legs are closed. */
+void rf_lane_free(struct rf_lane *lane);
+
+/* What it waits for: RF_LANE_POLLS entries. */
+void rf_lane_want(const struct rf_lane *lane, struct pollfd *polls);
+
+/*
+ * Moves what can be moved, and shows the tracker the pages that pass. Returns the bytes passed on towards the
+ * destination.
+ */
+uint64_t rf_lane_move(struct rf_lane *lane, const struct pollfd *polls, struct rf_tracker *tracker,
+                      uint64_t now_ns);
+
+/*
+ * Passes on, behind all that was written before it, the end of the local leg (which is closed then) and that
+ * of a multifd lane's far leg.
+ */
+void rf_lane_pass_end(struct rf_lane *lane);
+
+/* Whether QEMU has been given all that the other host sent, and no more will come. */
+bool rf_lane_drained(const struct rf_lane *lane);
+
+/* Offers QEMU what it holds once more, and returns the bytes that it took. */
+uint64_t rf_lane_offer(struct rf_lane *lane);
+
+#endif

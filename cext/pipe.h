@@ -1,0 +1,45 @@
+/*
+ * A pipe: one direction between two legs. It holds one chunk at the most, and reads the next only when the
+ * other leg can be sent to, so that what is read never waits here behind what is not yet sent.
+ *
+ *     from ──▶ one chunk ──▶ to
+ */
+#ifndef RF_PIPE_H
+#define RF_PIPE_H
+
+#include <poll.h>
+#include <stdbool.h>
+#include <stddef.h>
+#include <stdint.h>
+
+#include "leg.h"
+
+enum { RF_PIPE_ROOM = 64 * 1024 };
+
+struct rf_pipe {
+    bool waits; /* there is something to read, but no room to send it */
+    size_t off;
+    size_t len;
+    uint8_t data[RF_PIPE_ROOM];
+};
+
+bool rf_pipe_pending(const struct rf_pipe *pipe);
+
+/* Forgets what it holds. */
+void rf_pipe_clear(struct rf_pipe *pipe);
+
+/* Writes what the kernel takes of the chunk; the count. */
+size_t rf_pipe_write(struct rf_pipe *pipe, struct rf_leg *to);
+
+/* Reads the next chunk, of at most `most` bytes, if it can be sent; the count. Only while nothing is pending.
+ */
+size_t rf_pipe_read(struct rf_pipe *pipe, struct rf_leg *from, const struct rf_leg *to, size_t most);
+
+/* What it waits for. A leg that nothing is wanted of stays out, for poll tells of a hang-up unasked. */
+void rf_pipe_want(const struct rf_pipe *pipe, const struct rf_leg *from, const struct rf_leg *to,
+                  struct pollfd *from_poll, struct pollfd *to_poll);
+
+/* Whether the chunk can be written now, or, with none pending, the next be read. */
+bool rf_pipe_ready(const struct rf_pipe *pipe, const struct rf_leg *to, short from_events, short to_events);
+
+#endif
