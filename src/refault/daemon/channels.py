@@ -7,6 +7,7 @@ that may not be closed.
 from __future__ import annotations
 
 import contextlib
+import errno
 import logging
 import os
 import socket
@@ -15,7 +16,7 @@ from typing import TYPE_CHECKING
 
 import trio
 
-from refault.channel.relay import RUN_SECONDS, LegState, Relay, RelayView
+from refault.channel.relay import RUN_SECONDS, Lane, LegState, Relay, RelayView
 from refault.channel.tracker import Kept
 from refault.daemon.local import LocalLeg, give_back, take_back
 from refault.daemon.monitor import MonitorLost, QmpError
@@ -61,12 +62,14 @@ class Channels:
         """The channel whose end has been dealt with."""
         self._doubtful_losses = 0
         """Losses in a row that came right after a replay."""
-        self._duplicate: socket.socket | None = None
+        self.changed = trio.Event()
+        """Set whenever the pump told of something, and replaced."""
+        self._duplicates: list[socket.socket] = []
         self._peer_inode = 0
         self._return_path_over = False
         self._ending = trio.Lock()
         self._kept_by_qemu = False
-        """Whether QEMU holds our end of the local leg as well."""
+        """Whether QEMU holds our ends of the local legs as well."""
         self._names: list[str] = []
         """By which QEMU knows ends of ours."""
         self._guarded = 0
@@ -124,27 +127,56 @@ class Channels:
 
         Raises AttemptFailed where the one before must stay.
         """
-        if self.relay.closed:
-            raise AttemptFailed("the relay has ended")
-        cost = self.cost_of_stopping()
-        if self.channel and cost is not None and not cost[0]:
-            raise AttemptFailed(f"the channel before is still held: {cost[1]}")
+        self.check_room()
         may_replay = self._doubtful_losses < 2
         if recovered and not may_replay:
             log.warning(
                 "%s: recovering without replay: the channel was lost twice right after one",
                 self._migration.name,
             )
+        self._keep_none()
+        self._duplicates.append(local.socket.dup())
         self._migration.pause_told = trio.Event()
         if recovered:
             self._migration.status = "postcopy-paused"  # or this would not be; an older word tells nothing
-        self._keep(local.socket.dup())
         self._peer_inode = local.peer_inode
         self._return_path_over = False
-        self.relay.attach(local.detach(), far.detach(), recovered=recovered, may_replay=may_replay)
+        self.relay.attach(
+            local.detach(),
+            far.detach(),
+            recovered=recovered,
+            may_replay=may_replay,
+            lanes=self._migration.lanes.count,
+        )
         self.channel += 1
         if local.kept is not None:  # from here QEMU is to see an end, be it by a kill of refault
             self._migration.vm.start_soon(take_back, self._migration.vm.monitor, local.kept)
+
+    def check_room(self) -> None:
+        """Raises AttemptFailed where no further channel can be joined: the one before must stay."""
+        if self.relay.closed:
+            raise AttemptFailed("the relay has ended")
+        cost = self.cost_of_stopping()
+        if self.channel and cost is not None and not cost[0]:
+            raise AttemptFailed(f"the channel before is still held: {cost[1]}")
+
+    def add_lane(self, channel: int, local: socket.socket, far: trio.socket.SocketType) -> None:
+        """Gives the pump a further connection of `channel`; of one that is gone, both ends are closed."""
+        if channel == self.channel:
+            self._duplicates.append(local.dup())
+        kind = Lane.PREEMPT if self._migration.lanes.preempt else Lane.MULTIFD
+        self.relay.add_lane(channel, kind, local.detach(), far.detach())
+
+    def lose(self, channel: int, error: OSError) -> None:
+        """A connection of `channel` cannot be had: the far side of all is lost."""
+        self.relay.lose(channel, error.errno or errno.ECONNREFUSED)
+
+    def lives(self, channel: int) -> bool:
+        """Whether `channel` is the one in use, and not lost."""
+        if self.relay.closed or channel != self.channel or channel == self._ended:
+            return False
+        view = self.relay.look()
+        return view.channel < channel or not (view.local.lost or view.far.lost)
 
     def abandon(self, channel: int) -> None:
         """Closes a channel that this QEMU did not take, or that it pauses again on."""
@@ -209,6 +241,8 @@ class Channels:
 
     def look(self) -> None:
         """Deals with what the pump told last."""
+        self.changed.set()
+        self.changed = trio.Event()
         view = self.relay.look()
         if view.channel != self.channel or self.channel == self._ended:
             return  # the pump has not come to the newest channel yet, or its end has been dealt with
@@ -242,8 +276,8 @@ class Channels:
 
         The pump reads nothing that it cannot pass on.
         """
-        if self._duplicate is not None:
-            with trio.socket.from_stdlib_socket(self._duplicate.dup()) as leg:
+        if self._duplicates:
+            with trio.socket.from_stdlib_socket(self._duplicates[0].dup()) as leg:
                 while await leg.recv(1 << 16):
                     pass
 
@@ -266,15 +300,14 @@ class Channels:
             self._migration.vm.start_soon(self._have_qemu_keep)
 
     async def _have_qemu_keep(self) -> None:
-        ours = self._duplicate
-        if ours is None or self._kept_by_qemu:
+        ours = tuple(self._duplicates)
+        if not ours or self._kept_by_qemu:
             return
-        name = await give_back(self._migration.vm.monitor, ours)
-        if name is not None:
-            self._names.append(name)
-            self._kept_by_qemu = self._duplicate is ours  # else the leg has ended meanwhile
-            if not self._migration.under_way:
-                await self.have_qemu_let_go()
+        names = [await give_back(self._migration.vm.monitor, end) for end in ours]
+        self._names += [name for name in names if name is not None]
+        self._kept_by_qemu = None not in names and tuple(self._duplicates) == ours  # else one has ended
+        if not self._migration.under_way:
+            await self.have_qemu_let_go()
 
     async def have_qemu_let_go(self) -> None:
         """The migration has ended: QEMU need not hold our ends."""
@@ -311,7 +344,7 @@ class Channels:
     def _local_ended(self, view: RelayView) -> None:
         phase = self.phase
         self._ended = self.channel
-        self._keep(None)
+        self._keep_none()
         self._migration.look_soon()
         if phase is not Phase.DONE:
             log.info("%s: QEMU ended the channel in %s (%s)", self._migration.name, phase, view.local_loss(),
@@ -358,7 +391,8 @@ class Channels:
 
     async def _in_tls_handshake(self, channel: int) -> bool:
         """Whether a source never came through the TLS handshake, in which it answers nothing at all."""
-        if self._migration.role is not Role.SOURCE or not self.unread or self._answered == channel:
+        migration = self._migration
+        if migration.role is not Role.SOURCE or not migration.vm.encrypted or self._answered == channel:
             return False
         await trio.sleep(ANSWERED_WITHIN)
         return self._answered != channel == self.channel and not self.relay.closed
@@ -428,8 +462,8 @@ class Channels:
         async with self._ending:
             pid = self._migration.vm.qemu_pid
             try:
-                if self._duplicate is not None and pid is not None:
-                    over = await end_first(self._duplicate, pid, self._peer_inode)
+                if self._duplicates and pid is not None:
+                    over = await end_first(self._duplicates[0], pid, self._peer_inode)
                     self._return_path_over = over and channel == self.channel
             finally:
                 if not self.relay.closed:
@@ -456,13 +490,13 @@ class Channels:
         return allowed, rule.effect
 
     async def prepare_to_stop(self) -> bool:
-        """Has QEMU keep our end of a leg that may not be closed. False where it did not take it.
+        """Has QEMU keep our ends of legs that may not be closed. False where it did not take them.
 
         It is a descriptor that QEMU never uses: with both ends in its hands it sees no end of file, and waits
         for whoever comes after us.
         """
         cost = self.cost_of_stopping()
-        if cost is not None and not cost[0] and self._duplicate is not None:
+        if cost is not None and not cost[0] and self._duplicates:
             await self._have_qemu_keep()
             return self._kept_by_qemu
         return True
@@ -471,21 +505,22 @@ class Channels:
         """The migration has ended: nothing is outstanding any more, and a leg that has ended is not kept."""
         self.relay.complete()
         if self.relay.look().local is not LegState.OPEN:
-            self._keep(None)
+            self._keep_none()
 
     def close(self) -> tuple[int, int]:
         """Ends the relay; the bytes that passed it, forward and back."""
         self._scope.cancel()
+        self.changed.set()
         view = self.relay.look()
         self.relay.close(keep_local=self._kept_by_qemu)
-        self._keep(None)
+        self._keep_none()
         return view.forward_bytes, view.return_bytes
 
-    def _keep(self, duplicate: socket.socket | None) -> None:
-        """Keeps a duplicate of our end of the local leg, so that QEMU can be given it when we must stop."""
-        if self._duplicate is not None:
-            self._duplicate.close()
-        self._duplicate = duplicate
+    def _keep_none(self) -> None:
+        """Lets go of the duplicates of our ends of local legs, which QEMU is given when we must stop."""
+        for duplicate in self._duplicates:
+            duplicate.close()
+        self._duplicates.clear()
         self._kept_by_qemu = False
 
 

@@ -12,12 +12,13 @@ import trio
 from refault.daemon import far, ping
 from refault.daemon.attempts import NotPausedYet
 from refault.daemon.channels import AttemptFailed, Channels
-from refault.daemon.far import FarListener, Kind
+from refault.daemon.destination_lanes import Gathering, QemuListens
+from refault.daemon.far import FarListener, Kind, WaitingRoom
 from refault.daemon.local import Deposits, LocalLeg, give_back, hand_over, reach, take_back
 from refault.daemon.migration import Migration, inet_of, is_error
 from refault.daemon.monitor import Answer, Forward, MonitorLost, QmpError, WatchedCommand
 from refault.daemon.vm_state import words
-from refault.migration.endpoint import Endpoint, Inet, endpoint_of, with_descriptor
+from refault.migration.endpoint import Endpoint, Inet, endpoint_of, with_uri
 from refault.migration.phase import Role
 from refault.migration.recovery import Event, State
 from refault.migration.versions import abilities
@@ -50,9 +51,11 @@ class Destination:
         self._deposits = Deposits()
         self._listeners: list[FarListener] = []
         self._scopes: list[trio.CancelScope] = []
-        self._first: LocalLeg | None = None
-        self._open: LocalLeg | None = None
-        self._spare: list[LocalLeg] = []
+        self._room = WaitingRoom()
+        self._gathering = Gathering(migration, self._room)
+        self._first: LocalLeg | QemuListens | None = None
+        self._open: LocalLeg | QemuListens | None = None
+        self._spare: list[LocalLeg | QemuListens] = []
         """Pairs on which QEMU may still listen though another was used: it must never see them end."""
         self._wanted = trio.Event()
         self._line: list[trio.socket.SocketType] = []
@@ -79,13 +82,18 @@ class Destination:
         self._asked_for = listener.endpoint
         await self._bind_alternatives()
         try:
-            self._first = await hand_over(migration.vm.monitor, Role.DESTINATION)
+            self._first = await self._first_door()
         except (QmpError, trio.TooSlowError, OSError) as error:
             await migration.go_unrelayed(f"no local leg could be made: {words(error)}")
             return Forward(on_reply=self._watch_reply)
-        return Forward(
-            arguments=with_descriptor(command.arguments, self._first.name), on_reply=self._watch_reply
-        )
+        return Forward(arguments=with_uri(command.arguments, self._first.uri), on_reply=self._watch_reply)
+
+    async def _first_door(self) -> LocalLeg | QemuListens:
+        vm = self._migration.vm
+        if not self._migration.lanes.count:
+            return await hand_over(vm.monitor, Role.DESTINATION)
+        vm.sockets.make()
+        return QemuListens(vm.sockets.path())
 
     def _watch_reply(self, reply: bytes) -> bytes:
         if is_error(reply):
@@ -110,6 +118,20 @@ class Destination:
         migration.accepted()
         await self._lay()
 
+    async def _next_door(self) -> LocalLeg | QemuListens:
+        """What QEMU is to use for the next recovery."""
+        vm = self._migration.vm
+        if not self._migration.lanes.count:
+            return self._deposits.take() or await hand_over(vm.monitor, Role.DESTINATION)
+        if not vm.sockets.directory.exists():
+            vm.sockets.make()
+        return QemuListens(vm.sockets.path())
+
+    def _unused(self, door: LocalLeg | QemuListens) -> None:
+        """QEMU did not take it."""
+        if isinstance(door, LocalLeg):
+            self._deposits.put_back(door)
+
     async def adopt(self, endpoint: Endpoint) -> None:
         """A migration that was met at start-up: binds its address again. Raises OSError."""
         listener = await self._bind(inet_of(endpoint))
@@ -133,22 +155,21 @@ class Destination:
             return Answer(error=("GenericError", f"Failed to listen on {endpoint.uri}: {error}"))
         if self._open is not None:
             return Answer(value={})  # QEMU waits already, and whoever comes to this address reaches it
-        leg = self._deposits.take()
-        if leg is None:
+        if not migration.lanes.count and self._deposits.empty:
             return Forward(on_reply=self._watch_recover)
-
+        leg = await self._next_door()
         self._spare.append(leg)  # should the reply never come, QEMU may listen on it all the same
 
         def watch(reply: bytes) -> bytes:
             self._spare.remove(leg)
             if is_error(reply):
-                self._deposits.put_back(leg)
+                self._unused(leg)
                 migration.feed(Event.ATTEMPT_FAILED)
             else:
                 self._opened(leg)
             return reply
 
-        return Forward(arguments=with_descriptor(command.arguments, leg.name), on_reply=watch)
+        return Forward(arguments=with_uri(command.arguments, leg.uri), on_reply=watch)
 
     def _watch_recover(self, reply: bytes) -> bytes:
         if is_error(reply):
@@ -159,7 +180,7 @@ class Destination:
         """What makes query-migrate show the address that the client asked for; None: QEMU shows its own."""
         alternatives = self._migration.addresses.alternatives
         listeners = [listener for listener in self._listeners if listener.endpoint not in alternatives]
-        hides = self._hides_address
+        hides = self._hides_address or self._migration.lanes.count > 0
         if not listeners or self._asked_for is None:
             return None
 
@@ -179,7 +200,7 @@ class Destination:
     # ---- the far side ----
 
     async def _bind(self, endpoint: Inet) -> FarListener:
-        listener = await FarListener.bind(endpoint)
+        listener = await FarListener.bind(endpoint, self._room)
         self._listeners.append(listener)
         self._migration.vm.start_soon(self._serve, listener)
         return listener
@@ -219,12 +240,17 @@ class Destination:
                 kind.value,
                 "set" if encrypted else "not set",
             )
+        elif encrypted and self._migration.lanes.count:
+            log.warning("%s: closed a connection: TLS on more than one is not relayed", self._migration.name)
         elif encrypted:
             # Nothing can be read, so what it is follows from what is waited for.
             if begins:
                 await self._begin(connection)
             else:
                 await self._wait_in_line(connection)
+        elif kind is Kind.MULTIFD:
+            if self._migration.lanes.multifd:
+                await self._gathering.offer_multifd(connection)
         elif kind is Kind.FRESH:
             await self._begin(connection)
         elif kind is Kind.PING and not await self._answer(connection):
@@ -254,11 +280,11 @@ class Destination:
         if migration.channels is None or (self._first is None and self._listens_at is None):
             log.warning("%s: closed a connection that begins a migration: one is under way", migration.name)
             return
-        leg, self._first = self._first, None
-        if leg is None:
-            leg = await self._reach_listener()
-        if leg is not None:
-            migration.channels.join(leg, connection, recovered=False)
+        door, self._first = self._first, None
+        if door is None:
+            door = await self._reach_listener()
+        if door is not None and not await self._join(migration.channels, door, connection, recovered=False):
+            self._first = door
 
     async def _reach_listener(self) -> LocalLeg | None:
         """The leg to a QEMU that listens by its command line; None where it cannot be had."""
@@ -267,7 +293,9 @@ class Destination:
         if path is None:
             return None
         # Its client may have set since what the relay cannot carry.
-        reason = await migration.vm.judge(migration.endpoint, Role.DESTINATION)
+        reason, lanes = await migration.vm.judge(migration.endpoint, Role.DESTINATION)
+        if reason is None and lanes.count:
+            reason = "it has more than one connection"
         if reason is not None:
             log.error(
                 "%s: closed a connection that begins a migration, for the relay cannot carry it: %s. Let QEMU"
@@ -297,12 +325,15 @@ class Destination:
         try:
             while far.alive(connection):
                 if self._open is not None and self._line[-1] is connection and migration.channels is not None:
-                    leg, self._open = self._open, None
+                    door, self._open = self._open, None
                     try:
-                        migration.channels.join(leg, connection, recovered=True)
+                        joined = await self._join(migration.channels, door, connection, recovered=True)
                     except AttemptFailed:
-                        self._open = leg
+                        self._open = door
                         raise
+                    if not joined:
+                        self._opened(door)
+                        return
                     migration.vm.start_soon(self._watch_handshake, migration.channels)
                     return
                 if migration.channels is not None and migration.policy.state is State.RUNNING:
@@ -318,6 +349,20 @@ class Destination:
         finally:
             self._line.remove(connection)
         log.info("%s: a recovered channel went away before QEMU was ready for it", migration.name)
+
+    async def _join(
+        self,
+        channels: Channels,
+        door: LocalLeg | QemuListens,
+        connection: trio.socket.SocketType,
+        *,
+        recovered: bool,
+    ) -> bool:
+        """Gives QEMU a channel; False where not all of it came, and QEMU still waits."""
+        if isinstance(door, QemuListens):
+            return await self._gathering.connect(channels, door, connection, recovered=recovered)
+        channels.join(door, connection, recovered=recovered)
+        return True
 
     async def _is_ours(self, connection: trio.socket.SocketType) -> bool:
         """Whether a recovered channel asks for all our RAM blocks; for any where ours are not known."""
@@ -348,12 +393,12 @@ class Destination:
             return
         await self._bind_alternatives()  # what could not be had at first may be there by now
         if self._open is None:
-            leg = self._deposits.take() or await hand_over(migration.vm.monitor, Role.DESTINATION)
+            leg = await self._next_door()
             with trio.CancelScope(shield=True):  # once sent it runs, whether or not we wait for the reply
                 try:
-                    await self._recover(f"fd:{leg.name}")
+                    await self._recover(leg.uri)
                 except QmpError as error:
-                    self._deposits.put_back(leg)
+                    self._unused(leg)
                     raise NotPausedYet if _NOT_PAUSED in error.desc else error from None
                 except (MonitorLost, trio.TooSlowError):
                     self._opened(leg)  # QEMU may listen on it, so the next attempt goes on with this one
@@ -362,7 +407,7 @@ class Destination:
         await migration.attempts.issued()
         migration.vm.start_soon(self._lay)
 
-    def _opened(self, leg: LocalLeg) -> None:
+    def _opened(self, leg: LocalLeg | QemuListens) -> None:
         if self._open is not None:
             self._spare.append(self._open)
         self._open = leg
@@ -396,6 +441,8 @@ class Destination:
 
     async def _lay(self) -> None:
         migration = self._migration
+        if migration.lanes.count:
+            return
         try:
             await self._deposits.fill(migration.vm.monitor)
         except (QmpError, MonitorLost, trio.TooSlowError, OSError) as error:
@@ -405,12 +452,14 @@ class Destination:
 
     async def settle(self) -> None:
         """Lays new descriptors in place of those that were used."""
-        if self._migration.channels is not None and self._migration.policy.state is State.RUNNING:
-            await self._deposits.fill(self._migration.vm.monitor)
+        migration = self._migration
+        relayed = migration.channels is not None and not migration.lanes.count
+        if relayed and migration.policy.state is State.RUNNING:
+            await self._deposits.fill(migration.vm.monitor)
 
     async def prepare_to_stop(self) -> bool:
         """Gives QEMU our ends of those pairs on which it listens; False where it did not take one."""
-        legs = [leg for leg in (*self._spare, self._open) if leg is not None]
+        legs = [leg for leg in (*self._spare, self._open) if isinstance(leg, LocalLeg)]
         return all([await give_back(self._migration.vm.monitor, leg.socket) for leg in legs])
 
     async def clean_up(self) -> None:
@@ -428,8 +477,10 @@ class Destination:
                     await take_back(self._migration.vm.monitor, name)
             leg.close()
         # QEMU wakes up on an end that it was told of, even long after the migration, and may abort.
-        ends = [leg for leg in (*self._spare, self._open, self._first) if leg is not None]
+        ends = [leg for leg in (*self._spare, self._open, self._first) if isinstance(leg, LocalLeg)]
         self._spare.clear()
         self._open = self._first = None
         for leg in ends:
             await self._migration.vm.let_go(leg.socket)
+        if self._migration.lanes.count:
+            self._migration.vm.sockets.remove()

@@ -7,7 +7,9 @@ import enum
 import logging
 import socket
 import struct
-from collections.abc import Awaitable, Callable, Collection
+from collections.abc import Awaitable, Callable, Collection, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
 
 import trio
 
@@ -30,6 +32,7 @@ class Kind(enum.Enum):
     RESUMED = "a recovered channel"
     ENCRYPTED = "a TLS handshake"
     PING = "the question whether a recovered channel would be answered"
+    MULTIFD = "a multifd channel"
     FOREIGN = "no migration stream"
 
 
@@ -40,7 +43,8 @@ def classify(first: bytes) -> Kind:
     """Reads the first 4 bytes: QEMU_VM_FILE_MAGIC, the command section that opens a recovered channel, the
     PING that a refault sends before it (ping.py), or a TLS record with a handshake in it (RFC 8446, 5.1).
 
-    migration/savevm.c: qemu_savevm_state_header, and qemu_savevm_send_recv_bitmap, which is what
+    migration/savevm.c: qemu_savevm_state_header; migration/multifd.c: MULTIFD_MAGIC, which a multifd channel
+    begins with; and savevm.c, qemu_savevm_send_recv_bitmap, which is what
     ram_resume_prepare (migration/ram.c) begins a recovery with.
     """
     if first == b"QEVM":
@@ -51,6 +55,8 @@ def classify(first: bytes) -> Kind:
         return Kind.ENCRYPTED
     if first == struct.pack(">BHB", 8, 2, 0):
         return Kind.PING
+    if first == b"\x11\x22\x33\x44":
+        return Kind.MULTIFD
     return Kind.FOREIGN
 
 
@@ -100,16 +106,108 @@ def watch_over(connection: trio.socket.SocketType) -> None:
     connection.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
 
 
+def detached(connection: trio.socket.SocketType) -> trio.socket.SocketType:
+    """The same connection as another object: whoever had the first can close nothing any more."""
+    return trio.socket.from_stdlib_socket(socket.socket(fileno=connection.detach()))
+
+
+@dataclass(eq=False)
+class _Arrival:
+    connection: trio.socket.SocketType
+    peer: str
+    number: int
+    silent: trio.CancelScope | None = field(default_factory=trio.CancelScope)
+    """What ends the wait for its first bytes; None once they are there."""
+    taken: trio.Event | None = None
+    """Whether somebody takes it; set when its waiting has ended."""
+    handed: trio.socket.SocketType | None = None
+    """The connection, out of the listener's hands."""
+
+
+class WaitingRoom:
+    """The connections at all addresses of one migration, numbered as they came.
+
+    A preempt channel has no first bytes: who said nothing yet may be one.
+    """
+
+    def __init__(self) -> None:
+        self._arrivals: list[_Arrival] = []
+        self._patience: list[tuple[int, str]] = []
+        self._count = 0
+        self.changed = trio.Event()
+        """Set when one more has come, and replaced."""
+
+    def enter(self, connection: trio.socket.SocketType) -> _Arrival:
+        """One has come."""
+        self._count += 1
+        arrival = _Arrival(connection, connection.getpeername()[0], self._count)
+        self._arrivals.append(arrival)
+        self.changed.set()
+        self.changed = trio.Event()
+        return arrival
+
+    def leave(self, arrival: _Arrival) -> None:
+        """It has been dealt with."""
+        self._arrivals.remove(arrival)
+
+    def number_of(self, connection: trio.socket.SocketType) -> tuple[int, str]:
+        """When it came, and from where."""
+        found = next(arrival for arrival in self._arrivals if arrival.connection is connection)
+        return found.number, found.peer
+
+    @contextmanager
+    def patient(self, number: int, peer: str) -> Iterator[None]:
+        """What comes from that host after `number` may be silent for as long as it likes."""
+        self._patience.append((number, peer))
+        try:
+            yield
+        finally:
+            self._patience.remove((number, peer))
+
+    def may_stay(self, arrival: _Arrival) -> bool:
+        """Whether it may go on saying nothing."""
+        return any(arrival.number > number and arrival.peer == peer for number, peer in self._patience)
+
+    def silent_after(self, number: int, peer: str) -> _Arrival | None:
+        """The newest connection of that host that came after `number`, has said nothing, and lives."""
+        for arrival in reversed(self._arrivals):
+            if (
+                arrival.number > number
+                and arrival.peer == peer
+                and arrival.silent is not None
+                and arrival.taken is None
+                and alive(arrival.connection)
+            ):
+                return arrival
+        return None
+
+    async def take(self, arrival: _Arrival) -> trio.socket.SocketType:
+        """Takes a silent connection out of the wait for its first bytes; it is the caller's then.
+
+        Raises OSError where the address was given up meanwhile.
+        """
+        arrival.taken = trio.Event()
+        if arrival.silent is not None:
+            arrival.silent.cancel()
+        await arrival.taken.wait()
+        if arrival.handed is None:
+            raise OSError("the address was given up")
+        return arrival.handed
+
+
 class FarListener:
     """The address of one VM's migration: bound for the whole migration, whoever connects."""
 
-    def __init__(self, listeners: list[trio.SocketListener], endpoint: Inet) -> None:
+    def __init__(
+        self, listeners: list[trio.SocketListener], endpoint: Inet, room: WaitingRoom | None = None
+    ) -> None:
         self._listeners = listeners
+        self._room = room or WaitingRoom()
         self.endpoint = endpoint
         """The address as bound, an ephemeral port replaced by the one given."""
 
     @classmethod
-    async def bind(cls, endpoint: Inet) -> FarListener:
+    async def bind(cls, endpoint: Inet, room: WaitingRoom | None = None) -> FarListener:
         """Binds `endpoint` and never another port. Raises OSError if it is in use or not of this host."""
         # As QEMU does (util/qemu-sockets.c, inet_listen_saddr): no host is every address of both families in
         # two sockets, 0 every one of IPv4, :: every one of both in one socket.
@@ -129,7 +227,7 @@ class FarListener:
             for listener in listeners:
                 listener.socket.close()
             raise
-        return cls(listeners, Inet(endpoint.host, port))
+        return cls(listeners, Inet(endpoint.host, port), room)
 
     async def serve(self, offer: Offer) -> None:
         """Accepts until cancelled, then frees the address.
@@ -152,16 +250,32 @@ class FarListener:
             self.close()
 
     async def _greet(self, connection: trio.socket.SocketType, offer: Offer) -> None:
-        peer = connection.getpeername()[0]
-        first = None
-        with trio.move_on_after(FIRST_BYTES_TIMEOUT):
-            first = await peek(connection)
-        if first is None:
-            log.warning("%s: closed a connection from %s that said nothing", self.endpoint.uri, peer)
-        elif (kind := classify(first)) is Kind.FOREIGN:
-            log.warning("%s: closed a connection from %s: %s", self.endpoint.uri, peer, _why(first))
-        else:
-            await offer(connection, kind)  # what it does not take is closed when this returns
+        arrival = self._room.enter(connection)
+        try:
+            first = None
+            with arrival.silent or trio.CancelScope():
+                while first is None:
+                    with trio.move_on_after(FIRST_BYTES_TIMEOUT):
+                        first = await peek(connection)
+                    if first is None and not self._room.may_stay(arrival):
+                        break
+            arrival.silent = None
+            if arrival.taken is not None:
+                arrival.handed = detached(connection)
+            elif first is None:
+                log.warning(
+                    "%s: closed a connection from %s that said nothing", self.endpoint.uri, arrival.peer
+                )
+            elif (kind := classify(first)) is Kind.FOREIGN:
+                log.warning(
+                    "%s: closed a connection from %s: %s", self.endpoint.uri, arrival.peer, _why(first)
+                )
+            else:
+                await offer(connection, kind)  # what it does not take is closed when this returns
+        finally:
+            self._room.leave(arrival)
+            if arrival.taken is not None:
+                arrival.taken.set()
 
     def close(self) -> None:
         """Frees the address."""

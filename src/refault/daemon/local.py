@@ -53,6 +53,11 @@ class LocalLeg:
     kept: str | None = None
     """The name by which QEMU knows our end, where it holds that too."""
 
+    @property
+    def uri(self) -> str:
+        """The address by which QEMU uses its end."""
+        return f"fd:{self.name}"
+
     def close(self) -> None:
         """Closes our end, where QEMU has not been told to use its own, or has gone."""
         self.socket.close()
@@ -150,6 +155,11 @@ class Deposits:
             # QEMU before 8.2 does not survive the end of one that it waits on, and a kill of refault ends it.
             leg.kept = await give_back(monitor, leg.socket)
             self._legs.append(leg)
+
+    @property
+    def empty(self) -> bool:
+        """Whether there is none left."""
+        return not self._legs
 
     def take(self) -> LocalLeg | None:
         """One that QEMU knows; None where there is none left."""

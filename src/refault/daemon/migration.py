@@ -26,6 +26,7 @@ from refault.migration.addresses import Addresses
 from refault.migration.endpoint import Endpoint, Inet
 from refault.migration.phase import Phase, Role
 from refault.migration.recovery import Event, Recovery, State
+from refault.migration.relayable import NO_LANES, Lanes
 
 log = logging.getLogger("refault.migration")
 
@@ -74,12 +75,17 @@ class Migration:
     """One migration and its recovery. `procedure` makes its role."""
 
     def __init__(
-        self, vm: VmState, procedure: Callable[[Migration], RoleProcedure], endpoint: Endpoint | None
+        self,
+        vm: VmState,
+        procedure: Callable[[Migration], RoleProcedure],
+        endpoint: Endpoint | None,
+        lanes: Lanes = NO_LANES,
     ) -> None:
         self.vm = vm
         self.name = vm.name
         self.counters = vm.counters
         self.addresses = Addresses(endpoint, vm.alternatives)
+        self.lanes = lanes
         self.channels: Channels | None = None
         """The relay and its channels; None where it is not relayed, for `relay_reason`."""
         self.relay_reason: str | None = None
@@ -185,6 +191,7 @@ class Migration:
             qemu_pid=pid,
             qemu_started=process_started(pid),
             generation=self._generation,
+            preempt=self.lanes.preempt,
         )
 
     def refused(self) -> None:

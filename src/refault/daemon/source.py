@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from collections import deque
 from collections.abc import Sequence
 
 import trio
@@ -15,8 +16,9 @@ from refault.daemon.far_dial import connect_any, outlast
 from refault.daemon.local import hand_connection, hand_over, take_back
 from refault.daemon.migration import Migration, inet_of, is_error
 from refault.daemon.monitor import Answer, Forward, QmpError, WatchedCommand
+from refault.daemon.source_lanes import Opening
 from refault.daemon.vm_state import QUERY_TIMEOUT, words
-from refault.migration.endpoint import Endpoint, Inet, endpoint_of, with_descriptor
+from refault.migration.endpoint import Endpoint, Inet, endpoint_of, with_uri
 from refault.migration.phase import Role
 from refault.migration.recovery import Event, State
 from refault.migration.relayable import enabled_capabilities, has_virtio_mem
@@ -44,6 +46,8 @@ class Source:
 
     def __init__(self, migration: Migration) -> None:
         self._migration = migration
+        self._opening: Opening | None = None
+        """The channel that QEMU opens, or opened last, where it has lanes."""
 
     async def set_up(self, command: WatchedCommand) -> Forward | Answer:
         """A client's `migrate`: joined to the relay where it can be, else passed as it came."""
@@ -53,7 +57,7 @@ class Source:
                 endpoint = inet_of(migration.endpoint)
                 if await self._may_receive_unsent():
                     migration.channels.relay.trust_bitmaps()
-                name = await self._join(migration.channels, [endpoint], recovered=False)
+                uri = await self._join(migration.channels, [endpoint], recovered=False)
             except (AttemptFailed, OSError) as error:
                 log.warning("%s: migrate refused: %s", migration.name, error)
                 migration.refused()
@@ -61,7 +65,7 @@ class Source:
             except (QmpError, trio.TooSlowError) as error:
                 await migration.go_unrelayed(f"no local leg could be made: {words(error)}")
             else:
-                return Forward(with_descriptor(command.arguments, name), on_reply=self._watch_reply)
+                return Forward(with_uri(command.arguments, uri), on_reply=self._watch_reply)
         return Forward(on_reply=self._watch_reply)
 
     async def _may_receive_unsent(self) -> bool:
@@ -80,16 +84,18 @@ class Source:
         recovered: bool,
         course: trio.CancelScope | None = None,
     ) -> str:
-        """Makes both legs and joins them, with a `course` only when there is an answer; the name by which
-        QEMU knows its end.
+        """Makes both legs and joins them, with a `course` only when there is an answer; the address at which
+        QEMU finds its end.
 
         Dialled last and joined at once: a connection to a QEMU that listens for a recovery must not be given
         up. Raises OSError, AttemptFailed, and what `execute` raises.
         """
+        patience = REDIAL_TIMEOUT if recovered else CONNECT_TIMEOUT
+        if self._migration.lanes.count:
+            return await self._open(channels, endpoints, patience, recovered=recovered, course=course)
         monitor = self._migration.vm.monitor
         local = await hand_over(monitor, Role.SOURCE)
         try:
-            patience = REDIAL_TIMEOUT if recovered else CONNECT_TIMEOUT
             connection, endpoint = await connect_any(endpoints, patience)
             with connection:
                 self._migration.addresses.tried(endpoint)
@@ -101,7 +107,49 @@ class Source:
             with trio.CancelScope(shield=True):
                 await take_back(monitor, local.name)
             raise
-        return local.name
+        return local.uri
+
+    async def _open(
+        self,
+        channels: Channels,
+        endpoints: Sequence[Inet],
+        patience: float,
+        *,
+        recovered: bool,
+        course: trio.CancelScope | None,
+    ) -> str:
+        """The same where QEMU opens more than one connection: at a private socket, as it comes to them.
+
+        The other host is dialled ahead for all that QEMU opens at once: of such a QEMU no part of a recovered
+        channel may fail.
+        """
+        migration = self._migration
+        if self._opening is not None:
+            self._opening.cancel()
+            await self._opening.over.wait()
+        channels.check_room()
+        sockets = migration.vm.sockets
+        if not recovered or not sockets.directory.exists():
+            sockets.make()
+        at_once = migration.lanes.preempt and not abilities(migration.vm.version).preempt_comes_late
+        listening = sockets.listen()
+        connections: deque[trio.socket.SocketType] = deque()
+        try:
+            connection, endpoint = await connect_any(endpoints, patience)
+            connections.append(connection)
+            if at_once:
+                connections.append((await connect_any([endpoint], patience))[0])
+            if course is not None:
+                await self._ask(connection, endpoint, course)
+        except BaseException:
+            listening.close()
+            for connection in connections:
+                connection.close()
+            raise
+        migration.addresses.tried(endpoint)
+        self._opening = Opening(migration, channels, listening, endpoint, connections, recovered=recovered)
+        migration.vm.start_soon(self._opening.run)
+        return self._opening.uri
 
     async def _ask(
         self, connection: trio.socket.SocketType, endpoint: Inet, course: trio.CancelScope
@@ -160,7 +208,7 @@ class Source:
         if channels is None or not isinstance(endpoint, Inet):
             return Forward(on_reply=self._watch_resume)
         try:
-            name = await self._join(channels, [endpoint], recovered=True)
+            uri = await self._join(channels, [endpoint], recovered=True)
         except (AttemptFailed, OSError) as error:
             migration.feed(Event.ATTEMPT_FAILED)
             return Answer(error=("GenericError", str(error)))
@@ -171,12 +219,19 @@ class Source:
 
         def watch(reply: bytes) -> bytes:
             if is_error(reply):
-                channels.abandon(channel)
+                self._not_taken(channels, channel)
             elif channels.channel == channel:
                 channels.answered()
             return self._watch_resume(reply)
 
-        return Forward(with_descriptor(command.arguments, name), on_reply=watch)
+        return Forward(with_uri(command.arguments, uri), on_reply=watch)
+
+    def _not_taken(self, channels: Channels, channel: int) -> None:
+        """QEMU did not take the command that names what `_join` made."""
+        if self._opening is not None:
+            self._opening.cancel()
+        else:
+            channels.abandon(channel)
 
     def _watch_resume(self, reply: bytes) -> bytes:
         if is_error(reply):
@@ -236,19 +291,25 @@ class Source:
         # Under TLS nothing of ours can be said, and a handshake that nobody answers leaves QEMU paused.
         asks = not (abilities(vm.version).pauses_again_in_handshake or vm.encrypted)
         try:
-            name = await self._join(channels, endpoints, recovered=True, course=course if asks else None)
+            uri = await self._join(channels, endpoints, recovered=True, course=course if asks else None)
         except OSError as error:
             raise AttemptFailed(f"{error} ({DIAL_ADVICE})") from None
         channel = channels.channel
         try:
-            await self._resume(f"fd:{name}")
+            await self._resume(uri)
         except QmpError:
-            channels.abandon(channel)
+            self._not_taken(channels, channel)
             raise
         except trio.TooSlowError:
             if channels.unread:  # it waits in the TLS handshake, and answers nobody before that has an end
                 channels.abandon(channel)
             raise
+        if self._opening is not None:
+            with trio.move_on_after(CONNECT_TIMEOUT):
+                await self._opening.joined.wait()
+            if not self._opening.joined.is_set():
+                self._opening.cancel()
+                raise AttemptFailed("QEMU took the command but did not connect")
         channels.answered()
 
     async def _resume_unrelayed(self, endpoint: Endpoint) -> None:
@@ -339,6 +400,9 @@ class Source:
         """Takes back from QEMU what it held for the migration's last moments."""
         if self._migration.channels is not None:
             await self._migration.channels.have_qemu_let_go()
+        if self._opening is not None:
+            self._opening.cancel()
+            self._migration.vm.sockets.remove()
 
     async def cancel(self, command: WatchedCommand) -> Forward | Answer:
         """`migrate_cancel` in postcopy: answered as QEMU 10.0 does (qmp_migrate_cancel).

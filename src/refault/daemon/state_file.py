@@ -23,6 +23,8 @@ class MigrationRecord(msgspec.Struct, frozen=True, kw_only=True):
     qemu_pid: int | None
     qemu_started: int | None
     """Its start time in clock ticks since boot (/proc/PID/stat, field 22), for pids are used again."""
+    preempt: bool = False
+    """Whether its channels have a preempt lane."""
     generation: str = ""
     """Of all migrations of this process, which one: the page map's file is of the same."""
 
@@ -48,6 +50,7 @@ class StateFile:
 
     def __init__(self, directory: Path, vm: str) -> None:
         self._vm = vm
+        self.directory = directory
         self._path = directory / f"{vm}.migration.json"
         self.pages = PagesFile(directory, vm)
 

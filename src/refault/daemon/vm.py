@@ -31,6 +31,7 @@ from refault.daemon.vm_state import QUERY_TIMEOUT, VmState, words
 from refault.migration.endpoint import Endpoint, Inet, endpoint_of, parse_uri
 from refault.migration.phase import Role
 from refault.migration.recovery import Event
+from refault.migration.relayable import NO_LANES, Lanes
 from refault.migration.versions import abilities
 
 log = logging.getLogger("refault.vm")
@@ -143,7 +144,8 @@ class Vm:
         if await self._busy():
             return Forward()
         endpoint = endpoint_of(command.arguments)
-        migration = await self._replace(role, endpoint, await self.state.judge(endpoint, role.role))
+        reason, lanes = await self.state.judge(endpoint, role.role)
+        migration = await self._replace(role, endpoint, reason, lanes)
         return await migration.procedure.set_up(command)
 
     async def _replace(
@@ -151,12 +153,13 @@ class Vm:
         role: Callable[[Migration], RoleProcedure],
         endpoint: Endpoint | None,
         reason: str | None,
+        lanes: Lanes,
         met: MigrationRecord | None = None,
     ) -> Migration:
         """A new migration in the last one's place; `reason` and `met` as for `Migration.begin`."""
         if self.migration is not None:
             await self.migration.retire()
-        self.migration = Migration(self.state, role, endpoint)
+        self.migration = Migration(self.state, role, endpoint, lanes)
         self.migration.begin(reason, met)
         return self.migration
 
@@ -269,7 +272,7 @@ class Vm:
             return False
         if self.options.incoming is not None:
             endpoint, path = self.options.incoming
-            migration = await self._replace(Destination, endpoint, None)
+            migration = await self._replace(Destination, endpoint, None, NO_LANES)
             if isinstance(migration.procedure, Destination):
                 await migration.procedure.serve(path)
             return True
@@ -309,7 +312,8 @@ class Vm:
         role = Source if is_source else Destination
         if reason is None:
             await self.state.ask_encrypted()
-        migration = await self._replace(role, endpoint, reason, record)
+        lanes = Lanes(preempt=record is not None and record.preempt)
+        migration = await self._replace(role, endpoint, reason, lanes, record)
         if isinstance(migration.procedure, Destination) and reason is None and endpoint is not None:
             await migration.procedure.adopt(endpoint)
         migration.feed(Event.STARTED)

@@ -11,13 +11,22 @@ from typing import TYPE_CHECKING
 
 import trio
 
+from refault.daemon.dial import Peer
 from refault.daemon.local import give_back
+from refault.daemon.local_unix import PrivateSockets
 from refault.daemon.monitor import MonitorLost, QmpError
 from refault.daemon.options import Patience
 from refault.daemon.state_file import MigrationRecord, StateFile, process_started
 from refault.migration.endpoint import Endpoint, parse_uri
 from refault.migration.phase import Role
-from refault.migration.relayable import enabled_capabilities, why_not, why_not_recoverable
+from refault.migration.relayable import (
+    NO_LANES,
+    Lanes,
+    enabled_capabilities,
+    lanes_of,
+    why_not,
+    why_not_recoverable,
+)
 
 if TYPE_CHECKING:
     from refault.daemon.monitor import Monitor
@@ -107,17 +116,17 @@ class VmState:
         self.encrypted = bool(parameters.get("tls-creds"))
         return parameters
 
-    async def judge(self, endpoint: Endpoint | None, role: Role) -> str | None:
-        """Why the relay cannot carry a migration to `endpoint`; None where it can.
+    async def judge(self, endpoint: Endpoint | None, role: Role) -> tuple[str | None, Lanes]:
+        """Why the relay cannot carry a migration to `endpoint`, None where it can; and the lanes that it has.
 
         Warns of what QEMU could not recover. Raises MonitorLost.
         """
         try:
             return await self._judge(endpoint, role)
         except (QmpError, trio.TooSlowError) as error:
-            return f"what QEMU would do with it could not be asked: {words(error)}"
+            return f"what QEMU would do with it could not be asked: {words(error)}", NO_LANES
 
-    async def _judge(self, endpoint: Endpoint | None, role: Role) -> str | None:
+    async def _judge(self, endpoint: Endpoint | None, role: Role) -> tuple[str | None, Lanes]:
         capabilities = enabled_capabilities(
             await self.monitor.execute("query-migrate-capabilities", timeout=QUERY_TIMEOUT)
         )
@@ -127,13 +136,21 @@ class VmState:
                 "%s: QEMU cannot recover this migration once postcopy has begun: %s", self.name, hopeless
             )
         if not self._relay_allowed:
-            return "switched off (--relay off)"
+            return "switched off (--relay off)", NO_LANES
         parameters = await self.ask_encrypted()
         info = self.monitor.qemu
         is_unix = info is not None and info.pid is not None
-        return why_not(
+        reason = why_not(
             endpoint, capabilities, parameters, role=role, version=self.version, monitor_is_unix=is_unix
         )
+        return reason, lanes_of(capabilities, parameters)
+
+    @property
+    def sockets(self) -> PrivateSockets:
+        """Where sockets for this QEMU may lie."""
+        info = self.monitor.qemu
+        qemu = Peer(info.pid, info.uid) if info is not None else Peer(self.qemu_pid, None)
+        return PrivateSockets(self.state_file.directory / f"{self.name}.legs", qemu)
 
     def record(self) -> MigrationRecord | None:
         """What the state file says of a migration of this QEMU."""

@@ -75,7 +75,7 @@ def endpoint_of(arguments: Mapping[str, object]) -> Endpoint | None:
     return None if channels is None else Other(str(channels))
 
 
-def with_descriptor(arguments: Mapping[str, object], name: str) -> dict[str, object]:
-    """The same arguments with the address replaced by the descriptor that `getfd` named `name`."""
+def with_uri(arguments: Mapping[str, object], uri: str) -> dict[str, object]:
+    """The same arguments with another address."""
     kept = {key: value for key, value in arguments.items() if key not in ("uri", "channels")}
-    return {"uri": f"fd:{name}", **kept}
+    return {"uri": uri, **kept}

@@ -4,19 +4,49 @@ unrelayed."""
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
 
 from refault.migration.endpoint import Endpoint, Inet
 from refault.migration.phase import Role
 from refault.migration.versions import Version, abilities
 
-# One channel, nothing but the main stream on it: tried with losses on QEMU 7.2 and 10.0.
+
+@dataclass(frozen=True)
+class Lanes:
+    """The connections of a migration's channel beside its main one."""
+
+    preempt: bool = False
+    """postcopy-preempt: one, for the pages that were asked for."""
+    multifd: int = 0
+    """How many multifd channels there are."""
+
+    @property
+    def count(self) -> int:
+        """How many there are in all."""
+        return self.multifd + self.preempt
+
+
+NO_LANES = Lanes()
+
+
+def lanes_of(enabled: Iterable[str], parameters: Mapping[str, object]) -> Lanes:
+    """What QEMU opens beside the main connection (migration/postcopy-ram.c, multifd.c)."""
+    on = set(enabled)
+    channels = parameters.get("multifd-channels")
+    multifd = channels if "multifd" in on and isinstance(channels, int) else 0
+    return Lanes(preempt="postcopy-preempt" in on, multifd=multifd)
+
+
+# Tried with losses on QEMU 7.2 and 10.0; postcopy-preempt too, multifd in precopy.
 TESTED_CAPABILITIES = frozenset(
     {
         "auto-converge",
         "events",
         "late-block-activate",
+        "multifd",
         "pause-before-switchover",
         "postcopy-blocktime",
+        "postcopy-preempt",
         "postcopy-ram",
         "return-path",
         "validate-uuid",
@@ -53,6 +83,11 @@ def why_not(
     untested = sorted(set(enabled) - TESTED_CAPABILITIES)
     if untested:
         return f"capability {', '.join(untested)} is not among those tested with the relay"
+    on = set(enabled)
+    if "multifd" in on and on & {"postcopy-ram", "postcopy-preempt"}:
+        return "multifd with postcopy is not among the combinations tested with the relay"
+    if parameters.get("tls-creds") and lanes_of(on, parameters).count:
+        return "TLS on more than one connection is not among the combinations tested with the relay"
     if parameters.get("tls-creds") and not abilities(version).survives_failed_resume:
         return "the channel uses TLS, and this QEMU does not survive a TLS handshake that comes to nothing"
     if role is Role.SOURCE and parameters.get("tls-creds") and not parameters.get("tls-hostname"):

@@ -37,6 +37,10 @@ class Abilities:
     """A resume and a `migrate-recover` whose connection comes to nothing may be followed by others. Else the
     source aborts at the next and the destination says "triggered already" for ever (tried on 5.2; 7.2, 10.0
     and 11.1 survive)."""
+    preempt_comes_late: bool
+    """The source opens its preempt channel when it needs it: in postcopy_start, and after the received
+    bitmaps of a recovery; the destination starts on the main one. Else the source opens both at once, and the
+    destination waits for both (migration/migration.c, migrate_fd_connect, migration_ioc_process_incoming)."""
 
 
 _OLDEST = Abilities(
@@ -46,11 +50,18 @@ _OLDEST = Abilities(
     fails_when_told=False,
     resume_after=0.05,
     survives_failed_resume=False,
+    preempt_comes_late=False,
 )
 _V72 = replace(_OLDEST, fails_when_told=True, survives_failed_resume=True)
-_V82 = replace(_V72, pauses_again_in_handshake=True, resume_after=0.0)
+_V80 = replace(_V72, preempt_comes_late=True)
+_V82 = replace(_V80, pauses_again_in_handshake=True, resume_after=0.0)
 _V100 = replace(_V82, tells_that_it_dials=True, refuses_cancel_in_postcopy=True)
-_SINCE: tuple[tuple[Version, Abilities], ...] = (((7, 2, 0), _V72), ((8, 2, 0), _V82), ((10, 0, 0), _V100))
+_SINCE: tuple[tuple[Version, Abilities], ...] = (
+    ((7, 2, 0), _V72),
+    ((8, 0, 0), _V80),
+    ((8, 2, 0), _V82),
+    ((10, 0, 0), _V100),
+)
 
 
 def abilities(version: Version) -> Abilities:

@@ -24,7 +24,7 @@ RECOVERED = struct.pack(">BHH", 8, 10, 7) + b"\x06pc.ram"
         (b"\x16\x03\x01\x02", Kind.ENCRYPTED),
         (b"\x15\x03\x01\x00", Kind.FOREIGN),
         (struct.pack(">BHB", 8, 2, 0), Kind.PING),
-        (b"\x11\x22\x33\x44", Kind.FOREIGN),
+        (b"\x11\x22\x33\x44", Kind.MULTIFD),
         (b"GET ", Kind.FOREIGN),
         (b"QE", Kind.FOREIGN),
         (b"", Kind.FOREIGN),

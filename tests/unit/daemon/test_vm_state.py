@@ -41,6 +41,6 @@ async def test_a_migration_that_qemu_tells_nothing_of_is_not_relayed_but_recover
         recover_uris=(),
         state_file=StateFile(tmp_path, "vm"),
     )
-    reason = await vm.judge(Inet("127.0.0.1", 4444), Role.SOURCE)
+    reason, _ = await vm.judge(Inet("127.0.0.1", 4444), Role.SOURCE)
     assert reason is not None
     assert told in reason

@@ -1,6 +1,6 @@
 import pytest
 
-from refault.migration.endpoint import Inet, Other, endpoint_of, parse_uri, with_descriptor
+from refault.migration.endpoint import Inet, Other, endpoint_of, parse_uri, with_uri
 
 
 @pytest.mark.parametrize(
@@ -51,5 +51,5 @@ def test_channels() -> None:
 
 def test_only_the_address_is_replaced() -> None:
     arguments = {"uri": "tcp:h:1", "resume": True, "detach": True}
-    assert with_descriptor(arguments, "refault-1") == {"uri": "fd:refault-1", "resume": True, "detach": True}
-    assert with_descriptor({"channels": [1], "resume": True}, "x") == {"uri": "fd:x", "resume": True}
+    assert with_uri(arguments, "fd:refault-1") == {"uri": "fd:refault-1", "resume": True, "detach": True}
+    assert with_uri({"channels": [1], "resume": True}, "fd:x") == {"uri": "fd:x", "resume": True}

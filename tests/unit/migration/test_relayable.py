@@ -1,6 +1,6 @@
 import pytest
 
-from refault.migration.endpoint import Inet, Other
+from refault.migration.endpoint import Endpoint, Inet, Other
 from refault.migration.phase import Role
 from refault.migration.relayable import enabled_capabilities, has_virtio_mem, why_not, why_not_recoverable
 
@@ -26,13 +26,30 @@ def test_with_tls_a_source_must_be_told_whom_it_speaks_to() -> None:
 
 
 def test_each_reason_is_told() -> None:
-    assert "multifd" in (
-        why_not(HERE, {"multifd"}, {}, role=Role.SOURCE, version=NEW, monitor_is_unix=True) or ""
-    )
-    assert "monitor" in (why_not(HERE, set(), {}, role=Role.SOURCE, version=NEW, monitor_is_unix=False) or "")
-    assert "rdma:h:1" in (
-        why_not(Other("rdma:h:1"), set(), {}, role=Role.SOURCE, version=NEW, monitor_is_unix=True) or ""
-    )
+    def why(
+        enabled: set[str],
+        parameters: dict[str, object] | None = None,
+        *,
+        endpoint: Endpoint = HERE,
+        monitor_is_unix: bool = True,
+    ) -> str:
+        reason = why_not(
+            endpoint,
+            enabled,
+            parameters or {},
+            role=Role.SOURCE,
+            version=NEW,
+            monitor_is_unix=monitor_is_unix,
+        )
+        return reason or ""
+
+    tls = {"tls-creds": "tls0", "tls-hostname": "host-b", "multifd-channels": 2}
+    assert "rdma-pin-all" in why({"rdma-pin-all"})
+    assert "multifd" in why({"multifd", "postcopy-ram"})
+    assert "TLS" in why({"multifd"}, tls)
+    assert "TLS" in why({"postcopy-ram", "postcopy-preempt"}, tls)
+    assert "monitor" in why(set(), monitor_is_unix=False)
+    assert "rdma:h:1" in why(set(), endpoint=Other("rdma:h:1"))
 
 
 def test_what_qemu_could_not_recover_is_announced() -> None:

@@ -1,0 +1,200 @@
+"""Local legs over unix sockets, for migrations with more than one channel: QEMU opens or accepts further
+connections at the address that it was given.
+
+    source:       refault listens, QEMU connects, main channel first
+    destination:  QEMU listens, refault connects, only with what the far side has sent in hand
+
+The sockets lie in a directory of mode 0700 that is QEMU's, each attempt at a path of its own, so that nobody
+else comes to them; and whoever does must be the QEMU behind the monitor.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import secrets
+import shutil
+import socket
+import struct
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import trio
+
+from refault.daemon.address import SUN_PATH
+from refault.daemon.dial import Peer, peer_of
+
+log = logging.getLogger("refault.local")
+
+_BACKLOG = 256
+_LOOK = 0.002
+_PATIENCE = 5.0
+
+# <linux/netlink.h>, <linux/sock_diag.h>, <linux/unix_diag.h>
+_NETLINK_SOCK_DIAG = 4
+_SOCK_DIAG_BY_FAMILY = 20
+_NLM_F_REQUEST = 1
+_ANY_STATE = _NO_COOKIE = 0xFFFFFFFF
+_UDIAG_SHOW_PEER = 4
+_UNIX_DIAG_PEER = 2
+_NLMSGHDR = struct.Struct("=IHHII")
+_UNIX_DIAG_REQ = struct.Struct("=BBHIIIII")
+_UNIX_DIAG_MSG_SIZE = 16
+_RTATTR = struct.Struct("=HH")
+_INODE = struct.Struct("=I")
+
+
+@dataclass(frozen=True)
+class PrivateSockets:
+    """Where the sockets of one VM lie, and who is at their other ends."""
+
+    directory: Path
+    qemu: Peer
+
+    def make(self) -> None:
+        """Makes the directory anew, empty. Raises OSError, also where QEMU's user cannot be given it, or the
+        kernel does not tell what `connect` must know.
+        """
+        shutil.rmtree(self.directory, ignore_errors=True)
+        self.directory.mkdir(mode=0o700)
+        if self.qemu.uid is not None and self.qemu.uid != os.getuid():
+            os.chown(self.directory, self.qemu.uid, -1)
+        if len(os.fsencode(self.path("x" * 8))) >= SUN_PATH:
+            raise OSError(f"{self.directory} is too long a path for a unix socket")
+        one, other = socket.socketpair()
+        with one, other:
+            peer_inode(one)
+
+    def path(self, name: str | None = None) -> str:
+        """A path that was not used before."""
+        return str(self.directory / (name or secrets.token_hex(4)))
+
+    def remove(self) -> None:
+        """The migration has ended."""
+        shutil.rmtree(self.directory, ignore_errors=True)
+
+    def listen(self) -> Listening:
+        """A socket at which QEMU is to connect. Raises OSError."""
+        path = self.path()
+        sock = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM | socket.SOCK_NONBLOCK)
+        try:
+            sock.bind(path)
+            if self.qemu.uid is not None and self.qemu.uid != os.getuid():
+                os.chown(path, self.qemu.uid, -1)
+            sock.listen(_BACKLOG)
+        except BaseException:
+            sock.close()
+            raise
+        return Listening(path, trio.socket.from_stdlib_socket(sock), self.qemu)
+
+    async def connect(self, path: str) -> socket.socket:
+        """Connects to where QEMU listens and waits until it has accepted.
+
+        Raises OSError where it does not listen.
+        """
+        sock = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM | socket.SOCK_NONBLOCK)
+        try:
+            sock.connect(path)
+            if not may_be(peer_of(sock), self.qemu):
+                raise OSError(f"{path} is not QEMU's")
+        except BaseException:
+            sock.close()
+            raise
+        # From here on QEMU must never see it end before it has accepted it and has bytes to read (DESIGN, 6).
+        with trio.CancelScope(shield=True):
+            began = trio.current_time()
+            while not peer_inode(sock) and not _ended(sock):
+                await trio.sleep(_LOOK)
+                if trio.current_time() - began > _PATIENCE:
+                    log.warning("QEMU has not accepted a channel for %g s; waiting on", _PATIENCE)
+                    began = trio.current_time() + 60.0
+        return sock
+
+
+@dataclass
+class Listening:
+    """Where QEMU is to connect; closed, it refuses."""
+
+    path: str
+    sock: trio.socket.SocketType
+    qemu: Peer
+    _open: bool = field(default=True, init=False)
+
+    async def accept(self) -> socket.socket:
+        """The next connection of our QEMU; strangers are turned away."""
+        while True:
+            connection, _ = await self.sock.accept()
+            peer = peer_of(connection)
+            if may_be(peer, self.qemu):
+                return socket.socket(fileno=connection.detach())
+            log.warning(
+                "%s: closed a connection of pid %s, uid %s: not QEMU's", self.path, peer.pid, peer.uid
+            )
+            connection.close()
+
+    def close(self) -> None:
+        """Removes the path; what was accepted stays."""
+        if self._open:
+            self._open = False
+            self.sock.close()
+            Path(self.path).unlink(missing_ok=True)
+
+
+def may_be(peer: Peer, qemu: Peer) -> bool:
+    """Whether `peer` is our QEMU: its pid where both are known (not so in another pid namespace), else its
+    uid."""
+    if peer.pid is not None and qemu.pid is not None:
+        return peer.pid == qemu.pid
+    return peer.uid == qemu.uid
+
+
+def peer_inode(sock: socket.socket) -> int:
+    """The inode of the socket at the other side of a connected one, as /proc shows it.
+
+    0 until that side has accepted it, or when it is gone (net/unix/diag.c, sk_diag_dump_peer). Raises OSError
+    where the kernel does not tell.
+    """
+    with _sock_diag() as netlink:
+        body = _UNIX_DIAG_REQ.pack(
+            socket.AF_UNIX,
+            0,
+            0,
+            _ANY_STATE,
+            os.fstat(sock.fileno()).st_ino,
+            _UDIAG_SHOW_PEER,
+            _NO_COOKIE,
+            _NO_COOKIE,
+        )
+        size = _NLMSGHDR.size + len(body)
+        netlink.send(_NLMSGHDR.pack(size, _SOCK_DIAG_BY_FAMILY, _NLM_F_REQUEST, 1, 0) + body)
+        answer = netlink.recv(4096)
+    if (
+        len(answer) < _NLMSGHDR.size + _UNIX_DIAG_MSG_SIZE
+        or _NLMSGHDR.unpack_from(answer)[1] != _SOCK_DIAG_BY_FAMILY
+    ):
+        raise OSError("the kernel does not tell of unix sockets (unix_diag)")
+    at = _NLMSGHDR.size + _UNIX_DIAG_MSG_SIZE
+    while at + _RTATTR.size + 4 <= len(answer):
+        length, kind = _RTATTR.unpack_from(answer, at)
+        if kind == _UNIX_DIAG_PEER:
+            return int(_INODE.unpack_from(answer, at + _RTATTR.size)[0])
+        at += max((length + 3) & ~3, _RTATTR.size)
+    return 0
+
+
+def _ended(sock: socket.socket) -> bool:
+    try:
+        return sock.recv(1, socket.MSG_PEEK) == b""
+    except BlockingIOError:
+        return False
+    except OSError:
+        return True
+
+
+@contextmanager
+def _sock_diag() -> Iterator[socket.socket]:
+    with socket.socket(socket.AF_NETLINK, socket.SOCK_RAW, _NETLINK_SOCK_DIAG) as netlink:
+        netlink.settimeout(1.0)
+        yield netlink
