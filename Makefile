@@ -34,8 +34,8 @@ C_WARNINGS := -std=c11 -D_GNU_SOURCE -Wall -Wextra -Wno-unused-parameter -Werror
 # Each has a module of its own in tests/campaign.
 CAMPAIGNS := starvation truth floor strays silence patience
 
-.PHONY: help build demo picture qemus analyzers analyze matrix test campaign campaign-kill $(CAMPAIGNS:%=campaign-%) \
-        lint bench fuzz tsan dist install clean
+.PHONY: help build demo picture qemus analyzers analyze matrix test campaign campaign-kill campaign-preempt \
+        $(CAMPAIGNS:%=campaign-%) lint bench fuzz tsan dist install clean
 .NOTPARALLEL:
 
 help:
@@ -51,6 +51,7 @@ help:
 	@echo 'make bench    benchmarks'
 	@echo 'make fuzz     fuzz targets under sanitizers (SECONDS=600 each)'
 	@echo 'make tsan     the pump and its readers under the thread sanitizer and others (SECONDS=60 each)'
+	@echo 'make campaign-preempt  make campaign with postcopy-preempt on'
 	@echo 'make campaign-starvation  lost requests: how soon their vCPUs run again, and that they do not without replay'
 	@echo 'make campaign-truth  the record against QEMU'"'"'s own trace events (CAMPAIGN="--qemu PATH --migrations 50")'
 	@echo 'make campaign-floor  time from a loss until both sides are active, beside the least that QEMU takes'
@@ -106,6 +107,10 @@ test: build $(VENV)/.dev
 campaign: build $(VENV)/.dev
 	$(BOOTSTRAP) test
 	tests/tools/with-userfaultfd $(BIN)/python -m tests.campaign $(CAMPAIGN)
+
+campaign-preempt: build $(VENV)/.dev
+	$(BOOTSTRAP) test
+	tests/tools/with-userfaultfd $(BIN)/python -m tests.campaign --preempt $(CAMPAIGN)
 
 lint: build $(VENV)/.dev
 	$(BOOTSTRAP) $(if $(CI),lint,build)

@@ -14,7 +14,7 @@ from pathlib import Path
 
 import trio
 from tests.campaign.campaign import run
-from tests.campaign.losses import LossClass
+from tests.campaign.losses import LossClass, classes
 from tests.campaign.record import Record
 
 from refault.lab.qemu import DEFAULT_BINARY
@@ -28,6 +28,7 @@ def main() -> int:
     parser.add_argument("--seed", type=int, default=random.SystemRandom().randrange(1 << 32))
     parser.add_argument("--minutes", type=float, default=120.0, help="begin no migration after this time")
     parser.add_argument("--record", type=Path, help="where to keep the record, to go on with it later")
+    parser.add_argument("--preempt", action="store_true", help="with postcopy-preempt: two connections")
     parser.add_argument("--logs", type=Path, help="where to keep the logs of what ended badly")
     parser.add_argument(
         "--only",
@@ -36,11 +37,15 @@ def main() -> int:
         help="these classes alone",
     )
     arguments = parser.parse_args()
-    kinds = [kind for kind in LossClass if not arguments.only or kind.name.lower() in arguments.only]
+    kinds = [
+        kind
+        for kind in classes(preempt=arguments.preempt)
+        if not arguments.only or kind.name.lower() in arguments.only
+    ]
     command = " ".join(["python -m tests.campaign", *sys.argv[1:]])
     record = Record.begin(command, arguments.seed, arguments.record)
     campaign = partial(run, arguments.qemu, kinds, arguments.each, record, arguments.minutes * 60)
-    trio.run(partial(campaign, keep=arguments.record, logs=arguments.logs))
+    trio.run(partial(campaign, preempt=arguments.preempt, keep=arguments.record, logs=arguments.logs))
     print(record)
     left = sum(record.left(kinds, arguments.each).values())
     if left:

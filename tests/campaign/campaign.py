@@ -13,6 +13,7 @@ from tests.campaign.life import Life, compose, live
 from tests.campaign.losses import LossClass, plan
 from tests.campaign.record import Entry, Record
 
+from refault.lab import bare
 from refault.migration.versions import abilities
 
 _PER_LIFE = 7
@@ -27,6 +28,7 @@ async def run(
     record: Record,
     seconds: float,
     *,
+    preempt: bool = False,
     keep: Path | None = None,
     logs: Path | None = None,
 ) -> Record:
@@ -35,6 +37,7 @@ async def run(
     The record is written to ``keep`` after each migration, and the logs of those that ended worse than QEMU
     allows, or in which a recovery took long, below ``logs``.
     """
+    capabilities = (*bare.CAPABILITIES, "postcopy-preempt") if preempt else bare.CAPABILITIES
     print(f"seed {record.seed}", flush=True)
     began = trio.current_time()
     while any((left := record.left(kinds, each)).values()) and trio.current_time() - began < seconds:
@@ -48,7 +51,7 @@ async def run(
         with tempfile.TemporaryDirectory(prefix="refault-campaign-") as directory:
             try:
                 with trio.fail_after(_LONGEST):
-                    await live(Path(directory), binary, plans, life)
+                    await live(Path(directory), binary, plans, life, capabilities)
             except Exception as error:
                 record.failures.append(f"{name}: {error!r}")
                 print(f"{name}: the lab failed: {error!r}", flush=True)

@@ -45,6 +45,8 @@ class Result:
     outcome: Outcome
     seconds: float | None = None
     note: str = ""
+    outstanding: int = 0
+    """Page requests that waited for their answer when the channel was lost."""
 
 
 @dataclass
@@ -54,6 +56,8 @@ class Life:
     results: list[Result] = field(default_factory=list)
     version: tuple[int, int, int] = (0, 0, 0)
     pages_compared: int = 0
+    replayed: int = 0
+    """Page requests that the refaults wrote."""
 
 
 @dataclass
@@ -62,6 +66,7 @@ class _Stage:
     channel: Channel
     driver: RefaultDriver
     watch: Watch
+    capabilities: Sequence[str] = bare.CAPABILITIES
 
     @property
     def both(self) -> tuple[Qemu, Qemu]:
@@ -83,7 +88,7 @@ def _last(qemu: Qemu, since: int = 0) -> tuple[str, float]:
 
 
 @contextlib.asynccontextmanager
-async def _stage(directory: Path, binary: str) -> AsyncIterator[_Stage]:
+async def _stage(directory: Path, binary: str, capabilities: Sequence[str]) -> AsyncIterator[_Stage]:
     """Two QEMUs and two refaults, in two network namespaces where that may be done."""
     async with contextlib.AsyncExitStack() as stack:
         prefixes: tuple[Sequence[str], Sequence[str]] = ((), ())
@@ -108,19 +113,26 @@ async def _stage(directory: Path, binary: str) -> AsyncIterator[_Stage]:
         watch = Watch(pair)
         nursery = await stack.enter_async_context(background())
         nursery.start_soon(watch.run)
-        yield _Stage(pair, channel, driver, watch)
+        yield _Stage(pair, channel, driver, watch, capabilities)
 
 
-async def live(directory: Path, binary: str, plans: Sequence[Planned], life: Life) -> None:
+async def live(
+    directory: Path,
+    binary: str,
+    plans: Sequence[Planned],
+    life: Life,
+    capabilities: Sequence[str] = bare.CAPABILITIES,
+) -> None:
     """Runs one migration and makes the losses of ``plans`` as far as it comes; tells ``life``.
 
     Raises what a part of the lab raises that failed itself.
     """
-    async with _stage(directory, binary or DEFAULT_BINARY) as stage:
+    async with _stage(directory, binary or DEFAULT_BINARY, capabilities) as stage:
         life.version = stage.pair.source.qmp.version
         for planned in plans:
             if not await _make(stage, planned, life):
                 break
+        life.replayed = sum(vm.pages.replayed for vm in await stage.driver.statuses())
         await _end(stage, life)
         if life.results and stage.watch.broken:
             dead = any("dead" in text for text in stage.watch.broken)
@@ -154,7 +166,9 @@ async def _make(stage: _Stage, planned: Planned, life: Life) -> bool:
         if made is None:
             return False
         when = made
+    outstanding = max((vm.pages.outstanding for vm in await stage.driver.statuses()), default=0)
     result = await _judge(stage, planned, when, since)
+    result.outstanding = outstanding
     life.results.append(result)
     return result.outcome is Outcome.RECOVERED
 
@@ -179,7 +193,7 @@ async def _begin(stage: _Stage, planned: Planned | None) -> float:
 async def _start(stage: _Stage, bandwidth: int) -> None:
     source, destination = stage.driver.source, stage.driver.destination
     for qmp in (source, destination):
-        await bare.set_capabilities(qmp, *bare.CAPABILITIES)
+        await bare.set_capabilities(qmp, *stage.capabilities)
     limits = {"max-bandwidth": bandwidth, "max-postcopy-bandwidth": _POSTCOPY_BANDWIDTH}
     await source.execute("migrate-set-parameters", limits)
     await destination.execute("migrate-incoming", {"uri": stage.channel.target_uri})
@@ -222,6 +236,9 @@ async def _lose(stage: _Stage, planned: Planned) -> float | None:
             await stage.channel.cut_at(planned.cut)
             await stage.driver.source.execute("migrate-set-parameters", {"max-postcopy-bandwidth": 0})
             return (await stage.channel.was_cut(planned.cut, 30)).when
+        case LossClass.ONE_OF_TWO if planned.cut is not None:
+            await stage.channel.cut_at(planned.cut)
+            return (await stage.channel.was_cut(planned.cut, 20)).when
         case _ if planned.cut is not None:
             await stage.channel.cut_at(planned.cut)
             await stage.channel.lose(planned.how)

@@ -41,6 +41,7 @@ class LossClass(enum.Enum):
     RESET = "postcopy, reset"
     CLOSE = "postcopy, close"
     KILL = "postcopy, carrier killed"
+    ONE_OF_TWO = "postcopy, one connection of two"
     PAUSE_SOURCE = "postcopy, migrate-pause at the source"
     PAUSE_DESTINATION = "postcopy, migrate-pause at the destination"
     PAUSE_CLIENT = "postcopy, a client's migrate-pause"
@@ -63,6 +64,11 @@ class LossClass(enum.Enum):
     def in_handshake(self) -> bool:
         """Whether it is a loss during the recovery from another one."""
         return self in HANDSHAKE_POINTS or self is LossClass.REFAULT_AGAIN
+
+
+def classes(*, preempt: bool) -> list[LossClass]:
+    """Those that a migration with or without postcopy-preempt can have."""
+    return [kind for kind in LossClass if preempt or kind is not LossClass.ONE_OF_TWO]
 
 
 _PLACES = {LossClass.PRECOPY: Place.ALONE, LossClass.SWITCHOVER: Place.FIRST, LossClass.EOF: Place.LAST}
@@ -123,6 +129,9 @@ def plan(kind: LossClass, draw: random.Random) -> Planned:
             return Planned(kind, Loss.RESET, None, side, after)
         case LossClass.CLOSE:
             return Planned(kind, Loss.CLOSE, None, side, after)
+        case LossClass.ONE_OF_TWO:
+            # Whichever is the next to carry a byte that way; only the main one has any on the return path.
+            return Planned(kind, how, Cut(how, draw.random() < 0.7, b".", 0, "now"), side, after)
         case LossClass.KILL:
             return Planned(kind, Loss.KILL, None, side, after)
         case LossClass.EOF:

@@ -36,6 +36,8 @@ class Entry:
     outcome: Outcome
     seconds: float | None = None
     note: str = ""
+    outstanding: int = 0
+    """Page requests that waited for their answer when the channel was lost."""
 
     def __str__(self) -> str:
         took = "" if self.seconds is None else f" in {self.seconds * 1000:.0f} ms"
@@ -52,6 +54,7 @@ class Record:
     version: Version = (0, 0, 0)
     lives: int = 0
     pages_compared: int = 0
+    replayed: int = 0
     results: list[Entry] = field(default_factory=list)
     failures: list[str] = field(default_factory=list)
     """Migrations that ended because something of the lab's did not work, and not by a loss."""
@@ -81,8 +84,16 @@ class Record:
         """Counts a migration; its losses, as recorded."""
         self.version = max(self.version, life.version)
         self.pages_compared += life.pages_compared
+        self.replayed += life.replayed
         entries = [
-            Entry(result.planned.kind, str(result.planned), result.outcome, result.seconds, result.note)
+            Entry(
+                result.planned.kind,
+                str(result.planned),
+                result.outcome,
+                result.seconds,
+                result.note,
+                result.outstanding,
+            )
             for result in life.results
         ]
         self.results += entries
@@ -116,6 +127,8 @@ class Record:
         lines = [
             f"QEMU     {'.'.join(map(str, self.version))}",
             f"{len(self.results)} losses in {self.lives} migrations; {self.pages_compared} pages compared",
+            f"{sum(each.outstanding > 0 for each in self.results)} losses with page requests outstanding,"
+            f" {sum(each.outstanding for each in self.results)} of them; {self.replayed} replayed by refault",
             "",
             "| class | losses | outcomes | median ms | p99 ms |",
             "|---|---|---|---|---|",

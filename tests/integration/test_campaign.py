@@ -7,7 +7,7 @@ from collections.abc import Sequence
 
 import pytest
 from tests.campaign.campaign import run
-from tests.campaign.losses import LossClass
+from tests.campaign.losses import HANDSHAKE_POINTS, LossClass, classes
 from tests.campaign.record import Record
 from tests.integration.qemus import BINARIES
 
@@ -22,7 +22,7 @@ KILLS = (
 """7.2 does not survive each of them (docs/campaign.md), so they are made with 10.0."""
 # A client that paused is left ten seconds, which are too long for here.
 LEFT_OUT = (LossClass.PAUSE_CLIENT, *KILLS)
-KINDS = [kind for kind in LossClass if kind not in LEFT_OUT]
+KINDS = [kind for kind in classes(preempt=False) if kind not in LEFT_OUT]
 
 
 pytestmark = [pytest.mark.qemu, pytest.mark.slow, pytest.mark.timeout(180)]
@@ -37,10 +37,15 @@ async def test_a_twentieth_of_the_kills_of_refault() -> None:
     await campaign("qemu-10", KILLS)
 
 
-async def campaign(binary: str, kinds: Sequence[LossClass]) -> None:
+@pytest.mark.skipif("qemu-10" not in BINARIES, reason="run 'make qemus' first")
+async def test_a_twentieth_of_the_campaign_with_preempt() -> None:
+    await campaign("qemu-10", (LossClass.ONE_OF_TWO, *HANDSHAKE_POINTS), preempt=True)
+
+
+async def campaign(binary: str, kinds: Sequence[LossClass], *, preempt: bool = False) -> None:
     """A loss of each class from a fresh seed, which is told where one does not end well."""
     seed = random.SystemRandom().randrange(1 << 32)
-    record = await run(binary, kinds, 1, Record.begin("make test", seed), seconds=45)
+    record = await run(binary, kinds, 1, Record.begin("make test", seed), seconds=45, preempt=preempt)
     print(record)
     assert record.results, f"seed {seed}: {record}"
     assert not record.failures, f"seed {seed}: {record}"
