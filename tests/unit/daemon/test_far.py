@@ -8,7 +8,7 @@ import pytest
 import trio
 
 from refault.daemon import far
-from refault.daemon.far import FarListener, Kind, classify
+from refault.daemon.far import FarListener, Kind, WaitingRoom, classify
 from refault.daemon.far_dial import connect
 from refault.migration.endpoint import Inet
 
@@ -259,3 +259,25 @@ async def test_a_recovered_channel_asks_for_all_our_blocks(
         await done.wait()
     connection.close()
     assert answers == [ours]
+
+
+async def test_who_said_nothing_can_be_taken_as_a_preempt_channel(nursery: trio.Nursery) -> None:
+    door = Door()
+    room = WaitingRoom()
+    listener = await FarListener.bind(ANY_PORT, room)
+    nursery.start_soon(listener.serve, door.offer)
+    before, main, gone, silent = [await connect(listener.endpoint, 5) for _ in range(4)]
+    gone.close()
+    with trio.fail_after(5):
+        while room.silent_after(3, "127.0.0.1") is None:
+            await trio.sleep(0.001)
+    assert room.silent_after(4, "127.0.0.1") is None  # it must have come after the main one
+    assert room.silent_after(1, "127.0.0.2") is None  # and from the same host
+    arrival = room.silent_after(2, "127.0.0.1")
+    assert arrival is not None
+    taken = await room.take(arrival)
+    await silent.send(b"frame")
+    assert await taken.recv(10) == b"frame"
+    assert room.silent_after(3, "127.0.0.1") is None
+    for connection in (before, main, silent, taken):
+        connection.close()

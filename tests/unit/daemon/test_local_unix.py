@@ -1,0 +1,92 @@
+"""Private unix sockets: who is let in, and when the other side has accepted."""
+
+import os
+import socket
+import sys
+from pathlib import Path
+
+import pytest
+import trio
+
+from refault.daemon.dial import Peer
+from refault.daemon.local_unix import PrivateSockets, may_be, peer_inode
+
+OURSELVES = Peer(os.getpid(), os.getuid())
+
+
+@pytest.fixture
+def sockets(tmp_path: Path) -> PrivateSockets:
+    made = PrivateSockets(tmp_path / "vm.legs", OURSELVES)
+    made.make()
+    return made
+
+
+def test_the_directory_is_qemus_alone(sockets: PrivateSockets) -> None:
+    assert sockets.directory.stat().st_mode & 0o777 == 0o700
+    Path(sockets.path("old")).touch()
+    sockets.make()
+    assert not list(sockets.directory.iterdir())
+    assert sockets.path() != sockets.path()
+
+
+@pytest.mark.parametrize(
+    ("peer", "same"),
+    [
+        (Peer(7, 100), True),
+        (Peer(8, 100), False),
+        (Peer(None, 100), True),  # of another pid namespace
+        (Peer(None, 101), False),
+    ],
+)
+def test_who_may_be_our_qemu(peer: Peer, same: bool) -> None:
+    assert may_be(peer, Peer(7, 100)) is same
+
+
+async def test_a_stranger_at_our_socket_is_turned_away(sockets: PrivateSockets) -> None:
+    listening = sockets.listen()
+    connect = "import socket,sys; s=socket.socket(socket.AF_UNIX); s.connect(sys.argv[1]); print(s.recv(1))"
+    accepted = []
+
+    async def accept() -> None:
+        accepted.append(await listening.accept())
+
+    async with trio.open_nursery() as nursery:
+        nursery.start_soon(accept)
+        stranger = await trio.run_process(
+            [sys.executable, "-c", connect, listening.path], capture_stdout=True
+        )
+        assert stranger.stdout == b"b''\n"
+        assert not accepted
+        with socket.socket(socket.AF_UNIX) as ours:
+            ours.connect(listening.path)
+            with trio.fail_after(5):
+                while not accepted:
+                    await trio.sleep(0.001)
+    accepted[0].close()
+    listening.close()
+    assert not list(sockets.directory.iterdir())
+
+
+async def test_connecting_waits_until_it_is_accepted(sockets: PrivateSockets) -> None:
+    path = sockets.path()
+    with socket.socket(socket.AF_UNIX) as qemu:
+        qemu.bind(path)
+        qemu.listen(1)
+        connected = []
+
+        async def connect() -> None:
+            connected.append(await sockets.connect(path))
+
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(connect)
+            await trio.sleep(0.05)
+            assert not connected
+            other, _ = qemu.accept()
+        assert peer_inode(connected[0]) == os.fstat(other.fileno()).st_ino
+        other.close()
+        connected[0].close()
+
+
+async def test_where_qemu_does_not_listen_nothing_is_connected(sockets: PrivateSockets) -> None:
+    with pytest.raises(OSError, match="No such file"):
+        await sockets.connect(sockets.path())
