@@ -2,39 +2,50 @@
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator, Sequence
-from contextlib import asynccontextmanager
+import sys
+from collections.abc import Sequence
 from pathlib import Path
 
 import pytest
 import trio
+from tests.integration.qemus import BINARIES
+from tests.integration.test_main_job import GUEST, fronted
 
 from refault.lab import bare
-from refault.lab.channel import Channel, Cut, Loss, free_port, start_channel
-from refault.lab.driver import RefaultDriver, refault_driver
-from refault.lab.guest import Guest
+from refault.lab.channel import Channel, Cut, Loss
+from refault.lab.driver import RefaultDriver
 from refault.lab.memory import compare
-from refault.lab.qemu import Pair, start_pair
 
 pytestmark = [pytest.mark.qemu, pytest.mark.timeout(90)]
 
-GUEST = Guest(vcpus=4, log_pages=11, tick_ns=1_000_000)
 PREEMPT = (*bare.CAPABILITIES, "postcopy-preempt")
 MULTIFD = ("events", "multifd")
 
 
-@asynccontextmanager
-async def fronted(directory: Path) -> AsyncIterator[tuple[Pair, Channel, RefaultDriver]]:
-    async with (
-        start_pair(GUEST, directory) as pair,
-        start_channel(directory, free_port()) as channel,
-        refault_driver(pair, channel, directory) as driver,
-    ):
-        yield pair, channel, driver
+# QEMU is stopped for half a second while it is given the first recovered channel's preempt lane.
+SLOW_TO_ACCEPT = """
+import os, signal, sys, threading
+from pathlib import Path
+from refault.daemon.local_unix import PrivateSockets
+connect, seen = PrivateSockets.connect, []
+async def slow(self, path):
+    seen.append(path)
+    if len(seen) == 4:
+        os.kill(self.qemu.pid, signal.SIGSTOP)
+        Path(sys.argv[sys.argv.index("--state-dir") + 1], "stopped").touch()
+        threading.Timer(0.5, os.kill, (self.qemu.pid, signal.SIGCONT)).start()
+    return await connect(self, path)
+PrivateSockets.connect = slow
+from refault.cli.main import main
+sys.exit(main())
+"""
 
 
-async def test_preempt_is_tracked_and_recovers_whichever_connection_is_lost(tmp_path: Path) -> None:
-    async with fronted(tmp_path) as (pair, channel, driver):
+@pytest.mark.parametrize("binary", BINARIES)
+async def test_preempt_is_tracked_and_recovers_whichever_connection_is_lost(
+    tmp_path: Path, binary: str
+) -> None:
+    async with fronted(tmp_path, binary=binary) as (pair, channel, driver):
         await bare.start_postcopy(
             driver.source, driver.destination, channel, bandwidth=1 << 20, capabilities=PREEMPT
         )
@@ -63,6 +74,29 @@ async def test_preempt_is_tracked_and_recovers_whichever_connection_is_lost(tmp_
         assert [vm.pages.outstanding for vm in await driver.statuses()] == [0, 0]
 
 
+@pytest.mark.skipif("qemu-10" not in BINARIES, reason="run 'make qemus' first")
+async def test_a_channel_that_is_lost_while_qemu_takes_up_its_preempt_lane(tmp_path: Path) -> None:
+    """QEMU 10.0 would take the lane for a main channel, had it paused before it accepted it."""
+    command = [sys.executable, "-c", SLOW_TO_ACCEPT]
+    async with fronted(tmp_path, command, "qemu-10") as (pair, channel, driver):
+        await bare.start_postcopy(
+            driver.source, driver.destination, channel, bandwidth=1 << 20, capabilities=PREEMPT
+        )
+        await channel.lose(Loss.RESET)
+        with trio.fail_after(15):
+            while not await trio.Path(tmp_path / "destination.state" / "stopped").exists():
+                await trio.sleep(0.01)
+        await channel.lose(Loss.RESET)
+        with trio.fail_after(20):
+            while [vm.recovery.recoveries for vm in await driver.statuses()] != [1, 1]:
+                pair.destination.process.must_run()
+                await trio.sleep(0.05)
+        await pair.destination.wait_progress()
+        await bare.finish(driver.source)
+        verdict = await compare(GUEST, pair.destination.qmp, pair.source.qmp)
+        assert verdict.right, verdict
+
+
 async def begin_multifd(
     driver: RefaultDriver, channel: Channel, bandwidth: int, capabilities: Sequence[str] = MULTIFD
 ) -> None:
@@ -77,8 +111,9 @@ async def begin_multifd(
     await driver.source.execute("migrate", {"uri": channel.uri})
 
 
-async def test_multifd_goes_through_the_relay_and_arrives_whole(tmp_path: Path) -> None:
-    async with fronted(tmp_path) as (pair, channel, driver):
+@pytest.mark.parametrize("binary", BINARIES)
+async def test_multifd_goes_through_the_relay_and_arrives_whole(tmp_path: Path, binary: str) -> None:
+    async with fronted(tmp_path, binary=binary) as (pair, channel, driver):
         with trio.fail_after(60):
             await begin_multifd(driver, channel, 256 << 20)
             await bare.wait_status(driver.source, "completed")
@@ -89,8 +124,9 @@ async def test_multifd_goes_through_the_relay_and_arrives_whole(tmp_path: Path) 
         assert verdict.right, verdict
 
 
-async def test_a_lost_multifd_precopy_leaves_the_guest_at_the_source(tmp_path: Path) -> None:
-    async with fronted(tmp_path) as (pair, channel, driver):
+@pytest.mark.parametrize("binary", BINARIES)
+async def test_a_lost_multifd_precopy_leaves_the_guest_at_the_source(tmp_path: Path, binary: str) -> None:
+    async with fronted(tmp_path, binary=binary) as (pair, channel, driver):
         with trio.fail_after(60):
             await begin_multifd(driver, channel, 8 << 20)
             await bare.wait_sent(driver.source, 0.2)

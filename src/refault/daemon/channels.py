@@ -41,6 +41,10 @@ ASKED_EVERY = 1.0
 ANSWERED_WITHIN = 0.5
 """A source that has come through the TLS handshake has answered its command so soon after the far side's
 end."""
+PREEMPT_WAKES_WITHIN = 0.3
+"""Seconds from RESUME_ACK until a destination's preempt thread has surely taken up the new channel."""
+_ACK_WITHIN = 5.0
+"""Seconds for which RESUME_ACK is waited for where the channel has been lost meanwhile."""
 _LOSABLE = (Phase.SWITCHOVER, Phase.POSTCOPY, Phase.RECOVERY_HANDSHAKE)
 """The phases in which a lost channel is one to recover."""
 
@@ -68,6 +72,10 @@ class Channels:
         self._peer_inode = 0
         self._return_path_over = False
         self._ending = trio.Lock()
+        self._preempt_given = False
+        """Whether QEMU has been given, or is being given, the preempt lane of a recovered channel."""
+        self._ack_at: float | None = None
+        """When RESUME_ACK was seen on this channel."""
         self._kept_by_qemu = False
         """Whether QEMU holds our ends of the local legs as well."""
         self._names: list[str] = []
@@ -139,6 +147,8 @@ class Channels:
         self._migration.pause_told = trio.Event()
         if recovered:
             self._migration.status = "postcopy-paused"  # or this would not be; an older word tells nothing
+        self._preempt_given = False
+        self._ack_at = None
         self._peer_inode = local.peer_inode
         self._return_path_over = False
         self.relay.attach(
@@ -247,6 +257,8 @@ class Channels:
         if view.channel != self.channel or self.channel == self._ended:
             return  # the pump has not come to the newest channel yet, or its end has been dealt with
         passed = self.relay.passed()
+        if self._ack_at is None and passed.resume_acknowledged:
+            self._ack_at = trio.current_time()
         if passed.running:
             self._migration.postcopy_began = True
         self._tell_not_kept()
@@ -435,6 +447,9 @@ class Channels:
             if phase is Phase.POSTCOPY and self._return_path_lags():
                 self._ended = self.channel
                 migration.vm.start_soon(self.close_return_path_first, self.channel)
+            elif self._preempt_thread_wakes():
+                self._ended = self.channel
+                migration.vm.start_soon(self._close_when_awake, self.channel)
             else:
                 self.abandon(self.channel)
             migration.look_soon()
@@ -452,6 +467,38 @@ class Channels:
             )
             migration.feed(Event.LEG_HELD)
             migration.vm.start_soon(self._look_again)
+
+    def gives_preempt(self, channel: int) -> None:
+        """To be told before QEMU is given the preempt lane of `channel`.
+
+        From then on a recovered channel's legs must stay until QEMU's preempt thread has taken it up. Did the
+        main one end before QEMU had accepted the lane, it would take that for a main channel (migration.c,
+        migration_ioc_process_incoming). Did it end right behind RESUME, the thread that this wakes would read
+        from no channel (savevm.c, postcopy_pause_incoming; postcopy-ram.c, postcopy_preempt_thread). 10.0
+        segfaults in both cases.
+        """
+        self._preempt_given = channel == self.channel and self.relay.passed().resumed
+
+    def _preempt_thread_wakes(self) -> bool:
+        """Whether QEMU's preempt thread may still be on its way back from the last pause."""
+        if not self._preempt_given or self.relay.closed:
+            return False
+        return self._ack_at is None or trio.current_time() < self._ack_at + PREEMPT_WAKES_WITHIN
+
+    async def _preempt_thread_woke(self, channel: int) -> None:
+        with trio.move_on_after(_ACK_WITHIN):
+            while channel == self.channel and not self.relay.closed:
+                if self.relay.passed().resume_acknowledged:
+                    break
+                await self.changed.wait()
+        await trio.sleep(PREEMPT_WAKES_WITHIN)
+
+    async def _close_when_awake(self, channel: int) -> None:
+        try:
+            await self._preempt_thread_woke(channel)
+        finally:
+            if not self.relay.closed:
+                self.relay.close_channel(channel)
 
     def _return_path_lags(self) -> bool:
         migration = self._migration
@@ -495,6 +542,8 @@ class Channels:
         It is a descriptor that QEMU never uses: with both ends in its hands it sees no end of file, and waits
         for whoever comes after us.
         """
+        if self._preempt_thread_wakes():
+            await self._preempt_thread_woke(self.channel)
         cost = self.cost_of_stopping()
         if cost is not None and not cost[0] and self._duplicates:
             await self._have_qemu_keep()

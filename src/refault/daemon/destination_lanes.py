@@ -84,6 +84,8 @@ class Gathering:
             local = await sockets.connect(door.path)
             channels.join(LocalLeg(door.path, local, peer_inode(local)), main, recovered=recovered)
             channel = channels.channel
+            if migration.lanes.preempt and not late:
+                channels.gives_preempt(channel)
             for other in others:
                 channels.add_lane(channel, await sockets.connect(door.path), other)
         if late:
@@ -137,6 +139,10 @@ class Gathering:
                     await channels.changed.wait()
                     continue
                 for connection in await self._take_preempt(number, peer):
+                    if not channels.lives(channel):
+                        connection.close()  # QEMU would take it for a main one
+                        return
+                    channels.gives_preempt(channel)
                     with trio.CancelScope(shield=True):
                         local = await self._migration.vm.sockets.connect(door.path)
                         channels.add_lane(channel, local, connection)

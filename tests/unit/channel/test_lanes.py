@@ -259,3 +259,18 @@ def test_a_channel_whose_lane_cannot_be_had_is_lost_and_nothing_of_it_passes(rol
         assert view.far_loss() == "Connection refused"
         assert ends.host.recv(1) == b""
         assert nothing_comes(ends.qemu)
+
+
+def test_resume_that_waits_for_its_lane_follows_it_though_the_channel_is_lost_meanwhile() -> None:
+    """QEMU counts its lanes by semaphores: one that came without RESUME would pass for the next one's."""
+    with relaying(Role.DESTINATION) as ends:
+        ends.channel(recovered=True, lanes=1)
+        forward(ends, Role.DESTINATION, s.recv_bitmap(BLOCK) + RESUME)
+        ends.until(lambda view: view.waiting)
+        lose(ends.host, reset=True)
+        ends.until(lambda view: view.far.lost)
+        qemu, _ = ends.lane()
+        held = s.recv_bitmap(BLOCK) + RESUME
+        assert read_exactly(ends.qemu, len(held)) == held
+        assert nothing_comes(ends.qemu)
+        assert nothing_comes(qemu)
