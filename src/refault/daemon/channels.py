@@ -111,12 +111,11 @@ class Channels:
         """How far QEMU is, by its own word. Raises what `execute` raises."""
         vm = self._migration.vm
         source = self._migration.role is Role.SOURCE
-        migrate = await vm.query("query-migrate")
-        parameters = await vm.query("query-migrate-parameters") if source else {}
-        runs = self.relay.runs_told
-        if not source and not runs:
-            runs = (await vm.query("query-status")).get("status") not in (None, "inmigrate")
-        word = word_of(migrate, parameters, runs=runs)
+        second = "query-migrate-parameters" if source else "query-status"
+        migrate, more = await vm.query_both("query-migrate", second)
+        left = not source and more.get("status") not in (None, "inmigrate")
+        runs = self.relay.runs_told or left
+        word = word_of(migrate, more if source else {}, runs=runs)
         self._word, self._asked_at = word, trio.current_time()
         if (runs or word.requests > 0) and not self.relay.closed:
             self.relay.guest_runs()

@@ -110,6 +110,24 @@ class VmState:
         reply = await self.monitor.execute(command, timeout=QUERY_TIMEOUT)
         return reply if isinstance(reply, Mapping) else {}
 
+    async def query_both(self, first: str, second: str) -> tuple[Mapping[str, object], Mapping[str, object]]:
+        """Two queries in one round trip, in this order."""
+        replies: dict[str, Mapping[str, object]] = {}
+        errors: list[Exception] = []
+
+        async def ask(command: str) -> None:
+            try:
+                replies[command] = await self.query(command)
+            except (QmpError, MonitorLost, trio.TooSlowError) as error:
+                errors.append(error)
+
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(ask, second)
+            await ask(first)
+        if errors:
+            raise errors[0]
+        return replies[first], replies[second]
+
     async def ask_encrypted(self) -> Mapping[str, object]:
         """QEMU's migration parameters, of which `encrypted` is noted."""
         parameters = await self.query("query-migrate-parameters")
