@@ -44,3 +44,38 @@ async def test_a_migration_that_qemu_tells_nothing_of_is_not_relayed_but_recover
     reason, _ = await vm.judge(Inet("127.0.0.1", 4444), Role.SOURCE)
     assert reason is not None
     assert told in reason
+
+
+class Slow:
+    """Answers in the order in which it was asked, once it has been asked twice."""
+
+    qemu = None
+
+    def __init__(self) -> None:
+        self.asked: list[str] = []
+        self._both = trio.Event()
+
+    async def execute(self, command: str, **_: object) -> object:
+        self.asked.append(command)
+        if len(self.asked) == 2:
+            self._both.set()
+        await self._both.wait()
+        if command == "query-bad":
+            raise QmpError("GenericError", "no such thing")
+        return {"of": command}
+
+
+async def test_two_queries_are_on_their_way_at_once(tmp_path: Path) -> None:
+    def state() -> tuple[Slow, VmState]:
+        monitor, file = Slow(), StateFile(tmp_path, "vm")
+        return monitor, VmState(
+            "vm", cast("Monitor", monitor), relay_allowed=True, recover_uris=(), state_file=file
+        )
+
+    monitor, vm = state()
+    with trio.fail_after(5):
+        assert await vm.query_both("query-a", "query-b") == ({"of": "query-a"}, {"of": "query-b"})
+    assert monitor.asked == ["query-a", "query-b"]
+    _, vm = state()
+    with trio.fail_after(5), pytest.raises(QmpError):
+        await vm.query_both("query-a", "query-bad")
