@@ -14,7 +14,7 @@ from refault.daemon.attempts import NotPausedYet
 from refault.daemon.channels import AttemptFailed, Channels
 from refault.daemon.destination_lanes import Gathering, QemuListens
 from refault.daemon.far import FarListener, Kind, WaitingRoom
-from refault.daemon.local import Deposits, LocalLeg, give_back, hand_over, reach, take_back
+from refault.daemon.local import Deposits, LocalLeg, give_back, hand_over, reach
 from refault.daemon.migration import Migration, inet_of, is_error
 from refault.daemon.monitor import Answer, Forward, MonitorLost, QmpError, WatchedCommand
 from refault.daemon.vm_state import words
@@ -470,12 +470,7 @@ class Destination:
             listener.close()
         self._scopes.clear()
         self._listeners.clear()
-        legs = self._deposits.drain()
-        for leg in legs:
-            for name in (leg.name, leg.kept):
-                if name is not None:
-                    await take_back(self._migration.vm.monitor, name)
-            leg.close()
+        await self._deposits.drain(self._migration.vm.monitor)
         # QEMU wakes up on an end that it was told of, even long after the migration, and may abort.
         ends = [leg for leg in (*self._spare, self._open, self._first) if isinstance(leg, LocalLeg)]
         self._spare.clear()

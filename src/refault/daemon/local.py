@@ -147,13 +147,17 @@ class Deposits:
 
     def __init__(self) -> None:
         self._legs: deque[LocalLeg] = deque()
+        self._over = False
 
     async def fill(self, monitor: Executes) -> None:
-        """Lays descriptors until there are enough."""
-        while len(self._legs) < self.WANTED:
+        """Lays descriptors until there are enough; none once they were drained."""
+        while len(self._legs) < self.WANTED and not self._over:
             leg = await hand_over(monitor, Role.DESTINATION)
             # QEMU before 8.2 does not survive the end of one that it waits on, and a kill of refault ends it.
             leg.kept = await give_back(monitor, leg.socket)
+            if self._over:  # the migration has ended meanwhile
+                await _discard(monitor, leg)
+                return
             self._legs.append(leg)
 
     @property
@@ -169,8 +173,15 @@ class Deposits:
         """Returns one that QEMU did not take."""
         self._legs.appendleft(leg)
 
-    def drain(self) -> list[LocalLeg]:
-        """Hands out all that are left, to be closed at both ends."""
-        legs = list(self._legs)
-        self._legs.clear()
-        return legs
+    async def drain(self, monitor: Executes) -> None:
+        """Has both ends of all that are left closed. It is for the end of the migration."""
+        self._over = True
+        while self._legs:
+            await _discard(monitor, self._legs.popleft())
+
+
+async def _discard(monitor: Executes, leg: LocalLeg) -> None:
+    for name in (leg.name, leg.kept):
+        if name is not None:
+            await take_back(monitor, name)
+    leg.close()
