@@ -21,6 +21,9 @@ from .qmp_client import QmpClient
 
 _PRESENT_OR_SWAPPED = 3 << 62
 _KEPT = 20
+_STEPS = 4
+_PATIENCE = 1.0
+"""A vCPU that runs takes a step within so many of its pauses and so many seconds."""
 
 
 _libc = ctypes.CDLL(None, use_errno=True)
@@ -137,12 +140,16 @@ async def compare(guest: Guest, destination: QmpClient, source: QmpClient | None
     """Stops ``destination`` and compares every page of the guest's memory with what it must hold.
 
     What the guest wrote is computed; the rest of its RAM is compared with that of ``source`` (stopped,
-    postmigrate) where there is one. Its vCPUs must have gone further than they had there.
+    postmigrate) where there is one. Its vCPUs must go further than they had there, and are given time to.
     """
-    await destination.execute("stop", timeout=30)
     count = _Count()
     with tempfile.TemporaryDirectory(prefix="refault-") as directory:
         here, there = Path(directory, "here"), Path(directory, "there")
+        left = await _states(guest, source, there) if source is not None else ()
+        with trio.move_on_after(_PATIENCE + _STEPS * guest.tick_ns / 1e9):
+            while _stuck(await _states(guest, destination, here), left):
+                await trio.sleep(0.01)
+        await destination.execute("stop", timeout=30)
         progress = await _states(guest, destination, here)
         for vcpu in range(guest.vcpus):
             await dump(destination, guest.arena(vcpu), guest.arena_bytes, here)
@@ -153,9 +160,12 @@ async def compare(guest: Guest, destination: QmpClient, source: QmpClient | None
             await dump(destination, address, length, here)
             await dump(source, address, length, there)
             await trio.to_thread.run_sync(_check_equal, address, there, here, count)
-        left = await _states(guest, source, there)
-    stuck = tuple(vcpu for vcpu in range(guest.vcpus) if progress[vcpu] <= left[vcpu])
-    return Verdict(count.pages, count.wrong, tuple(count.mismatches), progress, stuck)
+    return Verdict(count.pages, count.wrong, tuple(count.mismatches), progress, _stuck(progress, left))
+
+
+def _stuck(progress: tuple[Progress, ...], left: tuple[Progress, ...]) -> tuple[int, ...]:
+    """The vCPUs that have not gone on from where they were left."""
+    return tuple(vcpu for vcpu, (now, then) in enumerate(zip(progress, left, strict=False)) if now <= then)
 
 
 async def _states(guest: Guest, qmp: QmpClient, path: Path) -> tuple[Progress, ...]:
