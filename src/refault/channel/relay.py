@@ -77,6 +77,11 @@ class RelayView:
     waiting: bool
     """Whether bytes are held back until all lanes are there."""
 
+    @property
+    def passed_bytes(self) -> int:
+        """In both directions."""
+        return self.forward_bytes + self.return_bytes
+
     def far_loss(self) -> str:
         """How the far leg was lost, in words."""
         return _loss(self.far, self.far_error)
@@ -93,7 +98,7 @@ def _loss(state: LegState, error: int) -> str:
         case LegState.FAILED:
             return os.strerror(error)
         case LegState.REFUSED:
-            return "cut by refault: the destination behind it has pages that were never sent to it"
+            return "cut by refault: the destination behind it is another VM's"
         case _:
             return state.name.lower()
 

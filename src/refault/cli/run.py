@@ -6,6 +6,7 @@ import argparse
 import os
 import re
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -51,34 +52,9 @@ def add_parser(subparsers: Any) -> None:
         default=[],
         help="another address of the destination, at which the channel may be recovered; tried in turn",
     )
-    parser.add_argument(
-        "--dead-after",
-        type=_whole_seconds,
-        metavar="SECONDS",
-        default=Patience.dead_after,
-        help="a relayed channel counts as lost after so much silence in postcopy; default: 5",
-    )
-    parser.add_argument(
-        "--stall-after",
-        type=_seconds,
-        metavar="SECONDS",
-        default=Patience.stall_after,
-        help="without a relay, a postcopy that stands still for so long is paused; default: 15",
-    )
-    parser.add_argument(
-        "--client-wait",
-        type=_seconds,
-        metavar="SECONDS",
-        default=Patience.client_wait,
-        help="what a client that paused or recovers by hand is left before refault does it; default: 10",
-    )
-    parser.add_argument(
-        "--give-up-after",
-        type=_long_seconds,
-        metavar="SECONDS",
-        default=Patience.give_up_after,
-        help="make no further attempt for a loss that is so old; default: never give up",
-    )
+    for option, seconds, text in _PATIENCE:
+        default = getattr(Patience, _field(option))
+        parser.add_argument(option, type=seconds, metavar="SECONDS", default=default, help=text)
     parser.add_argument(
         "--incoming",
         type=_incoming,
@@ -122,12 +98,7 @@ def run_options(arguments: argparse.Namespace) -> RunOptions:
         metrics=arguments.metrics,
         control=control,
         state_dir=arguments.state_dir or state_directory(),
-        patience=Patience(
-            dead_after=arguments.dead_after,
-            stall_after=arguments.stall_after,
-            client_wait=arguments.client_wait,
-            give_up_after=arguments.give_up_after,
-        ),
+        patience=Patience(**{_field(option): getattr(arguments, _field(option)) for option, *_ in _PATIENCE}),
     )
 
 
@@ -211,6 +182,35 @@ def _whole_seconds(text: str) -> int:
     if seconds != int(seconds):
         raise argparse.ArgumentTypeError(f"{text!r} is not a whole number of seconds")
     return int(seconds)
+
+
+_PATIENCE: tuple[tuple[str, Callable[[str], float], str], ...] = (
+    (
+        "--dead-after",
+        _whole_seconds,
+        "a relayed channel counts as lost after so much silence in postcopy; default: 5",
+    ),
+    (
+        "--stall-after",
+        _seconds,
+        "without a relay, a postcopy that stands still for so long is paused; default: 15",
+    ),
+    (
+        "--client-wait",
+        _seconds,
+        "what a client that paused or recovers by hand is left before refault does it; default: 10",
+    ),
+    (
+        "--give-up-after",
+        _long_seconds,
+        "make no further attempt for a loss that is so old; default: never give up",
+    ),
+)
+"""The options that are fields of `Patience`."""
+
+
+def _field(option: str) -> str:
+    return option.removeprefix("--").replace("-", "_")
 
 
 def _incoming(text: str) -> tuple[Inet, str]:

@@ -18,7 +18,8 @@ import trio
 
 from refault.channel.relay import RUN_SECONDS, Lane, LegState, Relay, RelayView
 from refault.channel.tracker import Kept
-from refault.daemon.local import LocalLeg, give_back, take_back
+from refault.daemon.kept_ends import KeptEnds
+from refault.daemon.local import LocalLeg, take_back
 from refault.daemon.monitor import MonitorLost, QmpError
 from refault.daemon.return_path import end_first
 from refault.migration.legs import may_close
@@ -68,7 +69,7 @@ class Channels:
         """Losses in a row that came right after a replay."""
         self.changed = trio.Event()
         """Set whenever the pump told of something, and replaced."""
-        self._duplicates: list[socket.socket] = []
+        self.kept = KeptEnds(migration.vm.monitor)
         self._peer_inode = 0
         self._return_path_over = False
         self._ending = trio.Lock()
@@ -76,10 +77,6 @@ class Channels:
         """Whether QEMU has been given, or is being given, the preempt lane of a recovered channel."""
         self._ack_at: float | None = None
         """When RESUME_ACK was seen on this channel."""
-        self._kept_by_qemu = False
-        """Whether QEMU holds our ends of the local legs as well."""
-        self._names: list[str] = []
-        """By which QEMU knows ends of ours."""
         self._guarded = 0
         """The channel whose end QEMU was asked to hold, because a kill of refault must not end it."""
         self._told_foreign: set[str] = set()
@@ -141,8 +138,8 @@ class Channels:
                 "%s: recovering without replay: the channel was lost twice right after one",
                 self._migration.name,
             )
-        self._keep_none()
-        self._duplicates.append(local.socket.dup())
+        self.kept.drop()
+        self.kept.add(local.socket)
         self._migration.pause_told = trio.Event()
         if recovered:
             self._migration.status = "postcopy-paused"  # or this would not be; an older word tells nothing
@@ -172,7 +169,7 @@ class Channels:
     def add_lane(self, channel: int, local: socket.socket, far: trio.socket.SocketType) -> None:
         """Gives the pump a further connection of `channel`; of one that is gone, both ends are closed."""
         if channel == self.channel:
-            self._duplicates.append(local.dup())
+            self.kept.add(local)
         kind = Lane.PREEMPT if self._migration.lanes.preempt else Lane.MULTIFD
         self.relay.add_lane(channel, kind, local.detach(), far.detach())
 
@@ -203,27 +200,28 @@ class Channels:
         while self._migration.policy.state in going_on and not self.relay.closed:
             if self.channel == self._ended:
                 return False
-            view = self.relay.look()
-            if view.forward_bytes + view.return_bytes != moved:
-                moved = view.forward_bytes + view.return_bytes
+            passed = self.relay.look().passed_bytes
+            if passed != moved:
+                moved = passed
                 deadline = trio.current_time() + patience
             if trio.current_time() > deadline:
                 return True
             await trio.sleep(STALL_LOOK)
         return False
 
-    async def handshake_begun(self) -> bool:
-        """Whether QEMU has come to the recovery handshake itself; under TLS another goes before it."""
-        if not self.unread:
+    async def may_end_handshake(self) -> bool:
+        """Whether QEMU pauses again where the channel is closed now that its handshake stands still."""
+        if abilities(self._migration.vm.version).pauses_again_in_handshake:
             return True
-        before = self.relay.look()
+        if not self.unread:
+            return False
+        # Under TLS another handshake goes before it, and in that one QEMU is paused.
+        before = self.relay.look().passed_bytes
         try:
             word = await self.ask()
         except (QmpError, MonitorLost, trio.TooSlowError):
-            return True
-        now = self.relay.look()
-        moved = now.forward_bytes + now.return_bytes != before.forward_bytes + before.return_bytes
-        return moved or word.status != "postcopy-paused"
+            return False
+        return self.relay.look().passed_bytes == before and word.status == "postcopy-paused"
 
     def count_loss(self) -> float:
         """Notes a loss; how many seconds ago the pump saw it."""
@@ -289,8 +287,8 @@ class Channels:
 
         The pump reads nothing that it cannot pass on.
         """
-        if self._duplicates:
-            with trio.socket.from_stdlib_socket(self._duplicates[0].dup()) as leg:
+        if self.kept.main is not None:
+            with trio.socket.from_stdlib_socket(self.kept.main.dup()) as leg:
                 while await leg.recv(1 << 16):
                     pass
 
@@ -313,20 +311,11 @@ class Channels:
             self._migration.vm.start_soon(self._have_qemu_keep)
 
     async def _have_qemu_keep(self) -> None:
-        ours = tuple(self._duplicates)
-        if not ours or self._kept_by_qemu:
+        if self.kept.main is None or self.kept.by_qemu:
             return
-        names = [await give_back(self._migration.vm.monitor, end) for end in ours]
-        self._names += [name for name in names if name is not None]
-        self._kept_by_qemu = None not in names and tuple(self._duplicates) == ours  # else one has ended
+        await self.kept.give()
         if not self._migration.under_way:
-            await self.have_qemu_let_go()
-
-    async def have_qemu_let_go(self) -> None:
-        """The migration has ended: QEMU need not hold our ends."""
-        names, self._names = self._names, []
-        for name in names:
-            await take_back(self._migration.vm.monitor, name)
+            await self.kept.let_go()
 
     def _tell_foreign(self) -> None:
         """The pump has cut the channel before RESUME: another VM's destination answered (replay.h)."""
@@ -357,7 +346,7 @@ class Channels:
     def _local_ended(self, view: RelayView) -> None:
         phase = self.phase
         self._ended = self.channel
-        self._keep_none()
+        self.kept.drop()
         self._migration.look_soon()
         if phase is not Phase.DONE:
             log.info("%s: QEMU ended the channel in %s (%s)", self._migration.name, phase, view.local_loss(),
@@ -510,8 +499,8 @@ class Channels:
         async with self._ending:
             pid = self._migration.vm.qemu_pid
             try:
-                if self._duplicates and pid is not None:
-                    over = await end_first(self._duplicates[0], pid, self._peer_inode)
+                if self.kept.main is not None and pid is not None:
+                    over = await end_first(self.kept.main, pid, self._peer_inode)
                     self._return_path_over = over and channel == self.channel
             finally:
                 if not self.relay.closed:
@@ -540,38 +529,30 @@ class Channels:
     async def prepare_to_stop(self) -> bool:
         """Has QEMU keep our ends of legs that may not be closed. False where it did not take them.
 
-        It is a descriptor that QEMU never uses: with both ends in its hands it sees no end of file, and waits
-        for whoever comes after us.
+        It then waits for whoever comes after us.
         """
         if self._preempt_thread_wakes():
             await self._preempt_thread_woke(self.channel)
         cost = self.cost_of_stopping()
-        if cost is not None and not cost[0] and self._duplicates:
+        if cost is not None and not cost[0] and self.kept.main is not None:
             await self._have_qemu_keep()
-            return self._kept_by_qemu
+            return self.kept.by_qemu
         return True
 
     def completed(self) -> None:
         """The migration has ended: nothing is outstanding any more, and a leg that has ended is not kept."""
         self.relay.complete()
         if self.relay.look().local is not LegState.OPEN:
-            self._keep_none()
+            self.kept.drop()
 
     def close(self) -> tuple[int, int]:
         """Ends the relay; the bytes that passed it, forward and back."""
         self._scope.cancel()
         self.changed.set()
         view = self.relay.look()
-        self.relay.close(keep_local=self._kept_by_qemu)
-        self._keep_none()
+        self.relay.close(keep_local=self.kept.by_qemu)
+        self.kept.drop()
         return view.forward_bytes, view.return_bytes
-
-    def _keep_none(self) -> None:
-        """Lets go of the duplicates of our ends of local legs, which QEMU is given when we must stop."""
-        for duplicate in self._duplicates:
-            duplicate.close()
-        self._duplicates.clear()
-        self._kept_by_qemu = False
 
 
 def _age(monotonic_ns: int) -> float:

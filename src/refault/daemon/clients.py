@@ -11,7 +11,7 @@ from collections.abc import Callable, Sequence
 import trio
 
 from refault.daemon.address import Address
-from refault.daemon.dial import dial, prepare, why
+from refault.daemon.dial import BACKOFF, CONNECT_TIMEOUT, dial, prepare, why
 from refault.daemon.listener import Bound
 from refault.daemon.wire import Wire
 from refault.qmp.multiplexer import Multiplexer
@@ -24,11 +24,9 @@ _READ_MORE = 64 << 10
 """Bytes to read from a client at a time, and while it is in the midst of a longer message."""
 _ONE_FD = socket.CMSG_LEN(4)
 """Room for one descriptor: the kernel closes the others, as QEMU would."""
-_CONNECT_TIMEOUT = 10.0
 _CLOSE_TIMEOUT = 5.0
 _FINISH_TIMEOUT = 0.3
 _HANG_UP_CHECK = 1.0
-_BACKOFF = (0.05, 1.0)
 
 
 class Clients:
@@ -129,11 +127,11 @@ class Clients:
             self._nursery.start_soon(self._serve, prepare(sock))
 
     async def _dial_manager(self, address: Address) -> None:
-        delay, most = _BACKOFF
+        delay, most = BACKOFF
         complained = False
         while True:
             try:
-                sock = await dial(address, _CONNECT_TIMEOUT)
+                sock = await dial(address, CONNECT_TIMEOUT)
             except (OSError, trio.TooSlowError) as error:
                 if not complained:
                     log.warning("%s: no manager at %s yet: %s", self._name, address, why(error))
@@ -141,7 +139,7 @@ class Clients:
                 await trio.sleep(delay)
                 delay = min(2 * delay, most)
                 continue
-            delay, complained = _BACKOFF[0], False
+            delay, complained = BACKOFF[0], False
             await self._serve(sock)
             await trio.sleep(delay)
 

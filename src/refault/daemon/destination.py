@@ -13,15 +13,17 @@ from refault.daemon import far, ping
 from refault.daemon.attempts import NotPausedYet
 from refault.daemon.channels import AttemptFailed, Channels
 from refault.daemon.destination_lanes import Gathering, QemuListens
-from refault.daemon.far import FarListener, Kind, WaitingRoom
+from refault.daemon.far import FarListener
+from refault.daemon.far_socket import alive, peek, watch_over
 from refault.daemon.local import Deposits, LocalLeg, give_back, hand_over, reach
 from refault.daemon.migration import Migration, inet_of, is_error
 from refault.daemon.monitor import Answer, Forward, MonitorLost, QmpError, WatchedCommand
 from refault.daemon.vm_state import words
+from refault.daemon.waiting_room import WaitingRoom
 from refault.migration.endpoint import Endpoint, Inet, endpoint_of, with_uri
+from refault.migration.messages import Kind, classify
 from refault.migration.phase import Role
 from refault.migration.recovery import Event, State
-from refault.migration.versions import abilities
 
 log = logging.getLogger("refault.migration")
 
@@ -266,13 +268,13 @@ class Destination:
         One that is told nothing in the end has not been resumed, and asks again.
         """
         with trio.move_on_after(far.FIRST_BYTES_TIMEOUT):
-            while self._open is None and far.alive(connection):
+            while self._open is None and alive(connection):
                 with trio.move_on_after(0.5):  # the peer may go while we wait for our own QEMU
                     await self._wanted.wait()
         if self._open is None or not await ping.answer(connection):
             return False
         with trio.move_on_after(far.FIRST_BYTES_TIMEOUT):
-            return far.classify(await far.peek(connection)) is Kind.RESUMED
+            return classify(await peek(connection)) is Kind.RESUMED
         return False
 
     async def _begin(self, connection: trio.socket.SocketType) -> None:
@@ -317,13 +319,13 @@ class Destination:
         The last to come is the first to be taken: its peer had most reason to come.
         """
         migration = self._migration
-        far.watch_over(connection)
+        watch_over(connection)
         self._line.append(connection)
         came = trio.current_time()
         lives_after = migration.vm.patience.dead_after + LIVES_AFTER
         arrived_before: int | None = None
         try:
-            while far.alive(connection):
+            while alive(connection):
                 if self._open is not None and self._line[-1] is connection and migration.channels is not None:
                     door, self._open = self._open, None
                     try:
@@ -377,8 +379,7 @@ class Destination:
         channel = channels.channel
         if not await channels.handshake_stalls(STALL_TIMEOUT) or channels.channel != channel:
             return
-        again = abilities(migration.vm.version).pauses_again_in_handshake
-        if again or not await channels.handshake_begun():
+        if await channels.may_end_handshake():
             log.warning("%s: no end of the recovery handshake in %g s", migration.name, STALL_TIMEOUT)
             channels.abandon(channel)
             migration.feed(Event.CHANNEL_LOST)

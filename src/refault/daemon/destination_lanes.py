@@ -14,11 +14,11 @@ from typing import TYPE_CHECKING
 
 import trio
 
-from refault.daemon import far
 from refault.daemon.channels import Channels
-from refault.daemon.far import WaitingRoom
+from refault.daemon.far_socket import alive, detached
 from refault.daemon.local import LocalLeg
 from refault.daemon.local_unix import peer_inode
+from refault.daemon.waiting_room import WaitingRoom
 from refault.migration.versions import abilities
 
 if TYPE_CHECKING:
@@ -56,7 +56,7 @@ class Gathering:
         """A multifd channel has come: it waits until it is taken, or goes away."""
         taken = self._multifd[connection] = trio.Event()
         try:
-            while not taken.is_set() and far.alive(connection):
+            while not taken.is_set() and alive(connection):
                 with trio.move_on_after(_LOOK):
                     await taken.wait()
         finally:
@@ -98,7 +98,7 @@ class Gathering:
         lanes = self._migration.lanes
         deadline = trio.current_time() + ALL_WITHIN
         while len(others) < lanes.count:
-            if not far.alive(main) or trio.current_time() > deadline:
+            if not alive(main) or trio.current_time() > deadline:
                 log.warning(
                     "%s: closed a channel from %s: of its %d further connections %d came",
                     self._migration.name, peer, lanes.count, len(others),
@@ -117,13 +117,13 @@ class Gathering:
         found = [
             connection
             for connection, taken in self._multifd.items()
-            if not taken.is_set() and far.alive(connection) and connection.getpeername()[0] == peer
+            if not taken.is_set() and alive(connection) and connection.getpeername()[0] == peer
         ][-self._migration.lanes.multifd :]
         if len(found) < self._migration.lanes.multifd:
             return []
         for connection in found:
             self._multifd[connection].set()
-        return [far.detached(connection) for connection in found]
+        return [detached(connection) for connection in found]
 
     async def _take_preempt(self, number: int, peer: str) -> list[trio.socket.SocketType]:
         arrival = self._room.silent_after(number, peer)

@@ -10,6 +10,10 @@ import trio
 
 from refault.daemon.address import Address
 
+CONNECT_TIMEOUT = 10.0
+"""For QEMU's monitor, and for a manager that we dial."""
+BACKOFF = (0.05, 1.0)
+"""The first and the longest pause between two tries."""
 _RETRY = 0.02
 
 

@@ -1,63 +1,27 @@
-"""The far leg at the destination: the addresses of one VM's migration, and who comes there; the source's is
+"""The far leg at the destination: the addresses of one VM's migration, and what comes there; the source's is
 far_dial.py."""
 
 from __future__ import annotations
 
-import enum
 import logging
 import socket
-import struct
-from collections.abc import Awaitable, Callable, Collection, Iterator
-from contextlib import contextmanager
-from dataclasses import dataclass, field
+from collections.abc import Awaitable, Callable, Collection
 
 import trio
 
+from refault.daemon.far_socket import alive, detached, peek
+from refault.daemon.waiting_room import WaitingRoom
 from refault.migration.endpoint import Inet
+from refault.migration.messages import Kind, classify, recv_bitmaps
 
 log = logging.getLogger("refault.far")
 
-FIRST_BYTES = 4
 FIRST_BYTES_TIMEOUT = 30.0
 BACKLOG = 128
 LONGEST_REQUEST = 6 + 255
-_RECV_BITMAP = struct.pack(">BH", 8, 10)
-_TCP_ESTABLISHED = 1
-
-
-class Kind(enum.Enum):
-    """What the first bytes of a far connection say it is."""
-
-    FRESH = "the beginning of a migration"
-    RESUMED = "a recovered channel"
-    ENCRYPTED = "a TLS handshake"
-    PING = "the question whether a recovered channel would be answered"
-    MULTIFD = "a multifd channel"
-    FOREIGN = "no migration stream"
 
 
 Offer = Callable[[trio.socket.SocketType, Kind], Awaitable[None]]
-
-
-def classify(first: bytes) -> Kind:
-    """Reads the first 4 bytes: QEMU_VM_FILE_MAGIC, the command section that opens a recovered channel, the
-    PING that a refault sends before it (ping.py), or a TLS record with a handshake in it (RFC 8446, 5.1).
-
-    migration/savevm.c: qemu_savevm_state_header; migration/multifd.c: MULTIFD_MAGIC, which a multifd channel
-    begins with; and savevm.c, qemu_savevm_send_recv_bitmap, which is what
-    ram_resume_prepare (migration/ram.c) begins a recovery with.
-    """
-    if first == b"QEVM":
-        return Kind.FRESH
-    if first[:3] == _RECV_BITMAP and first[3:] == b"\0":  # a name has at most 255 bytes
-        return Kind.RESUMED
-    if first[:2] == b"\x16\x03":
-        return Kind.ENCRYPTED
-    if first == struct.pack(">BHB", 8, 2, 0):
-        return Kind.PING
-    if first == b"\x11\x22\x33\x44":
-        return Kind.MULTIFD
-    return Kind.FOREIGN
 
 
 async def asks_for(connection: trio.socket.SocketType, blocks: Collection[bytes]) -> bool:
@@ -76,123 +40,6 @@ async def asks_for(connection: trio.socket.SocketType, blocks: Collection[bytes]
             return False
         await trio.sleep(0.001)
     return False
-
-
-def recv_bitmaps(begun: bytes) -> tuple[list[bytes], bool]:
-    """The RAM blocks that the beginning of a recovered channel asks for, and whether something else follows.
-
-    migration/savevm.c, qemu_savevm_send_recv_bitmap: section type, command and length, then the counted name.
-    """
-    names: list[bytes] = []
-    while len(begun) > 5 and len(begun) >= 6 + begun[5]:
-        if not begun.startswith(_RECV_BITMAP):
-            return names, True
-        names.append(begun[6 : 6 + begun[5]])
-        begun = begun[6 + begun[5] :]
-    return names, not begun.startswith(_RECV_BITMAP[: len(begun)])
-
-
-def alive(connection: trio.socket.SocketType) -> bool:
-    """Whether the peer has not closed its end (TCP_INFO's first byte is the state)."""
-    info = connection.getsockopt(socket.IPPROTO_TCP, socket.TCP_INFO, 1)
-    return isinstance(info, bytes) and info[0] == _TCP_ESTABLISHED
-
-
-def watch_over(connection: trio.socket.SocketType) -> None:
-    """Has the kernel ask the peer every second, so that one that went silently is not `alive` for long."""
-    for option in (socket.TCP_KEEPIDLE, socket.TCP_KEEPINTVL):
-        connection.setsockopt(socket.IPPROTO_TCP, option, 1)
-    connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_KEEPCNT, 3)
-    connection.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
-
-
-def detached(connection: trio.socket.SocketType) -> trio.socket.SocketType:
-    """The same connection as another object: whoever had the first can close nothing any more."""
-    return trio.socket.from_stdlib_socket(socket.socket(fileno=connection.detach()))
-
-
-@dataclass(eq=False)
-class _Arrival:
-    connection: trio.socket.SocketType
-    peer: str
-    number: int
-    silent: trio.CancelScope | None = field(default_factory=trio.CancelScope)
-    """What ends the wait for its first bytes; None once they are there."""
-    taken: trio.Event | None = None
-    """Whether somebody takes it; set when its waiting has ended."""
-    handed: trio.socket.SocketType | None = None
-    """The connection, out of the listener's hands."""
-
-
-class WaitingRoom:
-    """The connections at all addresses of one migration, numbered as they came.
-
-    A preempt channel has no first bytes: who said nothing yet may be one.
-    """
-
-    def __init__(self) -> None:
-        self._arrivals: list[_Arrival] = []
-        self._patience: list[tuple[int, str]] = []
-        self._count = 0
-        self.changed = trio.Event()
-        """Set when one more has come, and replaced."""
-
-    def enter(self, connection: trio.socket.SocketType) -> _Arrival:
-        """One has come."""
-        self._count += 1
-        arrival = _Arrival(connection, connection.getpeername()[0], self._count)
-        self._arrivals.append(arrival)
-        self.changed.set()
-        self.changed = trio.Event()
-        return arrival
-
-    def leave(self, arrival: _Arrival) -> None:
-        """It has been dealt with."""
-        self._arrivals.remove(arrival)
-
-    def number_of(self, connection: trio.socket.SocketType) -> tuple[int, str]:
-        """When it came, and from where."""
-        found = next(arrival for arrival in self._arrivals if arrival.connection is connection)
-        return found.number, found.peer
-
-    @contextmanager
-    def patient(self, number: int, peer: str) -> Iterator[None]:
-        """What comes from that host after `number` may be silent for as long as it likes."""
-        self._patience.append((number, peer))
-        try:
-            yield
-        finally:
-            self._patience.remove((number, peer))
-
-    def may_stay(self, arrival: _Arrival) -> bool:
-        """Whether it may go on saying nothing."""
-        return any(arrival.number > number and arrival.peer == peer for number, peer in self._patience)
-
-    def silent_after(self, number: int, peer: str) -> _Arrival | None:
-        """The newest connection of that host that came after `number`, has said nothing, and lives."""
-        for arrival in reversed(self._arrivals):
-            if (
-                arrival.number > number
-                and arrival.peer == peer
-                and arrival.silent is not None
-                and arrival.taken is None
-                and alive(arrival.connection)
-            ):
-                return arrival
-        return None
-
-    async def take(self, arrival: _Arrival) -> trio.socket.SocketType:
-        """Takes a silent connection out of the wait for its first bytes; it is the caller's then.
-
-        Raises OSError where the address was given up meanwhile.
-        """
-        arrival.taken = trio.Event()
-        if arrival.silent is not None:
-            arrival.silent.cancel()
-        await arrival.taken.wait()
-        if arrival.handed is None:
-            raise OSError("the address was given up")
-        return arrival.handed
 
 
 class FarListener:
@@ -302,15 +149,3 @@ def _why(first: bytes) -> str:
     return (
         "it closed before it said anything" if not first else f"it begins with {first!r}, no migration stream"
     )
-
-
-async def peek(connection: trio.socket.SocketType) -> bytes:
-    """The first 4 bytes, not consumed; fewer where the peer goes away before."""
-    while True:
-        try:
-            first = await connection.recv(FIRST_BYTES, socket.MSG_PEEK)
-        except OSError:
-            return b""
-        if len(first) in (0, FIRST_BYTES) or not alive(connection):
-            return first
-        await trio.sleep(0.001)  # the rest of four bytes is on its way

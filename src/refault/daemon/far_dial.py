@@ -13,14 +13,13 @@ from typing import Any
 
 import trio
 
-from refault.daemon.far import alive
+from refault.daemon.far_socket import alive
 from refault.migration.endpoint import Inet
 
 FIRST_PATIENCE = 0.25
 """Seconds until the next address is dialled, if there is one; twice as long in each round."""
 LONGEST_PATIENCE = 1.0
 """A SYN is sent again after a second (RFC 6298), and dialling anew does no less."""
-_TCP_ESTABLISHED = 1
 _SO_ATTACH_FILTER = 26
 _SO_DETACH_FILTER = 27
 
@@ -106,7 +105,7 @@ def _withdrawn(sock: socket.socket) -> bool:
     nothing = ctypes.create_string_buffer(struct.pack("HBBI", 0x06, 0, 0, 0))  # BPF_RET, 0 bytes
     program = struct.pack("HL", 1, ctypes.addressof(nothing))
     sock.setsockopt(socket.SOL_SOCKET, _SO_ATTACH_FILTER, program)
-    if sock.getsockopt(socket.IPPROTO_TCP, socket.TCP_INFO, 1)[0] != _TCP_ESTABLISHED:
+    if not alive(sock):
         return True
     sock.setsockopt(socket.SOL_SOCKET, _SO_DETACH_FILTER, 0)
     return False

@@ -10,19 +10,11 @@ answers.
 from __future__ import annotations
 
 import socket
-import struct
 
 import trio
 
-from refault.daemon.far import alive, watch_over
-
-_VALUE = 0x72664C54
-"""No value of QEMU's own, which are 1 to 4."""
-PING = struct.pack(">BHHI", 8, 2, 4, _VALUE)
-PONG = struct.pack(">HHI", 2, 4, _VALUE)
-_REQUESTS = (struct.pack(">H", 3), struct.pack(">H", 4))
-"""How REQ_PAGES_ID and REQ_PAGES begin. A bare QEMU may ask for a page before it has come to the PING; then
-its PONG goes to the source, which before 8.2 but traces it."""
+from refault.daemon.far_socket import alive, watch_over
+from refault.migration.messages import PING, PONG, REQUESTS
 
 
 async def ask(connection: trio.socket.SocketType, dead_after: float) -> None:
@@ -35,7 +27,8 @@ async def ask(connection: trio.socket.SocketType, dead_after: float) -> None:
 
 
 async def answered(connection: trio.socket.SocketType) -> None:
-    """Waits, for ever, for the answer, and consumes it.
+    """Waits, for ever, for the answer, and consumes it. A bare QEMU may ask for a page before it has come to
+    the PING; then its PONG goes to the source, which before 8.2 but traces it.
 
     Raises OSError where the connection ends before, or what comes is no answer.
     """
@@ -44,7 +37,7 @@ async def answered(connection: trio.socket.SocketType) -> None:
         if first == PONG:
             await connection.recv(len(PONG))
             break
-        if first.startswith(_REQUESTS):
+        if first.startswith(REQUESTS):
             break
         if not PONG.startswith(first):
             raise OSError(f"whoever accepted there is no destination: it says {first!r}")

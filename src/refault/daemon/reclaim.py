@@ -21,7 +21,6 @@ from __future__ import annotations
 
 import logging
 import re
-import struct
 from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING
 
@@ -31,6 +30,15 @@ from refault.daemon.channels import AttemptFailed
 from refault.daemon.local import Executes, hand_over, take_back
 from refault.daemon.monitor import MonitorLost, QmpError
 from refault.daemon.vm_state import QUERY_TIMEOUT, words
+from refault.migration.messages import (
+    COMMAND_HEAD,
+    RECV_BITMAP,
+    RESUME,
+    RESUME_ACK,
+    SECTION_COMMAND,
+    SHUT_ERROR,
+    all_received,
+)
 from refault.migration.phase import Role
 from refault.migration.recovery import Event
 from refault.migration.versions import abilities
@@ -50,16 +58,9 @@ _WRITING = ("active", "device")
 TARGET_PAGE = 4096
 """Bytes that one bit stands for, on all that KVM runs on."""
 
-_COMMAND = struct.Struct(">BHH")
-_SECTION_COMMAND = 8
-_RECV_BITMAP = 10
-_RESUME = 9
-_END_MARK = 0x0123456789ABCDEF
 _LAST = re.compile(rb"\0{7}\x10\x7e.{4}\0\Z", re.DOTALL)
 """The end of a section `ram`, its footer, QEMU_VM_EOF; another section would not begin with 0."""
 _LAST_BYTES = 14
-_RESUME_ACK = struct.pack(">HHI", 6, 4, 1)
-_SHUT_ERROR = struct.pack(">HHI", 1, 4, 1)
 
 
 async def reclaim(migration: Migration) -> None:
@@ -155,36 +156,25 @@ async def fail_as_destination(stream: trio.SocketStream, sizes: Mapping[bytes, i
     Raises AttemptFailed where it is not one.
     """
     command = None
-    while command != _RESUME:
-        section, command, length = _COMMAND.unpack(await _exactly(stream, _COMMAND.size))
+    while command != RESUME:
+        section, command, length = COMMAND_HEAD.unpack(await _exactly(stream, COMMAND_HEAD.size))
         payload = await _exactly(stream, length)
-        if section != _SECTION_COMMAND or command not in (_RECV_BITMAP, _RESUME):
+        if section != SECTION_COMMAND or command not in (RECV_BITMAP, RESUME):
             raise AttemptFailed(f"QEMU began its recovery with section {section}, command {command}")
-        if command == _RECV_BITMAP:
+        if command == RECV_BITMAP:
             if payload[1:] not in sizes:
                 raise AttemptFailed(f"QEMU asks for a RAM block that is not known: {payload[1:]!r}")
             await stream.send_all(all_received(payload[1:], sizes[payload[1:]] // TARGET_PAGE))
-    await stream.send_all(_RESUME_ACK)
+    await stream.send_all(RESUME_ACK)
     end = b""
     while not _LAST.search(end):  # an error that comes sooner makes it pause once more
         more = await stream.receive_some(1 << 16)
         if not more:
             raise AttemptFailed("QEMU ended its recovery")
         end = (end + more)[-_LAST_BYTES:]
-    await stream.send_all(_SHUT_ERROR)
+    await stream.send_all(SHUT_ERROR)
     while await stream.receive_some(1 << 16):
         pass
-
-
-def all_received(block: bytes, pages: int) -> bytes:
-    """A received bitmap with every page in it (migration/ram.c, ramblock_recv_bitmap_send)."""
-    size = (pages + 63) // 64 * 8
-    bits = ((1 << pages) - 1).to_bytes(size, "little")
-    name = bytes([len(block)]) + block
-    return (
-        struct.pack(">HH", 5, len(name)) + name + struct.pack(">Q", size)
-        + bits + struct.pack(">Q", _END_MARK)
-    )  # fmt: skip
 
 
 async def _exactly(stream: trio.SocketStream, count: int) -> bytes:

@@ -301,7 +301,9 @@ class Source:
             self._not_taken(channels, channel)
             raise
         except trio.TooSlowError:
-            if channels.unread:  # it waits in the TLS handshake, and answers nobody before that has an end
+            if (
+                vm.encrypted and channels.unread
+            ):  # it waits in the TLS handshake, and answers nobody till its end
                 channels.abandon(channel)
             raise
         if self._opening is not None:
@@ -357,7 +359,8 @@ class Source:
         began = trio.current_time()
         while migration.policy.state is State.OPEN:
             await trio.sleep(0.05)
-            dials = self._dials(trio.current_time() - began)
+            # In a thread: the kernel may take 20 ms for its table of connections.
+            dials = await trio.to_thread.run_sync(self._dials, trio.current_time() - began)
             if (await migration.vm.query("query-migrate")).get("status") == "postcopy-paused" and not dials:
                 raise AttemptFailed("QEMU could not connect, or lost the connection again")
 
@@ -375,8 +378,7 @@ class Source:
 
     async def _out_of_time(self, channels: Channels) -> None:
         migration = self._migration
-        again = abilities(migration.vm.version).pauses_again_in_handshake
-        if again or not await channels.handshake_begun():
+        if await channels.may_end_handshake():
             channels.abandon(channels.channel)
             raise AttemptFailed(
                 f"no end of the recovery handshake in {HANDSHAKE_TIMEOUT:g} s ({HANDSHAKE_ADVICE})"
@@ -399,7 +401,7 @@ class Source:
     async def clean_up(self) -> None:
         """Takes back from QEMU what it held for the migration's last moments."""
         if self._migration.channels is not None:
-            await self._migration.channels.have_qemu_let_go()
+            await self._migration.channels.kept.let_go()
         if self._opening is not None:
             self._opening.cancel()
             self._migration.vm.sockets.remove()

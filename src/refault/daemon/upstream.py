@@ -11,7 +11,7 @@ from collections.abc import Awaitable, Callable
 import trio
 
 from refault.daemon.address import Address
-from refault.daemon.dial import Peer, dial, peer_of, prepare, why
+from refault.daemon.dial import BACKOFF, CONNECT_TIMEOUT, Peer, dial, peer_of, prepare, why
 from refault.daemon.listener import Bound
 from refault.daemon.wire import Wire
 from refault.qmp.multiplexer import Multiplexer, NotQmpError
@@ -19,9 +19,7 @@ from refault.qmp.multiplexer import Multiplexer, NotQmpError
 log = logging.getLogger("refault.qmp")
 
 _READ = 64 << 10
-_CONNECT_TIMEOUT = 10.0
 _GREETING_TIMEOUT = 10.0
-_BACKOFF = (0.05, 1.0)
 
 
 class Upstream:
@@ -51,12 +49,12 @@ class Upstream:
 
     async def run(self, listener: Bound | None) -> None:
         """Connects, again and again, until cancelled; `listener` is where QEMU dials us, if it does."""
-        delay, most = _BACKOFF
+        delay, most = BACKOFF
         while True:
             try:
                 sock = await self._reach(listener)
                 await self._converse(sock)
-                delay = _BACKOFF[0]
+                delay = BACKOFF[0]
             except NotQmpError as error:
                 self._complain(f"what answers at {self._address} is no QMP monitor: {error}")
                 delay = most
@@ -113,7 +111,7 @@ class Upstream:
 
     async def _reach(self, listener: Bound | None) -> socket.socket:
         if listener is None:
-            return await dial(self._address, _CONNECT_TIMEOUT)
+            return await dial(self._address, CONNECT_TIMEOUT)
         while True:
             await trio.lowlevel.wait_readable(listener.sock)
             with contextlib.suppress(BlockingIOError):

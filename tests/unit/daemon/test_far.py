@@ -8,9 +8,12 @@ import pytest
 import trio
 
 from refault.daemon import far
-from refault.daemon.far import FarListener, Kind, WaitingRoom, classify
+from refault.daemon.far import FarListener
 from refault.daemon.far_dial import connect
+from refault.daemon.far_socket import alive
+from refault.daemon.waiting_room import WaitingRoom
 from refault.migration.endpoint import Inet
+from refault.migration.messages import Kind, classify
 
 ANY_PORT = Inet("127.0.0.1", 0)
 RECOVERED = struct.pack(">BHH", 8, 10, 7) + b"\x06pc.ram"
@@ -186,7 +189,7 @@ async def test_a_peer_that_left_is_seen_though_its_bytes_are_there(nursery: trio
     done = trio.Event()
 
     async def offer(connection: trio.socket.SocketType, kind: Kind) -> None:
-        while far.alive(connection):
+        while alive(connection):
             await trio.sleep(0.001)
         seen.append(True)
         done.set()

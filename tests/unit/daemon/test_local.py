@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 from refault.daemon.local import Deposits
 
 
@@ -14,15 +16,9 @@ class Qemu:
         self.ours: list[int] = []
 
     async def execute(
-        self,
-        command: str,
-        arguments: dict[str, object] | None = None,
-        *,
-        oob: bool = False,
-        fd: int | None = None,
-        timeout: float,  # noqa: ASYNC109
+        self, command: str, arguments: Any = None, *, fd: int | None = None, **_: Any
     ) -> object:
-        name = (arguments or {})["fdname"]
+        name = arguments["fdname"]
         if command == "closefd":
             self.known.remove(name)
             return {}

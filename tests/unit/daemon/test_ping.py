@@ -11,8 +11,7 @@ import pytest
 import trio
 
 from refault.daemon import ping
-from refault.daemon.far import Kind, classify
-from refault.daemon.ping import PING, PONG
+from refault.migration.messages import PING, PONG, Kind, classify
 
 SILENCE = 5.0
 REQUEST = struct.pack(">HHQIB", 3, 13 + 3, 4096, 4096, 3) + b"ram"

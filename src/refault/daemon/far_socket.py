@@ -1,0 +1,41 @@
+"""A far connection as the kernel knows it: whether its peer is there, and what it has said so far."""
+
+from __future__ import annotations
+
+import socket
+
+import trio
+
+FIRST_BYTES = 4
+_TCP_ESTABLISHED = 1
+
+
+def alive(connection: socket.socket | trio.socket.SocketType) -> bool:
+    """Whether the peer has not closed its end (TCP_INFO's first byte is the state)."""
+    info = connection.getsockopt(socket.IPPROTO_TCP, socket.TCP_INFO, 1)
+    return isinstance(info, bytes) and info[0] == _TCP_ESTABLISHED
+
+
+def watch_over(connection: trio.socket.SocketType) -> None:
+    """Has the kernel ask the peer every second, so that one that went silently is not `alive` for long."""
+    for option in (socket.TCP_KEEPIDLE, socket.TCP_KEEPINTVL):
+        connection.setsockopt(socket.IPPROTO_TCP, option, 1)
+    connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_KEEPCNT, 3)
+    connection.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
+
+
+def detached(connection: trio.socket.SocketType) -> trio.socket.SocketType:
+    """The same connection as another object: whoever had the first can close nothing any more."""
+    return trio.socket.from_stdlib_socket(socket.socket(fileno=connection.detach()))
+
+
+async def peek(connection: trio.socket.SocketType) -> bytes:
+    """The first 4 bytes, not consumed; fewer where the peer goes away before."""
+    while True:
+        try:
+            first = await connection.recv(FIRST_BYTES, socket.MSG_PEEK)
+        except OSError:
+            return b""
+        if len(first) in (0, FIRST_BYTES) or not alive(connection):
+            return first
+        await trio.sleep(0.001)  # the rest of four bytes is on its way

@@ -1,0 +1,49 @@
+"""Our ends of the local legs of a channel, as QEMU may have to hold them: with both ends of a pair in its
+hands it sees no end of file, though refault ends or is killed."""
+
+from __future__ import annotations
+
+import socket
+
+from refault.daemon.local import Executes, give_back, take_back
+
+
+class KeptEnds:
+    """Duplicates of our ends of one channel at a time, the main connection's first."""
+
+    def __init__(self, monitor: Executes) -> None:
+        self.by_qemu = False
+        """Whether QEMU holds all of them."""
+        self._monitor = monitor
+        self._ends: list[socket.socket] = []
+        self._names: list[str] = []
+        """By which QEMU knows those that it holds, of earlier channels too."""
+
+    def add(self, end: socket.socket) -> None:
+        """Keeps a duplicate of one more."""
+        self._ends.append(end.dup())
+
+    @property
+    def main(self) -> socket.socket | None:
+        """The main connection's; None where no channel is kept."""
+        return self._ends[0] if self._ends else None
+
+    def drop(self) -> None:
+        """The channel is over."""
+        for end in self._ends:
+            end.close()
+        self._ends.clear()
+        self.by_qemu = False
+
+    async def give(self) -> None:
+        """Has QEMU hold them, as descriptors that it never uses."""
+        ours = tuple(self._ends)
+        names = [await give_back(self._monitor, end) for end in ours]
+        self._names += [name for name in names if name is not None]
+        self.by_qemu = None not in names and tuple(self._ends) == ours  # else one has ended
+
+    async def let_go(self) -> None:
+        """The migration has ended: QEMU need not hold them."""
+        names, self._names = self._names, []
+        for name in names:
+            await take_back(self._monitor, name)

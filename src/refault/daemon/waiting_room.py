@@ -1,0 +1,97 @@
+"""Who has come to the addresses of one migration, and in what order."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+
+import trio
+
+from refault.daemon.far_socket import alive
+
+
+@dataclass(eq=False)
+class Arrival:
+    """A connection, from when it came until it has been dealt with."""
+
+    connection: trio.socket.SocketType
+    peer: str
+    number: int
+    silent: trio.CancelScope | None = field(default_factory=trio.CancelScope)
+    """What ends the wait for its first bytes; None once they are there."""
+    taken: trio.Event | None = None
+    """Whether somebody takes it; set when its waiting has ended."""
+    handed: trio.socket.SocketType | None = None
+    """The connection, out of the listener's hands."""
+
+
+class WaitingRoom:
+    """The connections at all addresses of one migration, numbered as they came.
+
+    A preempt channel has no first bytes: who said nothing yet may be one.
+    """
+
+    def __init__(self) -> None:
+        self._arrivals: list[Arrival] = []
+        self._patience: list[tuple[int, str]] = []
+        self._count = 0
+        self.changed = trio.Event()
+        """Set when one more has come, and replaced."""
+
+    def enter(self, connection: trio.socket.SocketType) -> Arrival:
+        """One has come."""
+        self._count += 1
+        arrival = Arrival(connection, connection.getpeername()[0], self._count)
+        self._arrivals.append(arrival)
+        self.changed.set()
+        self.changed = trio.Event()
+        return arrival
+
+    def leave(self, arrival: Arrival) -> None:
+        """It has been dealt with."""
+        self._arrivals.remove(arrival)
+
+    def number_of(self, connection: trio.socket.SocketType) -> tuple[int, str]:
+        """When it came, and from where."""
+        found = next(arrival for arrival in self._arrivals if arrival.connection is connection)
+        return found.number, found.peer
+
+    @contextmanager
+    def patient(self, number: int, peer: str) -> Iterator[None]:
+        """What comes from that host after `number` may be silent for as long as it likes."""
+        self._patience.append((number, peer))
+        try:
+            yield
+        finally:
+            self._patience.remove((number, peer))
+
+    def may_stay(self, arrival: Arrival) -> bool:
+        """Whether it may go on saying nothing."""
+        return any(arrival.number > number and arrival.peer == peer for number, peer in self._patience)
+
+    def silent_after(self, number: int, peer: str) -> Arrival | None:
+        """The newest connection of that host that came after `number`, has said nothing, and lives."""
+        for arrival in reversed(self._arrivals):
+            if (
+                arrival.number > number
+                and arrival.peer == peer
+                and arrival.silent is not None
+                and arrival.taken is None
+                and alive(arrival.connection)
+            ):
+                return arrival
+        return None
+
+    async def take(self, arrival: Arrival) -> trio.socket.SocketType:
+        """Takes a silent connection out of the wait for its first bytes; it is the caller's then.
+
+        Raises OSError where the address was given up meanwhile.
+        """
+        arrival.taken = trio.Event()
+        if arrival.silent is not None:
+            arrival.silent.cancel()
+        await arrival.taken.wait()
+        if arrival.handed is None:
+            raise OSError("the address was given up")
+        return arrival.handed
