@@ -36,6 +36,14 @@ static struct rf_leg *forward_to(struct rf_lane *lane) {
     return lane->source_side ? &lane->far : &lane->local;
 }
 
+static const struct rf_pipe *inward(const struct rf_lane *lane) {
+    return lane->source_side ? &lane->backward : &lane->forward;
+}
+
+static const struct rf_pipe *outward(const struct rf_lane *lane) {
+    return lane->source_side ? &lane->forward : &lane->backward;
+}
+
 void rf_lane_want(const struct rf_lane *lane, struct pollfd *polls) {
     const struct rf_leg *from = lane->source_side ? &lane->local : &lane->far;
     const struct rf_leg *to = lane->source_side ? &lane->far : &lane->local;
@@ -45,6 +53,9 @@ void rf_lane_want(const struct rf_lane *lane, struct pollfd *polls) {
     polls[RF_LANE_LOCAL] = polls[RF_LANE_FAR] = (struct pollfd){.fd = -1};
     rf_pipe_want(&lane->forward, from, to, from_poll, to_poll);
     rf_pipe_want(&lane->backward, to, from, to_poll, from_poll);
+    if (lane->far.state != RF_LEG_OPEN && lane->local.state == RF_LEG_OPEN) {
+        rf_leg_want(&lane->local, 0, &polls[RF_LANE_LOCAL]); /* not read, but its end must show */
+    }
 }
 
 uint64_t rf_lane_move(struct rf_lane *lane, const struct pollfd *polls, struct rf_tracker *tracker,
@@ -74,15 +85,10 @@ uint64_t rf_lane_move(struct rf_lane *lane, const struct pollfd *polls, struct r
             (void)rf_pipe_write(&lane->backward, from);
         }
     }
+    if (lane->far.state != RF_LEG_OPEN && !rf_pipe_pending(inward(lane))) {
+        (void)rf_leg_hung_up(&lane->local, rf_leg_events(&lane->local, &polls[RF_LANE_LOCAL]));
+    }
     return passed;
-}
-
-static const struct rf_pipe *inward(const struct rf_lane *lane) {
-    return lane->source_side ? &lane->backward : &lane->forward;
-}
-
-static const struct rf_pipe *outward(const struct rf_lane *lane) {
-    return lane->source_side ? &lane->forward : &lane->backward;
 }
 
 void rf_lane_pass_end(struct rf_lane *lane) {

@@ -26,6 +26,9 @@ pytestmark = [pytest.mark.qemu, pytest.mark.timeout(90)]
 SETTLES = 0.5
 """Seconds after which a QEMU that saw the end of a descriptor it listens on is surely gone."""
 
+THREADS_END = 15
+"""Seconds after which trio has ended the thread of a call (to_thread) that nothing else needed, and more."""
+
 # The destination's first migrate-recover does not come to its orderly end.
 INTERRUPTED = """
 import sys, trio
@@ -262,8 +265,23 @@ async def test_a_bare_destination_answers_a_source_that_asks(tmp_path: Path) -> 
         await all_ends_well(pair, driver)
 
 
-def count(driver: RefaultDriver, what: str) -> list[int]:
-    return [len(list(Path(f"/proc/{process.pid}/{what}").iterdir())) for process in driver.processes]
+def held(driver: RefaultDriver) -> dict[str, list[str]]:
+    """What each refault holds, by role and kind."""
+    return {
+        f"{role} {kind}": [
+            name for entry in Path(f"/proc/{process.pid}/{kind}").iterdir() if (name := what(entry))
+        ]
+        for role, process in zip(("source", "destination"), driver.processes, strict=True)
+        for kind in ("fd", "task")
+    }
+
+
+def what(entry: Path) -> str | None:
+    """A descriptor, or a thread, as /proc names it; None where it has gone meanwhile."""
+    try:
+        return str(entry.readlink()) if entry.is_symlink() else (entry / "comm").read_text()
+    except OSError:
+        return None
 
 
 def socket_directories(directory: Path) -> list[Path]:
@@ -276,7 +294,7 @@ async def test_migrations_in_a_row_leave_nothing_behind(tmp_path: Path, further:
     capabilities = (*bare.CAPABILITIES, *further)
     async with fronted(tmp_path) as (pair, channel, driver), contextlib.AsyncExitStack() as stack:
         destination, client = pair.destination, driver.destination
-        first: dict[str, list[int]] = {}
+        first: dict[str, list[str]] = {}
         for _ in range(3):
             await bare.set_capabilities(driver.source, *capabilities)
             await bare.set_capabilities(client, *capabilities)
@@ -292,12 +310,12 @@ async def test_migrations_in_a_row_leave_nothing_behind(tmp_path: Path, further:
             pair = Pair(pair.source, destination)
             destination, client = await stack.enter_async_context(new_destination(pair, tmp_path))
             await trio.sleep(SETTLES)
-            for kind in ("fd", "task"):
-                first.setdefault(kind, count(driver, kind))
-                with trio.move_on_after(10):  # a loaded machine settles late
-                    while any(now > then for now, then in zip(count(driver, kind), first[kind], strict=True)):
-                        await trio.sleep(0.1)
-                assert all(now <= then for now, then in zip(count(driver, kind), first[kind], strict=True))
+            first = first or held(driver)
+            with trio.move_on_after(THREADS_END):  # a loaded machine settles late
+                while any(len(now) > len(first[kind]) for kind, now in held(driver).items()):
+                    await trio.sleep(0.1)
+            for kind, now in held(driver).items():
+                assert len(now) <= len(first[kind]), (kind, first[kind], now)
             assert not socket_directories(tmp_path)
         await bare.start_postcopy(
             driver.source, client, channel, bandwidth=1 << 20, capabilities=capabilities

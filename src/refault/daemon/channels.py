@@ -138,8 +138,7 @@ class Channels:
                 "%s: recovering without replay: the channel was lost twice right after one",
                 self._migration.name,
             )
-        self.kept.drop()
-        self.kept.add(local.socket)
+        self.kept.begin(local.socket)
         self._migration.pause_told = trio.Event()
         if recovered:
             self._migration.status = "postcopy-paused"  # or this would not be; an older word tells nothing
@@ -187,7 +186,13 @@ class Channels:
     def abandon(self, channel: int) -> None:
         """Closes a channel that this QEMU did not take, or that it pauses again on."""
         self._ended = channel
-        self.relay.close_channel(channel)
+        self._close(channel)
+
+    def _close(self, channel: int) -> None:
+        if not self.relay.closed:
+            self.relay.close_channel(channel)
+        if channel == self.channel:
+            self.kept.drop()
 
     async def handshake_stalls(self, patience: float) -> bool:
         """Waits for the end of the handshake. True when no byte has moved for `patience` seconds.
@@ -487,8 +492,7 @@ class Channels:
         try:
             await self._preempt_thread_woke(channel)
         finally:
-            if not self.relay.closed:
-                self.relay.close_channel(channel)
+            self._close(channel)
 
     def _return_path_lags(self) -> bool:
         migration = self._migration
@@ -503,8 +507,7 @@ class Channels:
                     over = await end_first(self.kept.main, pid, self._peer_inode)
                     self._return_path_over = over and channel == self.channel
             finally:
-                if not self.relay.closed:
-                    self.relay.close_channel(channel)
+                self._close(channel)
 
     async def return_path_over(self) -> bool:
         """Whether QEMU's return-path thread has surely left the lost channel; waits for what sees to it."""

@@ -19,9 +19,15 @@ class KeptEnds:
         self._names: list[str] = []
         """By which QEMU knows those that it holds, of earlier channels too."""
 
-    def add(self, end: socket.socket) -> None:
-        """Keeps a duplicate of one more."""
-        self._ends.append(end.dup())
+    def begin(self, main: socket.socket) -> None:
+        """Keeps a duplicate of a new channel's main connection, and of that channel alone."""
+        self.drop()
+        self._ends.append(main.dup())
+
+    def add(self, lane: socket.socket) -> None:
+        """Keeps a duplicate of one more, unless the channel is over: nothing would drop it then."""
+        if self._ends:
+            self._ends.append(lane.dup())
 
     @property
     def main(self) -> socket.socket | None:

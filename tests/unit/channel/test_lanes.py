@@ -6,6 +6,7 @@ import os
 import socket
 import struct
 import time
+from pathlib import Path
 
 import pytest
 
@@ -245,6 +246,26 @@ def test_a_lane_of_a_lost_channel_has_its_far_leg_closed_only() -> None:
         qemu, host = ends.lane()
         assert host.recv(1) == b""
         assert nothing_comes(qemu)
+
+
+@pytest.mark.parametrize("written", [b"", b"a page"])
+@pytest.mark.parametrize("role", list(Role))
+def test_of_a_lost_channel_a_lane_that_qemu_ends_is_closed(role: Role, written: bytes) -> None:
+    descriptors = Path("/proc/self/fd")
+    with relaying(role) as ends:
+        ends.channel(lanes=1)
+        before = len(list(descriptors.iterdir()))
+        qemu, host = ends.lane()
+        ends.host.close()
+        ends.until(lambda view: view.far.lost)
+        assert host.recv(1) == b""
+        qemu.sendall(written)
+        qemu.close()
+        host.close()
+        deadline = time.monotonic() + DEADLINE
+        while len(list(descriptors.iterdir())) > before - 2:  # both far legs of the main connection
+            assert time.monotonic() < deadline, "the lane's leg stays open"
+            time.sleep(0.01)
 
 
 @pytest.mark.parametrize("role", list(Role))
