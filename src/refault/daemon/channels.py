@@ -6,7 +6,6 @@ that may not be closed.
 
 from __future__ import annotations
 
-import contextlib
 import errno
 import logging
 import os
@@ -18,15 +17,16 @@ import trio
 
 from refault.channel.relay import RUN_SECONDS, Lane, LegState, Relay, RelayView
 from refault.channel.tracker import Kept
+from refault.daemon.closing import Closing
 from refault.daemon.kept_ends import KeptEnds
 from refault.daemon.local import LocalLeg, take_back
 from refault.daemon.monitor import MonitorLost, QmpError
-from refault.daemon.return_path import end_first
+from refault.daemon.qemu_word import ASKED_EVERY, QemuWord
 from refault.migration.legs import may_close
 from refault.migration.phase import Passed, Phase, Role, Told, cannot_have_left, phase_of
 from refault.migration.recovery import Event, State
 from refault.migration.versions import abilities
-from refault.migration.word import LOOK_AGAIN, Word, phase_after_loss, word_of
+from refault.migration.word import LOOK_AGAIN, Word, phase_after_loss
 
 if TYPE_CHECKING:
     from refault.daemon.migration import Migration
@@ -37,15 +37,6 @@ REPLAY_DOUBT_SECONDS = 2.0
 """Two losses so soon after a replay, and the next recovery goes without (DESIGN, 5)."""
 STALL_LOOK = 0.25
 """Seconds between looks at a handshake that may stand still for many; its end is heard of by other ways."""
-ASKED_EVERY = 1.0
-"""Seconds until QEMU has answered the next time, where the stream is not read."""
-ANSWERED_WITHIN = 0.5
-"""A source that has come through the TLS handshake has answered its command so soon after the far side's
-end."""
-PREEMPT_WAKES_WITHIN = 0.3
-"""Seconds from RESUME_ACK until a destination's preempt thread has surely taken up the new channel."""
-_ACK_WITHIN = 5.0
-"""Seconds for which RESUME_ACK is waited for where the channel has been lost meanwhile."""
 _LOSABLE = (Phase.SWITCHOVER, Phase.POSTCOPY, Phase.RECOVERY_HANDSHAKE)
 """The phases in which a lost channel is one to recover."""
 
@@ -70,24 +61,13 @@ class Channels:
         self.changed = trio.Event()
         """Set whenever the pump told of something, and replaced."""
         self.kept = KeptEnds(migration.vm.monitor)
-        self._peer_inode = 0
-        self._return_path_over = False
-        self._ending = trio.Lock()
-        self._preempt_given = False
-        """Whether QEMU has been given, or is being given, the preempt lane of a recovered channel."""
-        self._ack_at: float | None = None
-        """When RESUME_ACK was seen on this channel."""
+        self.closing = Closing(migration, relay, self.kept)
+        self.word = QemuWord(migration, relay)
         self._guarded = 0
         """The channel whose end QEMU was asked to hold, because a kill of refault must not end it."""
         self._told_foreign: set[str] = set()
         """The addresses of which it was said that they are another VM's."""
         self._told_part = False
-        self._told_pump = False
-        self._word: Word | None = None
-        """What QEMU said last, where the stream is not read."""
-        self._asked_at = 0.0
-        self._answered = 0
-        """The channel whose command a source's QEMU has answered."""
         self._asking = 0
         """The lost channel whose phase QEMU is asked for."""
         self._scope = trio.CancelScope()
@@ -96,35 +76,13 @@ class Channels:
     def phase(self) -> Phase:
         """The phase, as far as it is known."""
         migration = self._migration
-        told = Told(migration.status, self.relay.runs_told, self._much_left(ASKED_EVERY))
+        told = Told(migration.status, self.relay.runs_told, self.word.much_left(ASKED_EVERY))
         return phase_of(self.relay.passed(), migration.role, told)
 
     @property
     def unread(self) -> bool:
         """Whether bytes pass that cannot be read, so that QEMU must tell how far it is."""
-        return not self.relay.closed and self.relay.passed().opaque
-
-    async def ask(self) -> Word:
-        """How far QEMU is, by its own word. Raises what `execute` raises."""
-        vm = self._migration.vm
-        source = self._migration.role is Role.SOURCE
-        second = "query-migrate-parameters" if source else "query-status"
-        migrate, more = await vm.query_both("query-migrate", second)
-        left = not source and more.get("status") not in (None, "inmigrate")
-        runs = self.relay.runs_told or left
-        word = word_of(migrate, more if source else {}, runs=runs)
-        self._word, self._asked_at = word, trio.current_time()
-        if (runs or word.requests > 0) and not self.relay.closed:
-            self.relay.guest_runs()
-            self._tell_pump()
-        return word
-
-    def _tell_pump(self) -> None:
-        """The pump cannot read that the destination runs, and from when on it is to mind silence."""
-        if self.relay.runs_told and self.unread and not self._told_pump:
-            with contextlib.suppress(OSError):  # another time, then
-                self.relay.in_postcopy()
-                self._told_pump = True
+        return self.word.wanted
 
     def join(self, local: LocalLeg, far: trio.socket.SocketType, *, recovered: bool) -> None:
         """Gives both legs to the pump as the next channel.
@@ -142,10 +100,6 @@ class Channels:
         self._migration.pause_told = trio.Event()
         if recovered:
             self._migration.status = "postcopy-paused"  # or this would not be; an older word tells nothing
-        self._preempt_given = False
-        self._ack_at = None
-        self._peer_inode = local.peer_inode
-        self._return_path_over = False
         self.relay.attach(
             local.detach(),
             far.detach(),
@@ -154,6 +108,7 @@ class Channels:
             lanes=self._migration.lanes.count,
         )
         self.channel += 1
+        self.closing.begin(self.channel, local.peer_inode)
         if local.kept is not None:  # from here QEMU is to see an end, be it by a kill of refault
             self._migration.vm.start_soon(take_back, self._migration.vm.monitor, local.kept)
 
@@ -186,13 +141,11 @@ class Channels:
     def abandon(self, channel: int) -> None:
         """Closes a channel that this QEMU did not take, or that it pauses again on."""
         self._ended = channel
-        self._close(channel)
+        self.closing.close_now(channel)
 
-    def _close(self, channel: int) -> None:
-        if not self.relay.closed:
-            self.relay.close_channel(channel)
-        if channel == self.channel:
-            self.kept.drop()
+    def answered(self) -> None:
+        """QEMU has answered the command that named the newest channel."""
+        self.word.answered(self.channel)
 
     async def handshake_stalls(self, patience: float) -> bool:
         """Waits for the end of the handshake. True when no byte has moved for `patience` seconds.
@@ -223,7 +176,7 @@ class Channels:
         # Under TLS another handshake goes before it, and in that one QEMU is paused.
         before = self.relay.look().passed_bytes
         try:
-            word = await self.ask()
+            word = await self.word.ask()
         except (QmpError, MonitorLost, trio.TooSlowError):
             return False
         return self.relay.look().passed_bytes == before and word.status == "postcopy-paused"
@@ -259,12 +212,11 @@ class Channels:
         if view.channel != self.channel or self.channel == self._ended:
             return  # the pump has not come to the newest channel yet, or its end has been dealt with
         passed = self.relay.passed()
-        if self._ack_at is None and passed.resume_acknowledged:
-            self._ack_at = trio.current_time()
+        self.closing.look()
         if passed.running:
             self._migration.postcopy_began = True
         self._tell_not_kept()
-        self._tell_pump()
+        self.word.tell_pump()
         if self._completes():
             self._guard_completion()
         if passed.resumed and passed.resume_acknowledged and not (view.local.lost or view.far.lost):
@@ -303,7 +255,7 @@ class Channels:
             return False
         if not self.unread:
             return self.relay.passed().ended  # only then would QEMU take our end (word.py)
-        word = self._word
+        word = self.word.last
         return word is not None and word.status == "postcopy-active" and word.remaining <= word.threshold
 
     def _guard_completion(self) -> None:
@@ -375,39 +327,10 @@ class Channels:
             return self.relay.passed().packaged_passed  # before that it cannot complete
         return self.unread or self.phase is Phase.POSTCOPY
 
-    def _unanswered(self) -> Phase:
-        """The phase of a QEMU that answers nothing: the worst of those that it may be in.
-
-        A source does so in the completion (word.py), and before the destination runs while it sends PACKAGED.
-        """
-        if self._migration.role is Role.DESTINATION:
-            return Phase.SWITCHOVER if self.phase is Phase.PRECOPY else self.phase
-        if not self._migration.postcopy_began:
-            return self.phase
-        packaged = self.unread and not self.relay.runs_told and self._much_left(ASKED_EVERY)
-        return Phase.SWITCHOVER if packaged else Phase.COMPLETING
-
-    def _much_left(self, seconds: float) -> bool:
-        """Whether a source is far from its completion for some seconds more, going by its last word."""
-        age = trio.current_time() - self._asked_at
-        return self._word is not None and self._word.far_from_completion(age + seconds)
-
-    def answered(self) -> None:
-        """QEMU has answered the command that named the newest channel."""
-        self._answered = self.channel
-
-    async def _in_tls_handshake(self, channel: int) -> bool:
-        """Whether a source never came through the TLS handshake, in which it answers nothing at all."""
-        migration = self._migration
-        if migration.role is not Role.SOURCE or not migration.vm.encrypted or self._answered == channel:
-            return False
-        await trio.sleep(ANSWERED_WITHIN)
-        return self._answered != channel == self.channel and not self.relay.closed
-
     async def _ask_phase(self, channel: int) -> None:
         """Has QEMU say in what phase a channel was lost, until its leg is closed."""
         role = self._migration.role
-        if await self._in_tls_handshake(channel):
+        if await self.word.in_tls_handshake(channel) and channel == self.channel:
             resumed = self.relay.passed().resumed
             self._judge_loss(self.relay.look(), Phase.POSTCOPY if resumed else Phase.PRECOPY)
             return
@@ -416,9 +339,9 @@ class Channels:
             now: Word | None = None
             phase: Phase | None = None
             try:
-                now = await self.ask()
+                now = await self.word.ask()
             except trio.TooSlowError:
-                phase = self._unanswered()
+                phase = self.word.unanswered(self.phase)
             except (QmpError, MonitorLost):
                 pass
             if self.channel != channel or self._ended == channel or self.relay.closed:
@@ -439,14 +362,8 @@ class Channels:
                             migration.name, view.far_loss(), phase, rule.effect,
                             extra=migration.attempts.repeats("far leg", view.far_loss(), phase))  # fmt: skip
             self.held = None
-            if phase is Phase.POSTCOPY and self._return_path_lags():
-                self._ended = self.channel
-                migration.vm.start_soon(self.close_return_path_first, self.channel)
-            elif self._preempt_thread_wakes():
-                self._ended = self.channel
-                migration.vm.start_soon(self._close_when_awake, self.channel)
-            else:
-                self.abandon(self.channel)
+            self._ended = self.channel
+            self.closing.close(phase)
             migration.look_soon()
             if phase in _LOSABLE:
                 migration.feed(Event.CHANNEL_LOST)
@@ -462,57 +379,6 @@ class Channels:
             )
             migration.feed(Event.LEG_HELD)
             migration.vm.start_soon(self._look_again)
-
-    def gives_preempt(self, channel: int) -> None:
-        """To be told before QEMU is given the preempt lane of `channel`.
-
-        From then on a recovered channel's legs must stay until QEMU's preempt thread has taken it up. Did the
-        main one end before QEMU had accepted the lane, it would take that for a main channel (migration.c,
-        migration_ioc_process_incoming). Did it end right behind RESUME, the thread that this wakes would read
-        from no channel (savevm.c, postcopy_pause_incoming; postcopy-ram.c, postcopy_preempt_thread). 10.0
-        segfaults in both cases.
-        """
-        self._preempt_given = channel == self.channel and self.relay.passed().resumed
-
-    def _preempt_thread_wakes(self) -> bool:
-        """Whether QEMU's preempt thread may still be on its way back from the last pause."""
-        if not self._preempt_given or self.relay.closed:
-            return False
-        return self._ack_at is None or trio.current_time() < self._ack_at + PREEMPT_WAKES_WITHIN
-
-    async def _preempt_thread_woke(self, channel: int) -> None:
-        with trio.move_on_after(_ACK_WITHIN):
-            while channel == self.channel and not self.relay.closed:
-                if self.relay.passed().resume_acknowledged:
-                    break
-                await self.changed.wait()
-        await trio.sleep(PREEMPT_WAKES_WITHIN)
-
-    async def _close_when_awake(self, channel: int) -> None:
-        try:
-            await self._preempt_thread_woke(channel)
-        finally:
-            self._close(channel)
-
-    def _return_path_lags(self) -> bool:
-        migration = self._migration
-        return migration.role is Role.SOURCE and abilities(migration.vm.version).resume_after > 0
-
-    async def close_return_path_first(self, channel: int) -> None:
-        """Closes a lost channel, and the return path a little earlier, where QEMU is seen to take note."""
-        async with self._ending:
-            pid = self._migration.vm.qemu_pid
-            try:
-                if self.kept.main is not None and pid is not None:
-                    over = await end_first(self.kept.main, pid, self._peer_inode)
-                    self._return_path_over = over and channel == self.channel
-            finally:
-                self._close(channel)
-
-    async def return_path_over(self) -> bool:
-        """Whether QEMU's return-path thread has surely left the lost channel; waits for what sees to it."""
-        async with self._ending:
-            return self._return_path_over
 
     async def _look_again(self) -> None:
         """A hold may end by time alone: a destination that was about to run surely does a second later."""
@@ -534,8 +400,7 @@ class Channels:
 
         It then waits for whoever comes after us.
         """
-        if self._preempt_thread_wakes():
-            await self._preempt_thread_woke(self.channel)
+        await self.closing.preempt_thread_awake()
         cost = self.cost_of_stopping()
         if cost is not None and not cost[0] and self.kept.main is not None:
             await self._have_qemu_keep()
@@ -552,6 +417,7 @@ class Channels:
         """Ends the relay; the bytes that passed it, forward and back."""
         self._scope.cancel()
         self.changed.set()
+        self.closing.end()
         view = self.relay.look()
         self.relay.close(keep_local=self.kept.by_qemu)
         self.kept.drop()

@@ -85,7 +85,7 @@ class Gathering:
             channels.join(LocalLeg(door.path, local, peer_inode(local)), main, recovered=recovered)
             channel = channels.channel
             if migration.lanes.preempt and not late:
-                channels.gives_preempt(channel)
+                channels.closing.gives_preempt(channel)
             for other in others:
                 channels.add_lane(channel, await sockets.connect(door.path), other)
         if late:
@@ -142,7 +142,7 @@ class Gathering:
                     if not channels.lives(channel):
                         connection.close()  # QEMU would take it for a main one
                         return
-                    channels.gives_preempt(channel)
+                    channels.closing.gives_preempt(channel)
                     with trio.CancelScope(shield=True):
                         local = await self._migration.vm.sockets.connect(door.path)
                         channels.add_lane(channel, local, connection)

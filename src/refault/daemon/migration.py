@@ -313,7 +313,7 @@ class Migration:
         asked_in = self.policy.state
         try:
             if self.channels is not None and self.channels.unread:
-                status: object = (await self.channels.ask()).status
+                status: object = (await self.channels.word.ask()).status
             else:
                 status = (await self.vm.query("query-migrate")).get("status")
         except (QmpError, MonitorLost, trio.TooSlowError):

@@ -81,7 +81,7 @@ async def reclaim(migration: Migration) -> None:
                 nursery.start_soon(channels.swallow)
                 await _when(migration, lambda status: status not in _WRITING)
                 nursery.cancel_scope.cancel()
-            await channels.close_return_path_first(channels.channel)
+            await channels.closing.close_return_path_first(channels.channel)
             migration.look_soon()
             await _when(migration, lambda status: status in ("postcopy-paused", "failed"))
             if migration.status == "postcopy-paused":

@@ -256,7 +256,7 @@ class Source:
         )
         if not addresses:
             raise AttemptFailed("the address of the lost channel is not known; name one with --recover-uri")
-        if migration.channels is None or not await migration.channels.return_path_over():
+        if migration.channels is None or not await migration.channels.closing.return_path_over():
             await trio.sleep(abilities(migration.vm.version).resume_after)
         # Once the other host has been dialled and QEMU has its command, the course is run to its end.
         with trio.CancelScope(shield=True) as course:

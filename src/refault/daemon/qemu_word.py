@@ -1,0 +1,89 @@
+"""Asks QEMU how far its migration is, where what passes does not say it (migration/word.py)."""
+
+from __future__ import annotations
+
+import contextlib
+from typing import TYPE_CHECKING
+
+import trio
+
+from refault.channel.relay import Relay
+from refault.migration.phase import Phase, Role
+from refault.migration.word import Word, word_of
+
+if TYPE_CHECKING:
+    from refault.daemon.migration import Migration
+
+ASKED_EVERY = 1.0
+"""Seconds until QEMU has answered the next time, where the stream is not read."""
+ANSWERED_WITHIN = 0.5
+"""A source that has come through the TLS handshake has answered its command so soon after the far side's
+end."""
+
+
+class QemuWord:
+    """What the QEMU of one relayed migration said last, and which of its commands it has answered."""
+
+    def __init__(self, migration: Migration, relay: Relay) -> None:
+        self.last: Word | None = None
+        self._migration = migration
+        self._relay = relay
+        self._asked_at = 0.0
+        self._told_pump = False
+        self._answered = 0
+
+    @property
+    def wanted(self) -> bool:
+        """Whether bytes pass that cannot be read."""
+        return not self._relay.closed and self._relay.passed().opaque
+
+    async def ask(self) -> Word:
+        """How far QEMU is. Raises what `execute` raises."""
+        vm = self._migration.vm
+        source = self._migration.role is Role.SOURCE
+        second = "query-migrate-parameters" if source else "query-status"
+        migrate, more = await vm.query_both("query-migrate", second)
+        left = not source and more.get("status") not in (None, "inmigrate")
+        runs = self._relay.runs_told or left
+        word = word_of(migrate, more if source else {}, runs=runs)
+        self.last, self._asked_at = word, trio.current_time()
+        if (runs or word.requests > 0) and not self._relay.closed:
+            self._relay.guest_runs()
+            self.tell_pump()
+        return word
+
+    def tell_pump(self) -> None:
+        """The pump cannot read that the destination runs, and from when on it is to mind silence."""
+        if self._relay.runs_told and self.wanted and not self._told_pump:
+            with contextlib.suppress(OSError):  # another time, then
+                self._relay.in_postcopy()
+                self._told_pump = True
+
+    def much_left(self, seconds: float) -> bool:
+        """Whether a source is far from its completion for some seconds more, going by its last word."""
+        age = trio.current_time() - self._asked_at
+        return self.last is not None and self.last.far_from_completion(age + seconds)
+
+    def unanswered(self, phase: Phase) -> Phase:
+        """The phase of a QEMU that answers nothing, in `phase` by what is known: the worst that it may be in.
+
+        A source does so in the completion (word.py), and before the destination runs while it sends PACKAGED.
+        """
+        if self._migration.role is Role.DESTINATION:
+            return Phase.SWITCHOVER if phase is Phase.PRECOPY else phase
+        if not self._migration.postcopy_began:
+            return phase
+        packaged = self.wanted and not self._relay.runs_told and self.much_left(ASKED_EVERY)
+        return Phase.SWITCHOVER if packaged else Phase.COMPLETING
+
+    def answered(self, channel: int) -> None:
+        """QEMU has answered the command that named `channel`."""
+        self._answered = channel
+
+    async def in_tls_handshake(self, channel: int) -> bool:
+        """Whether a source never came through the TLS handshake of `channel`, in which it answers nothing."""
+        migration = self._migration
+        if migration.role is not Role.SOURCE or not migration.vm.encrypted or self._answered == channel:
+            return False
+        await trio.sleep(ANSWERED_WITHIN)
+        return self._answered != channel and not self._relay.closed
