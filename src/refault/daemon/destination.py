@@ -13,9 +13,10 @@ from refault.daemon import far, ping
 from refault.daemon.attempts import NotPausedYet
 from refault.daemon.channels import AttemptFailed, Channels
 from refault.daemon.destination_lanes import Gathering, QemuListens
+from refault.daemon.doors import Door, Doors
 from refault.daemon.far import FarListener
 from refault.daemon.far_socket import alive, peek, watch_over
-from refault.daemon.local import Deposits, LocalLeg, give_back, hand_over, reach
+from refault.daemon.local import LocalLeg, reach
 from refault.daemon.migration import Migration, inet_of, is_error
 from refault.daemon.monitor import Answer, Forward, MonitorLost, QmpError, WatchedCommand
 from refault.daemon.vm_state import words
@@ -50,16 +51,11 @@ class Destination:
 
     def __init__(self, migration: Migration) -> None:
         self._migration = migration
-        self._deposits = Deposits()
+        self._doors = Doors(migration.vm, lanes=migration.lanes.count > 0)
         self._listeners: list[FarListener] = []
         self._scopes: list[trio.CancelScope] = []
         self._room = WaitingRoom()
         self._gathering = Gathering(migration, self._room)
-        self._first: LocalLeg | QemuListens | None = None
-        self._open: LocalLeg | QemuListens | None = None
-        self._spare: list[LocalLeg | QemuListens] = []
-        """Pairs on which QEMU may still listen though another was used: it must never see them end."""
-        self._wanted = trio.Event()
         self._line: list[trio.socket.SocketType] = []
         """Recovered channels that QEMU does not wait for yet."""
         self._listens_at: str | None = None
@@ -84,18 +80,11 @@ class Destination:
         self._asked_for = listener.endpoint
         await self._bind_alternatives()
         try:
-            self._first = await self._first_door()
+            uri = await self._doors.make_first()
         except (QmpError, trio.TooSlowError, OSError) as error:
             await migration.go_unrelayed(f"no local leg could be made: {words(error)}")
             return Forward(on_reply=self._watch_reply)
-        return Forward(arguments=with_uri(command.arguments, self._first.uri), on_reply=self._watch_reply)
-
-    async def _first_door(self) -> LocalLeg | QemuListens:
-        vm = self._migration.vm
-        if not self._migration.lanes.count:
-            return await hand_over(vm.monitor, Role.DESTINATION)
-        vm.sockets.make()
-        return QemuListens(vm.sockets.path())
+        return Forward(arguments=with_uri(command.arguments, uri), on_reply=self._watch_reply)
 
     def _watch_reply(self, reply: bytes) -> bytes:
         if is_error(reply):
@@ -103,7 +92,7 @@ class Destination:
         else:
             self._migration.accepted()
             if self._migration.channels is not None:
-                self._migration.vm.start_soon(self._lay)
+                self._migration.vm.start_soon(self._doors.lay)
         return reply
 
     async def serve(self, path: str) -> None:
@@ -118,21 +107,7 @@ class Destination:
         self._listens_at = path
         self._hides_address = True
         migration.accepted()
-        await self._lay()
-
-    async def _next_door(self) -> LocalLeg | QemuListens:
-        """What QEMU is to use for the next recovery."""
-        vm = self._migration.vm
-        if not self._migration.lanes.count:
-            return self._deposits.take() or await hand_over(vm.monitor, Role.DESTINATION)
-        if not vm.sockets.directory.exists():
-            vm.sockets.make()
-        return QemuListens(vm.sockets.path())
-
-    def _unused(self, door: LocalLeg | QemuListens) -> None:
-        """QEMU did not take it."""
-        if isinstance(door, LocalLeg):
-            self._deposits.put_back(door)
+        await self._doors.lay()
 
     async def adopt(self, endpoint: Endpoint) -> None:
         """A migration that was met at start-up: binds its address again. Raises OSError."""
@@ -155,23 +130,22 @@ class Destination:
         except OSError as error:
             migration.feed(Event.ATTEMPT_FAILED)
             return Answer(error=("GenericError", f"Failed to listen on {endpoint.uri}: {error}"))
-        if self._open is not None:
+        if self._doors.open is not None:
             return Answer(value={})  # QEMU waits already, and whoever comes to this address reaches it
-        if not migration.lanes.count and self._deposits.empty:
+        if not self._doors.ready:
             return Forward(on_reply=self._watch_recover)
-        leg = await self._next_door()
-        self._spare.append(leg)  # should the reply never come, QEMU may listen on it all the same
+        door = await self._doors.next()
+        self._doors.told(door)
 
         def watch(reply: bytes) -> bytes:
-            self._spare.remove(leg)
             if is_error(reply):
-                self._unused(leg)
+                self._doors.refused(door)
                 migration.feed(Event.ATTEMPT_FAILED)
             else:
-                self._opened(leg)
+                self._doors.taken(door)
             return reply
 
-        return Forward(arguments=with_uri(command.arguments, leg.uri), on_reply=watch)
+        return Forward(arguments=with_uri(command.arguments, door.uri), on_reply=watch)
 
     def _watch_recover(self, reply: bytes) -> bytes:
         if is_error(reply):
@@ -230,7 +204,7 @@ class Destination:
             await listener.serve(self._offer)
 
     async def _offer(self, connection: trio.socket.SocketType, kind: Kind) -> None:
-        begins = self._first is not None or self._listens_at is not None
+        begins = self._doors.first is not None or self._listens_at is not None
         if begins:
             with contextlib.suppress(QmpError, MonitorLost, trio.TooSlowError):
                 await self._migration.vm.ask_encrypted()  # its client may have set it since
@@ -268,10 +242,10 @@ class Destination:
         One that is told nothing in the end has not been resumed, and asks again.
         """
         with trio.move_on_after(far.FIRST_BYTES_TIMEOUT):
-            while self._open is None and alive(connection):
+            while self._doors.open is None and alive(connection):
                 with trio.move_on_after(0.5):  # the peer may go while we wait for our own QEMU
-                    await self._wanted.wait()
-        if self._open is None or not await ping.answer(connection):
+                    await self._doors.wanted.wait()
+        if self._doors.open is None or not await ping.answer(connection):
             return False
         with trio.move_on_after(far.FIRST_BYTES_TIMEOUT):
             return classify(await peek(connection)) is Kind.RESUMED
@@ -279,14 +253,14 @@ class Destination:
 
     async def _begin(self, connection: trio.socket.SocketType) -> None:
         migration = self._migration
-        if migration.channels is None or (self._first is None and self._listens_at is None):
+        if migration.channels is None or (self._doors.first is None and self._listens_at is None):
             log.warning("%s: closed a connection that begins a migration: one is under way", migration.name)
             return
-        door, self._first = self._first, None
+        door, self._doors.first = self._doors.first, None
         if door is None:
             door = await self._reach_listener()
         if door is not None and not await self._join(migration.channels, door, connection, recovered=False):
-            self._first = door
+            self._doors.first = door
 
     async def _reach_listener(self) -> LocalLeg | None:
         """The leg to a QEMU that listens by its command line; None where it cannot be had."""
@@ -326,15 +300,19 @@ class Destination:
         arrived_before: int | None = None
         try:
             while alive(connection):
-                if self._open is not None and self._line[-1] is connection and migration.channels is not None:
-                    door, self._open = self._open, None
+                if (
+                    self._doors.open is not None
+                    and self._line[-1] is connection
+                    and migration.channels is not None
+                ):
+                    door, self._doors.open = self._doors.open, None
                     try:
                         joined = await self._join(migration.channels, door, connection, recovered=True)
                     except AttemptFailed:
-                        self._open = door
+                        self._doors.open = door
                         raise
                     if not joined:
-                        self._opened(door)
+                        self._doors.taken(door)
                         return
                     migration.vm.start_soon(self._watch_handshake, migration.channels)
                     return
@@ -347,7 +325,7 @@ class Destination:
                     if waited > IN_FLIGHT:
                         arrived_before = arrived
                 with trio.move_on_after(0.5):  # the peer may go while we wait for our own QEMU
-                    await self._wanted.wait()
+                    await self._doors.wanted.wait()
         finally:
             self._line.remove(connection)
         log.info("%s: a recovered channel went away before QEMU was ready for it", migration.name)
@@ -355,7 +333,7 @@ class Destination:
     async def _join(
         self,
         channels: Channels,
-        door: LocalLeg | QemuListens,
+        door: Door,
         connection: trio.socket.SocketType,
         *,
         recovered: bool,
@@ -393,27 +371,20 @@ class Destination:
             await self._attempt_unrelayed()
             return
         await self._bind_alternatives()  # what could not be had at first may be there by now
-        if self._open is None:
-            leg = await self._next_door()
+        if self._doors.open is None:
+            door = await self._doors.next()
             with trio.CancelScope(shield=True):  # once sent it runs, whether or not we wait for the reply
                 try:
-                    await self._recover(leg.uri)
+                    await self._recover(door.uri)
                 except QmpError as error:
-                    self._unused(leg)
+                    self._doors.refused(door)
                     raise NotPausedYet if _NOT_PAUSED in error.desc else error from None
                 except (MonitorLost, trio.TooSlowError):
-                    self._opened(leg)  # QEMU may listen on it, so the next attempt goes on with this one
+                    self._doors.taken(door)  # it may listen there, so the next attempt goes on with this one
                     raise
-                self._opened(leg)
+                self._doors.taken(door)
         await migration.attempts.issued()
-        migration.vm.start_soon(self._lay)
-
-    def _opened(self, leg: LocalLeg | QemuListens) -> None:
-        if self._open is not None:
-            self._spare.append(self._open)
-        self._open = leg
-        self._wanted.set()
-        self._wanted = trio.Event()
+        migration.vm.start_soon(self._doors.lay)
 
     async def _attempt_unrelayed(self) -> None:
         addresses = self._migration.addresses
@@ -440,28 +411,15 @@ class Destination:
                  migration.name, migration.counters.attempts, uri,
                  extra=migration.attempts.repeats("attempt", uri))  # fmt: skip
 
-    async def _lay(self) -> None:
-        migration = self._migration
-        if migration.lanes.count:
-            return
-        try:
-            await self._deposits.fill(migration.vm.monitor)
-        except (QmpError, MonitorLost, trio.TooSlowError, OSError) as error:
-            log.warning(
-                "%s: could not lay descriptors with QEMU for a recovery: %s", migration.name, words(error)
-            )
-
     async def settle(self) -> None:
         """Lays new descriptors in place of those that were used."""
         migration = self._migration
-        relayed = migration.channels is not None and not migration.lanes.count
-        if relayed and migration.policy.state is State.RUNNING:
-            await self._deposits.fill(migration.vm.monitor)
+        if migration.channels is not None and migration.policy.state is State.RUNNING:
+            await self._doors.refill()
 
     async def prepare_to_stop(self) -> bool:
-        """Gives QEMU our ends of those pairs on which it listens; False where it did not take one."""
-        legs = [leg for leg in (*self._spare, self._open) if isinstance(leg, LocalLeg)]
-        return all([await give_back(self._migration.vm.monitor, leg.socket) for leg in legs])
+        """Gives QEMU our ends of those doors at which it waits; False where it did not take one."""
+        return await self._doors.give_back()
 
     async def clean_up(self) -> None:
         """Frees the address, and takes back from QEMU the descriptors that it did not need."""
@@ -471,12 +429,4 @@ class Destination:
             listener.close()
         self._scopes.clear()
         self._listeners.clear()
-        await self._deposits.drain(self._migration.vm.monitor)
-        # QEMU wakes up on an end that it was told of, even long after the migration, and may abort.
-        ends = [leg for leg in (*self._spare, self._open, self._first) if isinstance(leg, LocalLeg)]
-        self._spare.clear()
-        self._open = self._first = None
-        for leg in ends:
-            await self._migration.vm.let_go(leg.socket)
-        if self._migration.lanes.count:
-            self._migration.vm.sockets.remove()
+        await self._doors.close()

@@ -80,7 +80,7 @@ async def destination(
 
 async def recover_by_hand(qemu: Qemu, procedure: Destination) -> tuple[str, Forward]:
     """A client's migrate-recover, and the name of QEMU's end that it is sent to QEMU with."""
-    await procedure._deposits.fill(cast(Monitor, qemu))
+    await procedure._doors._deposits.fill(cast(Monitor, qemu))
     forward = await procedure.migrate_recover(RECOVER)
     assert isinstance(forward, Forward)
     assert forward.arguments is not None

@@ -1,0 +1,116 @@
+"""Where a destination QEMU takes a channel in: the end of a socketpair that it was handed, or, where there is
+more than one connection, a private socket at which it listens."""
+
+from __future__ import annotations
+
+import logging
+
+import trio
+
+from refault.daemon.destination_lanes import QemuListens
+from refault.daemon.local import Deposits, LocalLeg, give_back, hand_over
+from refault.daemon.monitor import MonitorLost, QmpError
+from refault.daemon.vm_state import VmState, words
+from refault.migration.phase import Role
+
+log = logging.getLogger("refault.migration")
+
+Door = LocalLeg | QemuListens
+
+
+class Doors:
+    """Of one migration; `lanes` tells whether a channel of it has further connections."""
+
+    def __init__(self, vm: VmState, *, lanes: bool) -> None:
+        self.first: Door | None = None
+        """For the migration itself, until it has begun."""
+        self.open: Door | None = None
+        """For a recovery: QEMU waits there."""
+        self.wanted = trio.Event()
+        """Set whenever one was opened, and replaced."""
+        self._vm = vm
+        self._lanes = lanes
+        self._deposits = Deposits()
+        self._spare: list[Door] = []
+        """Those at which QEMU may still wait though another was used: it must never see them end."""
+
+    async def make_first(self) -> str:
+        """The door for the migration itself; the address by which QEMU uses it.
+
+        Raises OSError, and what `execute` raises.
+        """
+        if self._lanes:
+            self._vm.sockets.make()
+            self.first = QemuListens(self._vm.sockets.path())
+        else:
+            self.first = await hand_over(self._vm.monitor, Role.DESTINATION)
+        return self.first.uri
+
+    async def next(self) -> Door:
+        """What QEMU is to be told of for the next recovery. Raises as `make_first` does."""
+        if not self._lanes:
+            return self._deposits.take() or await hand_over(self._vm.monitor, Role.DESTINATION)
+        if not self._vm.sockets.directory.exists():
+            self._vm.sockets.make()
+        return QemuListens(self._vm.sockets.path())
+
+    @property
+    def ready(self) -> bool:
+        """Whether the next one costs no in-band command."""
+        return self._lanes or not self._deposits.empty
+
+    def told(self, door: Door) -> None:
+        """QEMU is being told of it: should the reply never come, it may wait there all the same."""
+        self._spare.append(door)
+
+    def taken(self, door: Door) -> None:
+        """QEMU waits there."""
+        self._forget(door)
+        if self.open is not None:
+            self._spare.append(self.open)
+        self.open = door
+        self.wanted.set()
+        self.wanted = trio.Event()
+
+    def refused(self, door: Door) -> None:
+        """QEMU did not take it."""
+        self._forget(door)
+        if isinstance(door, LocalLeg):
+            self._deposits.put_back(door)
+
+    def _forget(self, door: Door) -> None:
+        if door in self._spare:
+            self._spare.remove(door)
+
+    async def lay(self) -> None:
+        """Lays descriptors with QEMU, so that a recovery needs no in-band command."""
+        if self._lanes:
+            return
+        try:
+            await self._deposits.fill(self._vm.monitor)
+        except (QmpError, MonitorLost, trio.TooSlowError, OSError) as error:
+            log.warning(
+                "%s: could not lay descriptors with QEMU for a recovery: %s", self._vm.name, words(error)
+            )
+
+    async def refill(self) -> None:
+        """Lays new ones in place of those that were used. Raises what `execute` raises."""
+        if not self._lanes:
+            await self._deposits.fill(self._vm.monitor)
+
+    async def give_back(self) -> bool:
+        """Gives QEMU our ends of those at which it waits for a recovery; False where it did not take one."""
+        legs = [door for door in (*self._spare, self.open) if isinstance(door, LocalLeg)]
+        return all([await give_back(self._vm.monitor, leg.socket) for leg in legs])
+
+    async def close(self) -> None:
+        """Takes back from QEMU what it did not need: the migration has ended."""
+        await self._deposits.drain(self._vm.monitor)
+        # QEMU wakes up on an end that it was told of, even long after the migration, and may abort.
+        ends = [door for door in (*self._spare, self.open, self.first) if isinstance(door, LocalLeg)]
+        self._spare.clear()
+        self.open = self.first = None
+        for leg in ends:
+            await self._vm.let_go(leg.socket)
+        if self._lanes:
+            self._vm.sockets.remove()
