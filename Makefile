@@ -32,7 +32,7 @@ C_AND_HEADERS := $(CEXT) $(wildcard tests/fuzz/*.c tests/fuzz/*.h tests/tsan/*.c
 C_WARNINGS := -std=c11 -D_GNU_SOURCE -Wall -Wextra -Wno-unused-parameter -Werror -Icext -fsyntax-only
 
 # Each has a module of its own in tests/campaign.
-CAMPAIGNS := starvation truth floor strays silence patience
+CAMPAIGNS := starvation truth floor strays silence patience huge_pages
 
 .PHONY: help build demo picture qemus analyzers analyze matrix test campaign campaign-kill campaign-preempt \
         $(CAMPAIGNS:%=campaign-%) lint bench fuzz tsan dist install clean
@@ -56,6 +56,7 @@ help:
 	@echo 'make campaign-truth  the record against QEMU'"'"'s own trace events (CAMPAIGN="--qemu PATH --migrations 50")'
 	@echo 'make campaign-floor  time from a loss until both sides are active, beside the least that QEMU takes'
 	@echo 'make campaign-strays  strangers at the migration address in every phase, beside a bare QEMU'
+	@echo 'make campaign-huge_pages  huge pages, lost while the source serves a request, which QEMU alone does not survive'
 	@echo 'make campaign-silence  a network that goes silent, beside a bare QEMU'
 	@echo 'make matrix   all checks on QEMU 5.2, 7.2, 10.0 and 11.1, as a table (MATRIX="--only truth")'
 	@echo 'make campaign-patience  slow migrations, a blocked main thread, a source that nobody answers'

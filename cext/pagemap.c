@@ -434,6 +434,15 @@ int rf_pagemap_find(const struct rf_pagemap *map, const char *name, size_t name_
     return RF_UNKNOWN_BLOCK;
 }
 
+bool rf_pagemap_has_large_pages(const struct rf_pagemap *map) {
+    for (uint32_t i = 0; i < blocks_length(map); i++) {
+        if (get(&block_at(map, i)->page_size) > target_page(map)) {
+            return true;
+        }
+    }
+    return false;
+}
+
 static void keep_sizes(struct rf_pagemap *map, uint32_t index) {
     const struct block *block = block_at(map, index);
     rf_statefile_block_size(map->kept, index, get(&block->used_length) >> map->page_bits,

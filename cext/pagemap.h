@@ -94,6 +94,9 @@ int rf_pagemap_declare(struct rf_pagemap *map, const char *name, size_t name_len
                        uint64_t page_size);
 int rf_pagemap_find(const struct rf_pagemap *map, const char *name, size_t name_length);
 
+/* Whether a host page of some block is more than one target page. */
+bool rf_pagemap_has_large_pages(const struct rf_pagemap *map);
+
 /* The index of a block by that name, made known without a size if there is none yet and none are declared. */
 int rf_pagemap_know(struct rf_pagemap *map, const char *name, size_t name_length);
 

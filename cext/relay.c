@@ -436,7 +436,7 @@ static void attach(struct rf_relay *relay, const struct command *command) {
     relay->linger_until_ns = 0;
     relay->probing = false;
     rf_tracker_channel_begin(relay->tracker, command->recovered, now_ns());
-    rf_replay_channel(&relay->replay, command->recovered, command->may_replay);
+    rf_replay_channel(&relay->replay, command->recovered, command->may_replay, command->lanes > 0);
     rf_leg_adopt(&relay->local, command->local_fd);
     rf_leg_adopt(&relay->far, command->far_fd);
 }
@@ -597,6 +597,12 @@ static void move_bytes(struct rf_relay *relay) {
         drain_far(relay);
     }
     move_forward(relay, from_events, to_events);
+    if (rf_replay_pending(&relay->replay) == 0) {
+        rf_replay_forward_passed(&relay->replay, now_ns());
+        if (rf_replay_pending(&relay->replay) > 0 || relay->replay.replaying) {
+            return_write(relay);
+        }
+    }
     if (rf_replay_pending(&relay->replay) > 0) {
         if (from_events & (POLLOUT | gone)) {
             return_write(relay);

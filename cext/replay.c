@@ -37,8 +37,10 @@ void rf_replay_free(struct rf_replay *replay) {
     replay->out.data = replay->held.data = NULL;
 }
 
-void rf_replay_channel(struct rf_replay *replay, bool recovered, bool may_replay) {
+void rf_replay_channel(struct rf_replay *replay, bool recovered, bool may_replay, bool preempt) {
     replay->holding = replay->source_side && recovered;
+    replay->by_pages = !preempt && rf_pagemap_has_large_pages(rf_tracker_pagemap(replay->tracker));
+    replay->hold_till = 0;
     replay->may_replay = recovered && may_replay;
     replay->replaying = false;
     replay->foreign = false;
@@ -96,6 +98,43 @@ static void release_held(struct rf_replay *replay) {
     bytes_clear(&replay->held);
 }
 
+static void begin_replay(struct rf_replay *replay) {
+    release_held(replay);
+    replay->replaying = replay->may_replay;
+}
+
+/* Whether the source is known to have nothing of a request left that it was serving at the loss. */
+static bool first_page_is_whole(const struct rf_replay *replay) {
+    return (rf_tracker_channel_facts(replay->tracker) & RF_FACT_HOST_PAGE_BEGUN) != 0 ||
+           rf_tracker_forward_opaque(replay->tracker) != RF_OPAQUE_NO;
+}
+
+static void acknowledged(struct rf_replay *replay, uint64_t now_ns) {
+    pass_partial(replay);
+    if (replay->holding && replay->by_pages && !first_page_is_whole(replay)) {
+        replay->hold_till = now_ns + (uint64_t)RF_REPLAY_HOLD_S * 1000000000u;
+    } else {
+        begin_replay(replay);
+    }
+}
+
+/* What is neither a request nor a part of the handshake must not overtake requests. */
+static void pass_other(struct rf_replay *replay) {
+    if (replay->hold_till != 0 && replay->holding) {
+        release_held(replay);
+    }
+    pass_partial(replay);
+}
+
+void rf_replay_forward_passed(struct rf_replay *replay, uint64_t now_ns) {
+    if (replay->holding && replay->hold_till != 0 && replay->partial_len == 0 &&
+        rf_tracker_return_at_boundary(replay->tracker) && rf_replay_pending(replay) == 0 &&
+        (first_page_is_whole(replay) || now_ns >= replay->hold_till)) {
+        bytes_clear(&replay->out);
+        begin_replay(replay);
+    }
+}
+
 void rf_replay_feed(struct rf_replay *replay, const uint8_t *buf, size_t len, uint64_t now_ns) {
     bytes_clear(&replay->out);
     while (len > 0 && !replay->foreign) {
@@ -127,12 +166,10 @@ void rf_replay_feed(struct rf_replay *replay, const uint8_t *buf, size_t len, ui
                 take_request(replay, &event);
                 break;
             case RF_RETURN_RESUME_ACK:
-                pass_partial(replay);
-                release_held(replay);
-                replay->replaying = replay->may_replay;
+                acknowledged(replay, now_ns);
                 break;
             default:
-                pass_partial(replay);
+                pass_other(replay);
                 break;
             }
         }

@@ -3,6 +3,14 @@
  *  - on the source's side page requests are held back between the reconnection and RESUME_ACK, for QEMU 10.0
  * with postcopy-preempt aborts on them (migration/migration.c, source_return_path_thread); they follow right
  * after it;
+ *  - where host pages are larger than target pages (huge pages) they, and the replay, wait on until the first
+ * page behind RESUME has passed. A source queues a request in host pages and takes it off the queue in target
+ * pages; lost while it sends the first, it has the rest in its queue yet (migration/ram.c, unqueue_page), and
+ * after the recovery sends that page from its second piece on (ram_save_host_page). The destination refuses
+ * it and pauses again, and what the source was serving then is the next to be cut. As long as requests come
+ * the queue never empties, so that this can last for good; without new ones it ends after as many losses as
+ * there were requests in the queue. A first page that begins where its host page does shows that none is
+ * left;
  *  - after RESUME_ACK the page requests that the record holds and the received bitmaps do not confirm are
  * written, between two messages, oldest first, as REQ_PAGES_ID; the first of them together with RESUME_ACK,
  * for a source that has used up its bandwidth before they come serves none for up to 100 ms
@@ -35,6 +43,7 @@ enum {
     RF_REPLAY_MESSAGE_MAX = 512,     /* more than any return-path message: 4 + 8 + 4 + 1 + 255 */
     RF_REPLAY_BURST = 4096,          /* at most so many bytes of replay wait for the source at once */
     RF_REPLAY_HELD_MAX = 256 * 1024, /* of requests held back: more than 8000 threads can fault at once */
+    RF_REPLAY_HOLD_S = 10, /* since RESUME_ACK: a source that sends no page, or a destination that takes it */
 };
 
 /* Bytes in order, in room that is fixed when it is made. */
@@ -49,7 +58,8 @@ struct rf_replay {
     struct rf_tracker *tracker;
     bool source_side; /* where requests are held back */
     bool foreign;     /* the far side is another VM's: nothing passes any more */
-    bool holding;     /* between a reconnection and RESUME_ACK */
+    bool holding;     /* from a reconnection on until release_held */
+    bool by_pages;    /* RESUME_ACK does not end that, the first page does */
     bool may_replay;  /* as the caller said for this channel */
     bool replaying;   /* the list is being written */
     bool name_lost;   /* the source remembers another block than the destination thinks */
@@ -58,7 +68,8 @@ struct rf_replay {
     size_t partial_len;
     struct rf_bytes held;
     struct rf_bytes out;
-    uint64_t after; /* the last record that the list gave */
+    uint64_t after;     /* the last record that the list gave */
+    uint64_t hold_till; /* ns; 0 before RESUME_ACK */
 
     uint64_t replayed;       /* requests written by us, over the whole migration */
     uint64_t held_count;     /* requests held back */
@@ -70,11 +81,17 @@ struct rf_replay {
 bool rf_replay_init(struct rf_replay *replay, struct rf_tracker *tracker, bool source_side, size_t input_max);
 void rf_replay_free(struct rf_replay *replay);
 
-/* A new channel begins. `recovered`: it resumes a lost one. `may_replay`: nothing forbids the replay. */
-void rf_replay_channel(struct rf_replay *replay, bool recovered, bool may_replay);
+/*
+ * A new channel begins. `recovered`: it resumes a lost one. `may_replay`: nothing forbids the replay.
+ * `preempt`: the pages that are asked for go over another connection, and none is waited for.
+ */
+void rf_replay_channel(struct rf_replay *replay, bool recovered, bool may_replay, bool preempt);
 
 /* Takes `len` bytes of the return path, at most `input_max`, only while nothing is pending. */
 void rf_replay_feed(struct rf_replay *replay, const uint8_t *buf, size_t len, uint64_t now_ns);
+
+/* To be called when something has passed from the source, and from time to time, while nothing is pending. */
+void rf_replay_forward_passed(struct rf_replay *replay, uint64_t now_ns);
 
 /* Puts more of the replay into `out`, behind what waits there, where one is under way. */
 void rf_replay_refill(struct rf_replay *replay, uint64_t now_ns);

@@ -272,6 +272,19 @@ static void page_event(struct rf_tracker *tracker, struct pages *pages, const st
     }
 }
 
+static void first_page(struct rf_tracker *tracker, const struct rf_forward_event *event) {
+    uint32_t channel = get(&tracker->channel_facts);
+    struct rf_pagemap_block_stats stats;
+    if ((channel & RF_FACT_RESUME_SENT) == 0 ||
+        (channel & (RF_FACT_HOST_PAGE_BEGUN | RF_FACT_HOST_PAGE_CUT)) != 0) {
+        return;
+    }
+    int block = map_block(tracker, &tracker->main, event);
+    bool inside = block >= 0 && rf_pagemap_block_stats(tracker->map, (uint32_t)block, &stats) == RF_OK &&
+                  stats.page_size != 0 && event->offset % stats.page_size != 0;
+    put(&tracker->channel_facts, channel | (inside ? RF_FACT_HOST_PAGE_CUT : RF_FACT_HOST_PAGE_BEGUN));
+}
+
 static void section(struct rf_tracker *tracker, const struct rf_forward_event *event) {
     bool in_postcopy = get(&tracker->facts) & RF_FACT_PACKAGED_BEGUN ||
                        get(&tracker->channel_facts) & RF_FACT_RECV_BITMAP_ASKED;
@@ -283,6 +296,9 @@ static void section(struct rf_tracker *tracker, const struct rf_forward_event *e
 static void forward_event(struct rf_tracker *tracker, const struct rf_forward_event *event, uint64_t now) {
     switch (event->type) {
     case RF_FORWARD_PAGE:
+        first_page(tracker, event);
+        page_event(tracker, &tracker->main, event, now);
+        break;
     case RF_FORWARD_DISCARD:
         page_event(tracker, &tracker->main, event, now);
         break;

@@ -53,6 +53,10 @@ enum rf_fact {
                                            pause, whatever happens */
     RF_FACT_WHOLE_STREAM_SEEN =
         524288, /* of the migration, not of a channel; cleared when it ends to be so */
+    /* Of a recovered channel, by the first page behind RESUME: it begins where its host page does, or inside
+     * it (replay.h). */
+    RF_FACT_HOST_PAGE_BEGUN = 2097152,
+    RF_FACT_HOST_PAGE_CUT = 4194304,
 };
 
 struct rf_tracker;

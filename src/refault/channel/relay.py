@@ -192,6 +192,11 @@ class Relay:
             opaque=self.opaque_reason() is not None,
         )
 
+    @property
+    def host_page_cut(self) -> bool:
+        """Whether the source goes on with a host page in its midst, which the destination will refuse."""
+        return Fact.HOST_PAGE_CUT in Fact(lib.rf_tracker_channel_facts(self._tracker))
+
     def guest_runs(self) -> None:
         """The destination's QEMU has said so: an event RESUME."""
         self._runs_told = True

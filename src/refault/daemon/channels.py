@@ -68,6 +68,8 @@ class Channels:
         self._told_foreign: set[str] = set()
         """The addresses of which it was said that they are another VM's."""
         self._told_part = False
+        self._told_cut = 0
+        """The channel of which that was said."""
         self._asking = 0
         """The lost channel whose phase QEMU is asked for."""
         self._scope = trio.CancelScope()
@@ -216,6 +218,7 @@ class Channels:
         if passed.running:
             self._migration.postcopy_began = True
         self._tell_not_kept()
+        self._tell_page_cut()
         self.word.tell_pump()
         if self._completes():
             self._guard_completion()
@@ -290,6 +293,16 @@ class Channels:
                 " does not judge",
                 migration.name,
                 address,
+            )
+
+    def _tell_page_cut(self) -> None:
+        if self._told_cut != self.channel and self.relay.host_page_cut:
+            self._told_cut = self.channel
+            log.info(
+                "%s: the source goes on in the midst of a huge page that it was sending at the loss; the"
+                " destination will refuse that: expecting one more pause",
+                self._migration.name,
+                extra=self._migration.attempts.repeats("page cut"),
             )
 
     def _tell_not_kept(self) -> None:
