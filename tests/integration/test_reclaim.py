@@ -22,8 +22,14 @@ DISKS = 24
 """A package of 1 MiB, so that the loss is surely noticed before all of it has left QEMU."""
 
 
+PREEMPT = (*bare.CAPABILITIES, "postcopy-preempt")
+
+
 @pytest.mark.parametrize("binary", qemus("qemu-10", "qemu-11"))
-async def test_the_guest_goes_on_at_the_source(tmp_path: Path, binary: str) -> None:
+@pytest.mark.parametrize("capabilities", [bare.CAPABILITIES, PREEMPT], ids=["plain", "preempt"])
+async def test_the_guest_goes_on_at_the_source(
+    tmp_path: Path, binary: str, capabilities: tuple[str, ...]
+) -> None:
     async with (
         start_pair(GUEST, tmp_path, PairOptions(binary, binary, extra=disks(DISKS))) as pair,
         start_channel(tmp_path, free_port()) as channel,
@@ -32,7 +38,12 @@ async def test_the_guest_goes_on_at_the_source(tmp_path: Path, binary: str) -> N
         cut = Cut(Loss.CLOSE, True, PING_2, 0, "now")
         with trio.fail_after(60):
             await bare.begin(
-                driver.source, driver.destination, channel, bandwidth=1 << 20, precopy_bandwidth=64 << 20
+                driver.source,
+                driver.destination,
+                channel,
+                bandwidth=1 << 20,
+                precopy_bandwidth=64 << 20,
+                capabilities=capabilities,
             )
             await bare.wait_sent(driver.source, 0.1)
             await channel.cut_at(cut)

@@ -237,9 +237,7 @@ class Channels:
 
     def _may_reclaim(self, passed: Passed) -> bool:
         migration = self._migration
-        # With preempt a resume wants two connections, and over a descriptor it hangs 7.2's main loop.
-        able = migration.role is Role.SOURCE and not migration.lanes.count
-        able = able and abilities(migration.vm.version).fails_when_told
+        able = migration.role is Role.SOURCE and abilities(migration.vm.version).fails_when_told
         return able and migration.policy.state is State.RUNNING and cannot_have_left(passed)
 
     async def swallow(self) -> None:

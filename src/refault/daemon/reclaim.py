@@ -14,32 +14,23 @@ itself, which answers as a destination would that has every page and fails:
 
 The migration is `failed` then, as one that is lost in precopy (migration/migration.c,
 source_return_path_thread and close_return_path_on_source). 10.0 runs the guest again; before, it is left in
-`postmigrate` or without its disks, and `cont` gives it both. 11.1 fails by itself as soon as it is cut.
+`postmigrate` or without its disks, and `cont` gives it both. 11.1 fails by itself as soon as it is cut. So it
+is with postcopy-preempt, whose second connection has no part in it: the package goes over the main one.
 """
 
 from __future__ import annotations
 
 import logging
-import re
 from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING
 
 import trio
 
 from refault.daemon.channels import AttemptFailed
-from refault.daemon.local import Executes, hand_over, take_back
+from refault.daemon.failing_destination import fail_as_destination, offered
+from refault.daemon.local import Executes
 from refault.daemon.monitor import MonitorLost, QmpError
 from refault.daemon.vm_state import QUERY_TIMEOUT, words
-from refault.migration.messages import (
-    COMMAND_HEAD,
-    RECV_BITMAP,
-    RESUME,
-    RESUME_ACK,
-    SECTION_COMMAND,
-    SHUT_ERROR,
-    all_received,
-)
-from refault.migration.phase import Role
 from refault.migration.recovery import Event
 from refault.migration.versions import abilities
 
@@ -55,12 +46,6 @@ _LOOK = 0.005
 _NOT_FINAL = "not finalized"
 _WRITING = ("active", "device")
 """The statuses of a QEMU that has not done with the package; before 8.2 there is none of its own."""
-TARGET_PAGE = 4096
-"""Bytes that one bit stands for, on all that KVM runs on."""
-
-_LAST = re.compile(rb"\0{7}\x10\x7e.{4}\0\Z", re.DOTALL)
-"""The end of a section `ram`, its footer, QEMU_VM_EOF; another section would not begin with 0."""
-_LAST_BYTES = 14
 
 
 async def reclaim(migration: Migration) -> None:
@@ -135,53 +120,13 @@ def _first(errors: BaseException) -> BaseException:
 
 
 async def _resume_to_us(migration: Migration, sizes: Mapping[bytes, int]) -> None:
-    monitor = migration.vm.monitor
-    leg = await hand_over(monitor, Role.SOURCE)
-    stream = trio.SocketStream(trio.socket.from_stdlib_socket(leg.socket))
-    async with stream, trio.open_nursery() as nursery:
-        nursery.start_soon(fail_as_destination, stream, sizes)
-        command = {"uri": f"fd:{leg.name}", "resume": True}
-        try:
-            await monitor.execute("migrate", command, timeout=RESUME_TIMEOUT)
-        except QmpError:
-            await take_back(monitor, leg.name)
-            raise
+    async with offered(migration) as (uri, main), trio.open_nursery() as nursery:
+
+        async def fail() -> None:
+            await fail_as_destination(await main(), sizes)
+
+        nursery.start_soon(fail)
+        command: dict[str, object] = {"uri": uri, "resume": True}
+        await migration.vm.monitor.execute("migrate", command, timeout=RESUME_TIMEOUT)
         await _when(migration, lambda status: status == "failed")
         nursery.cancel_scope.cancel()
-
-
-async def fail_as_destination(stream: trio.SocketStream, sizes: Mapping[bytes, int]) -> None:
-    """Answers a source's resume, and reads what it sends until it ends. `sizes`: bytes, by RAM block.
-
-    Raises AttemptFailed where it is not one.
-    """
-    command = None
-    while command != RESUME:
-        section, command, length = COMMAND_HEAD.unpack(await _exactly(stream, COMMAND_HEAD.size))
-        payload = await _exactly(stream, length)
-        if section != SECTION_COMMAND or command not in (RECV_BITMAP, RESUME):
-            raise AttemptFailed(f"QEMU began its recovery with section {section}, command {command}")
-        if command == RECV_BITMAP:
-            if payload[1:] not in sizes:
-                raise AttemptFailed(f"QEMU asks for a RAM block that is not known: {payload[1:]!r}")
-            await stream.send_all(all_received(payload[1:], sizes[payload[1:]] // TARGET_PAGE))
-    await stream.send_all(RESUME_ACK)
-    end = b""
-    while not _LAST.search(end):  # an error that comes sooner makes it pause once more
-        more = await stream.receive_some(1 << 16)
-        if not more:
-            raise AttemptFailed("QEMU ended its recovery")
-        end = (end + more)[-_LAST_BYTES:]
-    await stream.send_all(SHUT_ERROR)
-    while await stream.receive_some(1 << 16):
-        pass
-
-
-async def _exactly(stream: trio.SocketStream, count: int) -> bytes:
-    data = b""
-    while len(data) < count:
-        more = await stream.receive_some(count - len(data))
-        if not more:
-            raise AttemptFailed("QEMU ended its recovery")
-        data += more
-    return data

@@ -10,8 +10,9 @@ from tests.unit.channel import streams
 
 from refault.channel.returnpath import Kind, ReturnPathDecoder
 from refault.daemon.channels import AttemptFailed
+from refault.daemon.failing_destination import fail_as_destination
 from refault.daemon.monitor import QmpError
-from refault.daemon.reclaim import fail_as_destination, go_on
+from refault.daemon.reclaim import go_on
 
 SIZES = {b"pc.ram": 100 * 4096, b"pc.bios": 4096}
 RESUME = struct.pack(">BHH", 8, 9, 0)
