@@ -6,15 +6,17 @@ from pathlib import Path
 
 import pytest
 import trio
-from tests.campaign.losses import PING_2
+from tests.campaign.losses import PACKAGED, PING_2
 from tests.integration.qemus import qemus
-from tests.integration.test_main_job import GUEST
+from tests.integration.test_main_job import GUEST, fronted
 
+from refault.daemon.doubt import TAKE_BACK
 from refault.lab import bare
 from refault.lab.channel import Cut, Loss, free_port, start_channel
 from refault.lab.driver import refault_driver
 from refault.lab.memory import compare
 from refault.lab.qemu import PairOptions, disks, start_pair
+from refault.lab.qmp_client import QmpError
 
 pytestmark = [pytest.mark.qemu, pytest.mark.timeout(90)]
 
@@ -57,3 +59,46 @@ async def test_the_guest_goes_on_at_the_source(
         assert (await driver.source.execute("query-status"))["running"]
         verdict = await compare(GUEST, pair.source.qmp)
         assert verdict.right, verdict
+
+
+@pytest.mark.parametrize("binary", qemus("qemu-10"))
+async def test_the_guest_of_a_package_lost_on_its_way_is_taken_back_on_the_operators_word(
+    tmp_path: Path, binary: str
+) -> None:
+    """The package, 65 KiB, has left QEMU whole when the loss is noticed."""
+    async with fronted(tmp_path, binary=binary) as (pair, channel, driver):
+        cut = Cut(Loss.CLOSE, True, PACKAGED, 0, "now")
+        with trio.fail_after(60):
+            await bare.begin(
+                driver.source,
+                driver.destination,
+                channel,
+                bandwidth=1 << 20,
+                precopy_bandwidth=64 << 20,
+                capabilities=PREEMPT,
+            )
+            await bare.wait_sent(driver.source, 0.1)
+            await channel.cut_at(cut)
+            await driver.source.execute("migrate-start-postcopy")
+            await channel.was_cut(cut, 20)
+            while "ALERT: the channel was lost in the switchover" not in driver.processes[0].tail(50):
+                await trio.sleep(0.05)
+            assert not (await driver.source.execute("query-status"))["running"]
+            pair.destination.process.kill()
+            await driver.source.execute("migrate", {"uri": TAKE_BACK, "resume": True})
+            await bare.wait_status(pair.source.qmp, "failed")
+            await pair.source.wait_progress()
+        assert (await driver.source.execute("query-status"))["running"]
+        verdict = await compare(GUEST, pair.source.qmp)
+        assert verdict.right, verdict
+
+
+async def test_a_guest_that_has_arrived_is_not_taken_back(tmp_path: Path) -> None:
+    async with fronted(tmp_path) as (pair, channel, driver):
+        await bare.start_postcopy(driver.source, driver.destination, channel, bandwidth=1 << 20)
+        driver.processes[1].kill()  # so that the channel is lost, and not recovered
+        with trio.fail_after(10):
+            await bare.wait_status(pair.source.qmp, "postcopy-paused")
+            with pytest.raises(QmpError, match="has said that it had it"):
+                await driver.source.execute("migrate", {"uri": TAKE_BACK, "resume": True})
+        assert await bare.migration_status(pair.source.qmp) == "postcopy-paused"

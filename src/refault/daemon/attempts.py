@@ -11,7 +11,7 @@ import trio
 
 from refault.daemon.channels import AttemptFailed
 from refault.daemon.monitor import MonitorLost, QmpError
-from refault.daemon.reclaim import reclaim
+from refault.daemon.reclaim import reclaim, say_as_told, say_cannot_have_left
 from refault.daemon.repeats import repeats
 from refault.daemon.vm_state import QUERY_TIMEOUT, words
 from refault.migration.recovery import Action, Event, Pace, Recovery, State
@@ -83,7 +83,9 @@ class Attempts:
             case Action.CLEAN_UP:
                 self._cancel_timers()
                 self._migration.ended()
-            case Action.RECLAIM:
+            case Action.RECLAIM | Action.RECLAIM_AS_TOLD:
+                say = say_as_told if action is Action.RECLAIM_AS_TOLD else say_cannot_have_left
+                say(self._migration)
                 self._migration.vm.start_soon(reclaim, self._migration)
             case Action.STOP_GUEST:
                 self._migration.vm.start_soon(self._stop_guest)
@@ -228,7 +230,9 @@ class Attempts:
         migration = self._migration
         log.error(
             "%s: ALERT: the source migration failed after postcopy began; stopping its guest, which may"
-            " run at the destination: look at the destination, then quit this QEMU",
+            " run at the destination. What to do: look at the destination: if its QEMU waits for the guest"
+            " (query-status: inmigrate), end it; then, or if it had ended without having run the guest,"
+            " `cont` this one. Else quit this QEMU",
             migration.name,
         )
         try:

@@ -18,6 +18,7 @@ import trio
 from refault.channel.relay import RUN_SECONDS, Lane, LegState, Relay, RelayView
 from refault.channel.tracker import Kept
 from refault.daemon.closing import Closing
+from refault.daemon.doubt import in_doubt, tell_doubt
 from refault.daemon.kept_ends import KeptEnds
 from refault.daemon.local import LocalLeg, take_back
 from refault.daemon.monitor import MonitorLost, QmpError
@@ -67,6 +68,12 @@ class Channels:
         """The channel whose end QEMU was asked to hold, because a kill of refault must not end it."""
         self._told_foreign: set[str] = set()
         """The addresses of which it was said that they are another VM's."""
+        self.knows_first = False
+        """Whether this refault has seen the migration from its beginning."""
+        self.has_arrived = False
+        """Whether the destination is known to have had the guest, all device state loaded."""
+        self._returned_before = 0
+        """Bytes on the return path before this channel."""
         self._told_part = False
         self._told_cut = 0
         """The channel of which that was said."""
@@ -102,6 +109,9 @@ class Channels:
         self._migration.pause_told = trio.Event()
         if recovered:
             self._migration.status = "postcopy-paused"  # or this would not be; an older word tells nothing
+        else:
+            self.knows_first = True
+        self._returned_before = self.relay.look().return_bytes
         self.relay.attach(
             local.detach(),
             far.detach(),
@@ -139,6 +149,12 @@ class Channels:
             return False
         view = self.relay.look()
         return view.channel < channel or not (view.local.lost or view.far.lost)
+
+    async def end(self, channel: int) -> None:
+        """Closes a channel that is not to be recovered, its return path first where QEMU is seen to take
+        note."""
+        self._ended = channel
+        await self.closing.close_return_path_first(channel)
 
     def abandon(self, channel: int) -> None:
         """Closes a channel that this QEMU did not take, or that it pauses again on."""
@@ -217,6 +233,8 @@ class Channels:
         self.closing.look()
         if passed.running:
             self._migration.postcopy_began = True
+        # A destination that answers a recovery has paused, and that it does only once it runs.
+        self.has_arrived |= passed.running or (passed.resumed and view.return_bytes > self._returned_before)
         self._tell_not_kept()
         self._tell_page_cut()
         self.word.tell_pump()
@@ -378,6 +396,8 @@ class Channels:
             migration.look_soon()
             if phase in _LOSABLE:
                 migration.feed(Event.CHANNEL_LOST)
+                if in_doubt(migration):
+                    migration.vm.start_soon(tell_doubt, migration, self.channel)
         elif self.held is None:
             self.held = f"{phase}: {rule.effect}"
             log.error(

@@ -48,25 +48,37 @@ _WRITING = ("active", "device")
 """The statuses of a QEMU that has not done with the package; before 8.2 there is none of its own."""
 
 
-async def reclaim(migration: Migration) -> None:
-    """Until the guest is the source's again. The far leg is lost, and nothing goes there any more."""
-    channels = migration.channels
-    if channels is None:
-        return
+def say_cannot_have_left(migration: Migration) -> None:
+    """Why the guest is taken back, where refault knows it by itself."""
     log.error(
         "%s: ALERT: the channel was lost before all device state had left QEMU, so the guest cannot run at"
         " the destination: the migration is made to fail, and the guest goes on here. What to do: end the"
         " destination's QEMU, and migrate again",
         migration.name,
     )
+
+
+def say_as_told(migration: Migration) -> None:
+    """The same, where it was told."""
+    log.warning("%s: told that the destination has ended without the guest: taking it back", migration.name)
+
+
+async def reclaim(migration: Migration) -> None:
+    """Until the guest is the source's again. The far leg is lost, and nothing goes there any more."""
+    channels = migration.channels
+    if channels is None:
+        return
     sizes = {block.name: block.used_length for block in channels.relay.blocks()}
     try:
         with trio.fail_after(PATIENCE):
+            await migration.attempts.over()  # QEMU may have its command
+            if channels.has_arrived:
+                raise AttemptFailed("the destination has answered meanwhile, and has the guest")
             async with trio.open_nursery() as nursery:
                 nursery.start_soon(channels.swallow)
                 await _when(migration, lambda status: status not in _WRITING)
                 nursery.cancel_scope.cancel()
-            await channels.closing.close_return_path_first(channels.channel)
+            await channels.end(channels.channel)
             migration.look_soon()
             await _when(migration, lambda status: status in ("postcopy-paused", "failed"))
             if migration.status == "postcopy-paused":

@@ -12,6 +12,7 @@ from refault.daemon import ping
 from refault.daemon.attempts import NotPausedYet
 from refault.daemon.channels import AttemptFailed, Channels
 from refault.daemon.connecting import connects, same_network
+from refault.daemon.doubt import TAKE_BACK, decide
 from refault.daemon.far_dial import connect_any, outlast
 from refault.daemon.local import hand_connection, hand_over, take_back
 from refault.daemon.migration import Migration, inet_of, is_error
@@ -194,6 +195,9 @@ class Source:
         Where a channel works or a handshake is under way that stands: QEMU refuses the command by itself.
         """
         migration = self._migration
+        if command.arguments.get("uri") == TAKE_BACK:
+            why_not = decide(migration)
+            return Answer(error=("GenericError", why_not)) if why_not else Answer()
         log.info("%s: a client recovers the source by hand", migration.name)
         state = migration.policy.state
         works = state in (State.RUNNING, State.GIVEN_UP) and migration.cost_of_stopping() is not None

@@ -55,7 +55,7 @@ RULES: dict[tuple[Phase, Role], Rule] = {
         "the destination exits while it loads the device state",
         "held until the destination says that it runs; if the device state came only in part it never"
         " will, and the guest is at the source, whole: look there whether it goes on, and do not quit that"
-        " QEMU",
+        " QEMU; its refault says how it is brought to go on",
     ),
     (Phase.POSTCOPY, Role.SOURCE): _CLOSE_POSTCOPY,
     (Phase.POSTCOPY, Role.DESTINATION): _CLOSE_POSTCOPY,

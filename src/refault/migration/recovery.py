@@ -46,6 +46,7 @@ class Event(enum.Enum):
     CHANNEL_LOST = "the local leg was closed, by the relay after the far leg was lost or by QEMU"
     LEG_HELD = "the far leg is lost and the local leg may not be closed"
     CANNOT_HAVE_LEFT = "the far leg is lost in the switchover, and the destination cannot have the guest"
+    TOLD_TO_TAKE_BACK = "the operator says that the destination has ended, and never had the guest"
     PAUSED = "QEMU says postcopy-paused"
     RECOVERING = "QEMU says postcopy-recover or postcopy-recover-setup"
     ACTIVE = "QEMU says postcopy-active"
@@ -80,6 +81,7 @@ class Action(enum.Enum):
     QUICKEN_BACKOFF = "so too, in the middle of a recovery"
     CLEAN_UP = "close listeners, descriptors and the state file"
     RECLAIM = "take the guest back"
+    RECLAIM_AS_TOLD = "so too, on the operator's word"
     STOP_GUEST = "stop, at once: the guest must not run twice"
 
 
@@ -153,6 +155,9 @@ TABLE: dict[tuple[State, Event], tuple[State, tuple[Action, ...]]] = {
 # The attempt under way runs to its end, for QEMU may have its command.
 for _state in (S.WAITING, S.ATTEMPTING, S.OPEN, S.HANDSHAKE, S.YIELDED, S.BY_CLIENT):
     TABLE[_state, E.OUT_OF_PATIENCE] = (S.GIVEN_UP, (A.GIVE_UP,))
+
+for _state in (S.WAITING, S.ATTEMPTING, S.OPEN, S.HANDSHAKE, S.YIELDED, S.BY_CLIENT, S.GIVEN_UP):
+    TABLE[_state, E.TOLD_TO_TAKE_BACK] = (S.RECLAIMING, (A.CANCEL_ATTEMPT, A.RECLAIM_AS_TOLD))
 
 # Ends hold in every state that has a migration.
 for _state in set(State) - {S.IDLE, S.ENDED}:

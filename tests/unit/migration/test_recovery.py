@@ -262,3 +262,12 @@ def test_a_guest_that_is_taken_back_is_neither_recovered_nor_stopped() -> None:
     assert not {Action.ATTEMPT, Action.COUNT_RECOVERY, Action.STOP_GUEST} & set(actions)
     policy, _ = after([Event.STARTED, Event.CANNOT_HAVE_LEFT, Event.ATTEMPT_FAILED])
     assert policy.state is State.WAITING
+
+
+def test_the_operator_s_word_counts_only_where_a_channel_is_lost() -> None:
+    for seen in ([Event.CHANNEL_LOST], [Event.PAUSED], [Event.PAUSED, Event.ISSUED, Event.RECOVERING]):
+        policy, actions = after([Event.STARTED, *seen, Event.TOLD_TO_TAKE_BACK])
+        assert policy.state is State.RECLAIMING
+        assert actions[-2:] == [Action.CANCEL_ATTEMPT, Action.RECLAIM_AS_TOLD]
+    for state in (State.IDLE, State.RUNNING, State.HELD, State.ENDED):
+        assert (state, Event.TOLD_TO_TAKE_BACK) not in TABLE
