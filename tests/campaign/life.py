@@ -14,6 +14,7 @@ from tests.campaign.invariants import Watch
 from tests.campaign.losses import KILLED, LossClass, Place, Planned
 from tests.campaign.outcomes import Outcome
 
+from refault.daemon.doubt import TAKE_BACK
 from refault.lab import bare
 from refault.lab.channel import Between, Channel, Loss, free_port, start_channel
 from refault.lab.driver import RefaultDriver, refault_driver
@@ -278,6 +279,8 @@ async def _judge(stage: _Stage, planned: Planned, when: float, since: Sequence[i
     while trio.current_time() < deadline:
         if await _ended_without_guest(stage, planned):
             return Result(planned, Outcome.LEFT_AT_SOURCE, note=_words(stage))
+        if _asks_the_operator(stage, planned) and (taken_back := await _operate(stage, planned)):
+            return taken_back
         last = [_last(qemu, mark) for qemu, mark in zip(stage.both, since, strict=True)]
         if last[0][0] == "failed":
             return await _source_failed(stage, planned)
@@ -299,6 +302,28 @@ async def _judge(stage: _Stage, planned: Planned, when: float, since: Sequence[i
     return Result(planned, Outcome.STUCK, note=_words(stage))
 
 
+def _asks_the_operator(stage: _Stage, planned: Planned) -> bool:
+    told = "ALERT: the channel was lost in the switchover"
+    return planned.kind is LossClass.SWITCHOVER and told in stage.driver.processes[0].tail(50)
+
+
+async def _operate(stage: _Stage, planned: Planned) -> Result | None:
+    """What the alert says that the operator do, where the guest never ran at the destination."""
+    source, destination = stage.both
+    if any(event.name == "RESUME" for event in destination.qmp.events):
+        return None
+    note = _words(stage)
+    if destination.process.status is None:
+        if (await destination.qmp.execute("query-status"))["status"] != "inmigrate":
+            return None
+        destination.process.kill()
+    await stage.driver.source.execute("migrate", {"uri": TAKE_BACK, "resume": True})
+    with trio.fail_after(15):
+        await bare.wait_status(source.qmp, "failed")
+        await source.wait_progress()
+    return Result(planned, Outcome.TAKEN_BACK, note=note)
+
+
 async def _ended_without_guest(stage: _Stage, planned: Planned) -> bool:
     """Whether the destination has ended because the package had not begun to reach it."""
     destination = stage.pair.destination.process
@@ -306,7 +331,10 @@ async def _ended_without_guest(stage: _Stage, planned: Planned) -> bool:
         return False
     refault = stage.driver.processes[1]
     with trio.move_on_after(_TAKES_BACK):
-        await stage.pair.source.qmp.wait_migration("failed")
+        while not _asks_the_operator(stage, planned):
+            if _last(stage.pair.source)[0] == "failed":
+                return False
+            await trio.sleep(0.05)
         return False
     return "in precopy: closing QEMU's" in refault.tail(50) and not stage.watch.handed_over
 
@@ -334,7 +362,8 @@ async def _end(stage: _Stage, life: Life) -> None:
         return
     result = life.results[-1]
     source, destination = stage.both
-    if result.outcome in (Outcome.SOURCE_GOES_ON, Outcome.STOPPED, Outcome.LEFT_AT_SOURCE):
+    here = (Outcome.SOURCE_GOES_ON, Outcome.TAKEN_BACK, Outcome.STOPPED, Outcome.LEFT_AT_SOURCE)
+    if result.outcome in here:
         verdict = await compare(GUEST, source.qmp)
     elif result.outcome in (Outcome.RECOVERED, Outcome.COMPLETED_HELD):
         try:

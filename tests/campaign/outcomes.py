@@ -14,6 +14,7 @@ class Outcome(enum.Enum):
 
     RECOVERED = "recovered"
     SOURCE_GOES_ON = "guest goes on at the source"
+    TAKEN_BACK = "taken back to the source on the operator's word"
     COMPLETED_HELD = "completed at the destination, source held"
     HELD = "held, nobody dead"
     LEFT_AT_SOURCE = "guest paused at the source, destination ended before it had it"
@@ -31,6 +32,8 @@ def allowed(kind: LossClass, version: Version) -> tuple[Outcome, ...]:
         return (Outcome.SOURCE_GOES_ON,)
     if kind is LossClass.SWITCHOVER:
         # A package of which a part is lost can be sent again by no QEMU.
+        if abilities(version).fails_when_told:
+            return (Outcome.RECOVERED, Outcome.SOURCE_GOES_ON, Outcome.TAKEN_BACK, Outcome.STOPPED)
         part_lost = (Outcome.HELD, Outcome.LEFT_AT_SOURCE, Outcome.STOPPED, Outcome.SOURCE_GOES_ON)
         return (Outcome.RECOVERED, *part_lost)
     if kind is LossClass.EOF:
