@@ -230,9 +230,10 @@ class Attempts:
         migration = self._migration
         log.error(
             "%s: ALERT: the source migration failed after postcopy began; stopping its guest, which may"
-            " run at the destination. What to do: look at the destination: if its QEMU waits for the guest"
-            " (query-status: inmigrate), end it; then, or if it had ended without having run the guest,"
-            " `cont` this one. Else quit this QEMU",
+            " run at the destination. What to do: look at the destination. If its migration is completed,"
+            " quit this QEMU. If it waits for the guest (query-status: inmigrate), end it; then, or if it had"
+            " ended without having run the guest, `cont` this one. If it is postcopy-paused it cannot get the"
+            " rest of its memory any more: the guest here is whole, and as old as the switchover",
             migration.name,
         )
         try:

@@ -338,7 +338,12 @@ class Channels:
             log.info("%s: QEMU ended the channel in %s (%s)", self._migration.name, phase, view.local_loss(),
                      extra=self._migration.attempts.repeats("QEMU ended", phase))  # fmt: skip
         if phase in _LOSABLE:
-            self._migration.feed(Event.CHANNEL_LOST)
+            self._recoverable_loss()
+
+    def _recoverable_loss(self) -> None:
+        self._migration.feed(Event.CHANNEL_LOST)
+        if self.channel == 1 and in_doubt(self._migration):
+            self._migration.vm.start_soon(tell_doubt, self._migration)
 
     def _far_lost(self, view: RelayView) -> None:
         if self._must_ask():
@@ -395,9 +400,7 @@ class Channels:
             self.closing.close(phase)
             migration.look_soon()
             if phase in _LOSABLE:
-                migration.feed(Event.CHANNEL_LOST)
-                if in_doubt(migration):
-                    migration.vm.start_soon(tell_doubt, migration, self.channel)
+                self._recoverable_loss()
         elif self.held is None:
             self.held = f"{phase}: {rule.effect}"
             log.error(

@@ -27,6 +27,12 @@ log = logging.getLogger("refault.migration")
 TAKE_BACK = "refault:take-back"
 TOLD_AFTER = 2.0
 """Seconds of a lost switchover; one whose package has come whole is recovered sooner."""
+_ADVICE = (
+    "If its query-status says inmigrate, end it; then, or if it had ended without having run the guest, say"
+    ' so at this QMP socket: {"execute": "migrate", "arguments":'
+    f' {{"uri": "{TAKE_BACK}", "resume": true}}}}, and the guest goes on here'
+)
+_NO_WAY = "If not: this QEMU has no way to let the guest go on, and it must be started anew"
 
 
 def in_doubt(migration: Migration) -> bool:
@@ -39,21 +45,19 @@ def in_doubt(migration: Migration) -> bool:
     return begun and channels.knows_first and not (channels.has_arrived or passed.opaque)
 
 
-async def tell_doubt(migration: Migration, channel: int) -> None:
-    """Tells the operator if the loss of `channel`, the first, is not soon over."""
+async def tell_doubt(migration: Migration) -> None:
+    """Tells the operator if the loss of the first channel is not soon over."""
     await trio.sleep(TOLD_AFTER)
     lost = migration.policy.state not in (State.RUNNING, State.RECLAIMING)
-    if channel != 1 or not (migration.under_way and lost and in_doubt(migration)):
+    if not (migration.under_way and lost and in_doubt(migration)):
         return
     log.error(
         "%s: ALERT: the channel was lost in the switchover, and the destination has not said since that it"
         " has the guest: if a part of the device state was lost on the way the guest runs nowhere; it is"
-        " here, whole and paused. What to do: do not quit this QEMU, and look at the destination's. If its"
-        " query-status says inmigrate, end it; then, or if it had ended without having run the guest, say so"
-        ' at this QMP socket: {"execute": "migrate", "arguments": {"uri": "%s", "resume": true}}, and the'
-        " guest goes on here. If it runs the guest leave both: refault recovers the channel",
+        " here, whole and paused. What to do: do not quit this QEMU, and look at the destination's. If it"
+        " runs the guest leave both: refault recovers the channel. %s",
         migration.name,
-        TAKE_BACK,
+        _ADVICE if abilities(migration.vm.version).fails_when_told else _NO_WAY,
     )
 
 
