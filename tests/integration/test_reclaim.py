@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 import trio
-from tests.campaign.losses import PACKAGED, PING_2
+from tests.campaign.losses import PACKAGED, PING_2, PONG_3
 from tests.integration.qemus import qemus
 from tests.integration.test_main_job import GUEST, fronted
 
@@ -102,3 +102,27 @@ async def test_a_guest_that_has_arrived_is_not_taken_back(tmp_path: Path) -> Non
             with pytest.raises(QmpError, match="has said that it had it"):
                 await driver.source.execute("migrate", {"uri": TAKE_BACK, "resume": True})
         assert await bare.migration_status(pair.source.qmp) == "postcopy-paused"
+
+
+@pytest.mark.parametrize("binary", [name for name in qemus("qemu-11") if name == "qemu-11"])
+async def test_a_source_that_never_hears_that_its_guest_has_arrived_does_not_run_it_again(
+    tmp_path: Path, binary: str
+) -> None:
+    """From 10.2 on a source fails where its channel ends before that, instead of pausing."""
+    async with fronted(tmp_path, binary=binary) as (pair, channel, driver):
+        cut = Cut(Loss.CLOSE, False, PONG_3, 0, "now")
+        with trio.fail_after(30):
+            await bare.begin(
+                driver.source, driver.destination, channel, bandwidth=1 << 20, precopy_bandwidth=64 << 20
+            )
+            await bare.wait_sent(driver.source, 0.1)
+            await channel.cut_at(cut)
+            await driver.source.execute("migrate-start-postcopy")
+            await channel.was_cut(cut, 20)
+            while [vm.recovery.recoveries for vm in await driver.statuses()] != [1, 1]:
+                await trio.sleep(0.05)
+        await bare.finish(driver.source)
+        assert not [event for event in pair.source.qmp.events if event.name == "RESUME"]
+        await pair.destination.wait_progress()
+        verdict = await compare(GUEST, pair.destination.qmp, pair.source.qmp)
+        assert verdict.right, verdict

@@ -62,8 +62,8 @@ class Channels:
         self.changed = trio.Event()
         """Set whenever the pump told of something, and replaced."""
         self.kept = KeptEnds(migration.vm.monitor)
-        self.closing = Closing(migration, relay, self.kept)
         self.word = QemuWord(migration, relay)
+        self.closing = Closing(migration, relay, self.kept, self.word)
         self._guarded = 0
         """The channel whose end QEMU was asked to hold, because a kill of refault must not end it."""
         self._told_foreign: set[str] = set()

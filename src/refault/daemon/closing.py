@@ -1,8 +1,10 @@
 """How the local leg of a lost channel is closed, where it may be (migration/legs.py): at once; or the return
-path first, for a source before 8.2; or once a destination's preempt thread has taken the channel up."""
+path first, for a source before 8.2; or once a source since 10.2 has been told what it waits for; or once a
+destination's preempt thread has taken the channel up."""
 
 from __future__ import annotations
 
+import contextlib
 import math
 from typing import TYPE_CHECKING
 
@@ -10,9 +12,13 @@ import trio
 
 from refault.channel.relay import Relay
 from refault.daemon.kept_ends import KeptEnds
+from refault.daemon.monitor import MonitorLost, QmpError
+from refault.daemon.qemu_word import QemuWord
 from refault.daemon.return_path import end_first
+from refault.migration.messages import PONG_LOADED
 from refault.migration.phase import Phase, Role
 from refault.migration.versions import abilities
+from refault.migration.word import LOOK_AGAIN
 
 if TYPE_CHECKING:
     from refault.daemon.migration import Migration
@@ -26,10 +32,11 @@ _ACK_WITHIN = 5.0
 class Closing:
     """Of the newest channel of one relayed migration."""
 
-    def __init__(self, migration: Migration, relay: Relay, kept: KeptEnds) -> None:
+    def __init__(self, migration: Migration, relay: Relay, kept: KeptEnds, word: QemuWord) -> None:
         self._migration = migration
         self._relay = relay
         self._kept = kept
+        self._word = word
         self._channel = 0
         self._peer_inode = 0
         self._return_path_over = False
@@ -78,6 +85,8 @@ class Closing:
         lags = migration.role is Role.SOURCE and abilities(migration.vm.version).resume_after > 0
         if phase is Phase.POSTCOPY and lags:
             migration.vm.start_soon(self.close_return_path_first, self._channel)
+        elif self._fails_when_lost():
+            migration.vm.start_soon(self._close_when_it_pauses, self._channel)
         elif self._preempt_thread_wakes():
             migration.vm.start_soon(self._close_when_awake, self._channel)
         else:
@@ -105,6 +114,29 @@ class Closing:
         """Whether QEMU's return-path thread has surely left the lost channel; waits for what sees to it."""
         async with self._ending:
             return self._return_path_over
+
+    def _fails_when_lost(self) -> bool:
+        """Whether a source's QEMU, whose package has left, takes a loss for its destination's failure.
+
+        Since 10.2 it is in `postcopy-device` until PONG 0x42 has come; did its channel end before, it would
+        run the guest again, be it at the destination or not (11.1). The PONG may be what was lost.
+        """
+        waits = self._word.last is not None and self._word.last.status == "postcopy-device"
+        # Into TLS nothing is said.
+        return waits and self._migration.role is Role.SOURCE and not (self._relay.closed or self._word.wanted)
+
+    async def _close_when_it_pauses(self, channel: int) -> None:
+        """Says that PONG to it ourselves: it pauses then when its channel ends, as QEMU up to 10.1 does."""
+        if self._kept.main is None:
+            return
+        with trio.socket.from_stdlib_socket(self._kept.main.dup()) as leg:
+            await leg.send(PONG_LOADED)
+        while channel == self._channel and self._fails_when_lost():
+            with contextlib.suppress(QmpError, MonitorLost, trio.TooSlowError, OSError):
+                await self._word.ask()
+            await trio.sleep(LOOK_AGAIN)
+        self.close_now(channel)
+        self._migration.look_soon()
 
     def _preempt_thread_wakes(self) -> bool:
         """Whether QEMU's preempt thread may still be on its way back from the last pause."""

@@ -37,6 +37,8 @@ PING = command(_PING, _OURS)
 PONG = message(_PONG, _OURS)
 REQUESTS = (struct.pack(">H", _REQ_PAGES_ID), struct.pack(">H", _REQ_PAGES))
 """How page requests begin."""
+PONG_LOADED = message(_PONG, struct.pack(">I", 0x42))
+"""The destination has loaded its device state (savevm.h, QEMU_VM_PING_PACKAGED_LOADED, since 10.2)."""
 RESUME_ACK = message(_RESUME_ACK, struct.pack(">I", 1))
 SHUT_ERROR = message(_SHUT, struct.pack(">I", 1))
 """The destination's last word: it has failed."""
