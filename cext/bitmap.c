@@ -10,6 +10,7 @@
 #define LEAF_WORDS (LEAF_BITS / 64)
 #define MIDDLE_BITS (FAN * LEAF_BITS)
 #define BITS_MAX ((uint64_t)1 << 44)
+#define LINE ((size_t)64) /* of the cache */
 #define FEW_BYTES_MIN ((size_t)64)
 #define FEW_BYTES_MAX ((size_t)8192)
 #define POOLS 5 /* for leaves of few, of up to 1024 bytes */
@@ -222,7 +223,7 @@ struct place {
     struct many *many;
 };
 
-static struct place leaf_in(struct middle *middle, size_t top, unsigned slot) {
+static inline struct place leaf_in(struct middle *middle, size_t top, unsigned slot) {
     struct place at = {
         .middle = middle, .top = top, .slot = slot, .base = top * MIDDLE_BITS + slot * LEAF_BITS};
     if (middle != NULL && (middle->many & bit(slot)) != 0) {
@@ -233,7 +234,7 @@ static struct place leaf_in(struct middle *middle, size_t top, unsigned slot) {
     return at;
 }
 
-static struct place find(const struct rf_bitmap *map, uint64_t index) {
+static inline struct place find(const struct rf_bitmap *map, uint64_t index) {
     size_t top = (size_t)(index / MIDDLE_BITS);
     return leaf_in(map->middles[top], top, (unsigned)(index / LEAF_BITS % FAN));
 }
@@ -312,8 +313,12 @@ static bool need(struct rf_bitmap *map, struct place *at, unsigned length) {
     return true;
 }
 
+static inline uint64_t bits_in(const struct place *at) {
+    return at->many != NULL ? at->many->count : at->few->length;
+}
+
 static void drop_if_empty(struct rf_bitmap *map, const struct place *at) {
-    if (at->many != NULL ? at->many->count == 0 : at->few->length == 0) {
+    if (bits_in(at) == 0) {
         free_leaf(map, at->middle, at->slot);
         if (at->middle->summary == 0) {
             free_middle(map, at->top);
@@ -602,7 +607,7 @@ size_t rf_bitmap_drain(struct rf_bitmap *map, uint64_t *out, size_t room) {
             size_t part = list_leaf(&at, 0, out + found, room - found);
             uint64_t first = out[found] - at.base;
             found += part;
-            if (part < (at.many != NULL ? at.many->count : at.few->length)) {
+            if (part < bits_in(&at)) {
                 clear_in_leaf(map, &at, first, out[found - 1] + 1 - at.base);
                 return found;
             }
@@ -666,9 +671,11 @@ static void clear_few_where(struct rf_bitmap *map, const struct place *at, const
         few->places[kept] = place;
         kept += 1 - dense_bit(dense, at->base + place);
     }
-    memmove(&few->places[kept], &few->places[end], (size_t)(few->length - end) * sizeof(uint16_t));
-    few->length = (uint16_t)(few->length - (end - kept));
-    map->count -= end - kept;
+    if (kept < end) {
+        memmove(&few->places[kept], &few->places[end], (size_t)(few->length - end) * sizeof(uint16_t));
+        few->length = (uint16_t)(few->length - (end - kept));
+        map->count -= end - kept;
+    }
 }
 
 FAST static void clear_many_where(struct rf_bitmap *map, const struct place *at, const struct dense *dense) {
@@ -687,20 +694,123 @@ FAST static void clear_many_where(struct rf_bitmap *map, const struct place *at,
     map->count -= gone;
 }
 
+/* How many bits ahead the dense bytes are asked for: enough to keep the memory busy, and what has come is not
+ * pushed out of the cache again. A leaf of more bits has ones in most lines of its 8 KiB, and the processor
+ * itself sees that they are read in order. */
+#define ASKED_BITS 96u
+#define CROWDED_BITS 128u
+/* Lines are asked for into the second cache, to which many more can be on their way; but from leaves of fewer
+ * bits than this, with one or two on a page, into the first: on Zen 4 the other kind of request seems to be
+ * dropped where the page is not in the TLB. Measured there, of 10^4 bits in 4096 leaves: 283 us, not 629; of
+ * 10^5: 870 us, not 1430. */
+#define LONELY_BITS 8u
+
+/* gcc takes a function that does nothing but prefetch for one without effect, and leaves its calls out. */
+#define ASKING static inline __attribute__((always_inline))
+
+/* The leaves under the dense bytes, in order. Each would cost a wait for memory for its middle, one for
+ * itself and one for the dense byte of each of its bits; so all of these are asked for some time before. */
+struct walk {
+    const struct rf_bitmap *map;
+    const struct dense *dense;
+    uint64_t end;
+    uint64_t index; /* where the next leaf is looked for */
+    uint64_t ahead; /* and the next whose dense bytes are asked for */
+    size_t top;     /* the middle where `ahead` was */
+    uint64_t asked; /* bits in leaves before `ahead` */
+    uint64_t given; /* bits in leaves before `index` */
+};
+
+ASKING void ask_for_middle(const struct rf_bitmap *map, size_t top) {
+    if (top < map->middles_length) {
+        const uint8_t *middle = (const uint8_t *)map->middles[top];
+        for (size_t i = 0; i < sizeof(struct middle); i += LINE) {
+            __builtin_prefetch(middle + i);
+        }
+    }
+}
+
+ASKING void ask_for_leaves(const struct rf_bitmap *map, size_t top) {
+    if (top < map->middles_length) {
+        const struct middle *middle = map->middles[top];
+        for (uint64_t left = middle->summary; left != 0; left &= left - 1) {
+            __builtin_prefetch(middle->leaves[lowest(left)]);
+        }
+    }
+}
+
+ASKING void ask_for_dense(const struct place *at, const struct dense *dense) {
+    unsigned first, end;
+    few_inside(at, dense, &first, &end);
+    for (unsigned i = first; i < end; i++) {
+        const uint8_t *byte = &dense->bytes[(at->base + at->few->places[i]) / 8 - dense->first];
+        if (at->few->length < LONELY_BITS) {
+            __builtin_prefetch(byte, 0, 3);
+        } else {
+            __builtin_prefetch(byte, 0, 2);
+        }
+    }
+}
+
+static void look_ahead(struct walk *walk) {
+    const struct rf_bitmap *map = walk->map;
+    while (walk->asked - walk->given < ASKED_BITS &&
+           (walk->ahead = next_leaf(map, walk->ahead)) < walk->end) {
+        struct place at = find(map, walk->ahead);
+        if (at.top != walk->top) {
+            size_t next = next_middle(map, at.top + 1);
+            ask_for_leaves(map, next);
+            ask_for_middle(map, next_middle(map, next + 1));
+            walk->top = at.top;
+        }
+        uint64_t bits = bits_in(&at);
+        if (at.few != NULL && bits < CROWDED_BITS) {
+            ask_for_dense(&at, walk->dense);
+        }
+        walk->asked += bits;
+        walk->ahead = at.base + LEAF_BITS;
+    }
+}
+
+static struct walk walk_under(const struct rf_bitmap *map, const struct dense *dense) {
+    uint64_t first = dense->first * 8;
+    size_t top = next_middle(map, (size_t)(first / MIDDLE_BITS));
+    size_t next = next_middle(map, top + 1);
+    ask_for_middle(map, top);
+    ask_for_middle(map, next);
+    ask_for_leaves(map, top);
+    return (struct walk){.map = map,
+                         .dense = dense,
+                         .end = smaller(dense->end * 8, map->bits),
+                         .index = first,
+                         .ahead = first,
+                         .top = SIZE_MAX};
+}
+
+/* False at the end. What is done with the leaf may drop it. */
+static inline bool step(struct walk *walk, struct place *at) {
+    look_ahead(walk);
+    uint64_t index = next_leaf(walk->map, walk->index);
+    if (index >= walk->end) {
+        return false;
+    }
+    *at = find(walk->map, index);
+    walk->given += bits_in(at);
+    walk->index = at->base + LEAF_BITS;
+    return true;
+}
+
 /* Clears where the dense bitmap has ones. */
 static uint64_t clear_where(struct rf_bitmap *map, const struct dense *dense) {
     uint64_t before = map->count;
-    uint64_t end = smaller(dense->end * 8, map->bits);
-    uint64_t index = dense->first * 8;
-    while ((index = next_leaf(map, index)) < end) {
-        struct place at = find(map, index);
+    struct walk walk = walk_under(map, dense);
+    for (struct place at; step(&walk, &at);) {
         if (at.many != NULL) {
             clear_many_where(map, &at, dense);
         } else {
             clear_few_where(map, &at, dense);
         }
         drop_if_empty(map, &at);
-        index = at.base + LEAF_BITS;
     }
     return before - map->count;
 }
@@ -751,12 +861,9 @@ void rf_bitmap_compare(const struct rf_bitmap *map, uint64_t first_byte, const u
     struct dense all = dense_of(map, first_byte, dense, bytes, 0);
     uint64_t length = all.end - all.first;
     uint64_t common = 0;
-    uint64_t end = smaller(all.end * 8, map->bits);
-    uint64_t index = all.first * 8;
-    while ((index = next_leaf(map, index)) < end) {
-        struct place at = find(map, index);
+    struct walk walk = walk_under(map, &all);
+    for (struct place at; step(&walk, &at);) {
         common += common_in_leaf(&at, &all);
-        index = at.base + LEAF_BITS;
     }
     uint64_t inside = count_bytes(dense, length);
     if (length > 0 && all.end * 8 > map->bits) { /* the last byte reaches beyond the map */

@@ -164,3 +164,26 @@ def test_dense_bytes_far_beyond_the_map_change_nothing(first_byte: int) -> None:
     assert bitmap.and_not(b"\xff" * 64, first_byte) == 0
     assert bitmap.compare(b"\xff" * 64, first_byte) == (0, 0)
     assert len(bitmap) == 100
+
+
+def test_dense_bytes_over_leaves_of_every_kind_that_lie_apart() -> None:
+    """Looking ahead over leaves of one bit, of few, of many, and of many that few are left of."""
+    bitmap = Bitmap(1 << 24)
+    rng = random.Random(1)
+    expected: set[int] = set()
+    for leaf in range(0, 1 << 8, 3):
+        for place in rng.sample(range(1 << 16), rng.choice([1, 7, 8, 127, 128, 300])):
+            bitmap.set((leaf << 16) + place)
+            expected.add((leaf << 16) + place)
+    for leaf in (1, 64, 65, 200):  # none of those above
+        bitmap.set_range(leaf << 16, 5000)
+        bitmap.clear_range((leaf << 16) + 50, 5000)
+        expected |= set(range(leaf << 16, (leaf << 16) + 50))
+    first_byte = 10_000
+    ones = bytes(rng.choices([0xFF, 0x3F, 0, 0x7F], k=(1 << 21) - 2 * first_byte))
+    inside = {bit for bit in expected if 0 <= bit // 8 - first_byte < len(ones)}
+    gone = {bit for bit in inside if ones[bit // 8 - first_byte] >> bit % 8 & 1}
+    only_dense = int.from_bytes(ones).bit_count() - len(gone)
+    assert bitmap.compare(ones, first_byte) == (len(inside - gone), only_dense)
+    assert bitmap.and_not(ones, first_byte) == len(gone)
+    assert list(bitmap) == sorted(expected - gone)
