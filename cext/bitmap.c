@@ -535,11 +535,13 @@ uint64_t rf_bitmap_next(const struct rf_bitmap *map, uint64_t from) {
     return rf_bitmap_list(map, &from, &found, 1) == 1 ? found : RF_BITMAP_END;
 }
 
+#define EIGHT 8u /* places at a time, which the compiler makes into vectors */
+
 FAST static void add_base(uint64_t *restrict out, const uint16_t *restrict places, size_t length,
                           uint64_t base) {
     size_t i = 0;
-    for (; i + 8 <= length; i += 8) {
-        for (size_t j = 0; j < 8; j++) {
+    for (; i + EIGHT <= length; i += EIGHT) {
+        for (size_t j = 0; j < EIGHT; j++) {
             out[i + j] = base + places[i + j];
         }
     }
@@ -561,12 +563,15 @@ static uint64_t next_word(const struct many *many, uint64_t word) {
     return left == 0 ? LEAF_WORDS : group * 64 + lowest(left);
 }
 
-/* The bits of one leaf from a place on; returns how many. */
-static size_t list_leaf(const struct place *at, uint64_t from, uint64_t *out, size_t room) {
+/* The bits of one leaf from a place on; returns how many. Of `out` it may overwrite `scratch`, at most
+ * `room`. */
+static size_t list_leaf(const struct place *at, uint64_t from, uint64_t *out, size_t room, size_t scratch) {
     if (at->few != NULL) {
         unsigned first = from == 0 ? 0 : few_below(at->few, from);
         size_t length = (size_t)smaller(at->few->length - first, room);
-        add_base(out, at->few->places + first, length, at->base);
+        size_t rounded = (length + EIGHT - 1) / EIGHT * EIGHT; /* spares a branch that is hard to foresee */
+        bool fits = rounded <= scratch && first + rounded <= at->few->room;
+        add_base(out, at->few->places + first, fits ? rounded : length, at->base);
         return length;
     }
     size_t found = 0;
@@ -589,7 +594,7 @@ size_t rf_bitmap_list(const struct rf_bitmap *map, uint64_t *from, uint64_t *out
     uint64_t index = *from;
     while (found < room && (index = next_leaf(map, index)) < map->bits) {
         struct place at = find(map, index);
-        found += list_leaf(&at, index - at.base, out + found, room - found);
+        found += list_leaf(&at, index - at.base, out + found, room - found, 0);
         index = at.base + LEAF_BITS;
     }
     if (found > 0) {
@@ -600,11 +605,12 @@ size_t rf_bitmap_list(const struct rf_bitmap *map, uint64_t *from, uint64_t *out
 
 size_t rf_bitmap_drain(struct rf_bitmap *map, uint64_t *out, size_t room) {
     size_t found = 0;
+    size_t wanted = (size_t)smaller(map->count, room); /* all of which will be written */
     for (size_t top = 0; found < room && (top = next_middle(map, top)) < map->middles_length;) {
         struct middle *middle = map->middles[top];
         while (middle->summary != 0 && found < room) {
             struct place at = leaf_in(middle, top, lowest(middle->summary));
-            size_t part = list_leaf(&at, 0, out + found, room - found);
+            size_t part = list_leaf(&at, 0, out + found, room - found, wanted - found);
             uint64_t first = out[found] - at.base;
             found += part;
             if (part < bits_in(&at)) {

@@ -73,9 +73,10 @@ class Model(RuleBasedStateMachine):
     @rule(room=st.integers(0, 300))
     def drain(self, room: int) -> None:
         lowest = sorted(self.set)[:room]
-        out = array("Q", [0]) * room
+        untouched = 1 << 50
+        out = array("Q", [untouched]) * room
         assert self.map.drain(out) == len(lowest)
-        assert list(out[: len(lowest)]) == lowest
+        assert list(out) == lowest + [untouched] * (room - len(lowest))
         self.set -= set(lowest)
 
     @rule(
