@@ -1,9 +1,10 @@
 """The sparse bitmap beside pyroaring and bitarray, on a guest of 1 TiB: 2^28 bits, 10 to 10^6 of them set.
 
 "iterate and clear" hands over every set bit and leaves the map empty, each by the fastest way it offers:
-drain through one array of 2^15, to_array and clear, search and setall; "to a new array" is drain where none
-is kept. "64 at a time" takes out the lowest 64 until nothing is left or 16384 are taken: drain; a slice and
-all below its end; search and slices. "one by one" finds the lowest and clears it, in Python, for up to 1000.
+drain through one array of 2^15 (8 bytes a bit), to_array (4 bytes a bit) and clear, search and setall; "to a
+new array" is drain where none is kept. "64 at a time" takes out the lowest 64 until nothing is left or 16384
+are taken: drain; a slice and all below its end; search and slices. "one by one" finds the lowest
+and clears it, in Python, for up to 1000.
 
 "and-not" takes away a received bitmap, 90 % ones, as it comes over the wire: 32 MiB of bytes. pyroaring's
 must be made a BitMap first; beside it, "and-not, prepared", where that was done beforehand and does not
