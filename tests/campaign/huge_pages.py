@@ -43,8 +43,8 @@ class Told:
     ended: bool
 
 
-async def one(binary: str, seconds: float) -> Told:
-    """One migration with one loss."""
+async def one(binary: str, seconds: float) -> Told | None:
+    """One migration with one loss; None where it was over before."""
     with tempfile.TemporaryDirectory(prefix="refault-huge-") as place:
         directory = Path(place)
         async with (
@@ -60,7 +60,7 @@ async def one(binary: str, seconds: float) -> Told:
                 precopy_bandwidth=KIND.precopy_bandwidth,
                 precopy_share=KIND.precopy_share,
             )
-            await trio.sleep(random.uniform(0.05, 0.2))  # it is over soon
+            await trio.sleep(random.uniform(0.1, 0.4))
             since, lost = len(driver.destination.events), time.time()
             await channel.lose(Loss.RESET)
             try:
@@ -74,6 +74,8 @@ async def one(binary: str, seconds: float) -> Told:
                 for event in driver.destination.events[since:]
                 if event.name == "MIGRATION"
             ]
+            if not statuses:
+                return None
             pauses = sum(status == "postcopy-paused" for _, status in statuses)
             ended = await _ends(driver)
             if ended:
@@ -94,7 +96,9 @@ async def measure(binary: str, losses: int, seconds: float) -> int:
     bad = 0
     with kinds.huge_pages(KIND):
         for number in range(1, losses + 1):
-            told = await one(binary, seconds)
+            told = None
+            while told is None:
+                told = await one(binary, seconds)
             bad += not (told.rests and told.ended)
             rest = "at rest" if told.rests else "no rest"
             end = "memory right" if told.ended else "NOT ENDED"
