@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import signal
 from pathlib import Path
 
 import pytest
@@ -104,7 +105,33 @@ async def test_a_guest_that_has_arrived_is_not_taken_back(tmp_path: Path) -> Non
         assert await bare.migration_status(pair.source.qmp) == "postcopy-paused"
 
 
-@pytest.mark.parametrize("binary", [name for name in qemus("qemu-11") if name == "qemu-11"])
+ONLY_11 = [name for name in qemus("qemu-11") if name == "qemu-11"]
+
+
+@pytest.mark.parametrize("lost", [True, False], ids=["lost", "refault-stopped"])
+@pytest.mark.parametrize("binary", ONLY_11)
+async def test_a_source_that_writes_while_it_waits_for_its_guests_arrival_pauses(
+    tmp_path: Path, binary: str, lost: bool
+) -> None:
+    async with fronted(tmp_path, binary=binary) as (pair, channel, driver):
+        with trio.fail_after(30):
+            await bare.begin(
+                driver.source, driver.destination, channel, bandwidth=1 << 30, precopy_bandwidth=64 << 20
+            )
+            await bare.wait_sent(driver.source, 0.1)
+            pair.destination.process.signal(signal.SIGSTOP)
+            await driver.source.execute("migrate-start-postcopy")
+            await bare.wait_status(pair.source.qmp, "postcopy-device")
+            await trio.sleep(0.5)
+            if lost:
+                await channel.reset()
+            else:
+                await driver.processes.pop(0).stop()
+            await bare.wait_status(pair.source.qmp, "postcopy-paused")
+        assert not [event for event in pair.source.qmp.events if event.name == "RESUME"]
+
+
+@pytest.mark.parametrize("binary", ONLY_11)
 async def test_a_source_that_never_hears_that_its_guest_has_arrived_does_not_run_it_again(
     tmp_path: Path, binary: str
 ) -> None:

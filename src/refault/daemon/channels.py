@@ -17,7 +17,7 @@ import trio
 
 from refault.channel.relay import RUN_SECONDS, Lane, LegState, Relay, RelayView
 from refault.channel.tracker import Kept
-from refault.daemon.closing import Closing
+from refault.daemon.closing import WAITS_FOR_PONG, Closing
 from refault.daemon.doubt import in_doubt, tell_doubt
 from refault.daemon.kept_ends import KeptEnds
 from refault.daemon.local import LocalLeg, take_back
@@ -63,7 +63,7 @@ class Channels:
         """Set whenever the pump told of something, and replaced."""
         self.kept = KeptEnds(migration.vm.monitor)
         self.word = QemuWord(migration, relay)
-        self.closing = Closing(migration, relay, self.kept, self.word)
+        self.closing = Closing(migration, relay, self.kept)
         self._guarded = 0
         """The channel whose end QEMU was asked to hold, because a kill of refault must not end it."""
         self._told_foreign: set[str] = set()
@@ -258,16 +258,6 @@ class Channels:
         able = migration.role is Role.SOURCE and abilities(migration.vm.version).fails_when_told
         return able and migration.policy.state is State.RUNNING and cannot_have_left(passed)
 
-    async def swallow(self) -> None:
-        """Reads what QEMU still writes on a lost channel, into nothing, until it ends it or we are cancelled.
-
-        The pump reads nothing that it cannot pass on.
-        """
-        if self.kept.main is not None:
-            with trio.socket.from_stdlib_socket(self.kept.main.dup()) as leg:
-                while await leg.recv(1 << 16):
-                    pass
-
     def _completes(self) -> bool:
         """Whether a source is known to be in its last moments; `phase` is careful where it is not known."""
         if self._migration.role is not Role.SOURCE or self.phase is not Phase.COMPLETING:
@@ -380,6 +370,10 @@ class Channels:
                 pass
             if self.channel != channel or self._ended == channel or self.relay.closed:
                 return
+            if now is not None and now.status == WAITS_FOR_PONG and role is Role.SOURCE and not self.unread:
+                await self.closing.say_loaded(channel)  # into TLS nothing can be said
+                before = None
+                continue
             if now is not None:
                 phase = phase_after_loss(self.relay.passed(), role, before, now)
             if phase is not None:
@@ -426,6 +420,8 @@ class Channels:
         """Whether QEMU survives a close of its leg now, and what it does then; None where none is open."""
         if self.relay.closed or self.relay.look().local is not LegState.OPEN:
             return None
+        if self._migration.role is Role.SOURCE and self._migration.status == WAITS_FOR_PONG:
+            return False, "the source fails and runs the guest again, be it at the destination or not"
         allowed, rule = may_close(self.phase, self._migration.role, self._migration.vm.version)
         return allowed, rule.effect
 
@@ -435,6 +431,11 @@ class Channels:
         It then waits for whoever comes after us.
         """
         await self.closing.preempt_thread_awake()
+        if self._migration.status == WAITS_FOR_PONG and not self.relay.closed:
+            # As after a loss. QEMU may stand in the midst of a write, and takes note of nothing before.
+            self.lose(self.channel, OSError(errno.ECANCELED, "refault ends"))
+            while self.held is None and not self.closing.closed.is_set():  # noqa: ASYNC110 - or
+                await trio.sleep(STALL_LOOK)
         cost = self.cost_of_stopping()
         if cost is not None and not cost[0] and self.kept.main is not None:
             await self._have_qemu_keep()

@@ -1,6 +1,5 @@
 """How the local leg of a lost channel is closed, where it may be (migration/legs.py): at once; or the return
-path first, for a source before 8.2; or once a source since 10.2 has been told what it waits for; or once a
-destination's preempt thread has taken the channel up."""
+path first, for a source before 8.2; or once a destination's preempt thread has taken the channel up."""
 
 from __future__ import annotations
 
@@ -12,17 +11,19 @@ import trio
 
 from refault.channel.relay import Relay
 from refault.daemon.kept_ends import KeptEnds
-from refault.daemon.monitor import MonitorLost, QmpError
-from refault.daemon.qemu_word import QemuWord
 from refault.daemon.return_path import end_first
 from refault.migration.messages import PONG_LOADED
 from refault.migration.phase import Phase, Role
 from refault.migration.versions import abilities
-from refault.migration.word import LOOK_AGAIN
 
 if TYPE_CHECKING:
     from refault.daemon.migration import Migration
 
+WAITS_FOR_PONG = "postcopy-device"
+SAID_WITHIN = 1.0
+"""Seconds until a source is asked again how far it is."""
+_SIP = 64 * 1024
+_SIP_EVERY = 0.001
 PREEMPT_WAKES_WITHIN = 0.3
 """Seconds from RESUME_ACK until a destination's preempt thread has surely taken up the new channel."""
 _ACK_WITHIN = 5.0
@@ -32,15 +33,18 @@ _ACK_WITHIN = 5.0
 class Closing:
     """Of the newest channel of one relayed migration."""
 
-    def __init__(self, migration: Migration, relay: Relay, kept: KeptEnds, word: QemuWord) -> None:
+    def __init__(self, migration: Migration, relay: Relay, kept: KeptEnds) -> None:
         self._migration = migration
         self._relay = relay
         self._kept = kept
-        self._word = word
+        self.closed = trio.Event()
+        """Set when the newest channel has been closed."""
         self._channel = 0
         self._peer_inode = 0
         self._return_path_over = False
         self._ending = trio.Lock()
+        self._said_to = 0
+        """The channel on which that was said."""
         self._preempt_given = False
         """Whether QEMU has been given, or is being given, the preempt lane of a recovered channel."""
         self._ack_at = math.inf
@@ -51,6 +55,7 @@ class Closing:
     def begin(self, channel: int, peer_inode: int) -> None:
         """A new channel has been joined; QEMU's end of its local leg is socket `peer_inode`."""
         self._channel = channel
+        self.closed = trio.Event()
         self._peer_inode = peer_inode
         self._return_path_over = False
         self._preempt_given = False
@@ -67,6 +72,7 @@ class Closing:
     def end(self) -> None:
         """The relay ends: nothing is waited for any more."""
         self._acknowledged.set()
+        self.closed.set()
 
     def gives_preempt(self, channel: int) -> None:
         """To be told before QEMU is given the preempt lane of `channel`.
@@ -85,8 +91,6 @@ class Closing:
         lags = migration.role is Role.SOURCE and abilities(migration.vm.version).resume_after > 0
         if phase is Phase.POSTCOPY and lags:
             migration.vm.start_soon(self.close_return_path_first, self._channel)
-        elif self._fails_when_lost():
-            migration.vm.start_soon(self._close_when_it_pauses, self._channel)
         elif self._preempt_thread_wakes():
             migration.vm.start_soon(self._close_when_awake, self._channel)
         else:
@@ -98,6 +102,7 @@ class Closing:
             self._relay.close_channel(channel)
         if channel == self._channel:
             self._kept.drop()
+            self.closed.set()
 
     async def close_return_path_first(self, channel: int) -> None:
         """Closes a lost channel, and the return path a little earlier, where QEMU is seen to take note."""
@@ -115,28 +120,36 @@ class Closing:
         async with self._ending:
             return self._return_path_over
 
-    def _fails_when_lost(self) -> bool:
-        """Whether a source's QEMU, whose package has left, takes a loss for its destination's failure.
+    async def say_loaded(self, channel: int) -> None:
+        """Says to a source's QEMU that its guest has arrived, in the place of a destination that is lost.
 
         Since 10.2 it is in `postcopy-device` until PONG 0x42 has come; did its channel end before, it would
-        run the guest again, be it at the destination or not (11.1). The PONG may be what was lost.
+        run the guest again, be it at the destination or not (11.1). Told so it pauses, as QEMU up to 10.1
+        does. Returns when it has taken note, or has not for SAID_WITHIN; the PONG is said once.
         """
-        waits = self._word.last is not None and self._word.last.status == "postcopy-device"
-        # Into TLS nothing is said.
-        return waits and self._migration.role is Role.SOURCE and not (self._relay.closed or self._word.wanted)
-
-    async def _close_when_it_pauses(self, channel: int) -> None:
-        """Says that PONG to it ourselves: it pauses then when its channel ends, as QEMU up to 10.1 does."""
-        if self._kept.main is None:
+        if self._kept.main is None or channel != self._channel:
             return
-        with trio.socket.from_stdlib_socket(self._kept.main.dup()) as leg:
-            await leg.send(PONG_LOADED)
-        while channel == self._channel and self._fails_when_lost():
-            with contextlib.suppress(QmpError, MonitorLost, trio.TooSlowError, OSError):
-                await self._word.ask()
-            await trio.sleep(LOOK_AGAIN)
-        self.close_now(channel)
-        self._migration.look_soon()
+        with trio.socket.from_stdlib_socket(self._kept.main.dup()) as leg, contextlib.suppress(OSError):
+            if self._said_to != channel:
+                self._said_to = channel
+                await leg.send(PONG_LOADED)
+            with trio.move_on_after(SAID_WITHIN):
+                # In the midst of a write it takes note of nothing. No more is read than need be: one that has
+                # sent all is in its completion.
+                while self._migration.status == WAITS_FOR_PONG and channel == self._channel:
+                    with trio.move_on_after(_SIP_EVERY):
+                        await leg.recv(_SIP)
+                    await trio.sleep(_SIP_EVERY)
+
+    async def swallow(self) -> None:
+        """Reads what QEMU still writes on a lost channel, into nothing, until it ends it or we are cancelled.
+
+        The pump reads nothing that it cannot pass on, and a QEMU that writes takes note of nothing else.
+        """
+        if self._kept.main is not None:
+            with trio.socket.from_stdlib_socket(self._kept.main.dup()) as leg, contextlib.suppress(OSError):
+                while await leg.recv(1 << 16):
+                    pass
 
     def _preempt_thread_wakes(self) -> bool:
         """Whether QEMU's preempt thread may still be on its way back from the last pause."""

@@ -75,7 +75,7 @@ async def reclaim(migration: Migration) -> None:
             if channels.has_arrived:
                 raise AttemptFailed("the destination has answered meanwhile, and has the guest")
             async with trio.open_nursery() as nursery:
-                nursery.start_soon(channels.swallow)
+                nursery.start_soon(channels.closing.swallow)
                 await _when(migration, lambda status: status not in _WRITING)
                 nursery.cancel_scope.cancel()
             await channels.end(channels.channel)
