@@ -128,6 +128,7 @@ async def test_a_source_that_writes_while_it_waits_for_its_guests_arrival_pauses
             else:
                 await driver.processes.pop(0).stop()
             await bare.wait_status(pair.source.qmp, "postcopy-paused")
+        pair.destination.process.kill()  # or its end would be waited for
         assert not [event for event in pair.source.qmp.events if event.name == "RESUME"]
 
 
