@@ -227,10 +227,12 @@ class Channels:
         self.changed.set()
         self.changed = trio.Event()
         view = self.relay.look()
-        if view.channel != self.channel or self.channel == self._ended:
-            return  # the pump has not come to the newest channel yet, or its end has been dealt with
-        passed = self.relay.passed()
+        if view.channel != self.channel:
+            return  # the pump has not come to the newest channel yet
         self.closing.look()
+        if self.channel == self._ended:
+            return  # its end has been dealt with
+        passed = self.relay.passed()
         if passed.running:
             self._migration.postcopy_began = True
         # A destination that answers a recovery has paused, and that it does only once it runs.

@@ -1,0 +1,77 @@
+"""When the local leg of a lost channel is closed."""
+
+from __future__ import annotations
+
+import socket
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from types import SimpleNamespace
+from typing import Any, cast
+
+import pytest
+import trio
+
+from refault.channel.relay import LegState, Relay
+from refault.daemon.channels import Channels
+from refault.daemon.closing import PREEMPT_WAKES_WITHIN
+from refault.daemon.local import LocalLeg
+from refault.migration.messages import RESUME_ACK
+from refault.migration.phase import Role
+from refault.migration.recovery import Event, State
+
+
+@dataclass
+class Migration:
+    """The parts of a migration that its channels need."""
+
+    vm: Any
+    role: Role
+    name: str = "vm"
+    status: str = "postcopy-recover"
+    channels: Channels | None = None
+    postcopy_began: bool = True
+    pause_told: trio.Event = field(default_factory=trio.Event)
+    lanes: Any = field(default_factory=lambda: SimpleNamespace(count=1, preempt=True))
+    policy: Any = field(default_factory=lambda: SimpleNamespace(state=State.HANDSHAKE))
+    attempts: Any = field(default_factory=lambda: SimpleNamespace(repeats=lambda *_: {}))
+    events: list[Event] = field(default_factory=list)
+
+    def feed(self, event: Event) -> None:
+        self.events.append(event)
+
+    def look_soon(self) -> None:
+        """Nobody is asked."""
+
+
+@pytest.fixture
+def relay() -> Iterator[Relay]:
+    relay = Relay(Role.DESTINATION)
+    yield relay
+    if not relay.closed:
+        relay.close()
+
+
+async def test_a_resume_ack_that_comes_behind_the_loss_is_noticed(
+    nursery: trio.Nursery, relay: Relay
+) -> None:
+    vm = SimpleNamespace(monitor=None, version=(10, 0, 0), start_soon=nursery.start_soon)
+    channels = Channels(cast(Any, Migration(vm, Role.DESTINATION)), relay)
+    nursery.start_soon(channels.watch)
+    ours, qemu = socket.socketpair()
+    host, far = socket.socketpair()
+    with qemu, host:
+        channels.join(LocalLeg("end", ours, 0), trio.socket.from_stdlib_socket(far), recovered=True)
+        channels.closing.gives_preempt(channels.channel)
+        host.close()
+        with trio.fail_after(5):
+            while not relay.look().far.lost:
+                await trio.sleep(0.01)
+            channels.look()
+            await trio.sleep(0.05)
+            qemu.sendall(RESUME_ACK)
+        began = trio.current_time()
+        with trio.fail_after(10):
+            while relay.look().local is LegState.OPEN:
+                await trio.sleep(0.01)
+        assert PREEMPT_WAKES_WITHIN * 0.9 < trio.current_time() - began < PREEMPT_WAKES_WITHIN + 2
+        channels.close()
