@@ -74,6 +74,9 @@ async def reclaim(migration: Migration) -> None:
             await migration.attempts.over()  # QEMU may have its command
             if channels.has_arrived:
                 raise AttemptFailed("the destination has answered meanwhile, and has the guest")
+            cost = channels.cost_of_stopping()
+            if cost is not None and not cost[0]:  # the attempt that was under way has come to a handshake
+                raise AttemptFailed(f"QEMU's leg may not be closed now: {cost[1]}")
             async with trio.open_nursery() as nursery:
                 nursery.start_soon(channels.closing.swallow)
                 await _when(migration, lambda status: status not in _WRITING)

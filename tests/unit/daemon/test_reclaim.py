@@ -2,7 +2,8 @@
 
 import socket
 import struct
-from typing import Any
+from types import SimpleNamespace
+from typing import Any, cast
 
 import pytest
 import trio
@@ -12,7 +13,8 @@ from refault.channel.returnpath import Kind, ReturnPathDecoder
 from refault.daemon.channels import AttemptFailed
 from refault.daemon.failing_destination import fail_as_destination
 from refault.daemon.monitor import QmpError
-from refault.daemon.reclaim import go_on
+from refault.daemon.reclaim import go_on, reclaim
+from refault.migration.recovery import Event
 
 SIZES = {b"pc.ram": 100 * 4096, b"pc.bios": 4096}
 RESUME = struct.pack(">BHH", 8, 9, 0)
@@ -77,3 +79,38 @@ async def test_cont_is_repeated_until_the_migration_thread_has_ended() -> None:
     with trio.fail_after(10):
         await go_on(Monitor())
     assert asked == ["cont"] * 3
+
+
+@pytest.mark.parametrize(("answered", "cost"), [(True, (True, "it pauses")), (False, (False, "it dies"))])
+async def test_the_guest_is_not_taken_back_from_a_destination_that_the_last_attempt_has_reached(
+    answered: bool, cost: tuple[bool, str]
+) -> None:
+    events: list[Event] = []
+    closed: list[int] = []
+
+    async def end(channel: int) -> None:
+        closed.append(channel)
+
+    async def over() -> None:
+        pass
+
+    channels = SimpleNamespace(
+        channel=2,
+        relay=SimpleNamespace(blocks=list),
+        has_arrived=answered,
+        cost_of_stopping=lambda: cost,
+        swallow=over,
+        end=end,
+    )
+    migration = SimpleNamespace(
+        name="vm",
+        channels=channels,
+        status="postcopy-paused",
+        under_way=True,
+        vm=SimpleNamespace(version=(7, 2, 0)),
+        attempts=SimpleNamespace(over=over),
+        look_soon=lambda: None,
+        feed=events.append,
+    )
+    await reclaim(cast(Any, migration))
+    assert (events, closed) == ([Event.ATTEMPT_FAILED], [])
