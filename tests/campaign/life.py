@@ -21,6 +21,7 @@ from refault.lab.driver import RefaultDriver, refault_driver
 from refault.lab.guest import Guest
 from refault.lab.memory import compare
 from refault.lab.netns import two_hosts
+from refault.lab.process import ProcessFailed
 from refault.lab.qemu import DEFAULT_BINARY, Pair, PairOptions, Qemu, disks, start_pair
 from refault.lab.qmp_client import QmpClosed, QmpError
 from refault.lab.story import SIDES
@@ -232,7 +233,7 @@ async def _lose(stage: _Stage, planned: Planned) -> float | None:
         case LossClass.PAUSE_CLIENT:
             await client.execute("migrate-pause", oob=True)
         case kind if kind in KILLED:
-            return await _kill_refaults(stage.driver, KILLED[kind], planned)
+            return await _kill_refaults(stage, KILLED[kind], planned)
         case LossClass.EOF if planned.cut is not None:
             await stage.channel.cut_at(planned.cut)
             await stage.driver.source.execute("migrate-set-parameters", {"max-postcopy-bandwidth": 0})
@@ -253,8 +254,9 @@ async def _lose(stage: _Stage, planned: Planned) -> float | None:
     return when
 
 
-async def _kill_refaults(driver: RefaultDriver, ends: Sequence[int], planned: Planned) -> float:
+async def _kill_refaults(stage: _Stage, ends: Sequence[int], planned: Planned) -> float:
     """Kills them and starts them again; gives the time of the last kill."""
+    driver = stage.driver
     when = trio.current_time()
     for end in ends:
         driver.processes[end].kill()
@@ -268,8 +270,21 @@ async def _kill_refaults(driver: RefaultDriver, ends: Sequence[int], planned: Pl
         driver.processes[end].kill()
         driver.start_again(end)
     for end in ends:
-        await driver.connect_again(end)
+        await _connect_again(stage, end)
     return when
+
+
+async def _connect_again(stage: _Stage, end: int) -> None:
+    """A client at a refault that was killed, unless its QEMU has ended: that is to be judged."""
+    with trio.fail_after(30):
+        while True:
+            with trio.move_on_after(2):
+                await stage.driver.connect_again(end)
+                return
+            try:
+                stage.both[end].process.must_run()
+            except ProcessFailed:
+                return
 
 
 async def _judge(stage: _Stage, planned: Planned, when: float, since: Sequence[int]) -> Result:

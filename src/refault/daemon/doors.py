@@ -8,7 +8,7 @@ import logging
 import trio
 
 from refault.daemon.destination_lanes import QemuListens
-from refault.daemon.local import Deposits, LocalLeg, give_back, hand_over
+from refault.daemon.local import Deposits, LocalLeg, give_back, hand_over, lay
 from refault.daemon.monitor import MonitorLost, QmpError
 from refault.daemon.vm_state import VmState, words
 from refault.migration.phase import Role
@@ -49,7 +49,7 @@ class Doors:
     async def next(self) -> Door:
         """What QEMU is to be told of for the next recovery. Raises as `make_first` does."""
         if not self._lanes:
-            return self._deposits.take() or await hand_over(self._vm.monitor, Role.DESTINATION)
+            return self._deposits.take() or await lay(self._vm.monitor)
         if not self._vm.sockets.directory.exists():
             self._vm.sockets.make()
         return QemuListens(self._vm.sockets.path())

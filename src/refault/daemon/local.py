@@ -94,6 +94,15 @@ async def hand_over(monitor: Executes, role: Role) -> LocalLeg:
     return LocalLeg(name, ours, inode)
 
 
+async def lay(monitor: Executes) -> LocalLeg:
+    """The same for a destination that is to wait on it. QEMU holds our end as well: before 8.2 it does not
+    survive the end of one that it waits on, and a kill of refault ends it.
+    """
+    leg = await hand_over(monitor, Role.DESTINATION)
+    leg.kept = await give_back(monitor, leg.socket)
+    return leg
+
+
 async def hand_connection(monitor: Executes, fd: int) -> str:
     """Gives QEMU a connection; the name by which it knows it. Raises what `execute` raises."""
     name = f"refault-{os.getpid()}-{next(_numbers)}"
@@ -152,9 +161,7 @@ class Deposits:
     async def fill(self, monitor: Executes) -> None:
         """Lays descriptors until there are enough; none once they were drained."""
         while len(self._legs) < self.WANTED and not self._over:
-            leg = await hand_over(monitor, Role.DESTINATION)
-            # QEMU before 8.2 does not survive the end of one that it waits on, and a kill of refault ends it.
-            leg.kept = await give_back(monitor, leg.socket)
+            leg = await lay(monitor)
             if self._over:  # the migration has ended meanwhile
                 await _discard(monitor, leg)
                 return
