@@ -6,6 +6,7 @@ that may not be closed.
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import logging
 import os
@@ -373,6 +374,7 @@ class Channels:
             if self.channel != channel or self._ended == channel or self.relay.closed:
                 return
             if now is not None and now.status == WAITS_FOR_PONG and role is Role.SOURCE and not self.unread:
+                self._migration.on_status(now.status)
                 await self.closing.say_loaded(channel)  # into TLS nothing can be said
                 before = None
                 continue
@@ -433,16 +435,30 @@ class Channels:
         It then waits for whoever comes after us.
         """
         await self.closing.preempt_thread_awake()
-        if self._migration.status == WAITS_FOR_PONG and not self.relay.closed:
+        if await self._waits_for_pong():
             # As after a loss. QEMU may stand in the midst of a write, and takes note of nothing before.
             self.lose(self.channel, OSError(errno.ECANCELED, "refault ends"))
-            while self.held is None and not self.closing.closed.is_set():  # noqa: ASYNC110 - or
+            closed = self.closing.closed  # of this channel, for the next one may be there soon
+            while self.held is None and not closed.is_set():  # noqa: ASYNC110 - or
                 await trio.sleep(STALL_LOOK)
         cost = self.cost_of_stopping()
         if cost is not None and not cost[0] and self.kept.main is not None:
             await self._have_qemu_keep()
             return self.kept.by_qemu
         return True
+
+    async def _waits_for_pong(self) -> bool:
+        """Whether a source waits for PONG 0x42, which it can be told (closing.py)."""
+        migration = self._migration
+        leaves = not self.relay.closed and self.phase in (Phase.SWITCHOVER, Phase.POSTCOPY)
+        if migration.role is not Role.SOURCE or not leaves or self.unread:
+            return False
+        with contextlib.suppress(QmpError, MonitorLost, trio.TooSlowError):
+            status = (await self.word.ask()).status  # without the `events` capability the last word is old
+            if status == WAITS_FOR_PONG:
+                migration.on_status(status)
+            return status == WAITS_FOR_PONG and not self.relay.closed
+        return migration.status == WAITS_FOR_PONG and not self.relay.closed
 
     def completed(self) -> None:
         """The migration has ended: nothing is outstanding any more, and a leg that has ended is not kept."""

@@ -20,8 +20,8 @@ if TYPE_CHECKING:
     from refault.daemon.migration import Migration
 
 WAITS_FOR_PONG = "postcopy-device"
-SAID_WITHIN = 1.0
-"""Seconds until a source is asked again how far it is."""
+SAID_WITHIN = 0.02
+"""Seconds until a source is asked again how far it is: without the `events` capability it does not tell."""
 _SIP = 64 * 1024
 _SIP_EVERY = 0.001
 PREEMPT_WAKES_WITHIN = 0.3
@@ -128,6 +128,7 @@ class Closing:
         does. Returns when it has taken note, or has not for SAID_WITHIN; the PONG is said once.
         """
         if self._kept.main is None or channel != self._channel:
+            await trio.sleep(SAID_WITHIN)
             return
         with trio.socket.from_stdlib_socket(self._kept.main.dup()) as leg, contextlib.suppress(OSError):
             if self._said_to != channel:
