@@ -75,6 +75,8 @@ class Channels:
         """Whether the destination is known to have had the guest, all device state loaded."""
         self._returned_before = 0
         """Bytes on the return path before this channel."""
+        self._replayed_before = 0
+        """Requests that were replayed before this channel."""
         self._told_part = False
         self._told_cut = 0
         """The channel of which that was said."""
@@ -112,7 +114,8 @@ class Channels:
             self._migration.status = "postcopy-paused"  # or this would not be; an older word tells nothing
         else:
             self.knows_first = True
-        self._returned_before = self.relay.look().return_bytes
+        view = self.relay.look()
+        self._returned_before, self._replayed_before = view.return_bytes, view.replayed
         self.relay.attach(
             local.detach(),
             far.detach(),
@@ -203,8 +206,10 @@ class Channels:
     def count_loss(self) -> float:
         """Notes a loss; how many seconds ago the pump saw it."""
         view = self.relay.look()
-        recent = view.last_replay_ns != 0 and _age(view.last_replay_ns) < REPLAY_DOUBT_SECONDS
-        self._doubtful_losses = self._doubtful_losses + 1 if recent else 0
+        if view.last_replay_ns == 0 or _age(view.last_replay_ns) >= REPLAY_DOUBT_SECONDS:
+            self._doubtful_losses = 0
+        elif view.replayed > self._replayed_before:  # else it was another channel's, and is counted there
+            self._doubtful_losses += 1
         return _age(view.lost_ns)
 
     # ---- the pump's signals ----
