@@ -442,9 +442,10 @@ class Channels:
         await self.closing.preempt_thread_awake()
         if await self._waits_for_pong():
             # As after a loss. QEMU may stand in the midst of a write, and takes note of nothing before.
-            self.lose(self.channel, OSError(errno.ECANCELED, "refault ends"))
-            closed = self.closing.closed  # of this channel, for the next one may be there soon
-            while self.held is None and not closed.is_set():  # noqa: ASYNC110 - or
+            channel = self.channel  # an attempt may have made the next one soon
+            self.lose(channel, OSError(errno.ECANCELED, "refault ends"))
+            # Nothing tells of all three.
+            while self.held is None and channel == self.channel and self.cost_of_stopping() is not None:  # noqa: ASYNC110
                 await trio.sleep(STALL_LOOK)
         cost = self.cost_of_stopping()
         if cost is not None and not cost[0] and self.kept.main is not None:

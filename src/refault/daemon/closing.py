@@ -37,8 +37,6 @@ class Closing:
         self._migration = migration
         self._relay = relay
         self._kept = kept
-        self.closed = trio.Event()
-        """Set when the newest channel has been closed."""
         self._channel = 0
         self._peer_inode = 0
         self._return_path_over = False
@@ -55,7 +53,6 @@ class Closing:
     def begin(self, channel: int, peer_inode: int) -> None:
         """A new channel has been joined; QEMU's end of its local leg is socket `peer_inode`."""
         self._channel = channel
-        self.closed = trio.Event()
         self._peer_inode = peer_inode
         self._return_path_over = False
         self._preempt_given = False
@@ -72,7 +69,6 @@ class Closing:
     def end(self) -> None:
         """The relay ends: nothing is waited for any more."""
         self._acknowledged.set()
-        self.closed.set()
 
     def gives_preempt(self, channel: int) -> None:
         """To be told before QEMU is given the preempt lane of `channel`.
@@ -102,7 +98,6 @@ class Closing:
             self._relay.close_channel(channel)
         if channel == self._channel:
             self._kept.drop()
-            self.closed.set()
 
     async def close_return_path_first(self, channel: int) -> None:
         """Closes a lost channel, and the return path a little earlier, where QEMU is seen to take note."""

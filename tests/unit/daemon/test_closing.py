@@ -10,13 +10,14 @@ from typing import Any, cast
 
 import pytest
 import trio
+from tests.unit.channel import streams
 
 from refault.channel.relay import LegState, Relay
 from refault.daemon.channels import Channels
-from refault.daemon.closing import PREEMPT_WAKES_WITHIN
+from refault.daemon.closing import PREEMPT_WAKES_WITHIN, WAITS_FOR_PONG
 from refault.daemon.local import LocalLeg
 from refault.migration.messages import RESUME_ACK
-from refault.migration.phase import Role
+from refault.migration.phase import Phase, Role
 from refault.migration.recovery import Event, State
 
 
@@ -38,6 +39,9 @@ class Migration:
 
     def feed(self, event: Event) -> None:
         self.events.append(event)
+
+    def on_status(self, status: str) -> None:
+        self.status = status
 
     def look_soon(self) -> None:
         """Nobody is asked."""
@@ -74,4 +78,39 @@ async def test_a_resume_ack_that_comes_behind_the_loss_is_noticed(
             while relay.look().local is LegState.OPEN:
                 await trio.sleep(0.01)
         assert PREEMPT_WAKES_WITHIN * 0.9 < trio.current_time() - began < PREEMPT_WAKES_WITHIN + 2
+        channels.close()
+
+
+async def test_the_end_of_refault_waits_no_longer_for_a_source_that_ends_its_channel_itself(
+    nursery: trio.Nursery,
+) -> None:
+    relay = Relay(Role.SOURCE)
+
+    async def says(*_: str) -> tuple[dict[str, str], dict[str, str]]:
+        return {"status": WAITS_FOR_PONG}, {}
+
+    vm = SimpleNamespace(
+        monitor=None,
+        version=(11, 1, 0),
+        encrypted=False,
+        start_soon=nursery.start_soon,
+        query_both=says,
+    )
+    channels = Channels(cast(Any, Migration(vm, Role.SOURCE)), relay)
+    nursery.start_soon(channels.watch)
+    ours, qemu = socket.socketpair()
+    host, far = socket.socketpair()
+    with qemu, host:
+        channels.join(LocalLeg("end", ours, 0), trio.socket.from_stdlib_socket(far), recovered=False)
+        qemu.sendall(streams.HEADER + streams.configuration() + streams.packaged(streams.command(5)))
+        with trio.fail_after(5):
+            while channels.phase is not Phase.SWITCHOVER:
+                await trio.sleep(0.01)
+            async with trio.open_nursery() as ending:
+                ending.start_soon(channels.prepare_to_stop)
+                while not relay.look().far.lost:
+                    await trio.sleep(0.01)
+                await trio.sleep(0.1)
+                assert relay.look().local is LegState.OPEN
+                qemu.close()
         channels.close()
