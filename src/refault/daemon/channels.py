@@ -236,13 +236,13 @@ class Channels:
         if view.channel != self.channel:
             return  # the pump has not come to the newest channel yet
         self.closing.look()
-        if self.channel == self._ended:
-            return  # its end has been dealt with
         passed = self.relay.passed()
-        if passed.running:
-            self._migration.postcopy_began = True
         # A destination that answers a recovery has paused, and that it does only once it runs.
         self.has_arrived |= passed.running or (passed.resumed and view.return_bytes > self._returned_before)
+        if self.channel == self._ended:
+            return  # its end has been dealt with
+        if passed.running:
+            self._migration.postcopy_began = True
         self._tell_not_kept()
         self._tell_page_cut()
         self.word.tell_pump()

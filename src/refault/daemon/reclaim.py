@@ -26,7 +26,7 @@ from typing import TYPE_CHECKING
 
 import trio
 
-from refault.daemon.channels import AttemptFailed
+from refault.daemon.channels import AttemptFailed, Channels
 from refault.daemon.failing_destination import fail_as_destination, offered
 from refault.daemon.local import Executes
 from refault.daemon.monitor import MonitorLost, QmpError
@@ -72,8 +72,7 @@ async def reclaim(migration: Migration) -> None:
     try:
         with trio.fail_after(PATIENCE):
             await migration.attempts.over()  # QEMU may have its command
-            if channels.has_arrived:
-                raise AttemptFailed("the destination has answered meanwhile, and has the guest")
+            _must_not_have_answered(channels)
             cost = channels.cost_of_stopping()
             if cost is not None and not cost[0]:  # the attempt that was under way has come to a handshake
                 raise AttemptFailed(f"QEMU's leg may not be closed now: {cost[1]}")
@@ -85,6 +84,7 @@ async def reclaim(migration: Migration) -> None:
             migration.look_soon()
             await _when(migration, lambda status: status in ("postcopy-paused", "failed"))
             if migration.status == "postcopy-paused":
+                _must_not_have_answered(channels)  # on a channel that was open till now
                 await trio.sleep(abilities(migration.vm.version).resume_after)
                 await _resume_to_us(migration, sizes)
             if migration.stopped_by_switchover:
@@ -94,6 +94,13 @@ async def reclaim(migration: Migration) -> None:
         migration.feed(Event.ATTEMPT_FAILED)
     else:
         log.warning("%s: the migration has failed, and the guest goes on here", migration.name)
+
+
+def _must_not_have_answered(channels: Channels) -> None:
+    if not channels.relay.closed:
+        channels.look()
+    if channels.has_arrived:
+        raise AttemptFailed("the destination has answered meanwhile, and has the guest")
 
 
 def _say_why_not(migration: Migration, why: str) -> None:

@@ -81,25 +81,30 @@ async def test_cont_is_repeated_until_the_migration_thread_has_ended() -> None:
     assert asked == ["cont"] * 3
 
 
-@pytest.mark.parametrize(("answered", "cost"), [(True, (True, "it pauses")), (False, (False, "it dies"))])
+@pytest.mark.parametrize(
+    ("answers", "cost", "ended"),
+    [("before", (True, "it pauses"), []), ("never", (False, "it dies"), []), ("late", (True, ""), [2])],
+)
 async def test_the_guest_is_not_taken_back_from_a_destination_that_the_last_attempt_has_reached(
-    answered: bool, cost: tuple[bool, str]
+    answers: str, cost: tuple[bool, str], ended: list[int]
 ) -> None:
     events: list[Event] = []
     closed: list[int] = []
 
     async def end(channel: int) -> None:
         closed.append(channel)
+        channels.has_arrived = answers == "late"
 
     async def over() -> None:
         pass
 
     channels = SimpleNamespace(
         channel=2,
-        relay=SimpleNamespace(blocks=list),
-        has_arrived=answered,
+        relay=SimpleNamespace(blocks=list, closed=False),
+        has_arrived=answers == "before",
         cost_of_stopping=lambda: cost,
-        swallow=over,
+        closing=SimpleNamespace(swallow=over),
+        look=lambda: None,
         end=end,
     )
     migration = SimpleNamespace(
@@ -113,4 +118,4 @@ async def test_the_guest_is_not_taken_back_from_a_destination_that_the_last_atte
         feed=events.append,
     )
     await reclaim(cast(Any, migration))
-    assert (events, closed) == ([Event.ATTEMPT_FAILED], [])
+    assert (events, closed) == ([Event.ATTEMPT_FAILED], ended)
