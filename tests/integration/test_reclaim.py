@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 import trio
-from tests.campaign.losses import PACKAGED, PING_2, PONG_3
+from tests.campaign.losses import PING_2, PONG_3
 from tests.integration.qemus import qemus
 from tests.integration.test_main_job import GUEST, fronted
 
@@ -25,6 +25,7 @@ DISKS = 24
 """A package of 1 MiB, so that the loss is surely noticed before all of it has left QEMU."""
 
 
+PING_3 = PING_2[:-1] + rb"3"
 PREEMPT = (*bare.CAPABILITIES, "postcopy-preempt")
 
 
@@ -66,9 +67,9 @@ async def test_the_guest_goes_on_at_the_source(
 async def test_the_guest_of_a_package_lost_on_its_way_is_taken_back_on_the_operators_word(
     tmp_path: Path, binary: str
 ) -> None:
-    """The package, 65 KiB, has left QEMU whole when the loss is noticed."""
+    """It is cut right before RUN, its last command, when the relay has surely read it whole."""
     async with fronted(tmp_path, binary=binary) as (pair, channel, driver):
-        cut = Cut(Loss.CLOSE, True, PACKAGED, 0, "now")
+        cut = Cut(Loss.CLOSE, True, PING_3, 0, "now")
         with trio.fail_after(60):
             await bare.begin(
                 driver.source,

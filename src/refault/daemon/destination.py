@@ -42,6 +42,8 @@ LIVES_AFTER = 3.0
 """A channel that is still there so long after `dead_after` since another came for it has shown that it lives
 (cext/leg.c)."""
 _NOT_PAUSED = "postcopy is paused"
+_TOLD_BEFORE = "triggered already"
+"""Up to 8.1 (migration/migration.c, qmp_migrate_recover): QEMU waits where it was told first."""
 
 
 class Destination:
@@ -372,19 +374,28 @@ class Destination:
             return
         await self._bind_alternatives()  # what could not be had at first may be there by now
         if self._doors.open is None:
-            door = await self._doors.next()
+            door = self._doors.doubtful or await self._doors.next()
             with trio.CancelScope(shield=True):  # once sent it runs, whether or not we wait for the reply
-                try:
-                    await self._recover(door.uri)
-                except QmpError as error:
-                    self._doors.refused(door)
-                    raise NotPausedYet if _NOT_PAUSED in error.desc else error from None
-                except (MonitorLost, trio.TooSlowError):
-                    self._doors.taken(door)  # it may listen there, so the next attempt goes on with this one
-                    raise
-                self._doors.taken(door)
+                await self._tell(door)
         await migration.attempts.issued()
         migration.vm.start_soon(self._doors.lay)
+
+    async def _tell(self, door: Door) -> None:
+        try:
+            await self._recover(door.uri)
+        except QmpError as error:
+            if door is self._doors.doubtful and _TOLD_BEFORE in error.desc:
+                self._doors.taken(door)
+                return
+            self._doors.refused(door)
+            raise NotPausedYet if _NOT_PAUSED in error.desc else error from None
+        except MonitorLost:
+            self._doors.doubt(door)
+            raise
+        except trio.TooSlowError:
+            self._doors.taken(door)  # it may wait there, so the next attempt goes on with this one
+            raise
+        self._doors.taken(door)
 
     async def _attempt_unrelayed(self) -> None:
         addresses = self._migration.addresses

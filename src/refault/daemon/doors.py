@@ -26,6 +26,8 @@ class Doors:
         """For the migration itself, until it has begun."""
         self.open: Door | None = None
         """For a recovery: QEMU waits there."""
+        self.doubtful: Door | None = None
+        """Of which QEMU was told as the monitor was lost: it waits there, knows nothing of it, or is gone."""
         self.wanted = trio.Event()
         """Set whenever one was opened, and replaced."""
         self._vm = vm
@@ -63,9 +65,17 @@ class Doors:
         """QEMU is being told of it: should the reply never come, it may wait there all the same."""
         self._spare.append(door)
 
+    def doubt(self, door: Door) -> None:
+        """The monitor was lost before QEMU answered. Nobody is let in there before QEMU is heard of again."""
+        if door not in self._spare:
+            self._spare.append(door)
+        self.doubtful = door
+
     def taken(self, door: Door) -> None:
         """QEMU waits there."""
         self._forget(door)
+        if door is self.doubtful:
+            self.doubtful = None
         if self.open is not None:
             self._spare.append(self.open)
         self.open = door
@@ -74,6 +84,9 @@ class Doors:
 
     def refused(self, door: Door) -> None:
         """QEMU did not take it."""
+        if door is self.doubtful:
+            self.doubtful = None
+            return  # it may wait there all the same, told of it before
         self._forget(door)
         if isinstance(door, LocalLeg):
             self._deposits.put_back(door)
@@ -109,7 +122,7 @@ class Doors:
         # QEMU wakes up on an end that it was told of, even long after the migration, and may abort.
         ends = [door for door in (*self._spare, self.open, self.first) if isinstance(door, LocalLeg)]
         self._spare.clear()
-        self.open = self.first = None
+        self.open = self.first = self.doubtful = None
         for leg in ends:
             await self._vm.let_go(leg.socket)
         if self._lanes:

@@ -17,7 +17,7 @@ from refault.daemon.destination import Destination
 from refault.daemon.far import FarListener
 from refault.daemon.far_dial import connect
 from refault.daemon.migration import Migration
-from refault.daemon.monitor import Forward, Monitor, MonitorLost, QemuInfo, WatchedCommand
+from refault.daemon.monitor import Forward, Monitor, MonitorLost, QemuInfo, QmpError, WatchedCommand
 from refault.daemon.state_file import StateFile
 from refault.daemon.vm_state import VmState
 from refault.migration.endpoint import Inet
@@ -32,6 +32,9 @@ class Qemu:
 
     def __init__(self) -> None:
         self.answers = True
+        self.lost_in_recover = False
+        self.refuses: str | None = None
+        self.recovers: list[str] = []
         self.ends: dict[str, socket.socket] = {}
 
     async def execute(
@@ -39,6 +42,12 @@ class Qemu:
     ) -> object:
         if not self.answers:
             raise MonitorLost("the monitor was lost")
+        if command == "migrate-recover":
+            self.recovers.append(arguments["uri"])
+            if self.lost_in_recover:
+                raise MonitorLost("the monitor was lost")
+            if self.refuses is not None:
+                raise QmpError("GenericError", self.refuses)
         if fd is not None:
             self.ends[arguments["fdname"]] = socket.socket(fileno=os.dup(fd))
         return {}
@@ -108,6 +117,36 @@ async def test_an_end_that_qemu_does_not_take_back_stays_open_until_it_does(tmp_
         qemu.answers = True
         assert await vm.let_go_all()
         assert not qemu.sees_an_end(name)
+
+
+async def lost_in_a_recover(qemu: Qemu, procedure: Destination) -> None:
+    qemu.lost_in_recover = True
+    with pytest.raises(MonitorLost):
+        await procedure.attempt()
+    qemu.lost_in_recover = False
+    assert procedure._doors.open is None, "a source would be let in to a QEMU that may have ended"
+
+
+async def test_nobody_is_let_in_to_a_qemu_whose_monitor_was_lost_until_it_is_heard_of(tmp_path: Path) -> None:
+    async with destination(tmp_path, Inet("127.0.0.1", 0)) as (qemu, _, procedure):
+        await lost_in_a_recover(qemu, procedure)
+        qemu.refuses = "Migrate recovery is triggered already"
+        await procedure.attempt()
+        assert procedure._doors.open is not None
+        assert {procedure._doors.open.uri} == set(qemu.recovers)
+
+
+async def test_a_door_of_which_qemu_knows_nothing_after_all_is_kept_and_another_taken(tmp_path: Path) -> None:
+    async with destination(tmp_path, Inet("127.0.0.1", 0)) as (qemu, _, procedure):
+        await lost_in_a_recover(qemu, procedure)
+        qemu.refuses = "File descriptor named 'refault' has not been found"
+        with pytest.raises(QmpError):
+            await procedure.attempt()
+        qemu.refuses = None
+        await procedure.attempt()
+        first, again, other = qemu.recovers
+        assert first == again != other
+        assert not qemu.sees_an_end(first.removeprefix("fd:"))
 
 
 async def test_the_alternatives_are_bound_with_the_address_as_far_as_they_can_be(
