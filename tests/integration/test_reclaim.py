@@ -13,8 +13,8 @@ from tests.integration.test_main_job import GUEST, fronted
 
 from refault.daemon.doubt import TAKE_BACK
 from refault.lab import bare
-from refault.lab.channel import Cut, Loss, free_port, start_channel
-from refault.lab.driver import refault_driver
+from refault.lab.channel import Channel, Cut, Loss, free_port, start_channel
+from refault.lab.driver import RefaultDriver, refault_driver
 from refault.lab.memory import compare
 from refault.lab.qemu import PairOptions, disks, start_pair
 from refault.lab.qmp_client import QmpError
@@ -23,10 +23,26 @@ pytestmark = [pytest.mark.qemu, pytest.mark.timeout(90)]
 
 DISKS = 24
 """A package of 1 MiB, so that the loss is surely noticed before all of it has left QEMU."""
-
-
 PING_3 = PING_2[:-1] + rb"3"
 PREEMPT = (*bare.CAPABILITIES, "postcopy-preempt")
+
+
+async def lose_in_switchover(
+    driver: RefaultDriver, channel: Channel, cut: Cut, capabilities: tuple[str, ...] = bare.CAPABILITIES
+) -> None:
+    """Begins a migration and loses its channel where ``cut`` says."""
+    await bare.begin(
+        driver.source,
+        driver.destination,
+        channel,
+        bandwidth=1 << 20,
+        precopy_bandwidth=64 << 20,
+        capabilities=capabilities,
+    )
+    await bare.wait_sent(driver.source, 0.1)
+    await channel.cut_at(cut)
+    await driver.source.execute("migrate-start-postcopy")
+    await channel.was_cut(cut, 20)
 
 
 @pytest.mark.parametrize("binary", qemus("qemu-10", "qemu-11"))
@@ -41,18 +57,7 @@ async def test_the_guest_goes_on_at_the_source(
     ):
         cut = Cut(Loss.CLOSE, True, PING_2, 0, "now")
         with trio.fail_after(60):
-            await bare.begin(
-                driver.source,
-                driver.destination,
-                channel,
-                bandwidth=1 << 20,
-                precopy_bandwidth=64 << 20,
-                capabilities=capabilities,
-            )
-            await bare.wait_sent(driver.source, 0.1)
-            await channel.cut_at(cut)
-            await driver.source.execute("migrate-start-postcopy")
-            await channel.was_cut(cut, 20)
+            await lose_in_switchover(driver, channel, cut, capabilities)
             await bare.wait_status(pair.source.qmp, "failed")
             await pair.source.wait_progress()
         assert not [event for event in pair.destination.qmp.events if event.name == "RESUME"]
@@ -71,18 +76,7 @@ async def test_the_guest_of_a_package_lost_on_its_way_is_taken_back_on_the_opera
     async with fronted(tmp_path, binary=binary) as (pair, channel, driver):
         cut = Cut(Loss.CLOSE, True, PING_3, 0, "now")
         with trio.fail_after(60):
-            await bare.begin(
-                driver.source,
-                driver.destination,
-                channel,
-                bandwidth=1 << 20,
-                precopy_bandwidth=64 << 20,
-                capabilities=PREEMPT,
-            )
-            await bare.wait_sent(driver.source, 0.1)
-            await channel.cut_at(cut)
-            await driver.source.execute("migrate-start-postcopy")
-            await channel.was_cut(cut, 20)
+            await lose_in_switchover(driver, channel, cut, PREEMPT)
             while "ALERT: the channel was lost in the switchover" not in driver.processes[0].tail(50):
                 await trio.sleep(0.05)
             assert not (await driver.source.execute("query-status"))["running"]
@@ -148,13 +142,7 @@ async def test_a_source_that_never_hears_that_its_guest_has_arrived_does_not_run
     async with fronted(tmp_path, binary=binary) as (pair, channel, driver):
         cut = Cut(Loss.CLOSE, False, PONG_3, 0, "now")
         with trio.fail_after(30):
-            await bare.begin(
-                driver.source, driver.destination, channel, bandwidth=1 << 20, precopy_bandwidth=64 << 20
-            )
-            await bare.wait_sent(driver.source, 0.1)
-            await channel.cut_at(cut)
-            await driver.source.execute("migrate-start-postcopy")
-            await channel.was_cut(cut, 20)
+            await lose_in_switchover(driver, channel, cut)
             while [vm.recovery.recoveries for vm in await driver.statuses()] != [1, 1]:
                 await trio.sleep(0.05)
         await bare.finish(driver.source)

@@ -63,12 +63,12 @@ class Doors:
 
     def told(self, door: Door) -> None:
         """QEMU is being told of it: should the reply never come, it may wait there all the same."""
-        self._spare.append(door)
+        if door not in self._spare:
+            self._spare.append(door)
 
     def doubt(self, door: Door) -> None:
         """The monitor was lost before QEMU answered. Nobody is let in there before QEMU is heard of again."""
-        if door not in self._spare:
-            self._spare.append(door)
+        self.told(door)
         self.doubtful = door
 
     def taken(self, door: Door) -> None:
@@ -97,10 +97,8 @@ class Doors:
 
     async def lay(self) -> None:
         """Lays descriptors with QEMU, so that a recovery needs no in-band command."""
-        if self._lanes:
-            return
         try:
-            await self._deposits.fill(self._vm.monitor)
+            await self.refill()
         except (QmpError, MonitorLost, trio.TooSlowError, OSError) as error:
             log.warning(
                 "%s: could not lay descriptors with QEMU for a recovery: %s", self._vm.name, words(error)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import socket
 from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from types import SimpleNamespace
 from typing import Any, cast
@@ -55,16 +56,23 @@ def relay() -> Iterator[Relay]:
         relay.close()
 
 
+@contextmanager
+def joined(channels: Channels, *, recovered: bool) -> Iterator[tuple[socket.socket, socket.socket]]:
+    """A channel; QEMU's end of it and the other host's."""
+    ours, qemu = socket.socketpair()
+    host, far = socket.socketpair()
+    with qemu, host:
+        channels.join(LocalLeg("end", ours, 0), trio.socket.from_stdlib_socket(far), recovered=recovered)
+        yield qemu, host
+
+
 async def test_a_resume_ack_that_comes_behind_the_loss_is_noticed(
     nursery: trio.Nursery, relay: Relay
 ) -> None:
     vm = SimpleNamespace(monitor=None, version=(10, 0, 0), start_soon=nursery.start_soon)
     channels = Channels(cast(Any, Migration(vm, Role.DESTINATION)), relay)
     nursery.start_soon(channels.watch)
-    ours, qemu = socket.socketpair()
-    host, far = socket.socketpair()
-    with qemu, host:
-        channels.join(LocalLeg("end", ours, 0), trio.socket.from_stdlib_socket(far), recovered=True)
+    with joined(channels, recovered=True) as (qemu, host):
         channels.closing.gives_preempt(channels.channel)
         host.close()
         with trio.fail_after(5):
@@ -98,10 +106,7 @@ async def test_the_end_of_refault_waits_no_longer_for_a_source_that_ends_its_cha
     )
     channels = Channels(cast(Any, Migration(vm, Role.SOURCE)), relay)
     nursery.start_soon(channels.watch)
-    ours, qemu = socket.socketpair()
-    host, far = socket.socketpair()
-    with qemu, host:
-        channels.join(LocalLeg("end", ours, 0), trio.socket.from_stdlib_socket(far), recovered=False)
+    with joined(channels, recovered=False) as (qemu, _):
         qemu.sendall(streams.HEADER + streams.configuration() + streams.packaged(streams.command(5)))
         with trio.fail_after(5):
             while channels.phase is not Phase.SWITCHOVER:

@@ -4,23 +4,14 @@ from __future__ import annotations
 
 import socket
 from collections.abc import Iterator
+from typing import cast
 
 import pytest
 
 from refault.daemon.kept_ends import KeptEnds
+from refault.daemon.local import Executes
 
-
-class _Monitor:
-    async def execute(
-        self,
-        command: str,
-        arguments: dict[str, object] | None = None,
-        *,
-        oob: bool = False,
-        fd: int | None = None,
-        timeout: float,  # noqa: ASYNC109
-    ) -> object:
-        raise AssertionError(f"{command}: QEMU is not asked")
+NOT_ASKED = cast(Executes, None)
 
 
 @pytest.fixture
@@ -36,7 +27,7 @@ def test_a_lane_that_comes_after_the_end_of_its_channel_is_not_kept(
 ) -> None:
     ours, theirs = pair
     one, other = socket.socketpair()
-    kept = KeptEnds(_Monitor())
+    kept = KeptEnds(NOT_ASKED)
     with one, other:
         kept.begin(one)
     kept.drop()
@@ -49,7 +40,7 @@ def test_a_lane_that_comes_after_the_end_of_its_channel_is_not_kept(
 def test_a_new_channel_takes_the_place_of_the_one_before(pair: tuple[socket.socket, socket.socket]) -> None:
     ours, theirs = pair
     one, other = socket.socketpair()
-    kept = KeptEnds(_Monitor())
+    kept = KeptEnds(NOT_ASKED)
     with one, other:
         kept.begin(ours)
         kept.begin(one)
