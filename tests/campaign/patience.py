@@ -6,10 +6,11 @@
                       (--stall-after), the destination by its threads that wait
     blocked           the destination's main thread sleeps on a missing page: recovery runs out-of-band alone
     refused           a source whose channel is lost and at whose address nobody listens
+    churn             the same, on a host where a link comes or goes five times a second
     no-route          the same, and its link is down
     mute              the same, and whoever accepts there says nothing
 
-The last three tell how often the source tried and what share of a CPU its refault took. Exits with 1 where
+The last four tell how often the source tried and what share of a CPU its refault took. Exits with 1 where
 one is paused, cut, lost, or takes 1% or more.
 
 Run: python -m tests.campaign.patience [--qemu QEMU] [--seconds 20] [--only SCENARIO]
@@ -19,9 +20,10 @@ from __future__ import annotations
 
 import argparse
 import contextlib
-import os
+import itertools
 import socket
 import sys
+import time
 from collections.abc import Awaitable, Callable
 from dataclasses import dataclass
 from functools import partial
@@ -36,6 +38,7 @@ from refault.channel.relay import DEAD_AFTER_SECONDS
 from refault.daemon import control
 from refault.daemon.options import Patience
 from refault.lab.guest import PAGE, Guest
+from refault.lab.netns import Host
 from refault.lab.process import Process, started
 from refault.lab.qemu import DEFAULT_BINARY, Qemu
 from refault.migration.versions import abilities
@@ -46,6 +49,10 @@ CPU_MOST = 0.01
 _ADVICE = ("failed", "ALERT", "does not answer")
 LONGEST_PAUSE = 2.0 * 1.25
 """Seconds between two tries: the longest back-off, with its jitter."""
+QUIET = 1.4
+"""Seconds without a try: the back-off is at its longest now or next, for the one before is 1.6 s at most."""
+_CPUCLOCK_SCHED = 2
+"""linux/posix-timers.h; clock_getcpuclockid(3) does the same."""
 STALL_AFTER = Patience.stall_after
 STALL_MARGIN = 1.4
 """It is looked at 20 times in that time, and the source counts from the last that TCP took."""
@@ -122,6 +129,21 @@ async def refused(stage: Stage) -> str:
     return await _unanswered(stage)
 
 
+async def churn(stage: Stage) -> str:
+    async with trio.open_nursery() as nursery:
+        nursery.start_soon(_links_come_and_go, stage.lab.hosts[0])
+        told = await _unanswered(stage)
+        nursery.cancel_scope.cancel()
+    return told
+
+
+async def _links_come_and_go(host: Host) -> None:
+    kind = ["type", "veth", "peer", "name", "churn-peer"]
+    for change in itertools.cycle((["add", "churn", *kind], ["del", "churn"])):
+        await trio.run_process([*host.prefix, "ip", "link", *change])
+        await trio.sleep(0.2)
+
+
 async def no_route(stage: Stage) -> str:
     stage.lab.hosts[0].link("down")
     try:
@@ -145,7 +167,7 @@ async def _unanswered(stage: Stage, *, waits: bool = False) -> str:
     """`waits`: one try, that is told of and goes on, will do."""
     lab = stage.lab
     source = lab.refaults[0]
-    await trio.sleep(2)  # the quick tries are over
+    await _slowest_pace(lab)
     before, tried = _cpu_seconds(source), await _tries(lab)
     await trio.sleep(stage.seconds)
     share = (_cpu_seconds(source) - before) / stage.seconds
@@ -161,10 +183,17 @@ async def _unanswered(stage: Stage, *, waits: bool = False) -> str:
     return told
 
 
+async def _slowest_pace(lab: TwoHosts) -> None:
+    """Waits until the quick tries are over."""
+    with trio.fail_after(20):
+        tried = -1
+        while tried != (tried := await _tries(lab)):
+            await trio.sleep(QUIET)
+
+
 def _cpu_seconds(process: Process) -> float:
-    """proc(5), stat: utime and stime."""
-    stat = Path(f"/proc/{process.pid}/stat").read_text().rpartition(")")[2].split()
-    return (int(stat[11]) + int(stat[12])) / os.sysconf("SC_CLK_TCK")
+    """What it has run, to the nanosecond: proc(5)'s stat counts hundredths, too coarse for a few seconds."""
+    return time.clock_gettime((~process.pid << 3) | _CPUCLOCK_SCHED)
 
 
 async def _tries(lab: TwoHosts) -> int:
@@ -183,6 +212,7 @@ SCENARIOS: dict[str, Callable[[Stage], Awaitable[str]]] = {
     "silent-unrelayed": silent,
     "blocked": blocked,
     "refused": refused,
+    "churn": churn,
     "no-route": no_route,
     "mute": mute,
 }
@@ -198,7 +228,7 @@ async def one(directory: Path, name: str, binary: str, seconds: float) -> str:
             stage = Stage(lab, seconds, processes)
             await lab.begin(BANDWIDTH * 16, BANDWIDTH)
             await lab.postcopy()
-            if name not in ("refused", "no-route", "mute"):
+            if name not in ("refused", "churn", "no-route", "mute"):
                 told = await SCENARIOS[name](stage)
             else:
                 since = lab.marks()
