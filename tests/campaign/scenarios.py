@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import shutil
 import tempfile
+import traceback
 from collections.abc import Awaitable, Callable
 from pathlib import Path
 
@@ -12,13 +14,19 @@ class NotWell(Exception):  # noqa: N818 - it says what happened
 
 
 async def tell(name: str, who: str, scenario: Callable[[Path], Awaitable[str]]) -> bool:
-    """Runs one in a directory of its own and prints what it returned, or raised; False where it raised."""
+    """Runs one in a directory of its own and prints what it returned, or raised; False where it raised.
+
+    That directory, with all logs, is kept where it raised.
+    """
     well = True
-    with tempfile.TemporaryDirectory(prefix="refault-campaign-") as directory:
-        try:
-            told = await scenario(Path(directory))
-        except* Exception as errors:
-            well, told = False, f"NOT WELL: {_first(errors)}"
+    directory = Path(tempfile.mkdtemp(prefix=f"refault-{name}-"))
+    try:
+        told = await scenario(directory)
+    except* Exception as errors:
+        well, told = False, f"NOT WELL: {_first(errors)}; logs in {directory}"
+        (directory / "traceback").write_text("".join(traceback.format_exception(errors)))
+    if well:
+        shutil.rmtree(directory)
     print(f"| {name} | {who} | {told} |", flush=True)
     return well
 
