@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import signal
 import subprocess
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
@@ -9,12 +10,15 @@ from pathlib import Path
 
 import pytest
 import trio
-from tests.integration.qemus import BINARIES
+from tests.integration.qemus import BINARIES, qemus
 from tests.integration.test_addresses import active_again, lose, memory_is_right, set_up, to_postcopy
 from tests.integration.test_main_job import GUEST
 
+from refault.daemon.doubt import TAKE_BACK
+from refault.lab import bare
 from refault.lab.channel import Channel, free_port, start_channel
 from refault.lab.driver import RefaultDriver, refault_driver
+from refault.lab.memory import compare
 from refault.lab.qemu import Pair, PairOptions, start_pair
 
 pytestmark = [pytest.mark.qemu, pytest.mark.timeout(90)]
@@ -52,9 +56,15 @@ def credentials(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @asynccontextmanager
 async def encrypted(
-    directory: Path, credentials: Path, binary: str, *, kind: str = "x509", hostname: str = NAME
+    directory: Path,
+    credentials: Path,
+    binary: str,
+    *,
+    kind: str = "x509",
+    hostname: str = NAME,
+    postcopy: bool = True,
 ) -> AsyncIterator[tuple[Pair, Channel, RefaultDriver]]:
-    """A pair with a refault in front of each, and postcopy under way over TLS."""
+    """A pair with a refault in front of each, and postcopy (or precopy) under way over TLS."""
     async with (
         start_pair(GUEST, directory, PairOptions(binary, binary)) as pair,
         start_channel(directory, free_port()) as channel,
@@ -71,7 +81,8 @@ async def encrypted(
         await driver.destination.execute("migrate-incoming", {"uri": channel.target_uri})
         await channel.wait_open()
         await driver.source.execute("migrate", {"uri": channel.uri})
-        await to_postcopy(driver)
+        if postcopy:
+            await to_postcopy(driver)
         yield pair, channel, driver
 
 
@@ -130,3 +141,29 @@ async def test_tls_handshakes_that_come_to_nothing_while_it_is_paused(
         await channel.retarget(port)
         await active_again(driver, since)
         await memory_is_right(pair, driver)
+
+
+@pytest.mark.parametrize("binary", [name for name in qemus("qemu-11") if name == "qemu-11"])
+async def test_a_source_that_cannot_be_told_of_its_guests_arrival_is_held_until_the_operator_says(
+    tmp_path: Path, credentials: Path, binary: str
+) -> None:
+    """From 10.2 on it fails at the end of its channel, and runs the guest beside the destination's."""
+    async with encrypted(tmp_path, credentials, binary, postcopy=False) as (pair, channel, driver):
+        await bare.wait_sent(driver.source, 0.1)
+        pair.destination.process.signal(signal.SIGSTOP)
+        await driver.source.execute("migrate-start-postcopy")
+        await bare.wait_status(pair.source.qmp, "postcopy-device")
+        await channel.reset()
+        with trio.fail_after(20):
+            while "the source fails and runs the guest again" not in str((await driver.statuses())[0]):
+                await trio.sleep(0.05)
+            await trio.sleep(1)
+            assert await bare.migration_status(pair.source.qmp) == "postcopy-device"
+            assert not [event for event in pair.source.qmp.events if event.name == "RESUME"]
+            pair.destination.process.kill()
+            await driver.source.execute("migrate", {"uri": TAKE_BACK, "resume": True})
+            await bare.wait_status(pair.source.qmp, "failed")
+            await pair.source.wait_progress()
+        assert (await driver.source.execute("query-status"))["running"]
+        verdict = await compare(GUEST, pair.source.qmp)
+        assert verdict.right, verdict

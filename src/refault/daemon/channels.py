@@ -18,13 +18,13 @@ import trio
 
 from refault.channel.relay import RUN_SECONDS, Lane, LegState, Relay, RelayView
 from refault.channel.tracker import Kept
-from refault.daemon.closing import WAITS_FOR_PONG, Closing
+from refault.daemon.closing import Closing
 from refault.daemon.doubt import in_doubt, tell_doubt
 from refault.daemon.kept_ends import KeptEnds
 from refault.daemon.local import LocalLeg, take_back
 from refault.daemon.monitor import MonitorLost, QmpError
 from refault.daemon.qemu_word import ASKED_EVERY, QemuWord
-from refault.migration.legs import may_close
+from refault.migration.legs import WAITS_FOR_PONG, may_close, waits_for_pong
 from refault.migration.phase import Passed, Phase, Role, Told, cannot_have_left, phase_of
 from refault.migration.recovery import Event, State
 from refault.migration.versions import abilities
@@ -378,21 +378,22 @@ class Channels:
                 pass
             if self.channel != channel or self._ended == channel or self.relay.closed:
                 return
-            if now is not None and now.status == WAITS_FOR_PONG and role is Role.SOURCE and not self.unread:
-                self._migration.on_status(now.status)
-                await self.closing.say_loaded(channel)  # into TLS nothing can be said
-                before = None
-                continue
+            if now is not None and waits_for_pong(role, now.status):
+                self._migration.on_status(WAITS_FOR_PONG)
+                if not self.unread:  # into TLS nothing can be said
+                    await self.closing.say_loaded(channel)
+                    before = None
+                    continue
             if now is not None:
                 phase = phase_after_loss(self.relay.passed(), role, before, now)
             if phase is not None:
-                self._judge_loss(self.relay.look(), phase)
+                self._judge_loss(self.relay.look(), phase, now.status if now is not None else None)
             before = now
             await trio.sleep(LOOK_AGAIN if self.held is None else ASKED_EVERY)
 
-    def _judge_loss(self, view: RelayView, phase: Phase) -> None:
+    def _judge_loss(self, view: RelayView, phase: Phase, status: str | None = None) -> None:
         migration = self._migration
-        allowed, rule = may_close(phase, migration.role, migration.vm.version)
+        allowed, rule = may_close(phase, migration.role, migration.vm.version, status)
         if allowed:
             if phase is not Phase.DONE:
                 log.warning("%s: far leg %s in %s: closing QEMU's: %s",
@@ -429,9 +430,8 @@ class Channels:
         """Whether QEMU survives a close of its leg now, and what it does then; None where none is open."""
         if self.relay.closed or self.relay.look().local is not LegState.OPEN:
             return None
-        if self._migration.role is Role.SOURCE and self._migration.status == WAITS_FOR_PONG:
-            return False, "the source fails and runs the guest again, be it at the destination or not"
-        allowed, rule = may_close(self.phase, self._migration.role, self._migration.vm.version)
+        migration = self._migration
+        allowed, rule = may_close(self.phase, migration.role, migration.vm.version, migration.status)
         return allowed, rule.effect
 
     async def prepare_to_stop(self) -> bool:
@@ -461,10 +461,11 @@ class Channels:
             return False
         with contextlib.suppress(QmpError, MonitorLost, trio.TooSlowError):
             status = (await self.word.ask()).status  # without the `events` capability the last word is old
-            if status == WAITS_FOR_PONG:
-                migration.on_status(status)
-            return status == WAITS_FOR_PONG and not self.relay.closed
-        return migration.status == WAITS_FOR_PONG and not self.relay.closed
+            waits = waits_for_pong(migration.role, status)
+            if waits:
+                migration.on_status(WAITS_FOR_PONG)
+            return waits and not self.relay.closed
+        return waits_for_pong(migration.role, migration.status) and not self.relay.closed
 
     def completed(self) -> None:
         """The migration has ended: nothing is outstanding any more, and a leg that has ended is not kept."""

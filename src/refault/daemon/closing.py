@@ -12,6 +12,7 @@ import trio
 from refault.channel.relay import Relay
 from refault.daemon.kept_ends import KeptEnds
 from refault.daemon.return_path import end_first
+from refault.migration.legs import WAITS_FOR_PONG
 from refault.migration.messages import PONG_LOADED
 from refault.migration.phase import Phase, Role
 from refault.migration.versions import abilities
@@ -19,7 +20,6 @@ from refault.migration.versions import abilities
 if TYPE_CHECKING:
     from refault.daemon.migration import Migration
 
-WAITS_FOR_PONG = "postcopy-device"
 SAID_WITHIN = 0.02
 """Seconds until a source is asked again how far it is: without the `events` capability it does not tell."""
 _SIP = 64 * 1024

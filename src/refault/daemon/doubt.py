@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING
 
 import trio
 
+from refault.migration.legs import waits_for_pong
 from refault.migration.phase import Role
 from refault.migration.recovery import Event, State
 from refault.migration.versions import abilities
@@ -40,6 +41,8 @@ def in_doubt(migration: Migration) -> bool:
     channels = migration.channels
     if channels is None or channels.relay.closed or migration.role is not Role.SOURCE:
         return False
+    if waits_for_pong(migration.role, migration.status):
+        return channels.held is not None
     passed = channels.relay.passed()
     begun = passed.discarding or passed.packaged_begun
     return begun and channels.knows_first and not (channels.has_arrived or passed.opaque)
@@ -74,6 +77,8 @@ def decide(migration: Migration) -> str | None:
         )
     if state in (State.OPEN, State.HANDSHAKE) and not version.pauses_again_in_handshake:
         return "this QEMU does not survive the end of the recovery handshake that it is in"
+    if state is State.HELD and not waits_for_pong(migration.role, migration.status):
+        return "this QEMU's leg is held open, and may not be closed now"
     migration.feed(Event.TOLD_TO_TAKE_BACK)
     if migration.policy.state is not State.RECLAIMING:
         return f"not while the migration is {state.value}"

@@ -31,6 +31,7 @@ from refault.daemon.failing_destination import fail_as_destination, offered
 from refault.daemon.local import Executes
 from refault.daemon.monitor import MonitorLost, QmpError
 from refault.daemon.vm_state import QUERY_TIMEOUT, words
+from refault.migration.legs import waits_for_pong
 from refault.migration.recovery import Event
 from refault.migration.versions import abilities
 
@@ -74,7 +75,10 @@ async def reclaim(migration: Migration) -> None:
             await migration.attempts.over()  # QEMU may have its command
             _must_not_have_answered(channels)
             cost = channels.cost_of_stopping()
-            if cost is not None and not cost[0]:  # the attempt that was under way has come to a handshake
+            fails = waits_for_pong(migration.role, migration.status)  # which is what is wanted here
+            if (
+                cost is not None and not cost[0] and not fails
+            ):  # the attempt that was under way has come to a handshake
                 raise AttemptFailed(f"QEMU's leg may not be closed now: {cost[1]}")
             async with trio.open_nursery() as nursery:
                 nursery.start_soon(channels.closing.swallow)

@@ -76,10 +76,28 @@ RULES: dict[tuple[Phase, Role], Rule] = {
     (Phase.DONE, Role.DESTINATION): _CLOSE_DONE,
 }
 
+WAITS_FOR_PONG = "postcopy-device"
+"""The status of a source since 10.2, from its package on until PONG 0x42 has come (migration/migration.c,
+postcopy_start and source_return_path_thread)."""
+UNTIL_LOADED = Rule(
+    Verdict.HOLD,
+    "the source fails and runs the guest again, be it at the destination or not (11.1, tried)",
+    "look at the destination: if it has ended without having run the guest, or its query-status says"
+    " inmigrate and you have ended it, say refault:take-back (docs/running.md): the guest goes on here. If it"
+    " has the guest nothing makes this QEMU send the rest: the guest here is whole, and as old as the"
+    " switchover",
+)
 
-def may_close(phase: Phase, role: Role, version: Version) -> tuple[bool, Rule]:
-    """Whether the local leg of a QEMU `version` may be closed now, and the rule that says so."""
-    rule = RULES[phase, role]
+
+def waits_for_pong(role: Role, status: str | None) -> bool:
+    """Whether a QEMU of that migration status is a source that does not know yet that its guest arrived."""
+    return role is Role.SOURCE and status == WAITS_FOR_PONG
+
+
+def may_close(phase: Phase, role: Role, version: Version, status: str | None = None) -> tuple[bool, Rule]:
+    """Whether the local leg of a QEMU `version` may be closed now, and the rule that says so; `status` is
+    QEMU's own word, if that is known, which no phase tells."""
+    rule = UNTIL_LOADED if waits_for_pong(role, status) else RULES[phase, role]
     if rule.verdict is Verdict.BY_VERSION:
         return abilities(version).pauses_again_in_handshake, rule
     return rule.verdict is Verdict.CLOSE, rule

@@ -86,6 +86,7 @@ _PHASES: tuple[tuple[Callable[[Passed], bool], Phase], ...] = (
 )
 
 _BY_STATUS = {
+    "postcopy-device": Phase.SWITCHOVER,
     "postcopy-paused": Phase.POSTCOPY,
     "postcopy-recover-setup": Phase.RECOVERY_HANDSHAKE,
     "postcopy-recover": Phase.RECOVERY_HANDSHAKE,

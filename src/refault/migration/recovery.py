@@ -145,6 +145,7 @@ TABLE: dict[tuple[State, Event], tuple[State, tuple[Action, ...]]] = {
     # Nothing can be tried while a leg is held, so the time after which a loss is given up begins here.
     (S.HELD, E.CHANNEL_LOST): (S.WAITING, (A.TIMER_GIVE_UP, A.TIMER_POLL)),
     (S.HELD, E.PAUSED): (S.WAITING, (A.TIMER_GIVE_UP, A.TIMER_POLL)),
+    (S.HELD, E.TOLD_TO_TAKE_BACK): (S.RECLAIMING, (A.RECLAIM_AS_TOLD,)),
     (S.GIVEN_UP, E.CLIENT_RECOVERS): (S.GIVEN_UP, (A.CANCEL_ATTEMPT,)),
     (S.GIVEN_UP, E.CHANNEL_LOST): (S.GIVEN_UP, (A.CANCEL_ATTEMPT,)),
     (S.GIVEN_UP, E.LEG_HELD): (S.GIVEN_UP, (A.CANCEL_ATTEMPT,)),

@@ -15,8 +15,9 @@ from tests.unit.channel import streams
 
 from refault.channel.relay import LegState, Relay
 from refault.daemon.channels import Channels
-from refault.daemon.closing import PREEMPT_WAKES_WITHIN, WAITS_FOR_PONG
+from refault.daemon.closing import PREEMPT_WAKES_WITHIN
 from refault.daemon.local import LocalLeg
+from refault.migration.legs import WAITS_FOR_PONG
 from refault.migration.messages import RESUME_ACK
 from refault.migration.phase import Phase, Role
 from refault.migration.recovery import Event, State

@@ -11,10 +11,12 @@ from tests.unit.channel import streams
 
 from refault.channel.returnpath import Kind, ReturnPathDecoder
 from refault.daemon.channels import AttemptFailed
+from refault.daemon.doubt import decide
 from refault.daemon.failing_destination import fail_as_destination
 from refault.daemon.monitor import QmpError
 from refault.daemon.reclaim import go_on, reclaim
-from refault.migration.recovery import Event
+from refault.migration.phase import Role
+from refault.migration.recovery import Event, State
 
 SIZES = {b"pc.ram": 100 * 4096, b"pc.bios": 4096}
 RESUME = struct.pack(">BHH", 8, 9, 0)
@@ -109,6 +111,7 @@ async def test_the_guest_is_not_taken_back_from_a_destination_that_the_last_atte
     )
     migration = SimpleNamespace(
         name="vm",
+        role=Role.SOURCE,
         channels=channels,
         status="postcopy-paused",
         under_way=True,
@@ -119,3 +122,33 @@ async def test_the_guest_is_not_taken_back_from_a_destination_that_the_last_atte
     )
     await reclaim(cast(Any, migration))
     assert (events, closed) == ([Event.ATTEMPT_FAILED], ended)
+
+
+@pytest.mark.parametrize(("status", "fed"), [("postcopy-device", 1), ("postcopy-active", 0)])
+def test_of_legs_that_are_held_only_that_is_let_go_whose_end_gives_the_guest_back(
+    status: str, fed: int
+) -> None:
+    passed = SimpleNamespace(discarding=True, packaged_begun=True, opaque=False)
+    events: list[Event] = []
+    policy = SimpleNamespace(state=State.HELD)
+
+    def feed(event: Event) -> None:
+        events.append(event)
+        policy.state = State.RECLAIMING
+
+    migration = SimpleNamespace(
+        role=Role.SOURCE,
+        status=status,
+        vm=SimpleNamespace(version=(11, 1, 3)),
+        channels=SimpleNamespace(
+            held="held",
+            knows_first=True,
+            has_arrived=False,
+            relay=SimpleNamespace(closed=False, passed=lambda: passed),
+        ),
+        policy=policy,
+        feed=feed,
+    )
+    why_not = decide(cast(Any, migration))
+    assert events == [Event.TOLD_TO_TAKE_BACK] * fed
+    assert ("held open" in (why_not or "")) is not bool(fed)

@@ -2,7 +2,7 @@
 
 import pytest
 
-from refault.migration.legs import RULES, Verdict, may_close
+from refault.migration.legs import RULES, UNTIL_LOADED, WAITS_FOR_PONG, Verdict, may_close
 from refault.migration.phase import Phase, Role
 
 V52, V72, V81, V82, V100 = (5, 2, 0), (7, 2, 22), (8, 1, 5), (8, 2, 0), (10, 0, 2)
@@ -41,6 +41,15 @@ def test_every_hold_tells_the_operator_what_to_do() -> None:
 )
 def test_the_table(phase: Phase, role: Role, version: tuple[int, int, int], close: bool) -> None:
     assert may_close(phase, role, version)[0] is close
+
+
+@pytest.mark.parametrize("phase", [Phase.PRECOPY, Phase.SWITCHOVER, Phase.POSTCOPY])
+def test_a_source_that_waits_for_its_guests_arrival_is_held_whatever_the_phase_seems_to_be(
+    phase: Phase,
+) -> None:
+    assert may_close(phase, Role.SOURCE, (11, 1, 3), WAITS_FOR_PONG) == (False, UNTIL_LOADED)
+    assert may_close(phase, Role.SOURCE, (11, 1, 3), "postcopy-active")[0] is True
+    assert UNTIL_LOADED.advice
 
 
 def test_an_unknown_version_is_the_most_careful() -> None:

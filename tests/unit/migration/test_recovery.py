@@ -269,5 +269,5 @@ def test_the_operator_s_word_counts_only_where_a_channel_is_lost() -> None:
         policy, actions = after([Event.STARTED, *seen, Event.TOLD_TO_TAKE_BACK])
         assert policy.state is State.RECLAIMING
         assert actions[-2:] == [Action.CANCEL_ATTEMPT, Action.RECLAIM_AS_TOLD]
-    for state in (State.IDLE, State.RUNNING, State.HELD, State.ENDED):
+    for state in (State.IDLE, State.RUNNING, State.ENDED):
         assert (state, Event.TOLD_TO_TAKE_BACK) not in TABLE
