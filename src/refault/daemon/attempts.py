@@ -154,7 +154,7 @@ class Attempts:
         """A path to the other host may be there again; False where none is waited for."""
         waits = self.policy.state is State.WAITING
         self.feed(Event.PATH_CHANGED)
-        return waits
+        return self._migration.procedure.path_changed() or waits
 
     def cancel(self) -> None:
         """Ends the attempt under way and the wait for the next one."""

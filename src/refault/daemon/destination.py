@@ -10,6 +10,7 @@ import msgspec
 import trio
 
 from refault.daemon import far, ping
+from refault.daemon.announce import Ends, announce
 from refault.daemon.attempts import NotPausedYet
 from refault.daemon.channels import AttemptFailed, Channels
 from refault.daemon.destination_lanes import Gathering, QemuListens
@@ -60,6 +61,8 @@ class Destination:
         self._gathering = Gathering(migration, self._room)
         self._line: list[trio.socket.SocketType] = []
         """Recovered channels that QEMU does not wait for yet."""
+        self._ends: Ends | None = None
+        """Of the newest channel."""
         self._listens_at: str | None = None
         """Where QEMU listens by its command line, until it has been connected to."""
         self._hides_address = False
@@ -341,6 +344,7 @@ class Destination:
         recovered: bool,
     ) -> bool:
         """Gives QEMU a channel; False where not all of it came, and QEMU still waits."""
+        self._ends = Ends.of(connection)
         if isinstance(door, QemuListens):
             return await self._gathering.connect(channels, door, connection, recovered=recovered)
         channels.join(door, connection, recovered=recovered)
@@ -379,6 +383,11 @@ class Destination:
                 await self._tell(door)
         await migration.attempts.issued()
         migration.vm.start_soon(self._doors.lay)
+
+    def path_changed(self) -> bool:
+        """Whether that served a recovery: the source is to find us as soon as it can."""
+        lost = self._migration.policy.state in (State.WAITING, State.ATTEMPTING, State.OPEN)
+        return lost and self._ends is not None and announce(self._ends)
 
     async def _tell(self, door: Door) -> None:
         try:

@@ -61,6 +61,9 @@ class RoleProcedure(Protocol):
     async def attempt(self) -> None:
         """Issues the recovery commands. Raises AttemptFailed or NotPausedYet."""
 
+    def path_changed(self) -> bool:
+        """A link, an address or a route of this host has changed; whether that served a recovery."""
+
     async def settle(self) -> None:
         """After QEMU is active again: readies what the next recovery needs."""
 

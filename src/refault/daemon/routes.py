@@ -17,6 +17,10 @@ log = logging.getLogger("refault.routes")
 
 _GROUPS = 0x1 | 0x10 | 0x40 | 0x100 | 0x400
 """RTMGRP_LINK, IPV4_IFADDR, IPV4_ROUTE, IPV6_IFADDR, IPV6_ROUTE (linux/rtnetlink.h)."""
+SETTLES = 0.05
+"""Seconds from the first word of a change, for one comes in several: a link is up and has its routes before
+it carries anything (net/core/link_watch.c), and an ARP request that is lost then is repeated a second
+later."""
 PAUSE = 1.0
 """Seconds between two calls at the least."""
 LONGEST_PAUSE = 8.0
@@ -55,6 +59,7 @@ async def watch(changed: Callable[[], bool]) -> None:
         pauses = Pauses()
         while True:
             await trio.lowlevel.wait_readable(netlink)
+            await trio.sleep(SETTLES)
             _drain(netlink)
             if changed():
                 await trio.sleep(pauses.after(trio.current_time()))

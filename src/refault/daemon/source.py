@@ -189,6 +189,10 @@ class Source:
                 self._migration.channels.answered()
         return reply
 
+    def path_changed(self) -> bool:
+        """Nothing to add to the attempt that is made then."""
+        return False
+
     async def client_resumes(self, command: WatchedCommand) -> Forward | Answer:
         """A client recovers by hand: our attempt makes way, and its channel goes through the relay if it can.
 
