@@ -39,7 +39,7 @@ BACKGROUND = 256 << 10
 UNGUARDED = """
 import sys
 from refault.daemon.channels import Channels
-Channels._guard_completion = lambda self: None
+Channels._guard = lambda self: None
 from refault.cli.main import main
 sys.exit(main())
 """

@@ -15,6 +15,7 @@ from tests.integration.test_addresses import active_again, lose, memory_is_right
 from tests.integration.test_main_job import GUEST
 
 from refault.daemon.doubt import TAKE_BACK
+from refault.daemon.vm_state import QUERY_TIMEOUT
 from refault.lab import bare
 from refault.lab.channel import Channel, free_port, start_channel
 from refault.lab.driver import RefaultDriver, refault_driver
@@ -143,27 +144,104 @@ async def test_tls_handshakes_that_come_to_nothing_while_it_is_paused(
         await memory_is_right(pair, driver)
 
 
-@pytest.mark.parametrize("binary", [name for name in qemus("qemu-11") if name == "qemu-11"])
-async def test_a_source_that_cannot_be_told_of_its_guests_arrival_is_held_until_the_operator_says(
-    tmp_path: Path, credentials: Path, binary: str
-) -> None:
-    """From 10.2 on it fails at the end of its channel, and runs the guest beside the destination's."""
-    async with encrypted(tmp_path, credentials, binary, postcopy=False) as (pair, channel, driver):
+ONLY_11 = [name for name in qemus("qemu-11") if name == "qemu-11"]
+
+
+@asynccontextmanager
+async def held_until_loaded(
+    directory: Path, credentials: Path, binary: str
+) -> AsyncIterator[tuple[Pair, RefaultDriver]]:
+    """A source that cannot be told of its guest's arrival, whose channel is lost: refault holds its leg."""
+    async with encrypted(directory, credentials, binary, postcopy=False) as (pair, channel, driver):
         await bare.wait_sent(driver.source, 0.1)
         pair.destination.process.signal(signal.SIGSTOP)
         await driver.source.execute("migrate-start-postcopy")
         await bare.wait_status(pair.source.qmp, "postcopy-device")
         await channel.reset()
+        await is_held(driver)
+        yield pair, driver
+
+
+async def is_held(driver: RefaultDriver) -> None:
+    with trio.fail_after(20):
+        while "the source fails and runs the guest again" not in str((await driver.statuses())[0]):
+            await trio.sleep(0.05)
+
+
+async def is_taken_back(pair: Pair, driver: RefaultDriver) -> None:
+    """The guest has not run at the source, and does so on the operator's word."""
+    assert await bare.migration_status(pair.source.qmp) == "postcopy-device"
+    assert not [event for event in pair.source.qmp.events if event.name == "RESUME"]
+    with trio.fail_after(20):
+        pair.destination.process.kill()
+        await driver.source.execute("migrate", {"uri": TAKE_BACK, "resume": True})
+        await bare.wait_status(pair.source.qmp, "failed")
+        await pair.source.wait_progress()
+    assert (await driver.source.execute("query-status"))["running"]
+    verdict = await compare(GUEST, pair.source.qmp)
+    assert verdict.right, verdict
+
+
+@pytest.mark.parametrize("binary", ONLY_11)
+async def test_a_source_that_cannot_be_told_of_its_guests_arrival_is_held_until_the_operator_says(
+    tmp_path: Path, credentials: Path, binary: str
+) -> None:
+    """From 10.2 on it fails at the end of its channel, and runs the guest beside the destination's."""
+    async with held_until_loaded(tmp_path, credentials, binary) as (pair, driver):
+        pair.source.process.signal(signal.SIGSTOP)
+        await trio.sleep(QUERY_TIMEOUT + 1.5)  # it does not answer once
+        pair.source.process.signal(signal.SIGCONT)
+        await trio.sleep(1)
+        await is_held(driver)
+        await is_taken_back(pair, driver)
+
+
+@pytest.mark.parametrize("binary", ONLY_11)
+@pytest.mark.parametrize("killed", [True, False], ids=["killed", "stopped"])
+async def test_it_stays_held_though_refault_ends(
+    tmp_path: Path, credentials: Path, binary: str, killed: bool
+) -> None:
+    async with held_until_loaded(tmp_path, credentials, binary) as (pair, driver):
+        await trio.sleep(0.5)  # QEMU has been given our end
+        if killed:
+            driver.processes[0].kill()
+        else:
+            assert await driver.processes[0].stop() == 0
+        driver.start_again(0)
+        await driver.connect_again(0)
+        await is_held(driver)
+        await is_taken_back(pair, driver)
+
+
+@pytest.mark.parametrize("binary", ONLY_11)
+async def test_an_encrypted_source_that_failed_while_refault_was_dead_is_stopped(
+    tmp_path: Path, credentials: Path, binary: str
+) -> None:
+    async with encrypted(tmp_path, credentials, binary, postcopy=False) as (pair, _, driver):
+        await bare.wait_sent(driver.source, 0.1)
+        pair.destination.process.signal(signal.SIGSTOP)
+        await driver.source.execute("migrate-start-postcopy")
+        await bare.wait_status(pair.source.qmp, "postcopy-device")
+        await trio.sleep(0.2)
+        driver.processes[0].kill()
+        await bare.wait_status(pair.source.qmp, "failed")
+        driver.start_again(0)
         with trio.fail_after(20):
-            while "the source fails and runs the guest again" not in str((await driver.statuses())[0]):
+            while (await pair.source.qmp.execute("query-status"))["running"]:
                 await trio.sleep(0.05)
-            await trio.sleep(1)
-            assert await bare.migration_status(pair.source.qmp) == "postcopy-device"
-            assert not [event for event in pair.source.qmp.events if event.name == "RESUME"]
-            pair.destination.process.kill()
-            await driver.source.execute("migrate", {"uri": TAKE_BACK, "resume": True})
-            await bare.wait_status(pair.source.qmp, "failed")
-            await pair.source.wait_progress()
-        assert (await driver.source.execute("query-status"))["running"]
-        verdict = await compare(GUEST, pair.source.qmp)
-        assert verdict.right, verdict
+        pair.destination.process.kill()
+
+
+@pytest.mark.parametrize("binary", qemus("qemu-11"))
+async def test_an_encrypted_channel_lost_as_soon_as_the_guest_runs_is_recovered(
+    tmp_path: Path, credentials: Path, binary: str
+) -> None:
+    """An 11.1 that has heard of the arrival must be let write on before it takes note."""
+    async with encrypted(tmp_path, credentials, binary, postcopy=False) as (pair, channel, driver):
+        await driver.source.execute("migrate-set-parameters", {"max-postcopy-bandwidth": 0})
+        await bare.wait_sent(driver.source, 0.1)
+        await driver.source.execute("migrate-start-postcopy")
+        await pair.destination.qmp.wait_event(lambda event: event.name == "RESUME")
+        await channel.reset()
+        await memory_is_right(pair, driver)
+        assert not [event for event in pair.source.qmp.events if event.name == "RESUME"]

@@ -24,7 +24,7 @@ from refault.daemon.kept_ends import KeptEnds
 from refault.daemon.local import LocalLeg, take_back
 from refault.daemon.monitor import MonitorLost, QmpError
 from refault.daemon.qemu_word import ASKED_EVERY, QemuWord
-from refault.migration.legs import WAITS_FOR_PONG, may_close, waits_for_pong
+from refault.migration.legs import UNTIL_LOADED, WAITS_FOR_PONG, Rule, may_close, waits_for_pong
 from refault.migration.phase import Passed, Phase, Role, Told, cannot_have_left, phase_of
 from refault.migration.recovery import Event, State
 from refault.migration.versions import abilities
@@ -39,6 +39,8 @@ REPLAY_DOUBT_SECONDS = 2.0
 """Two losses so soon after a replay, and the next recovery goes without (DESIGN, 5)."""
 STALL_LOOK = 0.25
 """Seconds between looks at a handshake that may stand still for many; its end is heard of by other ways."""
+SIPS = 2
+"""How often a source that cannot be read is let write on, each time for more than an iteration of QEMU's."""
 _LOSABLE = (Phase.SWITCHOVER, Phase.POSTCOPY, Phase.RECOVERY_HANDSHAKE)
 """The phases in which a lost channel is one to recover."""
 
@@ -55,6 +57,7 @@ class Channels:
         self.channel = 0
         self.held: str | None = None
         """Why a local leg is held open though its other side is lost."""
+        self._held_by: Rule | None = None
         self._migration = migration
         self._ended = 0
         """The channel whose end has been dealt with."""
@@ -90,6 +93,11 @@ class Channels:
         migration = self._migration
         told = Told(migration.status, self.relay.runs_told, self.word.much_left(ASKED_EVERY))
         return phase_of(self.relay.passed(), migration.role, told)
+
+    @property
+    def held_until_loaded(self) -> bool:
+        """Whether it is held by that rule."""
+        return self.held is not None and self._held_by is UNTIL_LOADED
 
     @property
     def unread(self) -> bool:
@@ -247,7 +255,7 @@ class Channels:
         self._tell_page_cut()
         self.word.tell_pump()
         if self._completes():
-            self._guard_completion()
+            self._guard()
         if passed.resumed and passed.resume_acknowledged and not (view.local.lost or view.far.lost):
             self._migration.feed(Event.RESUME_ACKNOWLEDGED)
         if view.local.lost:
@@ -275,8 +283,8 @@ class Channels:
         word = self.word.last
         return word is not None and word.status == "postcopy-active" and word.remaining <= word.threshold
 
-    def _guard_completion(self) -> None:
-        """The source has sent all: should its leg end now, it would run its guest again (legs.py).
+    def _guard(self) -> None:
+        """Should the source's leg end now, it would run its guest again (legs.py).
 
         Refault holds it; but a kill of refault would end it, unless QEMU holds our end as well.
         """
@@ -287,9 +295,11 @@ class Channels:
     async def _have_qemu_keep(self) -> None:
         if self.kept.main is None or self.kept.by_qemu:
             return
+        channel = self.channel
         await self.kept.give()
-        if not self._migration.under_way:
+        if not self._migration.under_way or channel == self._ended:
             await self.kept.let_go()
+        self._migration.remember()
 
     def _tell_foreign(self) -> None:
         """The pump has cut the channel before RESUME: another VM's destination answered (replay.h)."""
@@ -367,6 +377,7 @@ class Channels:
             self._judge_loss(self.relay.look(), Phase.POSTCOPY if resumed else Phase.PRECOPY)
             return
         before: Word | None = None
+        sips = 0
         while self.channel == channel and self._ended != channel and not self.relay.closed:
             now: Word | None = None
             phase: Phase | None = None
@@ -380,14 +391,20 @@ class Channels:
                 return
             if now is not None and waits_for_pong(role, now.status):
                 self._migration.on_status(WAITS_FOR_PONG)
-                if not self.unread:  # into TLS nothing can be said
+                if not self.unread:
                     await self.closing.say_loaded(channel)
+                    before = None
+                    continue
+                if sips < SIPS:  # into TLS nothing can be said, but the PONG may have come
+                    sips += 1
+                    await self.closing.let_write(channel)
                     before = None
                     continue
             if now is not None:
                 phase = phase_after_loss(self.relay.passed(), role, before, now)
             if phase is not None:
-                self._judge_loss(self.relay.look(), phase, now.status if now is not None else None)
+                status = now.status if now is not None else self._migration.status
+                self._judge_loss(self.relay.look(), phase, status)
             before = now
             await trio.sleep(LOOK_AGAIN if self.held is None else ASKED_EVERY)
 
@@ -401,12 +418,17 @@ class Channels:
                             extra=migration.attempts.repeats("far leg", view.far_loss(), phase))  # fmt: skip
             self.held = None
             self._ended = self.channel
+            if self.kept.names:  # it was held before, and QEMU is to see the end
+                migration.vm.start_soon(self.kept.let_go)
             self.closing.close(phase)
             migration.look_soon()
             if phase in _LOSABLE:
                 self._recoverable_loss()
-        elif self.held is None:
+        elif self.held is None or self._held_by is not rule:
             self.held = f"{phase}: {rule.effect}"
+            self._held_by = rule
+            if rule is UNTIL_LOADED:
+                self._guard()
             log.error(
                 "%s: ALERT: far leg %s in %s: holding QEMU's leg open, for if it closed: %s. What to do: %s",
                 migration.name,
@@ -414,6 +436,7 @@ class Channels:
                 phase,
                 rule.effect,
                 rule.advice,
+                extra=migration.attempts.repeats("held", rule.effect),
             )
             migration.feed(Event.LEG_HELD)
             migration.vm.start_soon(self._look_again)

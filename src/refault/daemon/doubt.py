@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING
 
 import trio
 
-from refault.migration.legs import waits_for_pong
+from refault.migration.legs import UNTIL_LOADED
 from refault.migration.phase import Role
 from refault.migration.recovery import Event, State
 from refault.migration.versions import abilities
@@ -39,10 +39,10 @@ _NO_WAY = "If not: this QEMU has no way to let the guest go on, and it must be s
 def in_doubt(migration: Migration) -> bool:
     """Whether the source's guest may or may not have arrived."""
     channels = migration.channels
+    if migration.held_until_loaded and not (channels is not None and channels.has_arrived):
+        return True
     if channels is None or channels.relay.closed or migration.role is not Role.SOURCE:
         return False
-    if waits_for_pong(migration.role, migration.status):
-        return channels.held is not None
     passed = channels.relay.passed()
     begun = passed.discarding or passed.packaged_begun
     return begun and channels.knows_first and not (channels.has_arrived or passed.opaque)
@@ -64,6 +64,18 @@ async def tell_doubt(migration: Migration) -> None:
     )
 
 
+def hold_again(migration: Migration) -> None:
+    """QEMU holds the leg of a source that waits for its guest's arrival, and an earlier refault has ended."""
+    log.error(
+        "%s: ALERT: the channel was lost while the source waited to hear of its guest's arrival, and QEMU"
+        " holds its leg open since an earlier refault, for if it closed: %s. What to do: %s",
+        migration.name,
+        UNTIL_LOADED.effect,
+        UNTIL_LOADED.advice,
+    )
+    migration.feed(Event.LEG_HELD)
+
+
 def decide(migration: Migration) -> str | None:
     """Does what the operator says; else why not, in words."""
     version = abilities(migration.vm.version)
@@ -77,7 +89,7 @@ def decide(migration: Migration) -> str | None:
         )
     if state in (State.OPEN, State.HANDSHAKE) and not version.pauses_again_in_handshake:
         return "this QEMU does not survive the end of the recovery handshake that it is in"
-    if state is State.HELD and not waits_for_pong(migration.role, migration.status):
+    if state is State.HELD and not migration.held_until_loaded:
         return "this QEMU's leg is held open, and may not be closed now"
     migration.feed(Event.TOLD_TO_TAKE_BACK)
     if migration.policy.state is not State.RECLAIMING:

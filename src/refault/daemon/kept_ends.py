@@ -30,6 +30,11 @@ class KeptEnds:
             self._ends.append(lane.dup())
 
     @property
+    def names(self) -> tuple[str, ...]:
+        """By which QEMU knows those that it holds."""
+        return tuple(self._names)
+
+    @property
     def main(self) -> socket.socket | None:
         """The main connection's; None where no channel is kept."""
         return self._ends[0] if self._ends else None
@@ -49,7 +54,8 @@ class KeptEnds:
         self.by_qemu = None not in names and tuple(self._ends) == ours  # else one has ended
 
     async def let_go(self) -> None:
-        """The migration has ended: QEMU need not hold them."""
+        """QEMU is to hold them no more: the migration has ended, or the channel is to."""
+        self.by_qemu = False
         names, self._names = self._names, []
         for name in names:
             await take_back(self._monitor, name)

@@ -24,6 +24,7 @@ from refault.daemon.state_file import MigrationRecord, process_started
 from refault.daemon.vm_state import VmState, words
 from refault.migration.addresses import Addresses
 from refault.migration.endpoint import Endpoint, Inet
+from refault.migration.legs import UNTIL_LOADED, waits_for_pong
 from refault.migration.phase import Phase, Role
 from refault.migration.recovery import Event, Recovery, State
 from refault.migration.relayable import NO_LANES, Lanes
@@ -97,11 +98,15 @@ class Migration:
         self.pause_told = trio.Event()
         """Set when QEMU has said that it paused, since the last channel was made."""
         self.postcopy_began = False
+        self.kept_before: tuple[str, ...] = ()
+        """The names of our ends that QEMU holds since an earlier refault."""
         self.stopped_by_switchover = False
         """Whether the guest ran until QEMU before 10.0 stopped it for postcopy; it does not run it again."""
         self.procedure = procedure(self)
         self.attempts = Attempts(self)
         self._generation = ""
+        self._remembers = False
+        """Whether the record is ours to write."""
         self._wake_poller = trio.Event()
         self._poller = trio.CancelScope()
         self._stall_watch = trio.CancelScope()
@@ -129,6 +134,20 @@ class Migration:
         return self.policy.state not in (State.IDLE, State.ENDED)
 
     @property
+    def held_until_loaded(self) -> bool:
+        """Whether a source's leg is held that waits for its guest's arrival (legs.UNTIL_LOADED)."""
+        if self.channels is not None:
+            return self.channels.held_until_loaded
+        return bool(self.kept_before) and waits_for_pong(self.role, self.status)
+
+    @property
+    def held(self) -> str | None:
+        """Why a leg is held whose far side is lost; None where none is."""
+        if self.channels is not None:
+            return self.channels.held
+        return f"{self.phase}: {UNTIL_LOADED.effect}" if self.held_until_loaded else None
+
+    @property
     def phase(self) -> Phase:
         """The phase, as far as it is known."""
         if self.channels is None:
@@ -149,15 +168,19 @@ class Migration:
         Raises OSError where memory, descriptors or threads are short.
         """
         self.vm.start_soon(self._poll_status)
+        if met is not None:
+            self.postcopy_began = met.postcopy
+            self.kept_before = met.kept
         if reason is not None:
             self._unrelayed(reason)
             return
+        self._remembers = met is not None
         self._generation = met.generation if met else secrets.token_hex(8)
         pages = self.vm.state_file.pages
         with pages.opened(self._record().key(self.name), take_over=met is not None) as state:
             relay = Relay(self.role, state=state, dead_after=self.vm.patience.dead_after)
         pages.tell(relay)
-        self.postcopy_began = relay.passed().packaged_begun
+        self.postcopy_began |= relay.passed().packaged_begun
         self.channels = Channels(self, relay)
         self.vm.start_soon(self.channels.watch)
         where = self.endpoint.uri if self.endpoint else ""
@@ -180,9 +203,14 @@ class Migration:
 
     def accepted(self) -> None:
         """QEMU took the command that sets the migration up."""
-        if self.endpoint is not None:
-            self.vm.state_file.save(self._record())
+        self._remembers = self.endpoint is not None
+        self.remember()
         self.feed(Event.STARTED)
+
+    def remember(self) -> None:
+        """Writes down for the next refault what it is to know, as it is now."""
+        if self._remembers:
+            self.vm.state_file.save(self._record())
 
     def _record(self) -> MigrationRecord:
         info = self.vm.monitor.qemu
@@ -195,6 +223,8 @@ class Migration:
             qemu_started=process_started(pid),
             generation=self._generation,
             preempt=self.lanes.preempt,
+            postcopy=self.postcopy_began,
+            kept=(*self.kept_before, *(self.channels.kept.names if self.channels is not None else ())),
         )
 
     def refused(self) -> None:
@@ -209,6 +239,7 @@ class Migration:
 
     def ended(self) -> None:
         """Clears what stood ready for it. The relay stays, for its counts and for a leg still open."""
+        self._remembers = False
         try:
             self.vm.state_file.remove()
             if self.channels is not None:
@@ -276,8 +307,9 @@ class Migration:
             self.pause_told.set()
         elif self.pause_told.is_set():
             self.pause_told = trio.Event()
-        if status in _POSTCOPY:
+        if status in _POSTCOPY and not self.postcopy_began:
             self.postcopy_began = True
+            self.remember()
         if status == "failed":
             reclaimed = self.policy.state is State.RECLAIMING
             after = self.postcopy_began and self.role is Role.SOURCE and not reclaimed

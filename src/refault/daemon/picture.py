@@ -76,7 +76,7 @@ def _migration(migration: Migration | None, relay: Relay | None) -> MigrationSta
         relay=state,
         relay_reason=migration.relay_reason if relay is None else opaque,
         phase=migration.phase.value,
-        held=migration.channels.held if migration.channels is not None else None,
+        held=migration.held,
     )
 
 

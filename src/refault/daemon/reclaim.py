@@ -28,10 +28,10 @@ import trio
 
 from refault.daemon.channels import AttemptFailed, Channels
 from refault.daemon.failing_destination import fail_as_destination, offered
-from refault.daemon.local import Executes
+from refault.daemon.local import Executes, take_back
 from refault.daemon.monitor import MonitorLost, QmpError
 from refault.daemon.vm_state import QUERY_TIMEOUT, words
-from refault.migration.legs import waits_for_pong
+from refault.migration.legs import WAITS_FOR_PONG
 from refault.migration.recovery import Event
 from refault.migration.versions import abilities
 
@@ -66,38 +66,53 @@ def say_as_told(migration: Migration) -> None:
 
 async def reclaim(migration: Migration) -> None:
     """Until the guest is the source's again. The far leg is lost, and nothing goes there any more."""
-    channels = migration.channels
-    if channels is None:
-        return
-    sizes = {block.name: block.used_length for block in channels.relay.blocks()}
     try:
         with trio.fail_after(PATIENCE):
             await migration.attempts.over()  # QEMU may have its command
-            _must_not_have_answered(channels)
-            cost = channels.cost_of_stopping()
-            fails = waits_for_pong(migration.role, migration.status)  # which is what is wanted here
-            if (
-                cost is not None and not cost[0] and not fails
-            ):  # the attempt that was under way has come to a handshake
-                raise AttemptFailed(f"QEMU's leg may not be closed now: {cost[1]}")
-            async with trio.open_nursery() as nursery:
-                nursery.start_soon(channels.closing.swallow)
-                await _when(migration, lambda status: status not in _WRITING)
-                nursery.cancel_scope.cancel()
-            await channels.end(channels.channel)
-            migration.look_soon()
-            await _when(migration, lambda status: status in ("postcopy-paused", "failed"))
-            if migration.status == "postcopy-paused":
-                _must_not_have_answered(channels)  # on a channel that was open till now
-                await trio.sleep(abilities(migration.vm.version).resume_after)
-                await _resume_to_us(migration, sizes)
+            if migration.channels is not None:
+                await _end_and_fail(migration, migration.channels)
+            else:
+                await _let_go(migration)
             if migration.stopped_by_switchover:
                 await go_on(migration.vm.monitor)
     except* (AttemptFailed, QmpError, MonitorLost, trio.TooSlowError, OSError) as errors:
         _say_why_not(migration, words(_first(errors)))
-        migration.feed(Event.ATTEMPT_FAILED)
+        migration.feed(Event.LEG_HELD if migration.held else Event.ATTEMPT_FAILED)
     else:
         log.warning("%s: the migration has failed, and the guest goes on here", migration.name)
+
+
+async def _end_and_fail(migration: Migration, channels: Channels) -> None:
+    sizes = {block.name: block.used_length for block in channels.relay.blocks()}
+    _must_not_have_answered(channels)
+    cost = channels.cost_of_stopping()
+    if cost is not None and not cost[0] and not await _fails_by_itself(channels):
+        raise AttemptFailed(f"QEMU's leg may not be closed now: {cost[1]}")
+    async with trio.open_nursery() as nursery:
+        nursery.start_soon(channels.closing.swallow)
+        await _when(migration, lambda status: status not in _WRITING)
+        nursery.cancel_scope.cancel()
+    await channels.kept.let_go()
+    await channels.end(channels.channel)
+    migration.look_soon()
+    await _when(migration, lambda status: status in ("postcopy-paused", "failed"))
+    if migration.status == "postcopy-paused":
+        _must_not_have_answered(channels)  # on a channel that was open till now
+        await trio.sleep(abilities(migration.vm.version).resume_after)
+        await _resume_to_us(migration, sizes)
+
+
+async def _fails_by_itself(channels: Channels) -> bool:
+    """Whether the end of its leg makes QEMU fail and run the guest, which is what is wanted here."""
+    return channels.held_until_loaded and (await channels.word.ask()).status == WAITS_FOR_PONG
+
+
+async def _let_go(migration: Migration) -> None:
+    """The same where QEMU alone holds both ends of the leg, since an earlier refault."""
+    for name in migration.kept_before:
+        await take_back(migration.vm.monitor, name)
+    migration.look_soon()
+    await _when(migration, lambda status: status == "failed")
 
 
 def _must_not_have_answered(channels: Channels) -> None:

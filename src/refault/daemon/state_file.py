@@ -27,6 +27,10 @@ class MigrationRecord(msgspec.Struct, frozen=True, kw_only=True):
     """Whether its channels have a preempt lane."""
     generation: str = ""
     """Of all migrations of this process, which one: the page map's file is of the same."""
+    postcopy: bool = False
+    """Whether QEMU has said that postcopy had begun."""
+    kept: tuple[str, ...] = ()
+    """The names by which QEMU holds our ends of its legs (kept_ends.py)."""
 
     def key(self, vm: str) -> bytes:
         """By what the page map's file of this migration is known (cext/statefile.h)."""

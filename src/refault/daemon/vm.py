@@ -11,6 +11,7 @@ import trio
 from refault.daemon import routes
 from refault.daemon.channels import AttemptFailed
 from refault.daemon.destination import Destination
+from refault.daemon.doubt import hold_again
 from refault.daemon.migration import Migration, RoleProcedure, is_error
 from refault.daemon.monitor import (
     Answer,
@@ -292,7 +293,7 @@ class Vm:
             return
         record = self.state.record()
         # A source that has failed meanwhile may run the guest a second time.
-        failed = status == "failed" and record is not None and record.role is Role.SOURCE
+        failed = status in ("failing", "failed") and record is not None and record.role is Role.SOURCE
         if not isinstance(status, str) or (status not in _UNDER_WAY and not failed):
             return
         is_source = record.role is Role.SOURCE if record else "ram" in reply
@@ -318,6 +319,8 @@ class Vm:
             await migration.procedure.adopt(endpoint)
         migration.feed(Event.STARTED)
         migration.on_status(status)
+        if migration.held_until_loaded:
+            hold_again(migration)
 
     @property
     def _about_to_pause(self) -> Collection[str]:

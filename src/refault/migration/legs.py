@@ -84,8 +84,7 @@ UNTIL_LOADED = Rule(
     "the source fails and runs the guest again, be it at the destination or not (11.1, tried)",
     "look at the destination: if it has ended without having run the guest, or its query-status says"
     " inmigrate and you have ended it, say refault:take-back (docs/running.md): the guest goes on here. If it"
-    " has the guest nothing makes this QEMU send the rest: the guest here is whole, and as old as the"
-    " switchover",
+    " has the guest this QEMU sends it no more: the guest here is whole, and as old as the switchover",
 )
 
 

@@ -141,6 +141,7 @@ TABLE: dict[tuple[State, Event], tuple[State, tuple[Action, ...]]] = {
     (S.BY_CLIENT, E.ATTEMPT_FAILED): (S.YIELDED, (A.TIMER_CLIENT,)),
     (S.BY_CLIENT, E.LEG_HELD): (S.HELD, ()),
     # What QEMU says of its channels meanwhile is refault's own doing; the end is FAILED.
+    (S.RECLAIMING, E.LEG_HELD): (S.HELD, ()),
     (S.RECLAIMING, E.ATTEMPT_FAILED): (S.WAITING, (A.TIMER_GIVE_UP, A.TIMER_BACKOFF)),
     # Nothing can be tried while a leg is held, so the time after which a loss is given up begins here.
     (S.HELD, E.CHANNEL_LOST): (S.WAITING, (A.TIMER_GIVE_UP, A.TIMER_POLL)),

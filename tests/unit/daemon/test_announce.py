@@ -45,30 +45,30 @@ def announcer(there: Host, here: Host) -> Iterator[Callable[[], str]]:
 
 
 def seconds_to_connect(*, announced: bool) -> float:
-    """From the link's coming up, 0.2 s after the connection was begun."""
+    """From when it was begun, right before the link came up."""
     with two_hosts() as (here, there), announcer(there, here) as tell:
         there.link("down")
         with there.socket() as listener, here.socket() as dialling:
             listener.bind((there.address, 0))
             listener.listen()
             dialling.setblocking(False)
-            dialling.connect_ex(listener.getsockname())
-            time.sleep(0.2)
-            there.link("up")
             began = time.monotonic()
+            dialling.connect_ex(listener.getsockname())
+            there.link("up")
             time.sleep(SETTLES)
             if announced:
                 assert tell() == "True\n"
             listener.settimeout(5)
             listener.accept()[0].close()
             taken = time.monotonic() - began
-        tell()
+        if not announced:
+            tell()
         return taken
 
 
 @pytest.mark.skipif(os.geteuid() != 0, reason="only root makes network namespaces")
 def test_a_connection_under_way_is_made_as_soon_as_the_other_host_announces_itself() -> None:
-    assert seconds_to_connect(announced=True) < 0.5 < seconds_to_connect(announced=False)
+    assert seconds_to_connect(announced=True) < 0.9 < seconds_to_connect(announced=False)
 
 
 def test_where_no_route_leads_it_says_so() -> None:
@@ -76,5 +76,6 @@ def test_where_no_route_leads_it_says_so() -> None:
     assert announce(Ends(socket.AF_INET, ours, theirs)) is False
 
 
+@pytest.mark.skipif(not socket.has_ipv6, reason="this Python has no IPv6")
 def test_ipv6_takes_scope_and_flow() -> None:
     assert announce(Ends(socket.AF_INET6, ("::1", 1, 0, 0), ("::1", 2, 0, 0))) is True

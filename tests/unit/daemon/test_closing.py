@@ -33,6 +33,7 @@ class Migration:
     status: str = "postcopy-recover"
     channels: Channels | None = None
     postcopy_began: bool = True
+    held_until_loaded: bool = False
     pause_told: trio.Event = field(default_factory=trio.Event)
     lanes: Any = field(default_factory=lambda: SimpleNamespace(count=1, preempt=True))
     policy: Any = field(default_factory=lambda: SimpleNamespace(state=State.HANDSHAKE))

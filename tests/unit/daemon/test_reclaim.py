@@ -105,6 +105,8 @@ async def test_the_guest_is_not_taken_back_from_a_destination_that_the_last_atte
         relay=SimpleNamespace(blocks=list, closed=False),
         has_arrived=answers == "before",
         cost_of_stopping=lambda: cost,
+        held_until_loaded=False,
+        kept=SimpleNamespace(let_go=over),
         closing=SimpleNamespace(swallow=over),
         look=lambda: None,
         end=end,
@@ -113,6 +115,7 @@ async def test_the_guest_is_not_taken_back_from_a_destination_that_the_last_atte
         name="vm",
         role=Role.SOURCE,
         channels=channels,
+        held=None,
         status="postcopy-paused",
         under_way=True,
         vm=SimpleNamespace(version=(7, 2, 0)),
@@ -124,9 +127,9 @@ async def test_the_guest_is_not_taken_back_from_a_destination_that_the_last_atte
     assert (events, closed) == ([Event.ATTEMPT_FAILED], ended)
 
 
-@pytest.mark.parametrize(("status", "fed"), [("postcopy-device", 1), ("postcopy-active", 0)])
+@pytest.mark.parametrize(("until_loaded", "fed"), [(True, 1), (False, 0)])
 def test_of_legs_that_are_held_only_that_is_let_go_whose_end_gives_the_guest_back(
-    status: str, fed: int
+    until_loaded: bool, fed: int
 ) -> None:
     passed = SimpleNamespace(discarding=True, packaged_begun=True, opaque=False)
     events: list[Event] = []
@@ -138,10 +141,9 @@ def test_of_legs_that_are_held_only_that_is_let_go_whose_end_gives_the_guest_bac
 
     migration = SimpleNamespace(
         role=Role.SOURCE,
-        status=status,
+        held_until_loaded=until_loaded,
         vm=SimpleNamespace(version=(11, 1, 3)),
         channels=SimpleNamespace(
-            held="held",
             knows_first=True,
             has_arrived=False,
             relay=SimpleNamespace(closed=False, passed=lambda: passed),
