@@ -13,8 +13,11 @@ import trio
 from tests.integration.qemus import BINARIES, qemus
 from tests.integration.test_addresses import active_again, lose, memory_is_right, set_up, to_postcopy
 from tests.integration.test_main_job import GUEST
+from tests.integration.test_restart import sockets
 
+from refault.daemon.app import PHASE_PATIENCE
 from refault.daemon.doubt import TAKE_BACK
+from refault.daemon.local import GIVE_BACK_TIMEOUT
 from refault.daemon.vm_state import QUERY_TIMEOUT
 from refault.lab import bare
 from refault.lab.channel import Channel, free_port, start_channel
@@ -148,18 +151,17 @@ ONLY_11 = [name for name in qemus("qemu-11") if name == "qemu-11"]
 
 
 @asynccontextmanager
-async def held_until_loaded(
+async def waits_for_arrival(
     directory: Path, credentials: Path, binary: str
-) -> AsyncIterator[tuple[Pair, RefaultDriver]]:
-    """A source that cannot be told of its guest's arrival, whose channel is lost: refault holds its leg."""
+) -> AsyncIterator[tuple[Pair, Channel, RefaultDriver]]:
+    """A source that waits to hear that its guest has arrived; the destination's QEMU is stopped."""
     async with encrypted(directory, credentials, binary, postcopy=False) as (pair, channel, driver):
         await bare.wait_sent(driver.source, 0.1)
         pair.destination.process.signal(signal.SIGSTOP)
         await driver.source.execute("migrate-start-postcopy")
         await bare.wait_status(pair.source.qmp, "postcopy-device")
-        await channel.reset()
-        await is_held(driver)
-        yield pair, driver
+        await trio.sleep(0.2)
+        yield pair, channel, driver
 
 
 async def is_held(driver: RefaultDriver) -> None:
@@ -187,26 +189,27 @@ async def test_a_source_that_cannot_be_told_of_its_guests_arrival_is_held_until_
     tmp_path: Path, credentials: Path, binary: str
 ) -> None:
     """From 10.2 on it fails at the end of its channel, and runs the guest beside the destination's."""
-    async with held_until_loaded(tmp_path, credentials, binary) as (pair, driver):
-        pair.source.process.signal(signal.SIGSTOP)
-        await trio.sleep(QUERY_TIMEOUT + 1.5)  # it does not answer once
-        pair.source.process.signal(signal.SIGCONT)
-        await trio.sleep(1)
+    async with waits_for_arrival(tmp_path, credentials, binary) as (pair, channel, driver):
+        await channel.reset()
         await is_held(driver)
+        await trio.sleep(1)
         await is_taken_back(pair, driver)
 
 
 @pytest.mark.parametrize("binary", ONLY_11)
-@pytest.mark.parametrize("killed", [True, False], ids=["killed", "stopped"])
-async def test_it_stays_held_though_refault_ends(
-    tmp_path: Path, credentials: Path, binary: str, killed: bool
+async def test_it_stays_held_though_it_does_not_answer_for_a_time_and_refault_is_killed(
+    tmp_path: Path, credentials: Path, binary: str
 ) -> None:
-    async with held_until_loaded(tmp_path, credentials, binary) as (pair, driver):
-        await trio.sleep(0.5)  # QEMU has been given our end
-        if killed:
-            driver.processes[0].kill()
-        else:
-            assert await driver.processes[0].stop() == 0
+    async with waits_for_arrival(tmp_path, credentials, binary) as (pair, channel, driver):
+        pair.source.process.signal(signal.SIGSTOP)
+        await channel.reset()
+        await trio.sleep(QUERY_TIMEOUT + GIVE_BACK_TIMEOUT + 1.5)
+        pair.source.process.signal(signal.SIGCONT)
+        await is_held(driver)
+        with trio.fail_after(20):
+            while not sockets(pair.source.pid) & sockets(driver.processes[0].pid):  # QEMU has our end too
+                await trio.sleep(0.05)
+        driver.processes[0].kill()
         driver.start_again(0)
         await driver.connect_again(0)
         await is_held(driver)
@@ -214,15 +217,42 @@ async def test_it_stays_held_though_refault_ends(
 
 
 @pytest.mark.parametrize("binary", ONLY_11)
+async def test_it_stays_held_though_refault_is_stopped(
+    tmp_path: Path, credentials: Path, binary: str
+) -> None:
+    async with waits_for_arrival(tmp_path, credentials, binary) as (pair, channel, driver):
+        await channel.reset()
+        await is_held(driver)
+        assert await driver.processes[0].stop() == 0
+        driver.start_again(0)
+        await driver.connect_again(0)
+        await is_held(driver)
+        await is_taken_back(pair, driver)
+
+
+@pytest.mark.parametrize("binary", ONLY_11)
+async def test_refault_does_not_end_before_the_source_has_heard_of_the_arrival(
+    tmp_path: Path, credentials: Path, binary: str
+) -> None:
+    """It would lose the guest: the source never heard, and would send no more."""
+    async with waits_for_arrival(tmp_path, credentials, binary) as (pair, _, driver):
+        driver.processes[0].signal(signal.SIGTERM)
+        await trio.sleep(PHASE_PATIENCE + 1.5)
+        assert driver.processes[0].status is None
+        pair.destination.process.signal(signal.SIGCONT)
+        with trio.fail_after(20):
+            while driver.processes[0].status is None:
+                await trio.sleep(0.05)
+        driver.start_again(0)
+        await driver.connect_again(0)
+        await memory_is_right(pair, driver)
+
+
+@pytest.mark.parametrize("binary", ONLY_11)
 async def test_an_encrypted_source_that_failed_while_refault_was_dead_is_stopped(
     tmp_path: Path, credentials: Path, binary: str
 ) -> None:
-    async with encrypted(tmp_path, credentials, binary, postcopy=False) as (pair, _, driver):
-        await bare.wait_sent(driver.source, 0.1)
-        pair.destination.process.signal(signal.SIGSTOP)
-        await driver.source.execute("migrate-start-postcopy")
-        await bare.wait_status(pair.source.qmp, "postcopy-device")
-        await trio.sleep(0.2)
+    async with waits_for_arrival(tmp_path, credentials, binary) as (pair, _, driver):
         driver.processes[0].kill()
         await bare.wait_status(pair.source.qmp, "failed")
         driver.start_again(0)
@@ -233,15 +263,21 @@ async def test_an_encrypted_source_that_failed_while_refault_was_dead_is_stopped
 
 
 @pytest.mark.parametrize("binary", qemus("qemu-11"))
-async def test_an_encrypted_channel_lost_as_soon_as_the_guest_runs_is_recovered(
+async def test_an_encrypted_channel_lost_as_soon_as_the_guest_runs_is_recovered_or_held(
     tmp_path: Path, credentials: Path, binary: str
 ) -> None:
-    """An 11.1 that has heard of the arrival must be let write on before it takes note."""
+    """Held where the word of the arrival was lost with it, which a loaded machine makes happen."""
     async with encrypted(tmp_path, credentials, binary, postcopy=False) as (pair, channel, driver):
         await driver.source.execute("migrate-set-parameters", {"max-postcopy-bandwidth": 0})
         await bare.wait_sent(driver.source, 0.1)
         await driver.source.execute("migrate-start-postcopy")
         await pair.destination.qmp.wait_event(lambda event: event.name == "RESUME")
         await channel.reset()
-        await memory_is_right(pair, driver)
+        with trio.fail_after(20):
+            while not (held := (await driver.statuses())[0].migration.held):
+                if await bare.migration_status(pair.source.qmp) == "completed":
+                    break
+                await trio.sleep(0.05)
+        if not held:
+            await memory_is_right(pair, driver)
         assert not [event for event in pair.source.qmp.events if event.name == "RESUME"]

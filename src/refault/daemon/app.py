@@ -88,6 +88,6 @@ async def _until_stopping_is_safe(vm: Vm, notifier: Notifier) -> None:
             notifier.extend_timeout(EXTENSION)
             await trio.sleep(STOP_POLL)
     while not await vm.prepare_to_stop():
-        log.warning("%s: not ending yet: QEMU does not take back a leg that may not be closed now", vm.name)
+        log.warning("%s: not ending yet: a leg may not be closed now, and QEMU does not hold it", vm.name)
         notifier.extend_timeout(EXTENSION)
         await trio.sleep(1)

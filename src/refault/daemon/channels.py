@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import errno
 import logging
+import math
 import os
 import socket
 import time
@@ -39,6 +40,8 @@ REPLAY_DOUBT_SECONDS = 2.0
 """Two losses so soon after a replay, and the next recovery goes without (DESIGN, 5)."""
 STALL_LOOK = 0.25
 """Seconds between looks at a handshake that may stand still for many; its end is heard of by other ways."""
+HEARS_WITHIN = 50.0
+"""Seconds for which the end of refault waits for that, where refault cannot say it (app.STOP_PATIENCE)."""
 SIPS = 2
 """How often a source that cannot be read is let write on, each time for more than an iteration of QEMU's."""
 _LOSABLE = (Phase.SWITCHOVER, Phase.POSTCOPY, Phase.RECOVERY_HANDSHAKE)
@@ -70,6 +73,10 @@ class Channels:
         self.closing = Closing(migration, relay, self.kept)
         self._guarded = 0
         """The channel whose end QEMU was asked to hold, because a kill of refault must not end it."""
+        self._giving = False
+        """Whether it is being asked."""
+        self._stops_since = math.inf
+        """When refault began to end while a source heard its destination."""
         self._told_foreign: set[str] = set()
         """The addresses of which it was said that they are another VM's."""
         self.knows_first = False
@@ -166,11 +173,13 @@ class Channels:
         """Closes a channel that is not to be recovered, its return path first where QEMU is seen to take
         note."""
         self._ended = channel
+        self.held = None
         await self.closing.close_return_path_first(channel)
 
     def abandon(self, channel: int) -> None:
         """Closes a channel that this QEMU did not take, or that it pauses again on."""
         self._ended = channel
+        self.held = None
         self.closing.close_now(channel)
 
     def answered(self) -> None:
@@ -283,23 +292,27 @@ class Channels:
         word = self.word.last
         return word is not None and word.status == "postcopy-active" and word.remaining <= word.threshold
 
-    def _guard(self) -> None:
+    def _guard(self, *, again: bool = False) -> None:
         """Should the source's leg end now, it would run its guest again (legs.py).
 
         Refault holds it; but a kill of refault would end it, unless QEMU holds our end as well.
         """
-        if self._guarded != self.channel:
+        if (again or self._guarded != self.channel) and not self._giving:
             self._guarded = self.channel
+            self._giving = True
             self._migration.vm.start_soon(self._have_qemu_keep)
 
     async def _have_qemu_keep(self) -> None:
-        if self.kept.main is None or self.kept.by_qemu:
-            return
-        channel = self.channel
-        await self.kept.give()
-        if not self._migration.under_way or channel == self._ended:
-            await self.kept.let_go()
-        self._migration.remember()
+        try:
+            if self.kept.main is None or self.kept.by_qemu:
+                return
+            channel = self.channel
+            await self.kept.give(self._migration.remember)
+            if not self._migration.under_way or channel <= self._ended or self.relay.closed:
+                await self.kept.let_go()
+                self._migration.remember()
+        finally:
+            self._giving = False
 
     def _tell_foreign(self) -> None:
         """The pump has cut the channel before RESUME: another VM's destination answered (replay.h)."""
@@ -405,6 +418,8 @@ class Channels:
             if phase is not None:
                 status = now.status if now is not None else self._migration.status
                 self._judge_loss(self.relay.look(), phase, status)
+            if self.held_until_loaded:
+                self._guard(again=True)  # QEMU may not have answered
             before = now
             await trio.sleep(LOOK_AGAIN if self.held is None else ASKED_EVERY)
 
@@ -427,8 +442,6 @@ class Channels:
         elif self.held is None or self._held_by is not rule:
             self.held = f"{phase}: {rule.effect}"
             self._held_by = rule
-            if rule is UNTIL_LOADED:
-                self._guard()
             log.error(
                 "%s: ALERT: far leg %s in %s: holding QEMU's leg open, for if it closed: %s. What to do: %s",
                 migration.name,
@@ -463,7 +476,14 @@ class Channels:
         It then waits for whoever comes after us.
         """
         await self.closing.preempt_thread_awake()
-        if await self._waits_for_pong():
+        waits = await self._waits_for_pong()
+        if waits and self.unread:
+            # Nothing can be said to it. It hears its destination, if that lives.
+            self._stops_since = min(self._stops_since, trio.current_time())
+            lives = self.lives(self.channel)
+            if lives and trio.current_time() - self._stops_since < HEARS_WITHIN:
+                return False
+        elif waits:
             # As after a loss. QEMU may stand in the midst of a write, and takes note of nothing before.
             channel = self.channel  # an attempt may have made the next one soon
             self.lose(channel, OSError(errno.ECANCELED, "refault ends"))
@@ -477,10 +497,10 @@ class Channels:
         return True
 
     async def _waits_for_pong(self) -> bool:
-        """Whether a source waits for PONG 0x42, which it can be told (closing.py)."""
+        """Whether a source waits for PONG 0x42."""
         migration = self._migration
         leaves = not self.relay.closed and self.phase in (Phase.SWITCHOVER, Phase.POSTCOPY)
-        if migration.role is not Role.SOURCE or not leaves or self.unread:
+        if migration.role is not Role.SOURCE or not leaves:
             return False
         with contextlib.suppress(QmpError, MonitorLost, trio.TooSlowError):
             status = (await self.word.ask()).status  # without the `events` capability the last word is old

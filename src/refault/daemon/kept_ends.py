@@ -4,8 +4,9 @@ hands it sees no end of file, though refault ends or is killed."""
 from __future__ import annotations
 
 import socket
+from collections.abc import Callable
 
-from refault.daemon.local import Executes, give_back, take_back
+from refault.daemon.local import Executes, give_back, kept_name, take_back
 
 
 class KeptEnds:
@@ -16,8 +17,10 @@ class KeptEnds:
         """Whether QEMU holds all of them."""
         self._monitor = monitor
         self._ends: list[socket.socket] = []
+        self._chosen: list[str] = []
+        """By which QEMU knows them, or is to."""
         self._names: list[str] = []
-        """By which QEMU knows those that it holds, of earlier channels too."""
+        """By which it may hold some, of earlier channels too."""
 
     def begin(self, main: socket.socket) -> None:
         """Keeps a duplicate of a new channel's main connection, and of that channel alone."""
@@ -31,7 +34,7 @@ class KeptEnds:
 
     @property
     def names(self) -> tuple[str, ...]:
-        """By which QEMU knows those that it holds."""
+        """By which QEMU may hold some."""
         return tuple(self._names)
 
     @property
@@ -44,18 +47,29 @@ class KeptEnds:
         for end in self._ends:
             end.close()
         self._ends.clear()
+        self._chosen.clear()
         self.by_qemu = False
 
-    async def give(self) -> None:
-        """Has QEMU hold them, as descriptors that it never uses."""
+    async def give(self, remember: Callable[[], None]) -> None:
+        """Has QEMU hold them, as descriptors that it never uses; again, if it has not said that it does.
+
+        `remember` is called before QEMU is given one by a name that is new.
+        """
         ours = tuple(self._ends)
-        names = [await give_back(self._monitor, end) for end in ours]
-        self._names += [name for name in names if name is not None]
-        self.by_qemu = None not in names and tuple(self._ends) == ours  # else one has ended
+        if new := [kept_name() for _ in ours[len(self._chosen) :]]:
+            self._chosen += new
+            self._names += new
+            remember()
+        given = [
+            await give_back(self._monitor, end, name)
+            for end, name in zip(ours, tuple(self._chosen), strict=True)
+        ]
+        self.by_qemu = None not in given and tuple(self._ends) == ours  # else one has ended
 
     async def let_go(self) -> None:
         """QEMU is to hold them no more: the migration has ended, or the channel is to."""
         self.by_qemu = False
+        self._chosen.clear()
         names, self._names = self._names, []
         for name in names:
             await take_back(self._monitor, name)

@@ -135,12 +135,17 @@ async def take_back(monitor: Executes, name: str) -> None:
         log.debug("QEMU keeps the descriptor %s: %s", name, error)
 
 
-async def give_back(monitor: Executes, ours: socket.socket) -> str | None:
-    """Hands QEMU our end too, so that the pair never ends though we do.
+def kept_name() -> str:
+    """A new name for an end of ours that QEMU is to hold."""
+    return f"refault-kept-{os.getpid()}-{next(_numbers)}"
 
-    The name by which QEMU knows it; None where it does not take it.
+
+async def give_back(monitor: Executes, ours: socket.socket, name: str | None = None) -> str | None:
+    """Hands QEMU our end too, so that the pair never ends though we do, as `name` or a new one.
+
+    The name by which QEMU knows it; None where it does not take it, or has not said so: it may have then.
     """
-    name = f"refault-kept-{os.getpid()}-{next(_numbers)}"
+    name = name or kept_name()
     try:
         await monitor.execute("getfd", {"fdname": name}, fd=ours.fileno(), timeout=GIVE_BACK_TIMEOUT)
     except Exception as error:

@@ -213,8 +213,7 @@ class Migration:
             self.vm.state_file.save(self._record())
 
     def _record(self) -> MigrationRecord:
-        info = self.vm.monitor.qemu
-        pid = info.pid if info else None
+        pid = self.vm.qemu_pid
         return MigrationRecord(
             role=self.role,
             uri=self.endpoint.uri if self.endpoint else "",
@@ -256,12 +255,14 @@ class Migration:
 
     async def retire(self) -> None:
         """Another one takes its place."""
+        self._remembers = False
         self.attempts.cancel()
         await self.procedure.clean_up()
         self.close()
 
     def close(self) -> None:
         """Ends all that it still has; what it counted stays with the VM."""
+        self._remembers = False
         self.attempts.cancel()
         self._poller.cancel()
         self._stall_watch.cancel()

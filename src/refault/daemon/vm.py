@@ -6,6 +6,7 @@ import logging
 import math
 from collections.abc import Callable, Collection, Mapping
 
+import msgspec
 import trio
 
 from refault.daemon import routes
@@ -296,6 +297,9 @@ class Vm:
         failed = status in ("failing", "failed") and record is not None and record.role is Role.SOURCE
         if not isinstance(status, str) or (status not in _UNDER_WAY and not failed):
             return
+        if record is not None and status in ("setup", "active", "device"):
+            # Postcopy has not begun: if that is on record it was an earlier one's.
+            record = msgspec.structs.replace(record, postcopy=False, kept=())
         is_source = record.role is Role.SOURCE if record else "ram" in reply
         endpoint = parse_uri(record.uri) if record else None
         if not is_source and status in ("setup", "active"):

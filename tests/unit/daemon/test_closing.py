@@ -121,3 +121,38 @@ async def test_the_end_of_refault_waits_no_longer_for_a_source_that_ends_its_cha
                 assert relay.look().local is LegState.OPEN
                 qemu.close()
         channels.close()
+
+
+async def test_a_source_that_cannot_be_read_is_let_write_on_until_it_takes_note_of_what_it_heard(
+    nursery: trio.Nursery,
+) -> None:
+    relay = Relay(Role.SOURCE)
+    status = WAITS_FOR_PONG
+
+    async def says(*_: str) -> tuple[dict[str, object], dict[str, str]]:
+        return {"status": status, "ram": {"remaining": 1 << 30}}, {}
+
+    async def writes(qemu: trio.SocketStream) -> None:
+        nonlocal status
+        await qemu.send_all(b"\x16\x03\x01" + bytes(32 << 20))
+        status = "postcopy-active"
+        await trio.sleep_forever()
+
+    vm = SimpleNamespace(
+        monitor=None, version=(11, 1, 0), encrypted=False, start_soon=nursery.start_soon, query_both=says
+    )
+    channels = Channels(cast(Any, Migration(vm, Role.SOURCE)), relay)
+    nursery.start_soon(channels.watch)
+    with joined(channels, recovered=False) as (qemu, host), trio.fail_after(10):
+        async with trio.SocketStream(trio.socket.from_stdlib_socket(qemu.dup())) as stream:
+            nursery.start_soon(writes, stream)
+            received = bytearray(1 << 20)
+            for _ in range(30):
+                await trio.to_thread.run_sync(host.recv_into, received, len(received), socket.MSG_WAITALL)
+            await trio.sleep(0.1)
+            assert status == WAITS_FOR_PONG  # it stands in its write
+            host.close()
+            while relay.look().local is LegState.OPEN:
+                await trio.sleep(0.01)
+        assert channels.held is None
+        channels.close()

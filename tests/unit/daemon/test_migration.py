@@ -1,0 +1,50 @@
+"""What a migration writes down for the next refault."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any, cast
+
+import pytest
+
+from refault.daemon.migration import Migration
+from refault.daemon.options import Patience
+from refault.daemon.state_file import StateFile
+from refault.migration.endpoint import Inet
+from refault.migration.phase import Role
+from refault.migration.recovery import Event
+
+
+@pytest.fixture
+def migration(tmp_path: Path) -> Migration:
+    """One that this process's own QEMU, so to say, has accepted."""
+    vm = SimpleNamespace(
+        name="vm",
+        counters=None,
+        alternatives=[],
+        patience=Patience(),
+        monitor=SimpleNamespace(qemu=SimpleNamespace(pid=os.getpid())),
+        qemu_pid=os.getpid(),
+        state_file=StateFile(tmp_path, "vm"),
+        start_soon=lambda *_: None,
+    )
+    made = Migration(cast(Any, vm), lambda _: cast(Any, SimpleNamespace(role=Role.SOURCE)), Inet("h", 1))
+    made.begin("it is not relayed")
+    made.accepted()
+    return made
+
+
+def test_that_postcopy_has_begun_is_on_record_though_the_monitor_is_lost(migration: Migration) -> None:
+    migration.vm.monitor.qemu = None
+    migration.on_status("postcopy-active")
+    record = migration.vm.state_file.load(os.getpid())
+    assert record is not None
+    assert record.postcopy
+
+
+def test_what_has_ended_writes_nothing_down(migration: Migration) -> None:
+    migration.feed(Event.FAILED)
+    migration.remember()
+    assert migration.vm.state_file.load(os.getpid()) is None
