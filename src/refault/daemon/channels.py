@@ -174,6 +174,7 @@ class Channels:
         note."""
         self._ended = channel
         self.held = None
+        await self.kept.let_go()
         await self.closing.close_return_path_first(channel)
 
     def abandon(self, channel: int) -> None:
@@ -478,8 +479,9 @@ class Channels:
         await self.closing.preempt_thread_awake()
         waits = await self._waits_for_pong()
         if waits and self.unread:
-            # Nothing can be said to it. It hears its destination, if that lives.
+            # Nothing can be said to it. It hears its destination, if that lives; and we may be killed first.
             self._stops_since = min(self._stops_since, trio.current_time())
+            await self._have_qemu_keep()
             lives = self.lives(self.channel)
             if lives and trio.current_time() - self._stops_since < HEARS_WITHIN:
                 return False
@@ -494,19 +496,23 @@ class Channels:
         if cost is not None and not cost[0] and self.kept.main is not None:
             await self._have_qemu_keep()
             return self.kept.by_qemu
+        if cost is not None and self.kept.names:  # it might not end before, and now QEMU is to see its end
+            await self.kept.let_go()
+            self._migration.remember()
         return True
 
     async def _waits_for_pong(self) -> bool:
         """Whether a source waits for PONG 0x42."""
         migration = self._migration
-        leaves = not self.relay.closed and self.phase in (Phase.SWITCHOVER, Phase.POSTCOPY)
+        # Of what cannot be read the phase is a guess, and the more careful one.
+        leaves = not self.relay.closed and (self.unread or self.phase in (Phase.SWITCHOVER, Phase.POSTCOPY))
         if migration.role is not Role.SOURCE or not leaves:
             return False
         with contextlib.suppress(QmpError, MonitorLost, trio.TooSlowError):
             status = (await self.word.ask()).status  # without the `events` capability the last word is old
             waits = waits_for_pong(migration.role, status)
-            if waits:
-                migration.on_status(WAITS_FOR_PONG)
+            if status is not None and (waits or waits_for_pong(migration.role, migration.status)):
+                migration.on_status(status)
             return waits and not self.relay.closed
         return waits_for_pong(migration.role, migration.status) and not self.relay.closed
 
@@ -522,7 +528,8 @@ class Channels:
         self.changed.set()
         self.closing.end()
         view = self.relay.look()
-        self.relay.close(keep_local=self.kept.by_qemu)
+        cost = self.cost_of_stopping()
+        self.relay.close(keep_local=cost is not None and not cost[0])
         self.kept.drop()
         return view.forward_bytes, view.return_bytes
 

@@ -31,6 +31,7 @@ class KeptEnds:
         """Keeps a duplicate of one more, unless the channel is over: nothing would drop it then."""
         if self._ends:
             self._ends.append(lane.dup())
+            self.by_qemu = False
 
     @property
     def names(self) -> tuple[str, ...]:
@@ -64,7 +65,8 @@ class KeptEnds:
             await give_back(self._monitor, end, name)
             for end, name in zip(ours, tuple(self._chosen), strict=True)
         ]
-        self.by_qemu = None not in given and tuple(self._ends) == ours  # else one has ended
+        if None not in given and tuple(self._ends) == ours:  # else one has ended, or has come
+            self.by_qemu = True
 
     async def let_go(self) -> None:
         """QEMU is to hold them no more: the migration has ended, or the channel is to."""

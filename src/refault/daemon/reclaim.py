@@ -92,7 +92,6 @@ async def _end_and_fail(migration: Migration, channels: Channels) -> None:
         nursery.start_soon(channels.closing.swallow)
         await _when(migration, lambda status: status not in _WRITING)
         nursery.cancel_scope.cancel()
-    await channels.kept.let_go()
     await channels.end(channels.channel)
     migration.look_soon()
     await _when(migration, lambda status: status in ("postcopy-paused", "failed"))

@@ -34,6 +34,7 @@ class Migration:
     channels: Channels | None = None
     postcopy_began: bool = True
     held_until_loaded: bool = False
+    under_way: bool = True
     pause_told: trio.Event = field(default_factory=trio.Event)
     lanes: Any = field(default_factory=lambda: SimpleNamespace(count=1, preempt=True))
     policy: Any = field(default_factory=lambda: SimpleNamespace(state=State.HANDSHAKE))
@@ -48,6 +49,9 @@ class Migration:
 
     def look_soon(self) -> None:
         """Nobody is asked."""
+
+    def remember(self) -> None:
+        """Nothing is written down."""
 
 
 @pytest.fixture
@@ -155,4 +159,45 @@ async def test_a_source_that_cannot_be_read_is_let_write_on_until_it_takes_note_
             while relay.look().local is LegState.OPEN:
                 await trio.sleep(0.01)
         assert channels.held is None
+        channels.close()
+
+
+class Holder:
+    """A QEMU that holds what it is given."""
+
+    def __init__(self) -> None:
+        self.held: list[str] = []
+
+    async def execute(self, command: str, arguments: dict[str, str], **_: object) -> object:
+        {"getfd": self.held.append, "closefd": self.held.remove}[command](arguments["fdname"])
+        return {}
+
+
+@pytest.mark.parametrize("requests", [0, 5])
+async def test_the_end_of_refault_waits_for_a_source_that_cannot_be_read_and_is_soon_to_hear(
+    nursery: trio.Nursery, requests: int
+) -> None:
+    relay = Relay(Role.SOURCE)
+    status, remaining = WAITS_FOR_PONG, 200 << 20
+
+    async def says(*_: str) -> tuple[dict[str, object], dict[str, object]]:
+        ram = {"remaining": remaining, "mbps": 8000.0, "postcopy-requests": requests}
+        return {"status": status, "ram": ram}, {"downtime-limit": 300}
+
+    vm = SimpleNamespace(
+        monitor=Holder(), version=(11, 1, 0), encrypted=False, start_soon=nursery.start_soon, query_both=says
+    )
+    migration = Migration(vm, Role.SOURCE, status=WAITS_FOR_PONG)
+    channels = Channels(cast(Any, migration), relay)
+    nursery.start_soon(channels.watch)
+    with joined(channels, recovered=False) as (qemu, host), trio.fail_after(5):
+        qemu.sendall(b"\x16\x03\x01" + bytes(4096))
+        while not channels.unread:
+            await trio.sleep(0.01)
+        assert not await channels.prepare_to_stop()
+        assert len(vm.monitor.held) == 1  # should we be killed while we wait
+        status, remaining = "postcopy-active", 100 << 30
+        assert await channels.prepare_to_stop()
+        assert vm.monitor.held == []  # its leg may end now, and it is to see that
+        host.close()
         channels.close()

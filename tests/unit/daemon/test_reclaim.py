@@ -106,7 +106,6 @@ async def test_the_guest_is_not_taken_back_from_a_destination_that_the_last_atte
         has_arrived=answers == "before",
         cost_of_stopping=lambda: cost,
         held_until_loaded=False,
-        kept=SimpleNamespace(let_go=over),
         closing=SimpleNamespace(swallow=over),
         look=lambda: None,
         end=end,
