@@ -40,11 +40,15 @@ class Attempts:
         self._lost_at: float | None = None
         self._attempt_began = 0.0
         self._settled_channel = 0
+        self.paused_channel = 0
+        """The relayed channel that a client paused last."""
 
     def feed(self, event: Event) -> None:
         """Hands an event to the policy and carries out what it asks for."""
         migration = self._migration
         before = self.policy.state
+        if event is Event.CLIENT_PAUSED and before is not State.YIELDED:
+            self.paused_channel = migration.channel
         for action in self.policy.handle(event):
             self._carry_out(action)
         if self.policy.state is not before:

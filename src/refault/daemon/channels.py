@@ -266,7 +266,8 @@ class Channels:
         self.word.tell_pump()
         if self._completes():
             self._guard()
-        if passed.resumed and passed.resume_acknowledged and not (view.local.lost or view.far.lost):
+        recovered = passed.resumed and passed.resume_acknowledged and not (view.local.lost or view.far.lost)
+        if recovered and self._migration.attempts.paused_channel != self.channel:
             self._migration.feed(Event.RESUME_ACKNOWLEDGED)
         if view.local.lost:
             self._local_ended(view)

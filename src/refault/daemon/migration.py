@@ -100,6 +100,8 @@ class Migration:
         self.postcopy_began = False
         self.kept_before: tuple[str, ...] = ()
         """The names of our ends that QEMU holds since an earlier refault."""
+        self.client_pauses = False
+        """Whether a client's `migrate-pause` is on its way: the loss that comes is what it asks for."""
         self.stopped_by_switchover = False
         """Whether the guest ran until QEMU before 10.0 stopped it for postcopy; it does not run it again."""
         self.procedure = procedure(self)
@@ -132,6 +134,10 @@ class Migration:
     def under_way(self) -> bool:
         """Whether it was accepted and has not ended."""
         return self.policy.state not in (State.IDLE, State.ENDED)
+
+    @property
+    def _runs(self) -> bool:
+        return self.policy.state is State.RUNNING
 
     @property
     def held_until_loaded(self) -> bool:
@@ -234,6 +240,9 @@ class Migration:
 
     def feed(self, event: Event) -> None:
         """Hands an event to the recovery policy."""
+        if self.client_pauses and event in (Event.CHANNEL_LOST, Event.PAUSED) and self._runs:
+            self.client_pauses = False
+            event = Event.CLIENT_PAUSED
         self.attempts.feed(event)
 
     def ended(self) -> None:

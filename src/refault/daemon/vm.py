@@ -32,7 +32,7 @@ from refault.daemon.state_file import MigrationRecord, StateFile, process_starte
 from refault.daemon.vm_state import QUERY_TIMEOUT, VmState, words
 from refault.migration.endpoint import Endpoint, Inet, endpoint_of, parse_uri
 from refault.migration.phase import Role
-from refault.migration.recovery import Event
+from refault.migration.recovery import Event, State
 from refault.migration.relayable import NO_LANES, Lanes
 from refault.migration.versions import abilities
 
@@ -190,10 +190,19 @@ class Vm:
         return Forward()
 
     async def _migrate_pause(self, command: WatchedCommand) -> Forward | Answer:
+        migration = self.migration
+        if migration is None:
+            return Forward()
+        migration.client_pauses = True
+
         def watch(reply: bytes) -> bytes:
-            if self.migration is not None and not is_error(reply):
+            lost_before = not migration.client_pauses
+            migration.client_pauses = False
+            if not is_error(reply):
                 log.info("%s: a client paused the migration; waiting for it to recover", self.name)
-                self.migration.feed(Event.CLIENT_PAUSED)
+                migration.feed(Event.CLIENT_PAUSED)
+            elif lost_before and migration.policy.state is State.YIELDED:
+                migration.feed(Event.TIMER)  # it was none of the client's doing
             return reply
 
         return Forward(on_reply=watch)

@@ -131,6 +131,8 @@ TABLE: dict[tuple[State, Event], tuple[State, tuple[Action, ...]]] = {
     (S.HANDSHAKE, E.LEG_HELD): (S.HELD, (A.CANCEL_ATTEMPT,)),
     (S.HANDSHAKE, E.CLIENT_RECOVERS): (S.BY_CLIENT, (A.CANCEL_ATTEMPT, A.TIMER_CLIENT)),
     (S.YIELDED, E.TIMER): (S.ATTEMPTING, (A.ATTEMPT,)),
+    # An attempt that was cancelled when QEMU had its command.
+    (S.YIELDED, E.RESUME_ACKNOWLEDGED): (S.RUNNING, _RECOVERED),
     (S.YIELDED, E.CLIENT_RECOVERS): (S.BY_CLIENT, (A.TIMER_CLIENT,)),
     # What the client did came to nothing, whether QEMU told it or not.
     (S.BY_CLIENT, E.TIMER): (S.ATTEMPTING, (A.ATTEMPT,)),

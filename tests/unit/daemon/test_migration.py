@@ -12,9 +12,10 @@ import pytest
 from refault.daemon.migration import Migration
 from refault.daemon.options import Patience
 from refault.daemon.state_file import StateFile
+from refault.daemon.vm_state import Counters
 from refault.migration.endpoint import Inet
 from refault.migration.phase import Role
-from refault.migration.recovery import Event
+from refault.migration.recovery import Event, State
 
 
 @pytest.fixture
@@ -22,7 +23,7 @@ def migration(tmp_path: Path) -> Migration:
     """One that this process's own QEMU, so to say, has accepted."""
     vm = SimpleNamespace(
         name="vm",
-        counters=None,
+        counters=Counters(),
         alternatives=[],
         patience=Patience(),
         monitor=SimpleNamespace(qemu=SimpleNamespace(pid=os.getpid())),
@@ -48,3 +49,19 @@ def test_what_has_ended_writes_nothing_down(migration: Migration) -> None:
     migration.feed(Event.FAILED)
     migration.remember()
     assert migration.vm.state_file.load(os.getpid()) is None
+
+
+@pytest.mark.parametrize("loss", [Event.CHANNEL_LOST, Event.PAUSED])
+async def test_a_loss_that_is_seen_before_the_answer_to_a_clients_pause_is_the_clients(
+    migration: Migration, loss: Event
+) -> None:
+    """Else a recovery is begun that its answer then cancels, when QEMU has the command already."""
+    migration.client_pauses = True
+    migration.feed(loss)
+    states = [migration.policy.state]
+    migration.feed(Event.RESUME_ACKNOWLEDGED)  # of another channel than that which was paused
+    states.append(migration.policy.state)
+    migration.feed(loss)  # the pause has been answered for
+    states.append(migration.policy.state)
+    assert states[:2] == [State.YIELDED, State.RUNNING]
+    assert states[2] is not State.YIELDED
