@@ -291,7 +291,9 @@ async def _judge(stage: _Stage, planned: Planned, when: float, since: Sequence[i
     """Waits until it is clear how the loss has ended."""
     held_since: float | None = None
     deadline = when + _DEADLINE
+    destination = stage.pair.destination.process
     while trio.current_time() < deadline:
+        ended_before = destination.status is not None
         if await _ended_without_guest(stage, planned):
             return Result(planned, Outcome.LEFT_AT_SOURCE, note=_words(stage))
         if _asks_the_operator(stage, planned) and (taken_back := await _operate(stage, planned)):
@@ -299,6 +301,8 @@ async def _judge(stage: _Stage, planned: Planned, when: float, since: Sequence[i
         last = [_last(qemu, mark) for qemu, mark in zip(stage.both, since, strict=True)]
         if last[0][0] == "failed":
             return await _source_failed(stage, planned)
+        if planned.kind is LossClass.SWITCHOVER and destination.status is not None and not ended_before:
+            continue  # whether it ended without the guest is asked first
         stage.watch.look_at_processes()
         if stage.watch.broken:
             return Result(planned, Outcome.DEAD, note=_words(stage))
