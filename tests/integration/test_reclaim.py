@@ -16,7 +16,7 @@ from refault.lab import bare
 from refault.lab.channel import Channel, Cut, Loss, free_port, start_channel
 from refault.lab.driver import RefaultDriver, refault_driver
 from refault.lab.memory import compare
-from refault.lab.qemu import PairOptions, disks, start_pair
+from refault.lab.qemu import Pair, PairOptions, disks, start_pair
 from refault.lab.qmp_client import QmpError
 
 pytestmark = [pytest.mark.qemu, pytest.mark.timeout(90)]
@@ -27,19 +27,49 @@ PING_3 = PING_2[:-1] + rb"3"
 PREEMPT = (*bare.CAPABILITIES, "postcopy-preempt")
 
 
-async def lose_in_switchover(
-    driver: RefaultDriver, channel: Channel, cut: Cut, capabilities: tuple[str, ...] = bare.CAPABILITIES
+async def run_precopy(
+    driver: RefaultDriver, channel: Channel, bandwidth: int, capabilities: tuple[str, ...]
 ) -> None:
-    """Begins a migration and loses its channel where ``cut`` says."""
+    """Until a tenth of the memory has been sent; ``bandwidth`` is that of postcopy."""
     await bare.begin(
         driver.source,
         driver.destination,
         channel,
-        bandwidth=1 << 20,
+        bandwidth=bandwidth,
         precopy_bandwidth=64 << 20,
         capabilities=capabilities,
     )
     await bare.wait_sent(driver.source, 0.1)
+
+
+async def wait_for_arrival(pair: Pair, driver: RefaultDriver) -> None:
+    """Has the source wait to hear that its guest has arrived, by stopping the destination's QEMU.
+
+    Slowly, or what nobody reads fills the way before precopy has ended.
+    """
+    await driver.source.execute("migrate-set-parameters", {"max-bandwidth": 1 << 20})
+    pair.destination.process.signal(signal.SIGSTOP)
+    await driver.source.execute("migrate-start-postcopy")
+    await bare.wait_status(pair.source.qmp, "postcopy-device")
+
+
+async def take_back(pair: Pair, driver: RefaultDriver) -> None:
+    """As the operator does; the guest goes on at the source, and its memory is right."""
+    pair.destination.process.kill()
+    await driver.source.execute("migrate", {"uri": TAKE_BACK, "resume": True})
+    with trio.fail_after(20):
+        await bare.wait_status(pair.source.qmp, "failed")
+        await pair.source.wait_progress()
+    assert (await driver.source.execute("query-status"))["running"]
+    verdict = await compare(GUEST, pair.source.qmp)
+    assert verdict.right, verdict
+
+
+async def lose_in_switchover(
+    driver: RefaultDriver, channel: Channel, cut: Cut, capabilities: tuple[str, ...] = bare.CAPABILITIES
+) -> None:
+    """Begins a migration and loses its channel where ``cut`` says."""
+    await run_precopy(driver, channel, 1 << 20, capabilities)
     await channel.cut_at(cut)
     await driver.source.execute("migrate-start-postcopy")
     await channel.was_cut(cut, 20)
@@ -80,13 +110,7 @@ async def test_the_guest_of_a_package_lost_on_its_way_is_taken_back_on_the_opera
             while "ALERT: the channel was lost in the switchover" not in driver.processes[0].tail(50):
                 await trio.sleep(0.05)
             assert not (await driver.source.execute("query-status"))["running"]
-            pair.destination.process.kill()
-            await driver.source.execute("migrate", {"uri": TAKE_BACK, "resume": True})
-            await bare.wait_status(pair.source.qmp, "failed")
-            await pair.source.wait_progress()
-        assert (await driver.source.execute("query-status"))["running"]
-        verdict = await compare(GUEST, pair.source.qmp)
-        assert verdict.right, verdict
+            await take_back(pair, driver)
 
 
 async def test_a_guest_that_has_arrived_is_not_taken_back(tmp_path: Path) -> None:
@@ -112,18 +136,8 @@ async def test_a_source_that_writes_while_it_waits_for_its_guests_arrival_pauses
 ) -> None:
     async with fronted(tmp_path, binary=binary) as (pair, channel, driver):
         with trio.fail_after(30):
-            await bare.begin(
-                driver.source,
-                driver.destination,
-                channel,
-                bandwidth=1 << 30,
-                precopy_bandwidth=64 << 20,
-                capabilities=WITHOUT_EVENTS,
-            )
-            await bare.wait_sent(driver.source, 0.1)
-            pair.destination.process.signal(signal.SIGSTOP)
-            await driver.source.execute("migrate-start-postcopy")
-            await bare.wait_status(pair.source.qmp, "postcopy-device")
+            await run_precopy(driver, channel, 1 << 30, WITHOUT_EVENTS)
+            await wait_for_arrival(pair, driver)
             await trio.sleep(0.5)
             if lost:
                 await channel.reset()

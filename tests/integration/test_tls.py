@@ -13,16 +13,15 @@ import trio
 from tests.integration.qemus import BINARIES, qemus
 from tests.integration.test_addresses import active_again, lose, memory_is_right, set_up, to_postcopy
 from tests.integration.test_main_job import GUEST
+from tests.integration.test_reclaim import ONLY_11, take_back, wait_for_arrival
 from tests.integration.test_restart import sockets
 
 from refault.daemon.app import PHASE_PATIENCE
-from refault.daemon.doubt import TAKE_BACK
 from refault.daemon.local import GIVE_BACK_TIMEOUT
 from refault.daemon.vm_state import QUERY_TIMEOUT
 from refault.lab import bare
 from refault.lab.channel import Channel, free_port, start_channel
 from refault.lab.driver import RefaultDriver, refault_driver
-from refault.lab.memory import compare
 from refault.lab.qemu import Pair, PairOptions, start_pair
 
 pytestmark = [pytest.mark.qemu, pytest.mark.timeout(90)]
@@ -147,9 +146,6 @@ async def test_tls_handshakes_that_come_to_nothing_while_it_is_paused(
         await memory_is_right(pair, driver)
 
 
-ONLY_11 = [name for name in qemus("qemu-11") if name == "qemu-11"]
-
-
 @asynccontextmanager
 async def waits_for_arrival(
     directory: Path, credentials: Path, binary: str
@@ -157,9 +153,7 @@ async def waits_for_arrival(
     """A source that waits to hear that its guest has arrived; the destination's QEMU is stopped."""
     async with encrypted(directory, credentials, binary, postcopy=False) as (pair, channel, driver):
         await bare.wait_sent(driver.source, 0.1)
-        pair.destination.process.signal(signal.SIGSTOP)
-        await driver.source.execute("migrate-start-postcopy")
-        await bare.wait_status(pair.source.qmp, "postcopy-device")
+        await wait_for_arrival(pair, driver)
         await trio.sleep(0.2)
         yield pair, channel, driver
 
@@ -174,14 +168,13 @@ async def is_taken_back(pair: Pair, driver: RefaultDriver) -> None:
     """The guest has not run at the source, and does so on the operator's word."""
     assert await bare.migration_status(pair.source.qmp) == "postcopy-device"
     assert not [event for event in pair.source.qmp.events if event.name == "RESUME"]
-    with trio.fail_after(20):
-        pair.destination.process.kill()
-        await driver.source.execute("migrate", {"uri": TAKE_BACK, "resume": True})
-        await bare.wait_status(pair.source.qmp, "failed")
-        await pair.source.wait_progress()
-    assert (await driver.source.execute("query-status"))["running"]
-    verdict = await compare(GUEST, pair.source.qmp)
-    assert verdict.right, verdict
+    await take_back(pair, driver)
+
+
+async def start_again(driver: RefaultDriver) -> None:
+    """The source's refault has ended; the next one, and a client at it."""
+    driver.start_again(0)
+    await driver.connect_again(0)
 
 
 @pytest.mark.parametrize("binary", ONLY_11)
@@ -210,8 +203,7 @@ async def test_it_stays_held_though_it_does_not_answer_for_a_time_and_refault_is
             while not sockets(pair.source.pid) & sockets(driver.processes[0].pid):  # QEMU has our end too
                 await trio.sleep(0.05)
         driver.processes[0].kill()
-        driver.start_again(0)
-        await driver.connect_again(0)
+        await start_again(driver)
         await is_held(driver)
         await is_taken_back(pair, driver)
 
@@ -224,8 +216,7 @@ async def test_it_stays_held_though_refault_is_stopped(
         await channel.reset()
         await is_held(driver)
         assert await driver.processes[0].stop() == 0
-        driver.start_again(0)
-        await driver.connect_again(0)
+        await start_again(driver)
         await is_held(driver)
         await is_taken_back(pair, driver)
 
@@ -243,8 +234,7 @@ async def test_refault_does_not_end_before_the_source_has_heard_of_the_arrival(
         with trio.fail_after(20):
             while driver.processes[0].status is None:
                 await trio.sleep(0.05)
-        driver.start_again(0)
-        await driver.connect_again(0)
+        await start_again(driver)
         await memory_is_right(pair, driver)
 
 
