@@ -41,7 +41,8 @@ REPLAY_DOUBT_SECONDS = 2.0
 STALL_LOOK = 0.25
 """Seconds between looks at a handshake that may stand still for many; its end is heard of by other ways."""
 HEARS_WITHIN = 50.0
-"""Seconds for which the end of refault waits for that, where refault cannot say it (app.STOP_PATIENCE)."""
+"""Seconds for which the end of refault waits until a source that cannot be told has heard of its guest's
+arrival: less than app.STOP_PATIENCE."""
 SIPS = 2
 """How often a source that cannot be read is let write on, each time for more than an iteration of QEMU's."""
 _LOSABLE = (Phase.SWITCHOVER, Phase.POSTCOPY, Phase.RECOVERY_HANDSHAKE)
@@ -406,13 +407,10 @@ class Channels:
                 return
             if now is not None and waits_for_pong(role, now.status):
                 self._migration.on_status(WAITS_FOR_PONG)
-                if not self.unread:
-                    await self.closing.say_loaded(channel)
-                    before = None
-                    continue
-                if sips < SIPS:  # into TLS nothing can be said, but the PONG may have come
-                    sips += 1
-                    await self.closing.let_write(channel)
+                unread = self.unread  # into TLS nothing can be said
+                if not unread or sips < SIPS:
+                    sips += unread
+                    await self.closing.bring_on(channel, say=not unread)
                     before = None
                     continue
             if now is not None:

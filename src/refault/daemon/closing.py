@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 SAID_WITHIN = 0.02
 """Seconds until a source is asked again how far it is: without the `events` capability it does not tell."""
 WRITES_FOR = 0.1
-"""Seconds: an iteration of QEMU's takes 0.05 (migration/ram.c, MAX_WAIT)."""
+"""The same of one that cannot be read: an iteration of QEMU's takes 0.05 (migration/ram.c, MAX_WAIT)."""
 _SIP = 64 * 1024
 _SIP_EVERY = 0.001
 PREEMPT_WAKES_WITHIN = 0.3
@@ -117,43 +117,29 @@ class Closing:
         async with self._ending:
             return self._return_path_over
 
-    async def say_loaded(self, channel: int) -> None:
-        """Says to a source's QEMU that its guest has arrived, in the place of a destination that is lost.
+    async def bring_on(self, channel: int, *, say: bool) -> None:
+        """Has a source's QEMU take note that its guest has arrived, though its destination is lost.
 
         Since 10.2 it is in `postcopy-device` until PONG 0x42 has come; did its channel end before, it would
         run the guest again, be it at the destination or not (11.1). Told so it pauses, as QEMU up to 10.1
-        does. Returns when it has taken note, or has not for SAID_WITHIN; the PONG is said once.
+        does. The PONG is said once; where it cannot be (not `say`) it may have come before the loss. Returns
+        when QEMU has taken note, or has not for SAID_WITHIN or WRITES_FOR.
         """
+        seconds = SAID_WITHIN if say else WRITES_FOR
         if self._kept.main is None or channel != self._channel:
-            await trio.sleep(SAID_WITHIN)
+            await trio.sleep(seconds)
             return
         with trio.socket.from_stdlib_socket(self._kept.main.dup()) as leg, contextlib.suppress(OSError):
-            if self._said_to != channel:
+            if say and self._said_to != channel:
                 self._said_to = channel
                 await leg.send(PONG_LOADED)
-            await self._sip(leg, channel, SAID_WITHIN)
-
-    async def let_write(self, channel: int) -> None:
-        """Lets a source's QEMU write on a lost channel for WRITES_FOR, where that PONG cannot be said.
-
-        If it has come before the loss that is all that is wanting.
-        """
-        if self._kept.main is None or channel != self._channel:
-            await trio.sleep(WRITES_FOR)
-            return
-        with trio.socket.from_stdlib_socket(self._kept.main.dup()) as leg, contextlib.suppress(OSError):
-            await self._sip(leg, channel, WRITES_FOR)
-
-    async def _sip(self, leg: trio.socket.SocketType, channel: int, seconds: float) -> None:
-        """In the midst of a write QEMU's migration thread takes note of nothing (migration_iteration_run).
-
-        No more is read than need be: a source that has sent all is in its completion.
-        """
-        with trio.move_on_after(seconds):
-            while self._migration.status == WAITS_FOR_PONG and channel == self._channel:
-                with trio.move_on_after(_SIP_EVERY):
-                    await leg.recv(_SIP)
-                await trio.sleep(_SIP_EVERY)
+            with trio.move_on_after(seconds):
+                # In the midst of a write it takes note of nothing (migration_iteration_run). No more is read
+                # than need be: one that has sent all is in its completion.
+                while self._migration.status == WAITS_FOR_PONG and channel == self._channel:
+                    with trio.move_on_after(_SIP_EVERY):
+                        await leg.recv(_SIP)
+                    await trio.sleep(_SIP_EVERY)
 
     async def swallow(self) -> None:
         """Reads what QEMU still writes on a lost channel, into nothing, until it ends it or we are cancelled.

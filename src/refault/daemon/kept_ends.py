@@ -73,5 +73,4 @@ class KeptEnds:
         self.by_qemu = False
         self._chosen.clear()
         names, self._names = self._names, []
-        for name in names:
-            await take_back(self._monitor, name)
+        await take_back(self._monitor, *names)

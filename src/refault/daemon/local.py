@@ -127,12 +127,13 @@ async def reach(path: str, pid: int | None, timeout: float) -> LocalLeg:  # noqa
     return LocalLeg(path, ours, 0)
 
 
-async def take_back(monitor: Executes, name: str) -> None:
-    """Has QEMU close an end that it will not use. A QEMU that does not answer keeps it, to no harm."""
-    try:
-        await monitor.execute("closefd", {"fdname": name}, timeout=GIVE_BACK_TIMEOUT)
-    except Exception as error:
-        log.debug("QEMU keeps the descriptor %s: %s", name, error)
+async def take_back(monitor: Executes, *names: str) -> None:
+    """Has QEMU close ends that it will not use. A QEMU that does not answer keeps them, to no harm."""
+    for name in names:
+        try:
+            await monitor.execute("closefd", {"fdname": name}, timeout=GIVE_BACK_TIMEOUT)
+        except Exception as error:
+            log.debug("QEMU keeps the descriptor %s: %s", name, error)
 
 
 def kept_name() -> str:

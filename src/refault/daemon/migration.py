@@ -136,10 +136,6 @@ class Migration:
         return self.policy.state not in (State.IDLE, State.ENDED)
 
     @property
-    def _runs(self) -> bool:
-        return self.policy.state is State.RUNNING
-
-    @property
     def held_until_loaded(self) -> bool:
         """Whether a source's leg is held that waits for its guest's arrival (legs.UNTIL_LOADED)."""
         if self.channels is not None:
@@ -240,7 +236,8 @@ class Migration:
 
     def feed(self, event: Event) -> None:
         """Hands an event to the recovery policy."""
-        if self.client_pauses and event in (Event.CHANNEL_LOST, Event.PAUSED) and self._runs:
+        lost = event in (Event.CHANNEL_LOST, Event.PAUSED) and self.policy.state is State.RUNNING
+        if lost and self.client_pauses:
             self.client_pauses = False
             event = Event.CLIENT_PAUSED
         self.attempts.feed(event)

@@ -108,8 +108,7 @@ async def _fails_by_itself(channels: Channels) -> bool:
 
 async def _let_go(migration: Migration) -> None:
     """The same where QEMU alone holds both ends of the leg, since an earlier refault."""
-    for name in migration.kept_before:
-        await take_back(migration.vm.monitor, name)
+    await take_back(migration.vm.monitor, *migration.kept_before)
     migration.look_soon()
     await _when(migration, lambda status: status == "failed")
 

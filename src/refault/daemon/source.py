@@ -408,8 +408,7 @@ class Source:
 
     async def clean_up(self) -> None:
         """Takes back from QEMU what it held for the migration's last moments."""
-        for name in self._migration.kept_before:
-            await take_back(self._migration.vm.monitor, name)
+        await take_back(self._migration.vm.monitor, *self._migration.kept_before)
         if self._migration.channels is not None:
             await self._migration.channels.kept.let_go()
         if self._opening is not None:
