@@ -22,8 +22,11 @@ from pathlib import Path
 
 import trio
 from tests.campaign.starvation import (
+    BACKGROUND,
     BLOCKED_SECONDS,
     MOSTLY_BACK_END,
+    VAST,
+    VAST_MOSTLY_BACK_END,
     back_end_blocked,
     blocked,
     time_to_run,
@@ -39,7 +42,6 @@ from tests.integration.truth import compare_with_trace
 from refault.lab.channel import Loss
 from refault.lab.qemu import DEFAULT_BINARY
 
-BACKGROUND = 2 << 20
 SECONDS = 150.0
 """What a check may take at most."""
 LOSSES = 6
@@ -68,7 +70,7 @@ async def vcpus_starve(directory: Path, binary: str) -> str:
         raise NotPossibleError("the preloaded library is for KVM only")
     library = build_no_repeat(directory)
     seconds = await time_to_run(Case(STARVING_GUEST, BACKGROUND, True, library, binary))
-    stuck = await blocked(Case(STARVING_GUEST, BACKGROUND, False, library, binary))
+    stuck = await blocked(Case(VAST, BACKGROUND, False, library, binary))
     assert stuck, "no vCPU is blocked without the replay"
     return f"{seconds * 1000:.0f} ms; without {stuck} vCPUs blocked over {BLOCKED_SECONDS:g} s"
 
@@ -76,7 +78,7 @@ async def vcpus_starve(directory: Path, binary: str) -> str:
 async def back_end_starves(_: Path, binary: str) -> str:
     """The thread of a vhost-user back end whose request was lost."""
     seconds = await time_to_run_back_end(Case(MOSTLY_BACK_END, BACKGROUND, True, None, binary))
-    stuck = await back_end_blocked(Case(MOSTLY_BACK_END, BACKGROUND, False, None, binary))
+    stuck = await back_end_blocked(Case(VAST_MOSTLY_BACK_END, BACKGROUND, False, None, binary))
     assert stuck, "the back end is not blocked without the replay"
     return f"{seconds * 1000:.0f} ms; without blocked over {BLOCKED_SECONDS:g} s"
 
