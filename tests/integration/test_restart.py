@@ -38,8 +38,8 @@ SMALL = Guest(vcpus=4, log_pages=11, tick_ns=1_000_000)
 BACKGROUND = 256 << 10
 UNGUARDED = """
 import sys
-from refault.daemon.channels import Channels
-Channels._guard = lambda self: None
+from refault.daemon.guard import Guard
+Guard.start = lambda self: None
 from refault.cli.main import main
 sys.exit(main())
 """

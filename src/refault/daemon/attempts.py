@@ -115,7 +115,7 @@ class Attempts:
         counters.recoveries += 1
         counters.last_error = None
         if self._migration.channels is not None:
-            self._migration.channels.held = None
+            self._migration.channels.losses.held = None
         if self._lost_at is not None:
             counters.last_seconds = trio.current_time() - self._lost_at
             log.info("%s: recovered in %.3f s", self._migration.name, counters.last_seconds)

@@ -139,14 +139,14 @@ class Migration:
     def held_until_loaded(self) -> bool:
         """Whether a source's leg is held that waits for its guest's arrival (legs.UNTIL_LOADED)."""
         if self.channels is not None:
-            return self.channels.held_until_loaded
+            return self.channels.losses.held_until_loaded
         return bool(self.kept_before) and waits_for_pong(self.role, self.status)
 
     @property
     def held(self) -> str | None:
         """Why a leg is held whose far side is lost; None where none is."""
         if self.channels is not None:
-            return self.channels.held
+            return self.channels.losses.held
         return f"{self.phase}: {UNTIL_LOADED.effect}" if self.held_until_loaded else None
 
     @property

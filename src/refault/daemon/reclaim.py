@@ -103,7 +103,7 @@ async def _end_and_fail(migration: Migration, channels: Channels) -> None:
 
 async def _fails_by_itself(channels: Channels) -> bool:
     """Whether the end of its leg makes QEMU fail and run the guest, which is what is wanted here."""
-    return channels.held_until_loaded and (await channels.word.ask()).status == WAITS_FOR_PONG
+    return channels.losses.held_until_loaded and (await channels.word.ask()).status == WAITS_FOR_PONG
 
 
 async def _let_go(migration: Migration) -> None:

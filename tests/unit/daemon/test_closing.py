@@ -158,7 +158,7 @@ async def test_a_source_that_cannot_be_read_is_let_write_on_until_it_takes_note_
             host.close()
             while relay.look().local is LegState.OPEN:
                 await trio.sleep(0.01)
-        assert channels.held is None
+        assert channels.losses.held is None
         channels.close()
 
 

@@ -105,7 +105,7 @@ async def test_the_guest_is_not_taken_back_from_a_destination_that_the_last_atte
         relay=SimpleNamespace(blocks=list, closed=False),
         has_arrived=answers == "before",
         cost_of_stopping=lambda: cost,
-        held_until_loaded=False,
+        losses=SimpleNamespace(held_until_loaded=False),
         closing=SimpleNamespace(swallow=over),
         look=lambda: None,
         end=end,
