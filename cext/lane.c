@@ -3,7 +3,7 @@
 #include <stdlib.h>
 
 enum {
-    PREEMPT_CHUNK = 16 * 1024, /* what is queued here is latency (DESIGN 7) */
+    PREEMPT_CHUNK = 16 * 1024, /* what is queued here is latency */
     MULTIFD_CHUNK = RF_PIPE_ROOM,
     BACKWARD_CHUNK = 4 * 1024,
 };

@@ -37,7 +37,7 @@ void rf_leg_init(struct rf_leg *leg);
 
 /*
  * Takes ownership of the descriptor, makes it non-blocking and, on TCP, sets TCP_NODELAY and
- * TCP_NOTSENT_LOWAT, so that what waits unsent in the kernel stays small (DESIGN 7).
+ * TCP_NOTSENT_LOWAT, so that what waits unsent in the kernel stays small.
  */
 void rf_leg_adopt(struct rf_leg *leg, int fd);
 
@@ -66,7 +66,7 @@ bool rf_leg_writable(const struct rf_leg *leg);
 /*
  * From now on the peer's silence counts: the kernel probes an idle connection, so that a host that is gone
  * shows within `dead_after_s` seconds. For postcopy only: in precopy a network that comes back is worth
- * waiting for (DESIGN 6).
+ * waiting for.
  */
 void rf_leg_probe(struct rf_leg *leg, unsigned dead_after_s);
 

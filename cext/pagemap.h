@@ -2,7 +2,7 @@
  * The page map: which pages the destination has asked for, which have passed on their way to it, and which of
  * them the destination says it has.
  *
- * Two things are kept apart (DESIGN.md, section 5). A request is *outstanding* from the moment it passes
+ * Two things are kept apart. A request is *outstanding* from the moment it passes
  * until all its target pages have passed the other way: that is the live count, and what latencies are taken
  * from. Its *record* lives on, for the answer may be lost behind the relay: it ends when a received bitmap
  * confirms the pages, or with the migration. What is replayed after a recovery is what is recorded and not

@@ -17,7 +17,7 @@
 
 enum {
     PRECOPY_CHUNK = RF_PIPE_ROOM, /* before postcopy throughput counts */
-    POSTCOPY_CHUNK = 16 * 1024,   /* from then on what is queued is latency (DESIGN 7) */
+    POSTCOPY_CHUNK = 16 * 1024,   /* from then on what is queued is latency */
     RETURN_CHUNK = 4 * 1024,
     RING_SIZE = 16,
     LANES_MAX = 255, /* as many as multifd-channels can be (qapi/migration.json) */

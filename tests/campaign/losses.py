@@ -9,7 +9,7 @@ from typing import Literal
 
 from refault.lab.channel import Cut, Loss
 
-# The places in the stream (DESIGN section 5; QEMU: migration/savevm.c, qemu_savevm_command_send; migration.c,
+# The places in the stream (QEMU: migration/savevm.c, qemu_savevm_command_send; migration.c,
 # migrate_send_rp_message). All integers are big-endian.
 PING_2 = rb"\x08\x00\x02\x00\x04\x00\x00\x00\x02"
 PACKAGED = rb"\x08\x00\x07\x00\x04"

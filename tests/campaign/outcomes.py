@@ -1,4 +1,4 @@
-"""How a loss can end, and which ends are the best that a version of QEMU allows (DESIGN, section 6)."""
+"""How a loss can end, and which ends are the best that a version of QEMU allows (docs/campaign.md)."""
 
 from __future__ import annotations
 

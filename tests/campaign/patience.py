@@ -158,7 +158,7 @@ async def mute(stage: Stage) -> str:
         listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         listener.bind((lab.hosts[1].address, lab.port))
         listener.listen(64)
-        # Before 8.2 whoever accepted may be a QEMU that does not survive to be given up (DESIGN, 6).
+        # Before 8.2 whoever accepted may be a QEMU that does not survive to be given up.
         waits = not abilities(lab.pair.source.qmp.version).pauses_again_in_handshake
         return await _unanswered(stage, waits=waits)
 

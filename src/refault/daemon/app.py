@@ -81,7 +81,7 @@ async def _second_signal(signals: AsyncIterator[int], scope: trio.CancelScope) -
 
 
 async def _until_stopping_is_safe(vm: Vm, notifier: Notifier) -> None:
-    """Waits while our end would kill or double a guest (DESIGN, 6); a second signal cuts this short."""
+    """Waits while our end would kill or double a guest (migration/legs.py); a second signal ends it."""
     # Switchover, handshake and completion are short where all goes well.
     with trio.move_on_after(PHASE_PATIENCE):
         while not vm.may_stop:

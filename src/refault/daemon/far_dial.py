@@ -1,5 +1,5 @@
 """Dialling the other host. Who listens there may be a bare QEMU whose recovery ends with the first connection
-that comes to nothing (DESIGN, 6), so no connection is made that is then given up."""
+that comes to nothing (docs/campaign.md, Strangers), so no connection is made that is then given up."""
 
 from __future__ import annotations
 

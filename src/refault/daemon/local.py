@@ -74,7 +74,7 @@ async def hand_over(monitor: Executes, role: Role) -> LocalLeg:
     freely.
     """
     ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_STREAM)
-    # What waits between QEMU and us is queued ahead of the page that a vCPU waits for (DESIGN, 7).
+    # What waits between QEMU and us is queued ahead of the page that a vCPU waits for.
     if role is Role.SOURCE:
         theirs.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, SOURCE_SEND_BUFFER)
     else:
@@ -113,7 +113,7 @@ async def hand_connection(monitor: Executes, fd: int) -> str:
 async def reach(path: str, pid: int | None, timeout: float) -> LocalLeg:  # noqa: ASYNC109
     """Connects to where a destination QEMU, the process `pid`, listens itself. Raises OSError.
 
-    Its listener may be good for one connection only (DESIGN, 6).
+    Its listener may be good for one connection only (docs/campaign.md, Strangers).
     """
     try:
         ours = await dial(Address(path), timeout)

@@ -102,7 +102,8 @@ class PrivateSockets:
         except BaseException:
             sock.close()
             raise
-        # From here on QEMU must never see it end before it has accepted it and has bytes to read (DESIGN, 6).
+        # From here on QEMU must never see it end before it has accepted it and has bytes to read: one that
+        # connects and closes ends a destination (docs/campaign.md, Strangers).
         with trio.CancelScope(shield=True):
             began = trio.current_time()
             while not peer_inode(sock) and not _ended(sock):

@@ -137,7 +137,7 @@ class Channel:
     async def retarget(self, port: int | None = None) -> None:
         """Leads to another port of the destination from now on, by default a free one; connections stay.
 
-        What listens on the first is QEMU's old listener, which may be open for ever (DESIGN section 6).
+        What listens on the first is QEMU's old listener, which may be open for ever.
         """
         self._target = port or free_port()
         self._aim = f"target {self._target}"
@@ -146,8 +146,8 @@ class Channel:
     async def lead_once(self, other: int) -> None:
         """Leads to what begins to listen on the target port or ``other``, to each socket once.
 
-        QEMU's old listeners stay open and are dangerous to connect to (DESIGN section 6): in this network
-        nobody makes that mistake.
+        QEMU's old listeners stay open and are dangerous to connect to (docs/campaign.md, Strangers): in this
+        network nobody makes that mistake.
         """
         self._others = (other,)
         self._pass_over_listeners()

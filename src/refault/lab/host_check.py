@@ -37,8 +37,8 @@ class Finding:
         return {"subject": self.subject, "grade": self.grade, "text": self.text}
 
 
-# What a bare QEMU does from one version until before another (DESIGN section 6). Tried on 5.2, 7.2, 10.0 and
-# 11.1: a bound between two of these is the first version not known to be like the older one.
+# What a bare QEMU does from one version until before another. Tried on 5.2, 7.2, 10.0 and 11.1: a bound
+# between two of these is the first version not known to be like the older one.
 _DANGERS: tuple[tuple[Version, Version, str], ...] = (
     (_FIRST, (5, 2, 0), "page requests in flight when the channel breaks are forgotten"),
     (_FIRST, _NEVER, "requests of vhost-user back ends in flight when the channel breaks are forgotten"),

@@ -1,4 +1,5 @@
-"""When the local leg may be closed, once the far leg is lost: DESIGN section 6, as a table.
+"""When the local leg may be closed, once the far leg is lost, as a table. All of it was tried on live
+QEMUs; docs/campaign.md has the figures.
 
 The rule: close it only where the table allows; else hold it open, say so, and repair what is behind it. A
 held leg is looked at again whenever more has passed, so a hold "until" something is a hold in one phase and

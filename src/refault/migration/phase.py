@@ -16,7 +16,7 @@ class Role(enum.StrEnum):
 
 
 class Phase(enum.StrEnum):
-    """A phase, named by what an untimely close would do in it (DESIGN, 6)."""
+    """A phase, named by what an untimely close would do in it (legs.py)."""
 
     PRECOPY = "precopy"
     SWITCHOVER = "switchover"

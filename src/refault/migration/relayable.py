@@ -104,7 +104,7 @@ def has_virtio_mem(reply: object) -> bool:
 
 
 def why_not_recoverable(enabled: Iterable[str]) -> str | None:
-    """Why QEMU could not recover this migration's postcopy (DESIGN, 6); None where it could."""
+    """Why QEMU could not recover this migration's postcopy; None where it could."""
     on = set(enabled)
     if "postcopy-ram" not in on:
         if "dirty-bitmaps" in on:

@@ -1,5 +1,4 @@
-"""What the versions of QEMU allow during a recovery. Tried on live QEMUs where the comment says so (DESIGN,
-6)."""
+"""What the versions of QEMU allow during a recovery. Tried on live QEMUs where the comment says so."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The page map against a model of what DESIGN says it is."""
+"""The page map against a model of what cext/pagemap.h says it is."""
 
 from __future__ import annotations
 

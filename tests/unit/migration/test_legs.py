@@ -1,4 +1,4 @@
-"""The table of DESIGN section 6: complete, and each row what was tried on live QEMUs."""
+"""The table of legs: complete, and each row what was tried on live QEMUs."""
 
 import pytest
 
