@@ -70,7 +70,8 @@ void rf_statefile_page_bits(struct rf_statefile *file, uint32_t bits);
 
 /* A RAM block became known; blocks come in the order of their index. */
 void rf_statefile_block(struct rf_statefile *file, uint32_t index, const char *name, size_t name_length);
-/* `used_length`: target pages, 0 for not known; `page_size`: bytes, a power of two, 0 for not known. */
+/* `pages`: the used length in target pages, 0 for not known; `page_size`: bytes, a power of two, 0 for not
+ * known. */
 void rf_statefile_block_size(struct rf_statefile *file, uint32_t index, uint64_t pages, uint64_t page_size,
                              bool declared);
 
