@@ -114,9 +114,8 @@ enum rf_opaque {
     RF_OPAQUE_BITMAP_SIZE = 27,
     RF_OPAQUE_BITMAP_END = 28,
     RF_OPAQUE_BITMAP_BLOCK = 29,
-    RF_OPAQUE_UNTRACKED = 30,
-    RF_OPAQUE_CRASHED = 31,
-    RF_OPAQUE_KEPT_BLOCKS = 32,
+    RF_OPAQUE_CRASHED = 30,
+    RF_OPAQUE_KEPT_BLOCKS = 31,
 };
 
 /* For the operator: a phrase that goes on after "cannot be read: ". */

@@ -1194,7 +1194,3 @@ int rf_pagemap_block_stats(const struct rf_pagemap *map, uint32_t index, struct 
 void rf_pagemap_latency(const struct rf_pagemap *map, struct rf_histogram_snapshot *out) {
     rf_histogram_snapshot(&map->latency, out);
 }
-
-const struct rf_bitmap *rf_pagemap_forwarded(const struct rf_pagemap *map, uint32_t block) {
-    return block < blocks_length(map) ? block_at(map, block)->forwarded : NULL;
-}

@@ -180,8 +180,4 @@ void rf_pagemap_keep(struct rf_pagemap *map, struct rf_statefile *file);
 /* What a state file says, into a new map: RF_OK, or a negative status, after which the map is of no use. */
 int rf_pagemap_restore(struct rf_pagemap *map, const struct rf_statefile_image *image);
 
-/* Not empty only while rf_pagemap_bitmap_begin..end is under way. The caller may look at the block's bits. */
-struct rf_bitmap;
-const struct rf_bitmap *rf_pagemap_forwarded(const struct rf_pagemap *map, uint32_t block);
-
 #endif

@@ -21,7 +21,6 @@ enum state {
 
 struct rf_returnpath {
     enum state state;
-    uint32_t reason;
     uint16_t type;
     uint16_t length;
     size_t held;
@@ -61,7 +60,7 @@ static bool give(struct rf_returnpath_event *event, uint32_t type) {
 }
 
 static bool bad(struct rf_returnpath *path, struct rf_returnpath_event *event, enum rf_opaque reason) {
-    rf_returnpath_fail(path, reason);
+    rf_returnpath_fail(path);
     event->reason = reason;
     return give(event, RF_RETURN_BAD);
 }
@@ -204,10 +203,7 @@ size_t rf_returnpath_next(struct rf_returnpath *path, const uint8_t *bytes, size
     return consumed;
 }
 
-void rf_returnpath_fail(struct rf_returnpath *path, uint32_t reason) {
-    path->state = AT_BAD;
-    path->reason = reason;
-}
+void rf_returnpath_fail(struct rf_returnpath *path) { path->state = AT_BAD; }
 
 struct rf_returnpath *rf_returnpath_new(void) {
     struct rf_returnpath *path = rf_budget_alloc(NULL, sizeof(*path));
@@ -221,7 +217,6 @@ void rf_returnpath_free(struct rf_returnpath *path) { rf_budget_free(NULL, path,
 
 void rf_returnpath_restart(struct rf_returnpath *path) {
     path->state = AT_HEADER;
-    path->reason = RF_OPAQUE_NO;
     path->held = 0;
     path->request_name_length = 0;
 }
@@ -229,8 +224,6 @@ void rf_returnpath_restart(struct rf_returnpath *path) {
 int rf_returnpath_at_boundary(const struct rf_returnpath *path) {
     return path->state == AT_HEADER && path->held == 0;
 }
-
-uint32_t rf_returnpath_opaque(const struct rf_returnpath *path) { return path->reason; }
 
 static void put_be16(uint8_t *out, uint16_t value) {
     out[0] = (uint8_t)(value >> 8);

@@ -69,7 +69,6 @@ size_t rf_returnpath_next(struct rf_returnpath *path, const uint8_t *bytes, size
 
 /* 1 between two messages, 0 inside one and for ever after BAD. */
 int rf_returnpath_at_boundary(const struct rf_returnpath *path);
-uint32_t rf_returnpath_opaque(const struct rf_returnpath *path);
 
 /* Writes a REQ_PAGES_ID message. Returns its length (at most 272), or 0 if it does not fit or the name is
  * empty or longer than 255 bytes. */
@@ -78,6 +77,6 @@ size_t rf_returnpath_encode_request_id(uint8_t *out, size_t room, const char *na
 /* cffi: end */
 
 /* Makes the path opaque, for a reason that only the caller can see (a bitmap size that was not declared). */
-void rf_returnpath_fail(struct rf_returnpath *path, uint32_t reason);
+void rf_returnpath_fail(struct rf_returnpath *path);
 
 #endif

@@ -391,7 +391,7 @@ static void bitmap_begin(struct rf_tracker *tracker, struct rf_returnpath_event 
     if (block == RF_UNKNOWN_BLOCK || block == RF_BAD_SIZE) {
         event->reason = block == RF_BAD_SIZE ? RF_OPAQUE_BITMAP_SIZE : RF_OPAQUE_BITMAP_BLOCK;
         event->type = RF_RETURN_BAD;
-        rf_returnpath_fail(tracker->path, event->reason);
+        rf_returnpath_fail(tracker->path);
         if (took_over(tracker)) {
             event->reason = RF_OPAQUE_KEPT_BLOCKS;
             disown(tracker);

@@ -24,10 +24,6 @@ class Notifier:
         """Start-up is done; `text` is what ``systemctl status`` shows."""
         self._send("READY=1", _status(text))
 
-    def status(self, text: str) -> None:
-        """A new line for ``systemctl status``."""
-        self._send(_status(text))
-
     def stopping(self, text: str) -> None:
         """Shutdown has begun."""
         self._send("STOPPING=1", _status(text))

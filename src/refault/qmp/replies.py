@@ -8,7 +8,6 @@ GENERIC = "GenericError"
 NOT_FOUND = "CommandNotFound"
 
 _NOT_NEGOTIATED = "Expecting capabilities negotiation with 'qmp_capabilities'"
-ALREADY_NEGOTIATED = "Capabilities negotiation is already complete, command ignored"
 
 
 def error(class_: str, desc: str) -> bytes:
