@@ -46,7 +46,7 @@ def picture(address: Address, info: QemuInfo | None, vm: VmState, migration: Mig
         clients=ClientsStatus(
             connected=monitor.clients,
             total=monitor.clients_total,
-            commands=monitor.counters.inband + monitor.counters.oob,
+            commands=monitor.counters.commands,
             events=monitor.counters.events,
             slow_disconnected=monitor.counters.slow_clients,
         ),

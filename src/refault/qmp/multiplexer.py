@@ -76,7 +76,8 @@ class Greeting:
 
 @dataclass
 class Counters:
-    """Totals since the start. `commands` by kind: inband, oob, own, answered (in QEMU's place), malformed."""
+    """Totals since the start. Commands by kind: inband, oob, own, and answered in QEMU's place, some of these
+    malformed."""
 
     inband: int = 0
     oob: int = 0
@@ -84,8 +85,14 @@ class Counters:
     answered: int = 0
     malformed: int = 0
     events: int = 0
+    """Delivered, each counted once for each client it went to."""
     slow_clients: int = 0
     dropped_replies: int = 0
+
+    @property
+    def commands(self) -> int:
+        """Taken from clients: those that went to QEMU, and those that refault answered, malformed ones too."""
+        return self.inband + self.oob + self.answered
 
 
 class Multiplexer:
@@ -599,10 +606,10 @@ class Multiplexer:
         self._settle(client)
 
     def _event(self, message: Message) -> None:
-        self.counters.events += 1
         line = message.raw + _EOL
         for client in self.clients.values():
             if client.negotiated and not client.closing:
+                self.counters.events += 1
                 self._put(client, line)
         data = decode_members(message).get("data", {})
         self.on_event(verb_name(message).decode(), data if isinstance(data, dict) else {})

@@ -188,6 +188,27 @@ def test_events_go_to_those_who_negotiated_in_order_with_replies() -> None:
     assert played.events == [("STOP", {}), ("X", {"a": 1})]
 
 
+def test_an_event_counts_once_for_each_client_it_goes_to() -> None:
+    played = Played()
+    played.client(), played.client(), played.core.join()
+    played.core.receive_upstream(b'{"event": "STOP", "timestamp": {"seconds": 1, "microseconds": 2}}\r\n')
+    assert played.core.counters.events == 2
+
+
+def test_every_command_that_a_client_gives_counts_whoever_answers_it() -> None:
+    played = Played(watch=("watched",))
+    early = played.core.join()
+    played.core.receive(early, command("too-early", 1))  # refused
+    client = played.client("oob")  # negotiates
+    played.core.receive(client, command("a", 1) + command("watched", 2) + b"{,}")
+    [sent] = played.commands()
+    played.reply(sent["id"])
+    [asked] = played.asked
+    played.core.answer(asked, Answer())
+    assert len(played.replies(client)) == 3
+    assert played.core.counters.commands == 5
+
+
 def test_bytes_are_forwarded_as_they_came() -> None:
     played = Played()
     client = played.client()
