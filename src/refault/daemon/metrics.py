@@ -73,7 +73,7 @@ def families(status: Status) -> list[Metric]:
     relay_state = gauge("relay_state", "1 for the relay's state: tracking, opaque or off", "state")
     held = gauge("leg_held", "1 while a local leg is held open though its other side is lost")
     channel = counter("channel_bytes", "Bytes of the migration channel relayed", "direction")
-    losses = counter("losses", "Migration channels lost in postcopy")
+    losses = counter("losses", "Migration channels lost from the switchover to postcopy on")
     attempts = counter("recovery_attempts", "Recoveries tried")
     recoveries = counter("recoveries", "Recoveries that brought QEMU back to postcopy-active")
     last = gauge("recovery_last_seconds", "The last recovery, from the noticed loss until postcopy-active")

@@ -38,7 +38,7 @@ class ClientsStatus(msgspec.Struct, frozen=True, kw_only=True):
     connected: int = 0
     total: int = 0
     commands: int = 0
-    """Commands taken from clients, refused ones included."""
+    """Commands taken from clients, those that refault answers itself or refuses included."""
     events: int = 0
     """Events delivered, each counted once a client."""
     slow_disconnected: int = 0
