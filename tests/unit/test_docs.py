@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import argparse
+import ast
 import importlib
 import re
+from collections.abc import Iterator
 from operator import attrgetter
 from pathlib import Path
 
@@ -12,6 +14,7 @@ import pytest
 
 from refault.cli import run
 from refault.cli.main import COMMANDS
+from refault.migration.legs import RULES, Verdict
 
 ROOT = Path(__file__).parents[2]
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
@@ -55,6 +58,24 @@ def test_the_deadlines_in_architecture_md_are_those_of_the_code() -> None:
     there = {(file.stem, name) for file in daemon for name in constant.findall(file.read_text())}
     assert len(there) > 15
     assert there <= {(module, name) for module, name, _ in rows}
+
+
+def test_running_md_says_what_to_do_about_every_alert() -> None:
+    page = (ROOT / "docs" / "running.md").read_text()
+    alerts = [text for text in _texts(ROOT / "src") if "ALERT: " in text]
+    assert len(alerts) > 8
+    for alert in alerts:
+        parts = re.split(r"%\w|[:;,.(]", alert.partition("ALERT: ")[2])
+        assert next(part.strip() for part in parts if len(part.split()) > 2) in page, alert
+    held = {phase for (phase, _), rule in RULES.items() if rule.verdict is not Verdict.CLOSE}
+    assert all(f"`in {phase}`" in page for phase in held)
+
+
+def _texts(directory: Path) -> Iterator[str]:
+    for file in directory.rglob("*.py"):
+        for node in ast.walk(ast.parse(file.read_text())):
+            if isinstance(node, ast.Constant) and isinstance(node.value, str):
+                yield node.value
 
 
 def _run_usage() -> str:
