@@ -88,6 +88,10 @@ async def _until_stopping_is_safe(vm: Vm, notifier: Notifier) -> None:
             notifier.extend_timeout(EXTENSION)
             await trio.sleep(STOP_POLL)
     while not await vm.prepare_to_stop():
-        log.warning("%s: not ending yet: a leg may not be closed now, and QEMU does not hold it", vm.name)
+        log.warning(
+            "%s: not ending yet: a leg may not be closed now, and QEMU does not hold it; a second signal ends"
+            " refault all the same",
+            vm.name,
+        )
         notifier.extend_timeout(EXTENSION)
         await trio.sleep(1)

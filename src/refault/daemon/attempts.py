@@ -10,10 +10,10 @@ from typing import TYPE_CHECKING
 import trio
 
 from refault.daemon.channels import AttemptFailed
-from refault.daemon.monitor import MonitorLost, QmpError
+from refault.daemon.monitor import MonitorLost, QmpError, words
 from refault.daemon.reclaim import reclaim, say_as_told, say_cannot_have_left
 from refault.daemon.repeats import repeats
-from refault.daemon.vm_state import QUERY_TIMEOUT, words
+from refault.daemon.vm_state import QUERY_TIMEOUT
 from refault.migration.recovery import Action, Event, Pace, Recovery, State
 
 if TYPE_CHECKING:

@@ -54,7 +54,7 @@ async def _answer(stream: trio.SocketStream, snapshot: Snapshot) -> None:
     async with stream:
         peer = peer_of(stream.socket)
         if peer.uid not in (0, os.getuid()):
-            _log.warning("control: refused process %s of user %s", peer.pid, peer.uid)
+            _log.warning("control: refused process %s of user %s: not root's, nor ours", peer.pid, peer.uid)
             return
         with trio.move_on_after(_ANSWER_SECONDS):
             try:

@@ -19,8 +19,7 @@ from refault.daemon.far import FarListener
 from refault.daemon.far_socket import alive, peek, watch_over
 from refault.daemon.local import LocalLeg, reach
 from refault.daemon.migration import Migration, inet_of, is_error
-from refault.daemon.monitor import Answer, Forward, MonitorLost, QmpError, WatchedCommand
-from refault.daemon.vm_state import words
+from refault.daemon.monitor import Answer, Forward, MonitorLost, QmpError, WatchedCommand, words
 from refault.daemon.waiting_room import WaitingRoom
 from refault.migration.endpoint import Endpoint, Inet, endpoint_of, with_uri
 from refault.migration.messages import Kind, classify

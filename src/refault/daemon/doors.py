@@ -9,8 +9,8 @@ import trio
 
 from refault.daemon.destination_lanes import QemuListens
 from refault.daemon.local import Deposits, LocalLeg, give_back, hand_over, lay
-from refault.daemon.monitor import MonitorLost, QmpError
-from refault.daemon.vm_state import VmState, words
+from refault.daemon.monitor import MonitorLost, QmpError, words
+from refault.daemon.vm_state import VmState
 from refault.migration.phase import Role
 
 log = logging.getLogger("refault.migration")
@@ -101,7 +101,9 @@ class Doors:
             await self.refill()
         except (QmpError, MonitorLost, trio.TooSlowError, OSError) as error:
             log.warning(
-                "%s: could not lay descriptors with QEMU for a recovery: %s", self._vm.name, words(error)
+                "%s: could not lay descriptors with QEMU: %s; the next recovery will need an in-band command",
+                self._vm.name,
+                words(error),
             )
 
     async def refill(self) -> None:

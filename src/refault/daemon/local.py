@@ -15,6 +15,7 @@ import trio
 
 from refault.daemon.address import Address
 from refault.daemon.dial import dial, peer_of
+from refault.daemon.monitor import words
 from refault.migration.phase import Role
 
 GETFD_TIMEOUT = 10.0
@@ -29,6 +30,9 @@ _numbers = itertools.count(1)
 
 class Executes(Protocol):
     """The part of the monitor that local legs need."""
+
+    name: str
+    """The VM's, for messages."""
 
     async def execute(
         self,
@@ -150,7 +154,11 @@ async def give_back(monitor: Executes, ours: socket.socket, name: str | None = N
     try:
         await monitor.execute("getfd", {"fdname": name}, fd=ours.fileno(), timeout=GIVE_BACK_TIMEOUT)
     except Exception as error:
-        log.warning("QEMU did not take back its descriptor: %s", error)
+        log.warning(
+            "%s: QEMU did not take our end of a leg: %s; should refault be killed now, QEMU sees the leg end",
+            monitor.name,
+            words(error),
+        )
         return None
     return name
 

@@ -109,7 +109,7 @@ class PrivateSockets:
             while not peer_inode(sock) and not _ended(sock):
                 await trio.sleep(_LOOK)
                 if trio.current_time() - began > _PATIENCE:
-                    log.warning("QEMU has not accepted a channel for %g s; waiting on", _PATIENCE)
+                    log.warning("%s: QEMU has not accepted a channel for %g s; waiting on", path, _PATIENCE)
                     began = trio.current_time() + 60.0
         return sock
 

@@ -19,9 +19,9 @@ from refault.channel.relay import Relay
 from refault.daemon import stall_watch
 from refault.daemon.attempts import Attempts
 from refault.daemon.channels import AttemptFailed, Channels
-from refault.daemon.monitor import Answer, Forward, MonitorLost, QmpError, WatchedCommand
+from refault.daemon.monitor import Answer, Forward, MonitorLost, QmpError, WatchedCommand, words
 from refault.daemon.state_file import MigrationRecord, process_started
-from refault.daemon.vm_state import VmState, words
+from refault.daemon.vm_state import VmState
 from refault.migration.addresses import Addresses
 from refault.migration.endpoint import Endpoint, Inet
 from refault.migration.legs import UNTIL_LOADED, waits_for_pong

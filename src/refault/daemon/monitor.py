@@ -50,6 +50,7 @@ __all__ = [
     "QemuInfo",
     "QmpError",
     "WatchedCommand",
+    "words",
 ]
 
 log = logging.getLogger("refault.qmp")
@@ -66,6 +67,15 @@ class QmpError(Exception):
 
 class MonitorLost(Exception):  # noqa: N818 - it is no error of the caller's
     """There is no monitor, or it went away while an own command waited."""
+
+
+def words(error: BaseException) -> str:
+    """What `execute` or a connection failed with, as the operator reads it."""
+    if isinstance(error, trio.TooSlowError):
+        return "QEMU did not answer in time"
+    if isinstance(error, MonitorLost):
+        return "the monitor was lost"
+    return str(error)
 
 
 @dataclass(frozen=True)

@@ -50,7 +50,11 @@ class PagesFile:
                 if old >= 0:
                     stack.callback(os.close, old)
             except OSError as error:
-                log.warning("%s: page requests are in memory alone: %s", self._vm, error)
+                log.warning(
+                    "%s: page requests are in memory alone: %s; a restarted refault will not replay them",
+                    self._vm,
+                    error,
+                )
                 yield None
                 return
             yield StateFds(new, key, old)
@@ -88,7 +92,12 @@ class PagesFile:
                 self._vm,
             )
         if relay.kept is Kept.NOTHING:
-            log.warning("%s: page requests are in memory alone: no room for %s", self._vm, self._path)
+            log.warning(
+                "%s: page requests are in memory alone: no room for %s; a restarted refault will not replay"
+                " them",
+                self._vm,
+                self._path,
+            )
 
     def remove(self) -> None:
         """The migration has ended."""

@@ -29,8 +29,8 @@ import trio
 from refault.daemon.channels import AttemptFailed, Channels
 from refault.daemon.failing_destination import fail_as_destination, offered
 from refault.daemon.local import Executes, take_back
-from refault.daemon.monitor import MonitorLost, QmpError
-from refault.daemon.vm_state import QUERY_TIMEOUT, words
+from refault.daemon.monitor import MonitorLost, QmpError, words
+from refault.daemon.vm_state import QUERY_TIMEOUT
 from refault.migration.legs import WAITS_FOR_PONG
 from refault.migration.recovery import Event
 from refault.migration.versions import abilities

@@ -16,9 +16,9 @@ from refault.daemon.doubt import TAKE_BACK, decide
 from refault.daemon.far_dial import connect_any, outlast
 from refault.daemon.local import hand_connection, hand_over, take_back
 from refault.daemon.migration import Migration, inet_of, is_error
-from refault.daemon.monitor import Answer, Forward, QmpError, WatchedCommand
+from refault.daemon.monitor import Answer, Forward, QmpError, WatchedCommand, words
 from refault.daemon.source_lanes import Opening
-from refault.daemon.vm_state import QUERY_TIMEOUT, words
+from refault.daemon.vm_state import QUERY_TIMEOUT
 from refault.migration.endpoint import Endpoint, Inet, endpoint_of, with_uri
 from refault.migration.phase import Role
 from refault.migration.recovery import Event, State

@@ -74,7 +74,13 @@ class Opening:
         with trio.move_on_after(QEMU_CONNECTS_WITHIN):
             local = await self._listening.accept()
         if local is None:
-            log.warning("%s: QEMU was told to migrate but did not connect", self._migration.name)
+            log.warning(
+                "%s: QEMU was told to migrate but did not connect to %s in %g s: if SELinux or AppArmor"
+                " forbids it that, use --relay off",
+                self._migration.name,
+                self._listening.path,
+                QEMU_CONNECTS_WITHIN,
+            )
             return
         leg = LocalLeg(self._listening.path, local, peer_inode(local))
         try:

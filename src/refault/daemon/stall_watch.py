@@ -10,9 +10,9 @@ from typing import TYPE_CHECKING, Any
 
 import trio
 
-from refault.daemon.monitor import MonitorLost, QmpError
+from refault.daemon.monitor import MonitorLost, QmpError, words
 from refault.daemon.userfaultfd import waiting
-from refault.daemon.vm_state import QUERY_TIMEOUT, words
+from refault.daemon.vm_state import QUERY_TIMEOUT
 from refault.migration.phase import Role
 from refault.migration.stall import StallDetector
 

@@ -67,7 +67,12 @@ class StateFile:
                 file.write(msgspec.json.encode(record))
             temporary.replace(self._path)
         except OSError as error:
-            log.warning("%s: cannot save the migration to %s: %s", self._vm, self._path, error)
+            log.warning(
+                "%s: cannot save the migration to %s: %s; a restarted refault could not recover it",
+                self._vm,
+                self._path,
+                error,
+            )
 
     def load(self, pid: int | None) -> MigrationRecord | None:
         """The record, if it is of the QEMU process `pid`; a stale, torn or foreign one is None."""

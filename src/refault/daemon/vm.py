@@ -22,6 +22,7 @@ from refault.daemon.monitor import (
     QemuInfo,
     QmpError,
     WatchedCommand,
+    words,
 )
 from refault.daemon.options import RunOptions
 from refault.daemon.picture import picture
@@ -29,7 +30,7 @@ from refault.daemon.repeats import repeats
 from refault.daemon.snapshot import VmStatus
 from refault.daemon.source import Source
 from refault.daemon.state_file import MigrationRecord, StateFile, process_started
-from refault.daemon.vm_state import QUERY_TIMEOUT, VmState, words
+from refault.daemon.vm_state import QUERY_TIMEOUT, VmState
 from refault.migration.endpoint import Endpoint, Inet, endpoint_of, parse_uri
 from refault.migration.phase import Role
 from refault.migration.recovery import Event, State
@@ -254,7 +255,11 @@ class Vm:
             if self.monitor.qemu is not None:
                 return
             if trio.current_time() > expected:
-                log.warning("%s: the monitor was lost, but QEMU (pid %s) still runs", self.name, pid)
+                log.warning(
+                    "%s: the monitor was lost, but QEMU (pid %s) still runs; connecting to it again",
+                    self.name,
+                    pid,
+                )
                 expected = math.inf
             await trio.sleep(QUIT_LOOK)
         if migration is not None:

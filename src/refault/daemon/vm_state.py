@@ -14,7 +14,7 @@ import trio
 from refault.daemon.dial import Peer
 from refault.daemon.local import give_back
 from refault.daemon.local_unix import PrivateSockets
-from refault.daemon.monitor import MonitorLost, QmpError
+from refault.daemon.monitor import MonitorLost, QmpError, words
 from refault.daemon.options import Patience
 from refault.daemon.state_file import MigrationRecord, StateFile, process_started
 from refault.migration.endpoint import Endpoint, parse_uri
@@ -187,12 +187,3 @@ class VmState:
         """Tries again with the ends that stayed open; False where one still does."""
         ends, self._not_given = self._not_given, []
         return all([await self.let_go(end) for end in ends])
-
-
-def words(error: BaseException) -> str:
-    """An error as the operator reads it."""
-    if isinstance(error, trio.TooSlowError):
-        return "QEMU did not answer in time"
-    if isinstance(error, MonitorLost):
-        return "the monitor was lost"
-    return str(error)

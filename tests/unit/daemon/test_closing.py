@@ -165,6 +165,8 @@ async def test_a_source_that_cannot_be_read_is_let_write_on_until_it_takes_note_
 class Holder:
     """A QEMU that holds what it is given."""
 
+    name = "vm1"
+
     def __init__(self) -> None:
         self.held: list[str] = []
 

@@ -28,6 +28,7 @@ RECOVER = WatchedCommand("migrate-recover", True, {"uri": "tcp:127.0.0.1:0"}, No
 class Qemu:
     """A monitor that keeps the descriptors it is given, while it answers."""
 
+    name = "vm1"
     qemu = QemuInfo(1, 0, "7.2.0", (7, 2, 0), "", True)
 
     def __init__(self) -> None:

@@ -54,6 +54,8 @@ def test_a_new_channel_takes_the_place_of_the_one_before(pair: tuple[socket.sock
 class Qemu:
     """Says what it was told to of each descriptor that it is given."""
 
+    name = "vm1"
+
     def __init__(self, *answers: Exception | None) -> None:
         self.answers = list(answers)
         self.commands: list[tuple[str, str]] = []

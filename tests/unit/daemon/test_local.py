@@ -10,6 +10,8 @@ from refault.daemon.local import Deposits
 class Qemu:
     """Takes descriptors; the migration ends while it takes the second one, our end of the first pair."""
 
+    name = "vm1"
+
     def __init__(self, deposits: Deposits) -> None:
         self.deposits = deposits
         self.known: list[object] = []

@@ -73,6 +73,8 @@ async def test_cont_is_repeated_until_the_migration_thread_has_ended() -> None:
     asked: list[str] = []
 
     class Monitor:
+        name = "vm1"
+
         async def execute(self, command: str, *_: Any, **__: Any) -> None:
             asked.append(command)
             if desc := answers[len(asked) - 1]:
