@@ -54,7 +54,6 @@ size_t rf_leg_read(struct rf_leg *leg, uint8_t *buf, size_t len) {
         n = recv(leg->fd, buf, len, 0);
     } while (n < 0 && errno == EINTR);
     if (n > 0) {
-        leg->received += (uint64_t)n;
         return (size_t)n;
     }
     if (n == 0) {

@@ -29,8 +29,7 @@ struct rf_leg {
     int error;        /* errno that broke it, 0 for end of file */
     bool write_ended; /* shutdown(SHUT_WR) done */
     bool is_tcp;
-    uint64_t received; /* bytes read from it */
-    uint64_t sent;     /* bytes that the kernel took from us */
+    uint64_t sent; /* bytes that the kernel took from us */
 };
 
 void rf_leg_init(struct rf_leg *leg);

@@ -80,7 +80,6 @@ static void take_request(struct rf_replay *replay, const struct rf_returnpath_ev
     } else {
         replay->held_count++;
         if (!bytes_put(&replay->held, bytes, len)) {
-            replay->held_lost++;
             replay->name_lost = true; /* the next may have counted on this one's name */
         }
     }

@@ -73,7 +73,6 @@ struct rf_replay {
 
     uint64_t replayed;       /* requests written by us, over the whole migration */
     uint64_t held_count;     /* requests held back */
-    uint64_t held_lost;      /* of those, dropped for want of room */
     uint64_t last_replay_ns; /* when the last of ours was written; 0 for never */
 };
 
