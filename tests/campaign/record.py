@@ -166,6 +166,7 @@ def main() -> int:
         whole.version = record.version
         whole.lives += record.lives
         whole.pages_compared += record.pages_compared
+        whole.replayed += record.replayed
         whole.results += record.results
         whole.failures += record.failures
     print(whole.table)

@@ -9,7 +9,7 @@ import pytest
 from tests.campaign.life import Life, Result
 from tests.campaign.losses import LossClass, plan
 from tests.campaign.outcomes import Outcome
-from tests.campaign.record import Record
+from tests.campaign.record import Record, main
 
 KINDS = (LossClass.RESET, LossClass.HANDSHAKE_ACK)
 
@@ -29,6 +29,22 @@ def test_a_record_that_was_kept_goes_on_where_it_was(tmp_path: Path) -> None:
     assert str(again) == str(record)
     assert again.left(KINDS, 2) == {LossClass.RESET: 0, LossClass.HANDSHAKE_ACK: 1}
     assert [defect.note for defect in again.defects] == ["why"]
+
+
+def test_records_of_one_qemu_add_up(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for name in ("one", "two"):
+        record = Record.begin(name, 1)
+        life = lived()
+        life.replayed = 5
+        record.add(life)
+        record.keep(tmp_path / name)
+    monkeypatch.setattr("sys.argv", ["record", str(tmp_path / "one"), str(tmp_path / "two")])
+    assert main() == 1  # two are dead
+    told = capsys.readouterr().out
+    assert "6 losses in 0 migrations; 14 pages compared" in told
+    assert "10 replayed by refault" in told
 
 
 def test_a_record_of_another_command_is_refused(tmp_path: Path) -> None:
