@@ -36,19 +36,19 @@ RUN_SECONDS = 1.0
 class Lane(enum.IntEnum):
     """What a further connection of a channel carries (cext/lane.h)."""
 
-    PREEMPT = 0
-    MULTIFD = 1
+    PREEMPT = lib.RF_LANE_PREEMPT
+    MULTIFD = lib.RF_LANE_MULTIFD
 
 
 class LegState(enum.IntEnum):
     """The state of one leg (cext/leg.h)."""
 
-    NONE = 0
-    OPEN = 1
-    ENDED = 2
-    FAILED = 3
-    CLOSED = 4
-    REFUSED = 5
+    NONE = lib.RF_LEG_NONE
+    OPEN = lib.RF_LEG_OPEN
+    ENDED = lib.RF_LEG_ENDED
+    FAILED = lib.RF_LEG_FAILED
+    CLOSED = lib.RF_LEG_CLOSED
+    REFUSED = lib.RF_LEG_REFUSED
 
     @property
     def lost(self) -> bool:
@@ -104,7 +104,10 @@ def _loss(state: LegState, error: int) -> str:
 
 
 class Relay:
-    """One migration's pump and tracker; `close` ends it."""
+    """One migration's pump and tracker; `close` ends it.
+
+    After that all but `closed` and `close` raises ValueError.
+    """
 
     def __init__(
         self,
@@ -280,7 +283,8 @@ class Relay:
 
     def lose(self, channel: int, error: int) -> None:
         """Closes the far legs of `channel`, if it is the one attached last, as if one had broken with
-        `error`."""
+        `error`, an errno. Raises OSError where the pump takes no commands any more.
+        """
         if lib.rf_relay_lose(self._open(), channel, error) < 0:
             raise OSError(errno.EAGAIN, "the relay's command ring is full")
 
@@ -292,12 +296,15 @@ class Relay:
             raise OSError(errno.EAGAIN, "the relay's command ring is full")
 
     def close_channel(self, channel: int) -> None:
-        """Closes both legs of `channel`, if it is still the one attached last."""
+        """Closes both legs of `channel`, if it is still the one attached last. Raises as `lose` does."""
         if lib.rf_relay_close_channel(self._open(), channel) < 0:
             raise OSError(errno.EAGAIN, "the relay's command ring is full")
 
     def complete(self) -> None:
-        """Tells the tracker that the migration has ended, so that nothing is outstanding any more."""
+        """Tells the tracker that the migration has ended, so that nothing is outstanding any more.
+
+        Raises as `lose` does.
+        """
         if lib.rf_relay_complete(self._open()) < 0:
             raise OSError(errno.EAGAIN, "the relay's command ring is full")
 

@@ -21,7 +21,9 @@ from refault.migration.phase import Role
 GETFD_TIMEOUT = 10.0
 GIVE_BACK_TIMEOUT = 5.0
 SOURCE_SEND_BUFFER = 8 * 1024
+"""Bytes (SO_SNDBUF) that a source has written and we have not read: they delay the page that is asked for."""
 DESTINATION_SEND_BUFFER = 32 * 1024
+"""Likewise, that we have written and a destination has not read."""
 
 log = logging.getLogger("refault.local")
 
