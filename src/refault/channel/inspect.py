@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import itertools
+import uuid
 from collections import Counter
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
@@ -83,6 +85,9 @@ class Summary:
                 self._section(event)
             case Kind.COMMAND:
                 self._command(event)
+            case Kind.PACKAGED_END:
+                told = "with" if event.value else "WITHOUT"
+                self.commands.append((event.end, f"end of the package, {told} POSTCOPY_RUN"))
             case Kind.EOF:
                 self.ended = event.at
             case Kind.OPAQUE:
@@ -150,7 +155,7 @@ def render(summary: Summary, size: int) -> Iterator[str]:
     if summary.machine:
         yield f"machine: {printable(summary.machine)}"
     if summary.uuid:
-        yield f"uuid: {summary.uuid.hex()}"
+        yield f"uuid: {uuid.UUID(bytes=summary.uuid)}"
     yield f"target page: {summary.target_page_size} bytes"
     if summary.capabilities:
         yield "capabilities: " + ", ".join(printable(name) for name in summary.capabilities)
@@ -162,7 +167,7 @@ def render(summary: Summary, size: int) -> Iterator[str]:
         yield from table(("name", "id", *(s.name.lower() for s in Section), "bytes"), _section_rows(summary))
     if summary.commands:
         yield from ("", "commands")
-        yield from (f"  {at:>12}  {told}" for at, told in summary.commands)
+        yield from _command_lines(summary.commands)
     yield ""
     if summary.opaque is not None:
         section = f" (section {printable(summary.opaque.name)})" if summary.opaque.name else ""
@@ -179,8 +184,17 @@ _BLOCK_HEADER = ("name", "bytes", "page size", *_FRAME_NAMES.values(), "discarde
 
 def _block_row(block: Block) -> tuple[str, ...]:
     counts = (str(block.pages[frame]) for frame in _FRAME_NAMES)
-    page_size = str(block.page_size) if block.page_size else "host's"
-    return (printable(block.name), str(block.length), page_size, *counts, str(block.discarded_bytes))
+    length, page_size = str(block.length), str(block.page_size) if block.page_size else "host's"
+    if not block.length:  # a recovered channel declares none
+        length = page_size = "-"
+    return (printable(block.name), length, page_size, *counts, str(block.discarded_bytes))
+
+
+def _command_lines(commands: Iterable[tuple[int, str]]) -> Iterator[str]:
+    """A RAM_DISCARD has room for 12 ranges, so a block takes many of them: what repeats has one line."""
+    for told, group in itertools.groupby(commands, key=lambda command: command[1]):
+        [(at, _), *more] = group
+        yield f"  {at:>12}  {told}" + (f" ({len(more) + 1} times)" if more else "")
 
 
 def _section_rows(summary: Summary) -> Iterator[tuple[str, ...]]:
