@@ -326,7 +326,8 @@ async def listen_error(address: str) -> str:
 async def test_addresses_that_cannot_be_bound() -> None:
     with directory() as path:
         assert await listen_error(f"{path}/none/front") == (
-            f"cannot listen on unix:{path}/none/front: its directory does not exist"
+            f"cannot listen on unix:{path}/none/front: its directory does not exist; make it, or name another"
+            " address"
         )
         (path / "file").write_text("precious")
         assert "a file that is no socket is there" in await listen_error(f"{path}/file")

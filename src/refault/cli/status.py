@@ -29,7 +29,8 @@ def add_parser(subparsers: Any) -> None:
         "--control",
         type=Path,
         metavar="PATH",
-        help=f"ask the daemon at this socket; default: all *{CONTROL_SUFFIX} in {runtime_directory()}",
+        help=f"ask the daemon at this socket; default: all *{CONTROL_SUFFIX} in {runtime_directory()} and the"
+        " directories in it",
     )
     parser.add_argument("--json", action="store_true", help="one JSON document (docs/status.md)")
     parser.set_defaults(execute=execute)

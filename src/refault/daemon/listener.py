@@ -54,7 +54,7 @@ def _reason(error: OSError) -> str:
     if error.errno == errno.EADDRINUSE:
         return "something listens there already; stop it, or name another address"
     if error.errno == errno.ENOENT:
-        return "its directory does not exist"
+        return "its directory does not exist; make it, or name another address"
     return error.strerror or str(error)
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import re
 
 _TOKEN = re.compile(
@@ -194,11 +193,3 @@ def _escaped(stream: bytes, at: int, stop: int) -> bool:
 def _bad_follow(stream: bytes, at: int, stop: int) -> bool:
     """After 0 and -0 a digit is an error, where after any other number it goes on."""
     return stream[at:stop] in (b"0", b"-0") and stream[stop : stop + 1].isdigit()
-
-
-def strict(value: bytes) -> object:
-    """Decodes a value in QEMU's dialect, by way of Python's own parser."""
-    out = []
-    for token in re.findall(_TOKEN.pattern + rb"|[^\s{}\[\],:\"']+", value, re.VERBOSE):
-        out.append(json.dumps(string_text(token)).encode() if token[:1] in (b'"', b"'") else token)
-    return json.loads(b" ".join(out))
