@@ -127,7 +127,7 @@ class Destination:
         migration.feed(Event.CLIENT_RECOVERS)
         await migration.attempts.over()
         if migration.channels is None or not isinstance(endpoint, Inet):
-            return Forward(on_reply=self._watch_recover)
+            return Forward(on_reply=migration.watch_recovery)
         try:
             if endpoint not in (listener.endpoint for listener in self._listeners):
                 await self._bind(endpoint)
@@ -137,7 +137,7 @@ class Destination:
         if self._doors.open is not None:
             return Answer(value={})  # QEMU waits already, and whoever comes to this address reaches it
         if not self._doors.ready:
-            return Forward(on_reply=self._watch_recover)
+            return Forward(on_reply=migration.watch_recovery)
         door = await self._doors.next()
         self._doors.told(door)
 
@@ -150,11 +150,6 @@ class Destination:
             return reply
 
         return Forward(arguments=with_uri(command.arguments, door.uri), on_reply=watch)
-
-    def _watch_recover(self, reply: bytes) -> bytes:
-        if is_error(reply):
-            self._migration.feed(Event.ATTEMPT_FAILED)
-        return reply
 
     def show_address(self) -> Callable[[bytes], bytes] | None:
         """What makes query-migrate show the address that the client asked for; None: QEMU shows its own."""

@@ -234,6 +234,12 @@ class Migration:
         self.relay_reason = NO_MIGRATION
         self.ended()
 
+    def watch_recovery(self, reply: bytes) -> bytes:
+        """To be told what QEMU answers a client's command to recover; gives the same reply."""
+        if is_error(reply):
+            self.feed(Event.ATTEMPT_FAILED)
+        return reply
+
     def feed(self, event: Event) -> None:
         """Hands an event to the recovery policy."""
         lost = event in (Event.CHANNEL_LOST, Event.PAUSED) and self.policy.state is State.RUNNING

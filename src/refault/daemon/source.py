@@ -214,14 +214,14 @@ class Source:
         endpoint = endpoint_of(command.arguments)
         channels = migration.channels
         if channels is None or not isinstance(endpoint, Inet):
-            return Forward(on_reply=self._watch_resume)
+            return Forward(on_reply=migration.watch_recovery)
         try:
             uri = await self._join(channels, [endpoint], recovered=True)
         except (AttemptFailed, OSError) as error:
             migration.feed(Event.ATTEMPT_FAILED)
             return Answer(error=("GenericError", str(error)))
         except (QmpError, trio.TooSlowError):
-            return Forward(on_reply=self._watch_resume)
+            return Forward(on_reply=migration.watch_recovery)
         migration.addresses.moved(endpoint)
         channel = channels.channel
 
@@ -230,7 +230,7 @@ class Source:
                 self._not_taken(channels, channel)
             elif channels.channel == channel:
                 channels.answered()
-            return self._watch_resume(reply)
+            return migration.watch_recovery(reply)
 
         return Forward(with_uri(command.arguments, uri), on_reply=watch)
 
@@ -240,11 +240,6 @@ class Source:
             self._opening.cancel()
         else:
             channels.abandon(channel)
-
-    def _watch_resume(self, reply: bytes) -> bytes:
-        if is_error(reply):
-            self._migration.feed(Event.ATTEMPT_FAILED)
-        return reply
 
     async def attempt(self) -> None:
         """One recovery: is it paused, dial, hand over, resume, and wait until QEMU is active again."""
