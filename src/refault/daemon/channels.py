@@ -33,7 +33,7 @@ if TYPE_CHECKING:
 log = logging.getLogger("refault.migration")
 
 REPLAY_DOUBT_SECONDS = 2.0
-"""Two losses so soon after a replay, and the next recovery goes without (DESIGN, 5)."""
+"""Two losses so soon after a replay, and the next recovery goes without: the replay may have caused them."""
 STALL_LOOK = 0.25
 """Seconds between looks at a handshake that may stand still for many; its end is heard of by other ways."""
 HEARS_WITHIN = 50.0
