@@ -13,7 +13,13 @@ from typing import Any
 from refault.daemon.address import SUN_PATH, Address, parse_address
 from refault.daemon.errors import OperatorError, operator_errors
 from refault.daemon.options import Patience, RunOptions
-from refault.daemon.paths import control_socket, make_default_directory, runtime_directory, state_directory
+from refault.daemon.paths import (
+    control_socket,
+    make_default_directory,
+    must_be_writable,
+    runtime_directory,
+    state_directory,
+)
 from refault.migration.endpoint import Inet, parse_uri
 
 _WEEK = 7 * 24 * 3600
@@ -73,6 +79,11 @@ def add_parser(subparsers: Any) -> None:
     parser.add_argument(
         "--state-dir", type=Path, metavar="DIR", help=f"state files, on a tmpfs; default: {state_directory()}"
     )
+    parser.add_argument(
+        "--verbose",
+        action="store_true",
+        help="log each step of the recovery policy and each request for metrics",
+    )
     parser.set_defaults(execute=execute, usage_error=parser.error)
 
 
@@ -109,17 +120,20 @@ def execute(arguments: argparse.Namespace) -> int:
     except ValueError as error:
         arguments.usage_error(str(error))
 
+    import logging
+
     import trio
 
     from refault.daemon.app import serve
     from refault.daemon.log import setup_logging
 
-    setup_logging()
+    setup_logging(logging.DEBUG if arguments.verbose else logging.INFO)
     try:
         if arguments.control is None:
             make_default_directory(options.control.parent)
         if arguments.state_dir is None:
             make_default_directory(options.state_dir)
+        must_be_writable(options.state_dir)
         trio.run(serve, options)
     except (OperatorError, BaseExceptionGroup) as error:
         told = operator_errors(error)

@@ -49,7 +49,7 @@ def is_journal(fd: int, environment: Mapping[str, str] = os.environ) -> bool:
 
 
 def setup_logging(level: int = logging.INFO) -> None:
-    """Sends what refault logs to standard error. For commands, once; a library does not do this."""
+    """Sends what refault logs, from `level` on, to standard error. For commands, once; a library does not."""
     handler = logging.StreamHandler(sys.stderr)
     handler.setFormatter(JournalFormatter() if is_journal(sys.stderr.fileno()) else PlainFormatter())
     handler.addFilter(Sparing())

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import tempfile
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -47,4 +48,16 @@ def make_default_directory(path: Path) -> None:
     except OSError as error:
         raise OperatorError(
             f"cannot make {path}: {error.strerror}; make it, or name --control and --state-dir"
+        ) from error
+
+
+def must_be_writable(path: Path) -> None:
+    """Raises `OperatorError` where no file can be made in the directory `path`."""
+    try:
+        with tempfile.TemporaryFile(dir=path):
+            pass
+    except OSError as error:
+        raise OperatorError(
+            f"cannot keep state in {path}: {error.strerror}; make it a directory that uid {os.geteuid()} can"
+            " write to, or name another with --state-dir"
         ) from error

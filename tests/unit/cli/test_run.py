@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import subprocess
 import sys
 from pathlib import Path
@@ -114,3 +115,19 @@ def test_the_daemon_carries_no_terminal_library() -> None:
     code = "import sys, refault.cli.main as m; m.build_parser(['run']); print('rich' in sys.modules)"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout == "False\n"
+
+
+@pytest.mark.parametrize(("option", "level"), [([], logging.INFO), (["--verbose"], logging.DEBUG)])
+def test_what_is_logged_and_where_state_goes_is_settled_before_anything_listens(
+    option: list[str],
+    level: int,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    levels: list[int] = []
+    monkeypatch.setattr("refault.daemon.log.setup_logging", levels.append)
+    there = ["--control", str(tmp_path / "c"), "--state-dir", str(tmp_path / "missing")]
+    assert main([*MINIMAL, *there, *option]) == 1
+    assert levels == [level]
+    assert capsys.readouterr().err.startswith(f"refault: vm1: cannot keep state in {tmp_path}/missing: ")

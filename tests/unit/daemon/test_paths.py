@@ -8,7 +8,13 @@ from pathlib import Path
 import pytest
 
 from refault.daemon.errors import OperatorError, operator_errors
-from refault.daemon.paths import control_socket, make_default_directory, runtime_directory, state_directory
+from refault.daemon.paths import (
+    control_socket,
+    make_default_directory,
+    must_be_writable,
+    runtime_directory,
+    state_directory,
+)
 
 
 @pytest.mark.parametrize(
@@ -52,3 +58,22 @@ def test_operator_errors_are_found_in_groups_unless_a_bug_is_among_them() -> Non
     assert operator_errors(BaseExceptionGroup("", [one, ExceptionGroup("", [two])])) == [one, two]
     assert operator_errors(BaseExceptionGroup("", [one, ValueError()])) == []
     assert operator_errors(ValueError()) == []
+
+
+def test_a_state_directory_that_cannot_be_written_to_is_told_of_at_the_start(tmp_path: Path) -> None:
+    must_be_writable(tmp_path)
+    with pytest.raises(
+        OperatorError, match=r"cannot keep state in .*/missing: No such file or directory; make"
+    ):
+        must_be_writable(tmp_path / "missing")
+
+
+@pytest.mark.skipif(os.getuid() != 0, reason="root becomes another user")
+def test_nor_one_that_another_user_may_write_to_alone(tmp_path: Path) -> None:
+    tmp_path.chmod(0o755)
+    os.seteuid(65534)
+    try:
+        with pytest.raises(OperatorError, match="Permission denied; make it a directory that uid 65534 can"):
+            must_be_writable(tmp_path)
+    finally:
+        os.seteuid(0)
