@@ -68,7 +68,7 @@ struct record {
     uint32_t previous; /* by id, oldest first */
     uint32_t next;
     uint32_t chain;        /* next in its hash bucket */
-    uint32_t requested_on; /* the last channel on which the destination asked */
+    uint32_t requested_on; /* the last channel on which the destination asked the source, 0: none */
     uint32_t answered_on;  /* the last channel on which it was answered, 0: none */
     uint32_t replayed_on;
     bool outstanding;
@@ -679,6 +679,15 @@ int rf_pagemap_request(struct rf_pagemap *map, const char *name, size_t name_len
     add(&map->counters.refused, status < 0);
     write_end(map);
     return status;
+}
+
+void rf_pagemap_not_asked(struct rf_pagemap *map, const char *name, size_t name_length, uint64_t start,
+                          uint32_t length) {
+    int index = rf_pagemap_find(map, name, name_length);
+    uint32_t slot = index < 0 ? NONE : find_record(map, (uint32_t)index, start, length);
+    if (slot != NONE) {
+        map->records[slot].requested_on = 0;
+    }
 }
 
 /* Answered, if none of its pages is missing any more. */

@@ -104,6 +104,10 @@ int rf_pagemap_know(struct rf_pagemap *map, const char *name, size_t name_length
 int rf_pagemap_request(struct rf_pagemap *map, const char *name, size_t name_length, uint64_t start,
                        uint32_t length, uint64_t now);
 
+/* A request that passed on this channel does not reach the source after all: it is to be replayed. */
+void rf_pagemap_not_asked(struct rf_pagemap *map, const char *name, size_t name_length, uint64_t start,
+                          uint32_t length);
+
 /* Target pages passed towards the destination. Cut to the block; a negative status where nothing was noted.
  */
 int rf_pagemap_arrived(struct rf_pagemap *map, uint32_t block, uint64_t offset, uint64_t length,

@@ -61,7 +61,7 @@ void rf_replay_discard(struct rf_replay *replay) {
 /* A page request as the source must get it: with its block's name where it might mean another one without. */
 static size_t encode(const struct rf_replay *replay, const struct rf_returnpath_event *event, uint8_t *out,
                      size_t room) {
-    if (event->named || !replay->name_lost || event->name_length == 0) {
+    if (event->named || !replay->name_lost) {
         return 0;
     }
     return rf_returnpath_encode_request_id(out, room, event->name, event->name_length, event->start,
@@ -74,16 +74,21 @@ static void take_request(struct rf_replay *replay, const struct rf_returnpath_ev
     const uint8_t *bytes = named > 0 ? message : replay->partial;
     size_t len = named > 0 ? named : replay->partial_len;
 
+    replay->partial_len = 0;
+    if (event->name_length == 0) {
+        return; /* nobody knows which block the source would take it for */
+    }
     replay->name_lost = false;
     if (!replay->holding) {
         bytes_put(&replay->out, bytes, len);
     } else {
         replay->held_count++;
         if (!bytes_put(&replay->held, bytes, len)) {
+            rf_pagemap_not_asked(rf_tracker_pagemap(replay->tracker), event->name, event->name_length,
+                                 event->start, event->length);
             replay->name_lost = true; /* the next may have counted on this one's name */
         }
     }
-    replay->partial_len = 0;
 }
 
 static void pass_partial(struct rf_replay *replay) {

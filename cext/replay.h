@@ -16,7 +16,12 @@
  * for a source that has used up its bandwidth before they come serves none for up to 100 ms
  * (migration/savevm.c, qemu_savevm_state_iterate);
  *  - the next REQ_PAGES after one of ours, which carries no block name, is given the one it means, for the
- * source now remembers another (migration/ram.c, ram_save_queue_pages, last_req_rb).
+ * source now remembers another (migration/ram.c, ram_save_queue_pages, last_req_rb);
+ *  - a REQ_PAGES before any REQ_PAGES_ID of its channel is dropped. A destination makes one where it faults
+ * between the reconnection and RESUME: it means the block of the channel before, which the source may never
+ * have heard of or have forgotten over a replay, and a range beyond its block's end ends the source's
+ * return-path thread. At RESUME the destination forgets the block and asks again (migration/savevm.c,
+ * loadvm_postcopy_handle_resume).
  *
  * A received bitmap that is another VM's (RF_FACT_FOREIGN_PAGES) is never passed whole: its end and all
  * behind it is dropped, so that the source cannot send RESUME, and the caller is to end the channel.
@@ -42,7 +47,8 @@
 enum {
     RF_REPLAY_MESSAGE_MAX = 512,     /* more than any return-path message: 4 + 8 + 4 + 1 + 255 */
     RF_REPLAY_BURST = 4096,          /* at most so many bytes of replay wait for the source at once */
-    RF_REPLAY_HELD_MAX = 256 * 1024, /* of requests held back: more than 8000 threads can fault at once */
+    RF_REPLAY_HELD_MAX = 256 * 1024, /* of requests held back: more than 8000 threads can fault at once;
+                                        those beyond it are replayed */
     RF_REPLAY_HOLD_S = 10, /* since RESUME_ACK: a source that sends no page, or a destination that takes it */
 };
 

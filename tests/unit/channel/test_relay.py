@@ -356,6 +356,43 @@ def test_the_destinations_requests_wait_for_resume_ack_too() -> None:
         assert nothing_comes(ends.qemu)  # it asked itself: no replay beside it
 
 
+def test_requests_for_which_there_is_no_room_while_they_are_held_back_are_replayed() -> None:
+    pages = 1 << 15
+    with relaying(Role.SOURCE) as ends:
+        lose_with(ends, request(0))
+        ends.channel(recovered=True)
+        bitmap = received_bitmap(set(), pages)
+        ends.host.sendall(request(0) + bitmap)
+        assert read_exactly(ends.qemu, len(bitmap)) == bitmap
+        ends.host.sendall(b"".join(request(number * PAGE, None) for number in range(1, pages)) + RESUME_ACK)
+        assert read_exactly(ends.qemu, len(RESUME_ACK)) == RESUME_ACK
+        asked: set[int] = set()
+        while len(asked) < pages:
+            kind, length = struct.unpack(">HH", read_exactly(ends.qemu, 4))
+            start, _ = struct.unpack(">QI", read_exactly(ends.qemu, length)[:12])
+            assert kind in (3, 4)
+            asked.add(start)
+
+
+@pytest.mark.parametrize("role", list(Role))
+def test_a_request_that_counts_on_a_name_of_the_channel_before_does_not_pass(role: Role) -> None:
+    """QEMU may have lost that name, and remembers that of a replay; the destination asks again at RESUME."""
+    with relaying(role) as ends:
+        ends.channel()
+        says, hears = (ends.host, ends.qemu) if role is Role.SOURCE else (ends.qemu, ends.host)
+        says.sendall(request(9 * PAGE))
+        read_exactly(hears, len(request(9 * PAGE)))
+        ends.relay.close_channel(1)
+        ends.until(lambda view: view.local is LegState.CLOSED)
+        ends.channel(recovered=True, may_replay=False)
+        says, hears = (ends.host, ends.qemu) if role is Role.SOURCE else (ends.qemu, ends.host)
+        bitmap = received_bitmap(set(), 64)
+        own = request(PAGE) + request(2 * PAGE, None)
+        says.sendall(request(5 * PAGE, None) + bitmap + RESUME_ACK + own)
+        expected = bitmap + RESUME_ACK + own
+        assert read_exactly(hears, len(expected)) == expected
+
+
 def test_requests_held_back_follow_where_no_resume_ack_can_be_seen_any_more() -> None:
     with relaying(Role.SOURCE) as ends:
         lose_with(ends, request(9 * PAGE))
