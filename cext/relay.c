@@ -136,14 +136,22 @@ static bool lanes_due(const struct rf_relay *relay) {
            (opaque || (forward_held(relay) && rf_pipe_pending(&relay->forward)));
 }
 
+/* Whether the source may have sent all. Behind device state, as every precopy migration ends, EOF cannot be
+ * read; that of multifd alone goes over several connections. */
+static bool may_have_completed(const struct rf_relay *relay) {
+    uint32_t facts = rf_tracker_channel_facts(relay->tracker);
+    bool opaque = rf_tracker_forward_opaque(relay->tracker) != RF_OPAQUE_NO;
+
+    return (facts & RF_FACT_EOF_PASSED) != 0 || (opaque && (facts & RF_FACT_MULTIFD) != 0);
+}
+
 /*
  * The source has completed and closed its channel, and QEMU has not been given all of it yet. Nobody sends
  * that again: the end of the far leg is no news before.
  */
 static bool draining(const struct rf_relay *relay) {
     if (relay->side != RF_RELAY_DESTINATION || relay->far.state != RF_LEG_ENDED ||
-        relay->local.state != RF_LEG_OPEN ||
-        (rf_tracker_channel_facts(relay->tracker) & RF_FACT_EOF_PASSED) == 0) {
+        relay->local.state != RF_LEG_OPEN || !may_have_completed(relay)) {
         return false;
     }
     for (unsigned i = 0; i < relay->view.lanes; i++) {
