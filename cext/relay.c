@@ -328,11 +328,13 @@ static void drain_far(struct rf_relay *relay) {
 /*
  * A lane that is lost is the channel's loss, save
  *  - at the end, when the destination closes its lanes before it says SHUT on the main one;
+ *  - a lane that ends in order where it cannot be read whether that is the end: the main one ends too if not;
  *  - a multifd lane that ends in order: a source that has completed closes all, and this end can arrive
  * before what is still under way on the others.
  */
 static void settle_lane(struct rf_relay *relay, struct rf_lane *lane) {
-    bool in_order = lane->kind == RF_LANE_MULTIFD && lane->far.state == RF_LEG_ENDED;
+    bool opaque = rf_tracker_forward_opaque(relay->tracker) != RF_OPAQUE_NO;
+    bool in_order = lane->far.state == RF_LEG_ENDED && (opaque || lane->kind == RF_LANE_MULTIFD);
 
     rf_lane_pass_end(lane);
     if (rf_leg_lost(&lane->far) && lane->far.fd >= 0) {

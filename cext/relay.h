@@ -18,7 +18,8 @@
  *    (migration/savevm.c, loadvm_postcopy_handle_resume; migration/postcopy-ram.c, postcopy_preempt_thread).
  *    A stream that cannot be read is not held back;
  *  - a lane whose far leg is lost is the channel's loss, and all far legs are closed at once. Only what is
- *    lost after EOF does not count: a destination closes its lanes before it says SHUT.
+ *    lost after EOF, or ends where EOF cannot be read, does not count: a destination closes its lanes before
+ *    it says SHUT.
  *
  * The pump alone reads, writes and closes its descriptors. It gets commands by a ring and an eventfd and
  * tells of what happens by another eventfd and by atomic words; it calls nobody. When one leg is lost it

@@ -130,14 +130,18 @@ def test_one_far_leg_lost_closes_the_others_at_once_and_no_local_leg(
         assert qemu.recv(1) == b""
 
 
-def test_a_lane_that_ends_after_eof_is_no_loss() -> None:
+UNREAD = s.HEADER + s.configuration() + s.start(b"virtio-mem-early", 0, 1, kind=4) + s.postcopy_stream(BLOCK)
+
+
+@pytest.mark.parametrize("stream", [s.postcopy_stream(BLOCK), UNREAD], ids=["read", "unread"])
+def test_a_lane_that_ends_after_eof_is_no_loss(stream: bytes) -> None:
     with relaying(Role.SOURCE) as ends:
         ends.channel(lanes=1)
         _, host = ends.lane()
-        stream = s.postcopy_stream(BLOCK)
         ends.qemu.sendall(stream)
         assert read_exactly(ends.host, len(stream)) == stream
         host.close()  # as a destination does before it says SHUT
+        time.sleep(0.05)
         shut = s.message(1, struct.pack(">I", 0))
         ends.host.sendall(shut)
         assert read_exactly(ends.qemu, len(shut)) == shut
