@@ -142,10 +142,11 @@ void rf_leg_check_silence(struct rf_leg *leg, unsigned dead_after_s) {
         getsockopt(leg->fd, IPPROTO_TCP, TCP_INFO, &info, &size) < 0) {
         return;
     }
-    /* A peer with a closed window answers probes, which are the rarer the longer it lasts: one may be on its
-     * way. */
+    /* Behind a long silence what was sent a moment ago may yet be acknowledged: it counts once it was sent
+     * again. A peer with a closed window answers probes, which are the rarer the longer it lasts: one may be
+     * on its way. */
     if (info.tcpi_last_ack_recv > dead_after_s * 1000u &&
-        (info.tcpi_unacked > 0 || info.tcpi_probes >= UNANSWERED_PROBES)) {
+        ((info.tcpi_unacked > 0 && info.tcpi_retransmits > 0) || info.tcpi_probes >= UNANSWERED_PROBES)) {
         leg_broke(leg, ETIMEDOUT);
     }
 }

@@ -71,8 +71,8 @@ void rf_leg_probe(struct rf_leg *leg, unsigned dead_after_s);
 
 /*
  * FAILED (ETIMEDOUT) where TCP has had no sign of life for so long though it asked for one: bytes
- * unacknowledged, or window probes unanswered. Never by TCP_USER_TIMEOUT, which kills a live peer whose
- * window is closed.
+ * unacknowledged that were sent again, or window probes unanswered. Never by TCP_USER_TIMEOUT, which kills a
+ * live peer whose window is closed.
  */
 void rf_leg_check_silence(struct rf_leg *leg, unsigned dead_after_s);
 

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 
-from refault.channel.relay import Lane, LegState, Relay, RelayView
+from refault.channel.relay import DEAD_AFTER_SECONDS, Lane, LegState, Relay, RelayView
 from refault.migration.phase import Role
 
 from . import streams
@@ -79,8 +79,8 @@ def tcp_pair() -> tuple[socket.socket, socket.socket]:
 
 
 @contextmanager
-def relaying(role: Role) -> Iterator[Ends]:
-    relay = Relay(role)
+def relaying(role: Role, *, dead_after: int = DEAD_AFTER_SECONDS) -> Iterator[Ends]:
+    relay = Relay(role, dead_after=dead_after)
     ends = Ends(relay, *socket.socketpair())
     try:
         yield ends
@@ -456,6 +456,20 @@ def test_nothing_is_left_behind() -> None:
             ends.channel(recovered=True)
             ends.qemu.sendall(b"x" * 1000)
     assert (descriptors(), len(list(Path("/proc/self/task").iterdir()))) == before
+
+
+def test_a_silence_before_it_counts_is_no_loss() -> None:
+    with relaying(Role.DESTINATION, dead_after=1) as ends:
+        ends.channel()
+        ends.qemu.sendall(PONG)
+        read_exactly(ends.host, len(PONG))
+        time.sleep(1.5)  # the destination loads its device state
+        ends.host.setsockopt(socket.IPPROTO_TCP, socket.TCP_QUICKACK, 0)  # as late as over a long way
+        loaded = struct.pack(">HHI", 2, 4, 3)
+        ends.qemu.sendall(loaded)
+        read_exactly(ends.host, len(loaded))
+        time.sleep(0.3)
+        assert not ends.relay.look().far.lost
 
 
 def test_an_idle_pump_costs_nothing() -> None:
