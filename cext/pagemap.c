@@ -434,9 +434,13 @@ int rf_pagemap_find(const struct rf_pagemap *map, const char *name, size_t name_
     return RF_UNKNOWN_BLOCK;
 }
 
+uint64_t rf_pagemap_unit(const struct rf_pagemap *map, uint32_t block) {
+    return block < blocks_length(map) ? block_at(map, block)->unit : 0;
+}
+
 bool rf_pagemap_has_large_pages(const struct rf_pagemap *map) {
     for (uint32_t i = 0; i < blocks_length(map); i++) {
-        if (get(&block_at(map, i)->page_size) > target_page(map)) {
+        if (rf_pagemap_unit(map, i) > target_page(map)) {
             return true;
         }
     }

@@ -94,6 +94,10 @@ int rf_pagemap_declare(struct rf_pagemap *map, const char *name, size_t name_len
                        uint64_t page_size);
 int rf_pagemap_find(const struct rf_pagemap *map, const char *name, size_t name_length);
 
+/* What one request of the block covers, in bytes: its page size, or as the first request says where the
+ * stream has not told that; 0: not known. */
+uint64_t rf_pagemap_unit(const struct rf_pagemap *map, uint32_t block);
+
 /* Whether a host page of some block is more than one target page. */
 bool rf_pagemap_has_large_pages(const struct rf_pagemap *map);
 

@@ -274,14 +274,13 @@ static void page_event(struct rf_tracker *tracker, struct pages *pages, const st
 
 static void first_page(struct rf_tracker *tracker, const struct rf_forward_event *event) {
     uint32_t channel = get(&tracker->channel_facts);
-    struct rf_pagemap_block_stats stats;
     if ((channel & RF_FACT_RESUME_SENT) == 0 ||
         (channel & (RF_FACT_HOST_PAGE_BEGUN | RF_FACT_HOST_PAGE_CUT)) != 0) {
         return;
     }
     int block = map_block(tracker, &tracker->main, event);
-    bool inside = block >= 0 && rf_pagemap_block_stats(tracker->map, (uint32_t)block, &stats) == RF_OK &&
-                  stats.page_size != 0 && event->offset % stats.page_size != 0;
+    uint64_t host_page = block >= 0 ? rf_pagemap_unit(tracker->map, (uint32_t)block) : 0;
+    bool inside = host_page != 0 && event->offset % host_page != 0;
     put(&tracker->channel_facts, channel | (inside ? RF_FACT_HOST_PAGE_CUT : RF_FACT_HOST_PAGE_BEGUN));
 }
 

@@ -34,11 +34,14 @@ NEXT = request(2 * HUGE, BLOCK, HUGE)
 PONG = struct.pack(">HHI", 2, 4, 9)
 
 
+EARLY = s.HEADER + s.configuration() + s.start(b"virtio-mem-early", 0, 1, kind=4)
+
+
 @contextmanager
-def lost_with_a_request() -> Iterator[Ends]:
+def lost_with_a_request(beginning: bytes = BEGINNING) -> Iterator[Ends]:
     with relaying(Role.SOURCE) as ends:
         ends.channel()
-        forward(ends, BEGINNING)
+        forward(ends, beginning)
         ends.host.sendall(LOST)
         assert read_exactly(ends.qemu, len(LOST)) == LOST
         lose(ends)
@@ -76,8 +79,9 @@ def section(offset: int) -> bytes:
     return s.part() + s.zero(offset, BLOCK)
 
 
-def test_they_follow_a_first_page_that_is_whole() -> None:
-    with lost_with_a_request() as ends:
+@pytest.mark.parametrize("beginning", [BEGINNING, EARLY], ids=["declared", "undeclared"])
+def test_they_follow_a_first_page_that_is_whole(beginning: bytes) -> None:
+    with lost_with_a_request(beginning) as ends:
         recover(ends)
         assert nothing_comes(ends.qemu)
         forward(ends, section(3 * HUGE))
@@ -87,8 +91,9 @@ def test_they_follow_a_first_page_that_is_whole() -> None:
         assert read_exactly(ends.qemu, len(LOST)) == LOST
 
 
-def test_behind_a_page_that_is_cut_they_wait_for_the_next_channel() -> None:
-    with lost_with_a_request() as ends:
+@pytest.mark.parametrize("beginning", [BEGINNING, EARLY], ids=["declared", "undeclared"])
+def test_behind_a_page_that_is_cut_they_wait_for_the_next_channel(beginning: bytes) -> None:
+    with lost_with_a_request(beginning) as ends:
         recover(ends)
         forward(ends, section(HUGE + PAGE))
         forward(ends, s.zero(3 * HUGE))
