@@ -1129,11 +1129,11 @@ int rf_pagemap_replay_next(struct rf_pagemap *map, uint64_t after, struct rf_req
 }
 
 int rf_pagemap_replayed(struct rf_pagemap *map, uint64_t id, uint64_t now) {
-    uint32_t slot = id == 0 ? NONE : slot_after(map, id - 1);
-    if (map->cursor != NONE && map->records[map->cursor].id == id) {
-        slot = map->cursor;
+    uint32_t slot = map->cursor;
+    if (id != 0 && (slot == NONE || map->records[slot].id != id)) {
+        slot = slot_after(map, id - 1);
     }
-    if (slot == NONE || map->records[slot].id != id) {
+    if (id == 0 || slot == NONE || map->records[slot].id != id) {
         return RF_OUT_OF_RANGE;
     }
     write_begin(map);

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import random
 import threading
+import time
 from dataclasses import dataclass, field
 
 import pytest
@@ -306,6 +307,23 @@ def test_a_request_that_the_destination_repeats_is_not_replayed() -> None:
     assert len(list(page_map.to_replay())) == 1
     page_map.request(b"pc.ram", 0, PAGE, 60)
     assert list(page_map.to_replay()) == []
+
+
+def test_a_long_replay_takes_no_longer_for_each_request_than_a_short_one() -> None:
+    pages = 50_000
+    page_map = PageMap()
+    page_map.declare(b"pc.ram", pages * PAGE)
+    for page in range(pages):
+        page_map.request(b"pc.ram", page * PAGE, PAGE, page)
+    page_map.channel_lost(1)
+    page_map.channel_begin(2)
+    page_map.received(b"pc.ram", bitmap_of(set(), pages))
+    times = []
+    for request in page_map.to_replay():
+        page_map.replayed(request.id, 3)
+        times.append(time.perf_counter())
+    assert len(times) == pages
+    assert times[-1] - times[-2000] < 5 * (times[1999] - times[0])
 
 
 def test_blocks_known_by_name_until_a_bitmap_tells_their_size() -> None:
