@@ -172,8 +172,8 @@ class Tracker:
 
     def records(self) -> Iterator[Request]:
         """What is on record, oldest first."""
-        return walk(self._map, lib.rf_pagemap_next_record)
+        yield from walk(self._map, lib.rf_pagemap_next_record)  # which keeps the tracker, and so its map
 
     def to_replay(self) -> Iterator[Request]:
         """What is to be written to the source again on this channel, oldest first."""
-        return walk(self._map, lib.rf_pagemap_replay_next)
+        yield from walk(self._map, lib.rf_pagemap_replay_next)

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import struct
+import weakref
+from collections.abc import Callable, Iterator
 
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from refault.channel.forward import reason_text
+from refault.channel.pagemap import Request
 from refault.channel.tracker import Fact, Tracker
 
 from . import streams as s
@@ -106,6 +109,16 @@ def test_any_chunking_gives_the_same_record(steps: list[tuple[str, bytes]], cuts
         for piece in s.chunks(data, cuts):
             getattr(pieces, way)(piece, now)
         assert all_of(pieces) == all_of(whole)
+
+
+@pytest.mark.parametrize("walk", [Tracker.records, Tracker.to_replay])
+def test_a_walk_keeps_its_tracker(walk: Callable[[Tracker], Iterator[Request]]) -> None:
+    tracker = begun()
+    kept = weakref.ref(tracker)
+    walking = walk(tracker)
+    del tracker
+    assert kept() is not None
+    assert list(walking) == []
 
 
 def test_requests_and_answers() -> None:
