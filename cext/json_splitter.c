@@ -467,6 +467,7 @@ static void finish(rf_splitter *s, size_t end, int64_t *record) {
         record[RF_AT_VERB_END] = (int64_t)(s->wrong_end - s->begin);
     }
     s->inside = false;
+    s->key_count = 0;
 }
 
 static void open_value(rf_splitter *s, size_t begin) {
@@ -480,7 +481,6 @@ static void open_value(rf_splitter *s, size_t begin) {
     s->status = RF_JSON_VALUE;
     s->expect = VALUE;
     s->depth = 0;
-    s->key_count = 0;
     s->shape = 0;
     s->previous_end = 0;
     s->cut_open = false;
@@ -591,6 +591,9 @@ static void stray(rf_splitter *s, enum rf_json_status status, size_t end, int64_
 
 /* Moves every offset back by n, for a buffer that loses its first n bytes. */
 static void rebase(rf_splitter *s, size_t n) {
+    if (n == 0) {
+        return; /* a long value that comes in small pieces must not cost all its keys at each */
+    }
     s->pos -= n;
     s->token = s->token >= n ? s->token - n : 0;
     s->begin = s->begin >= n ? s->begin - n : 0;

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import json
+import time
 from itertools import pairwise
 from typing import Any
 
@@ -296,3 +297,15 @@ def test_qemus_infinities_pass_the_lenient_one() -> None:
     assert message.problem is None
     assert message.raw[message.id : message.id_end] == b"3"
     assert feed(b"[-inf]")[0].problem is not None
+
+
+def test_a_value_in_small_pieces_does_not_cost_all_its_keys_at_each() -> None:
+    def seconds(keys: int) -> float:
+        splitter = Splitter()
+        splitter.feed(b'{"x": {' + b"".join(b'"%d": 1, ' % number for number in range(keys)) + b'"last": "')
+        began = time.perf_counter()
+        for _ in range(1000):
+            splitter.feed(b"y")
+        return time.perf_counter() - began
+
+    assert seconds(400_000) < 5 * seconds(10)
