@@ -8,15 +8,20 @@ struct rf_slab {
     uint16_t taken;
     uint16_t given_back; /* the cell given back last, which names the one before; or NONE */
     uint16_t untouched;  /* the first cell that was never taken */
-    _Alignas(64) unsigned char cells[];
 };
 
+/* Where the cells begin. No more alignment than malloc's may be counted on. */
+#define CELLS_AT ((size_t)64)
+
+_Static_assert(sizeof(struct rf_slab) <= CELLS_AT, "the slab's own words lie before its cells");
+
 static uint16_t cells_in_slab(const struct rf_pool *pool) {
-    return (uint16_t)((RF_POOL_SLAB_BYTES - sizeof(struct rf_slab)) / pool->cell_bytes);
+    return (uint16_t)((RF_POOL_SLAB_BYTES - CELLS_AT) / pool->cell_bytes);
 }
 
 static uint16_t *cell_at(const struct rf_pool *pool, struct rf_slab *slab, uint16_t number) {
-    return (uint16_t *)(void *)(slab->cells + (size_t)number * pool->cell_bytes);
+    unsigned char *cells = (unsigned char *)slab + CELLS_AT;
+    return (uint16_t *)(void *)(cells + (size_t)number * pool->cell_bytes);
 }
 
 static void open_slab(struct rf_pool *pool, struct rf_slab *slab) {
@@ -70,7 +75,7 @@ void *rf_pool_take(struct rf_pool *pool, uint16_t *number) {
 
 void rf_pool_give_back(struct rf_pool *pool, void *cell, uint16_t number) {
     unsigned char *cells = (unsigned char *)cell - (size_t)number * pool->cell_bytes;
-    struct rf_slab *slab = (struct rf_slab *)(void *)(cells - offsetof(struct rf_slab, cells));
+    struct rf_slab *slab = (struct rf_slab *)(void *)(cells - CELLS_AT);
     if (slab->taken == cells_in_slab(pool)) {
         open_slab(pool, slab);
     }
