@@ -12,9 +12,10 @@ from tests.integration.qemus import BINARIES
 from tests.integration.test_main_job import GUEST, fronted
 
 from refault.lab import bare
-from refault.lab.channel import Channel, Cut, Loss
-from refault.lab.driver import RefaultDriver
+from refault.lab.channel import Channel, Cut, Loss, free_port, start_channel
+from refault.lab.driver import RefaultDriver, refault_driver
 from refault.lab.memory import compare
+from refault.lab.qemu import PairOptions, start_pair
 
 pytestmark = [pytest.mark.qemu, pytest.mark.timeout(90)]
 
@@ -93,6 +94,33 @@ async def test_a_channel_that_is_lost_while_qemu_takes_up_its_preempt_lane(tmp_p
                 await trio.sleep(0.05)
         await pair.destination.wait_progress()
         await bare.finish(driver.source)
+        verdict = await compare(GUEST, pair.destination.qmp, pair.source.qmp)
+        assert verdict.right, verdict
+
+
+VIRTIO_MEM = (
+    "-m", "maxmem=1G",
+    "-object", "memory-backend-ram,id=more,size=128M",
+    "-device", "virtio-mem-pci,id=plug,memdev=more",
+)  # fmt: skip
+
+
+@pytest.mark.skipif("qemu-10" not in BINARIES, reason="run 'make qemus' first")
+async def test_preempt_ends_where_the_stream_cannot_be_read(tmp_path: Path) -> None:
+    """With virtio-mem, whose state comes first: the destination ends its preempt lane before it says SHUT."""
+    options = PairOptions("qemu-10", "qemu-10", VIRTIO_MEM)
+    async with (
+        start_pair(GUEST, tmp_path, options) as pair,
+        start_channel(tmp_path, free_port()) as channel,
+        refault_driver(pair, channel, tmp_path) as driver,
+    ):
+        await bare.start_postcopy(
+            driver.source, driver.destination, channel, bandwidth=1 << 20, capabilities=PREEMPT
+        )
+        await pair.destination.wait_progress()
+        await bare.finish(driver.source)
+        for vm in await driver.statuses():
+            assert vm.recovery.losses == 0
         verdict = await compare(GUEST, pair.destination.qmp, pair.source.qmp)
         assert verdict.right, verdict
 
