@@ -328,7 +328,8 @@ static void drain_far(struct rf_relay *relay) {
 /*
  * A lane that is lost is the channel's loss, save
  *  - at the end, when the destination closes its lanes before it says SHUT on the main one;
- *  - a lane that ends in order where it cannot be read whether that is the end: the main one ends too if not;
+ *  - a lane that ends in order where it cannot be read whether that is the end: the main one ends too if not,
+ * or QEMU goes on to write (lane_is_missed);
  *  - a multifd lane that ends in order: a source that has completed closes all, and this end can arrive
  * before what is still under way on the others.
  */
@@ -345,6 +346,14 @@ static void settle_lane(struct rf_relay *relay, struct rf_lane *lane) {
             relay->far.error = lane->far.error;
         }
     }
+}
+
+/* Whether pages are to go over a lane that ended in order, which was not the end then. */
+static bool lane_is_missed(const struct rf_relay *relay, const struct rf_lane *lane) {
+    return relay->side == RF_RELAY_SOURCE && relay->far.state == RF_LEG_OPEN &&
+           lane->kind == RF_LANE_PREEMPT && lane->far.state == RF_LEG_ENDED &&
+           lane->local.state == RF_LEG_OPEN &&
+           (rf_tracker_channel_facts(relay->tracker) & RF_FACT_EOF_PASSED) == 0;
 }
 
 static void settle_legs(struct rf_relay *relay) {
@@ -579,7 +588,12 @@ static unsigned prepare_polls(struct rf_relay *relay) {
         rf_leg_want(&relay->far, POLLIN, &polls[POLL_FAR]);
     }
     for (unsigned i = 0; i < relay->view.lanes; i++) {
-        rf_lane_want(relay->lanes[i], &polls[POLL_LANES + i * RF_LANE_POLLS]);
+        struct pollfd *lane_polls = &polls[POLL_LANES + i * RF_LANE_POLLS];
+
+        rf_lane_want(relay->lanes[i], lane_polls);
+        if (lane_is_missed(relay, relay->lanes[i])) {
+            rf_leg_want(&relay->lanes[i]->local, POLLIN, &lane_polls[RF_LANE_LOCAL]);
+        }
     }
     return POLL_LANES + (unsigned)relay->view.lanes * RF_LANE_POLLS;
 }
@@ -621,8 +635,15 @@ static void move_bytes(struct rf_relay *relay) {
         return_read(relay);
     }
     for (unsigned i = 0; i < relay->view.lanes; i++) {
-        relay->view.forward_bytes += rf_lane_move(
-            relay->lanes[i], &relay->polls[POLL_LANES + i * RF_LANE_POLLS], relay->tracker, now_ns());
+        struct rf_lane *lane = relay->lanes[i];
+        const struct pollfd *lane_polls = &relay->polls[POLL_LANES + i * RF_LANE_POLLS];
+
+        relay->view.forward_bytes += rf_lane_move(lane, lane_polls, relay->tracker, now_ns());
+        bool more = rf_pipe_pending(&lane->forward) ||
+                    rf_leg_events(&lane->local, &lane_polls[RF_LANE_LOCAL]) & POLLIN;
+        if (more && lane_is_missed(relay, lane)) {
+            relay->far.state = RF_LEG_ENDED;
+        }
     }
 }
 

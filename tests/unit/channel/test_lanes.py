@@ -148,6 +148,25 @@ def test_a_lane_that_ends_after_eof_is_no_loss(stream: bytes) -> None:
         assert not ends.relay.look().far.lost
 
 
+def test_a_lane_that_ends_is_a_loss_once_qemu_writes_on_it() -> None:
+    with relaying(Role.SOURCE) as ends:
+        ends.channel(lanes=1)
+        qemu, host = ends.lane()
+        ends.qemu.sendall(UNREAD)
+        assert read_exactly(ends.host, len(UNREAD)) == UNREAD
+        host.close()
+        spent = time.process_time()
+        time.sleep(0.2)
+        assert time.process_time() - spent < 0.05
+        assert not ends.relay.look().far.lost
+        qemu.sendall(s.page(9 * PAGE, BLOCK))
+        ends.until(lambda view: view.far.lost)
+        assert ends.host.recv(1) == b""
+        spent = time.process_time()
+        time.sleep(0.2)
+        assert time.process_time() - spent < 0.05
+
+
 def test_when_qemu_ends_a_lane_all_it_wrote_arrives_first() -> None:
     with relaying(Role.SOURCE) as ends:
         ends.channel(lanes=1)
