@@ -18,7 +18,7 @@ from refault.channel.tracker import Kept
 from refault.daemon.closing import Closing
 from refault.daemon.guard import Guard
 from refault.daemon.kept_ends import KeptEnds
-from refault.daemon.local import LocalLeg, take_back
+from refault.daemon.local import LocalLeg, has_ended, take_back
 from refault.daemon.losses import Losses
 from refault.daemon.monitor import MonitorLost, QmpError
 from refault.daemon.qemu_word import ASKED_EVERY, QemuWord
@@ -166,6 +166,22 @@ class Channels:
         self.losses.held = None
         self.closing.close_now(channel)
 
+    @property
+    def delivers(self) -> bool:
+        """Whether a precopy's end is still with us though its source has sent all.
+
+        Without a return path that is `completed` by then, and nobody sends it again.
+        """
+        migration = self._migration
+        if self.relay.closed or migration.postcopy_began or migration.status in ("failed", "cancelled"):
+            return False
+        view, passed = self.relay.look(), self.relay.passed()
+        if passed.packaged_begun or passed.resumed or view.local is not LegState.OPEN or self.losses.held:
+            return False
+        if migration.role is Role.SOURCE:
+            return view.far is LegState.OPEN and self.kept.main is not None and has_ended(self.kept.main)
+        return view.far is LegState.ENDED or passed.ended
+
     def answered(self) -> None:
         """QEMU has answered the command that named the newest channel."""
         self.word.answered(self.channel)
@@ -296,6 +312,8 @@ class Channels:
 
         It then waits for whoever comes after us.
         """
+        if self.delivers:
+            return False
         await self.closing.preempt_thread_awake()
         waits = await self._waits_for_pong()
         if waits and self.unread:

@@ -6,6 +6,7 @@ from __future__ import annotations
 import itertools
 import logging
 import os
+import select
 import socket
 from collections import deque
 from dataclasses import dataclass
@@ -114,6 +115,13 @@ async def hand_connection(monitor: Executes, fd: int) -> str:
     name = f"refault-{os.getpid()}-{next(_numbers)}"
     await monitor.execute("getfd", {"fdname": name}, fd=fd, timeout=GETFD_TIMEOUT)
     return name
+
+
+def has_ended(ours: socket.socket) -> bool:
+    """Whether QEMU has closed its end, though there may be bytes of it to be read yet."""
+    poll = select.poll()
+    poll.register(ours, select.POLLRDHUP)
+    return bool(poll.poll(0))
 
 
 async def reach(path: str, pid: int | None, timeout: float) -> LocalLeg:  # noqa: ASYNC109

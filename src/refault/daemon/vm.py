@@ -119,8 +119,10 @@ class Vm:
     @property
     def may_stop(self) -> bool:
         """Whether the end of refault kills or doubles no guest now."""
-        cost = self.migration.cost_of_stopping() if self.migration is not None else None
-        return cost is None or cost[0]
+        if self.migration is None:
+            return True
+        channels, cost = self.migration.channels, self.migration.cost_of_stopping()
+        return not (channels is not None and channels.delivers) and (cost is None or cost[0])
 
     async def prepare_to_stop(self) -> bool:
         """Makes our ends harmless to QEMU. False where that could not be done."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import socket
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -203,3 +204,42 @@ async def test_the_end_of_refault_waits_for_a_source_that_cannot_be_read_and_is_
         assert vm.monitor.held == []  # its leg may end now, and it is to see that
         host.close()
         channels.close()
+
+
+@pytest.mark.parametrize("role", list(Role))
+async def test_the_end_of_refault_waits_until_the_end_of_a_precopy_has_been_passed_on(
+    nursery: trio.Nursery, role: Role
+) -> None:
+    """Its source has completed, and nobody sends it again."""
+
+    async def says(*_: str) -> tuple[dict[str, str], dict[str, str]]:
+        return {"status": "completed"}, {}
+
+    relay = Relay(role)
+    vm = SimpleNamespace(
+        monitor=None, version=(10, 0, 0), encrypted=False, start_soon=lambda *_: None, query_both=says
+    )
+    channels = Channels(cast(Any, Migration(vm, role, status="completed", postcopy_began=False)), relay)
+    nursery.start_soon(channels.watch)
+    with joined(channels, recovered=False) as ends, trio.fail_after(5):
+        begins, reads = ends if role is Role.SOURCE else ends[::-1]
+        begins.setblocking(False)
+        sent = begins.send(streams.HEADER + streams.configuration())
+        with contextlib.suppress(BlockingIOError):
+            while True:
+                sent += begins.send(bytes(1 << 16))
+                await trio.sleep(0.005)
+        begins.close()
+        assert not await channels.prepare_to_stop()
+        channels.losses.held = "QEMU does not answer"
+        assert not channels.delivers  # it may be no precopy, and QEMU is to keep our end
+        channels.losses.held = None
+        received = 0
+        while chunk := await trio.to_thread.run_sync(reads.recv, 1 << 20):
+            received += len(chunk)
+            if received == sent:
+                reads.shutdown(socket.SHUT_RDWR)
+        assert received == sent
+        while not await channels.prepare_to_stop():
+            await trio.sleep(0.01)
+    channels.close()
