@@ -43,6 +43,7 @@ class Other:
 
 Endpoint = Inet | Other
 
+_INET_OPTIONS = ("ipv4", "ipv6", "keep-alive", "mptcp")
 _TCP = re.compile(r"tcp:(?:\[(?P<v6>[0-9A-Fa-f:.]+)\]|(?P<host>[^:,\[\]]*)):(?P<port>[0-9]{1,5})\Z")
 
 
@@ -72,7 +73,35 @@ def endpoint_of(arguments: Mapping[str, object]) -> Endpoint | None:
             port = str(addr["port"])
             if plain and port.isdecimal() and int(port) <= 65535:
                 return Inet(str(addr["host"]), int(port))
+    match channels:
+        case [{"channel-type": "main", "addr": {"transport": str()} as addr}]:
+            spelt = _spelt(addr)
+            if spelt is not None:
+                return Other(spelt)
     return None if channels is None else Other(str(channels))
+
+
+def _spelt(addr: Mapping[str, object]) -> str | None:
+    """A MigrationAddress as a `uri`, which is all that a recovery takes (migration/migration.c,
+    migrate_uri_parse); None where none says the same."""
+    kind = addr.get("type") if addr["transport"] == "socket" else addr["transport"]
+    match kind, {key: value for key, value in addr.items() if key not in ("transport", "type")}:
+        case "inet" | "rdma", {"host": str(host), "port": str(port), **options}:
+            if all(key in _INET_OPTIONS and isinstance(value, bool) for key, value in options.items()):
+                bracketed = f"[{host}]" if ":" in host else host
+                said = "".join(f",{key}={'on' if value else 'off'}" for key, value in options.items())
+                return f"{'tcp' if kind == 'inet' else kind}:{bracketed}:{port}{said}"
+        case "unix", {"path": str(path), **options} if not options:
+            return f"unix:{path}"
+        case "vsock", {"cid": str(cid), "port": str(port), **options} if not options:
+            return f"vsock:{cid}:{port}"
+        case "fd", {"str": str(name), **options} if not options:
+            return f"fd:{name}"
+        case "exec", {"args": ["/bin/sh", "-c", str(command)]}:
+            return f"exec:{command}"
+        case "file", {"filename": str(name), "offset": int(offset)}:
+            return f"file:{name},offset={offset}"
+    return None
 
 
 def with_uri(arguments: Mapping[str, object], uri: str) -> dict[str, object]:

@@ -49,6 +49,37 @@ def test_channels() -> None:
     assert endpoint_of({}) is None
 
 
+@pytest.mark.parametrize(
+    ("addr", "uri"),
+    [
+        ({"transport": "socket", "type": "unix", "path": "/run/x"}, "unix:/run/x"),
+        ({"transport": "socket", "type": "vsock", "cid": "3", "port": "4"}, "vsock:3:4"),
+        ({"transport": "socket", "type": "fd", "str": "mine"}, "fd:mine"),
+        (
+            {"transport": "socket", "type": "inet", "host": "::1", "port": "1", "keep-alive": True},
+            "tcp:[::1]:1,keep-alive=on",
+        ),
+        ({"transport": "rdma", "host": "h", "port": "1"}, "rdma:h:1"),
+        ({"transport": "exec", "args": ["/bin/sh", "-c", "cat >x"]}, "exec:cat >x"),
+        ({"transport": "file", "filename": "/x", "offset": 0}, "file:/x,offset=0"),
+    ],
+)
+def test_channels_that_are_not_relayed_are_spelt_as_a_recovery_takes_them(
+    addr: dict[str, object], uri: str
+) -> None:
+    assert endpoint_of({"channels": [{"channel-type": "main", "addr": addr}]}) == Other(uri)
+
+
+def test_channels_that_no_uri_says_are_not_taken_for_others() -> None:
+    for addr in (
+        {"transport": "socket", "type": "unix", "path": "x", "abstract": True},
+        {"transport": "exec", "args": ["/bin/cat"]},
+        {"transport": "socket", "type": "inet", "host": "h", "port": "1", "to": 9},
+    ):
+        channels = [{"channel-type": "main", "addr": addr}]
+        assert endpoint_of({"channels": channels}) == Other(str(channels))
+
+
 def test_only_the_address_is_replaced() -> None:
     arguments = {"uri": "tcp:h:1", "resume": True, "detach": True}
     assert with_uri(arguments, "fd:refault-1") == {"uri": "fd:refault-1", "resume": True, "detach": True}
