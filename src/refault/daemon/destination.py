@@ -258,7 +258,15 @@ class Destination:
         door, self._doors.first = self._doors.first, None
         if door is None:
             door = await self._reach_listener()
-        if door is not None and not await self._join(migration.channels, door, connection, recovered=False):
+        if door is None:
+            return
+        before = migration.channel
+        try:
+            joined = await self._join(migration.channels, door, connection, recovered=False)
+        except (AttemptFailed, OSError):
+            self._doors.first = self._as_it_was(door, before)
+            raise
+        if not joined:
             self._doors.first = door
 
     async def _reach_listener(self) -> LocalLeg | None:
@@ -305,10 +313,11 @@ class Destination:
                     and migration.channels is not None
                 ):
                     door, self._doors.open = self._doors.open, None
+                    before = migration.channel
                     try:
                         joined = await self._join(migration.channels, door, connection, recovered=True)
-                    except AttemptFailed:
-                        self._doors.open = door
+                    except (AttemptFailed, OSError):
+                        self._doors.open = self._as_it_was(door, before)
                         raise
                     if not joined:
                         self._doors.taken(door)
@@ -343,6 +352,12 @@ class Destination:
             return await self._gathering.connect(channels, door, connection, recovered=recovered)
         channels.join(door, connection, recovered=recovered)
         return True
+
+    def _as_it_was(self, door: Door, before: int) -> Door | None:
+        """A door through which nobody came after all; None where a part of a channel did, `before` being the
+        last one, or QEMU's leg went with it."""
+        gone = isinstance(door, LocalLeg) and door.socket.fileno() < 0
+        return None if gone or self._migration.channel != before else door
 
     async def _is_ours(self, connection: trio.socket.SocketType) -> bool:
         """Whether a recovered channel asks for all our RAM blocks; for any where ours are not known."""

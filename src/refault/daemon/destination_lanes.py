@@ -17,7 +17,7 @@ import trio
 from refault.daemon.channels import Channels
 from refault.daemon.far_socket import alive, detached
 from refault.daemon.local import LocalLeg
-from refault.daemon.local_unix import peer_inode
+from refault.daemon.local_unix import peer_inode_now
 from refault.daemon.waiting_room import WaitingRoom
 from refault.migration.versions import abilities
 
@@ -82,7 +82,7 @@ class Gathering:
         sockets = migration.vm.sockets
         with trio.CancelScope(shield=True):
             local = await sockets.connect(door.path)
-            channels.join(LocalLeg(door.path, local, peer_inode(local)), main, recovered=recovered)
+            channels.join(LocalLeg(door.path, local, peer_inode_now(local)), main, recovered=recovered)
             channel = channels.channel
             if migration.lanes.preempt and not late:
                 channels.closing.gives_preempt(channel)

@@ -107,6 +107,8 @@ class FarListener:
                     if first is None and not self._room.may_stay(arrival):
                         break
             arrival.silent = None
+            if not self._room.make_room(arrival):
+                return
             if arrival.taken is not None:
                 arrival.handed = detached(connection)
             elif first is None:

@@ -106,7 +106,7 @@ class PrivateSockets:
         # connects and closes ends a destination (docs/campaign.md, Strangers).
         with trio.CancelScope(shield=True):
             began = trio.current_time()
-            while not peer_inode(sock) and not _ended(sock):
+            while not peer_inode_now(sock) and not _ended(sock):
                 await trio.sleep(_LOOK)
                 if trio.current_time() - began > _PATIENCE:
                     log.warning("%s: QEMU has not accepted a channel for %g s; waiting on", path, _PATIENCE)
@@ -183,6 +183,14 @@ def peer_inode(sock: socket.socket) -> int:
             return int(_INODE.unpack_from(answer, at + _RTATTR.size)[0])
         at += max((length + 3) & ~3, _RTATTR.size)
     return 0
+
+
+def peer_inode_now(sock: socket.socket) -> int:
+    """The same; 0 also where it cannot be asked now, descriptors being short, say."""
+    try:
+        return peer_inode(sock)
+    except OSError:
+        return 0
 
 
 def _ended(sock: socket.socket) -> bool:

@@ -13,7 +13,7 @@ import trio
 from refault.daemon.channels import AttemptFailed, Channels
 from refault.daemon.far_dial import connect_any
 from refault.daemon.local import LocalLeg
-from refault.daemon.local_unix import Listening, peer_inode
+from refault.daemon.local_unix import Listening, peer_inode_now
 from refault.migration.endpoint import Inet
 
 if TYPE_CHECKING:
@@ -82,7 +82,7 @@ class Opening:
                 QEMU_CONNECTS_WITHIN,
             )
             return
-        leg = LocalLeg(self._listening.path, local, peer_inode(local))
+        leg = LocalLeg(self._listening.path, local, peer_inode_now(local))
         try:
             self._channels.join(leg, self._connections.popleft(), recovered=self._recovered)
         except AttemptFailed as error:

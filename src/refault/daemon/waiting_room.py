@@ -26,6 +26,10 @@ class Arrival:
     """The connection, out of the listener's hands."""
 
 
+MOST = 512
+"""Connections at a time: more than a migration has, and not so many that descriptors run short."""
+
+
 class WaitingRoom:
     """The connections at all addresses of one migration, numbered as they came.
 
@@ -47,6 +51,19 @@ class WaitingRoom:
         self.changed.set()
         self.changed = trio.Event()
         return arrival
+
+    def make_room(self, arrival: Arrival) -> bool:
+        """Sends away who has waited longest without a word, where too many are there; False where nobody
+        can be sent, so that the newest, `arrival`, must go."""
+        if len(self._arrivals) <= MOST:
+            return True
+        for other in self._arrivals:
+            if other is arrival or other.taken is not None or self.may_stay(other):
+                continue
+            if other.silent is not None and not other.silent.cancel_called:
+                other.silent.cancel()
+                return True
+        return False
 
     def leave(self, arrival: Arrival) -> None:
         """It has been dealt with."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import gc
 import logging
 import os
@@ -12,8 +13,10 @@ from pathlib import Path
 from typing import Any, cast
 
 import pytest
+import trio
 
 from refault.daemon.destination import Destination
+from refault.daemon.destination_lanes import QemuListens
 from refault.daemon.far import FarListener
 from refault.daemon.far_dial import connect
 from refault.daemon.migration import Migration
@@ -171,3 +174,53 @@ async def test_the_alternatives_are_bound_with_the_address_as_far_as_they_can_be
     ] == uris[:2]
     taken.close()
     (await FarListener.bind(free.endpoint)).close()  # free again when the migration has ended
+
+
+@pytest.mark.parametrize("recovered", [False, True])
+async def test_a_door_stays_open_where_descriptors_are_short_for_who_comes(
+    tmp_path: Path, recovered: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def short(*_: object) -> None:
+        raise OSError(errno.EMFILE, "Too many open files")
+
+    async with destination(tmp_path, Inet("127.0.0.1", 0)) as (qemu, _, procedure):
+        command = WatchedCommand("migrate-incoming", False, {"uri": "tcp:127.0.0.1:0"}, None, 1)
+        await procedure.set_up(command)
+        channels = procedure._migration.channels
+        assert channels is not None
+        if recovered:
+            await procedure.attempt()
+        monkeypatch.setattr(channels.kept, "begin", short)
+        offer = procedure._wait_in_line if recovered else procedure._begin
+        for _ in range(2):
+            with trio.socket.from_stdlib_socket(socket.create_server(("127.0.0.1", 0))) as listening:
+                there = await trio.open_tcp_stream(*listening.getsockname())
+                here, _ = await listening.accept()
+            with trio.fail_after(2), pytest.raises(OSError, match="Too many"):
+                await offer(here)
+            await there.aclose()
+            here.close()
+        gc.collect()
+        assert not any(qemu.sees_an_end(name) for name in qemu.ends)
+
+
+async def test_a_door_through_which_a_part_of_a_channel_came_is_not_opened_again(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """QEMU 7.2 is killed by the next channel there."""
+    async with destination(tmp_path, Inet("127.0.0.1", 0)) as (_, _, procedure):
+        channels = procedure._migration.channels
+        assert channels is not None
+
+        async def half(*_: object, **__: object) -> bool:
+            channels.channel += 1
+            raise OSError(errno.EMFILE, "Too many open files")
+
+        monkeypatch.setattr(procedure._gathering, "connect", half)
+        procedure._doors.open = QemuListens("there")
+        with socket.create_server(("127.0.0.1", 0)) as listening:
+            there = socket.create_connection(listening.getsockname())
+            here, _ = listening.accept()
+        with there, trio.socket.from_stdlib_socket(here) as connection, pytest.raises(OSError, match="many"):
+            await procedure._wait_in_line(connection)
+        assert procedure._doors.open is None

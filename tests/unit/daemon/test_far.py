@@ -7,7 +7,7 @@ import struct
 import pytest
 import trio
 
-from refault.daemon import far
+from refault.daemon import far, waiting_room
 from refault.daemon.far import FarListener
 from refault.daemon.far_dial import connect
 from refault.daemon.far_socket import alive
@@ -92,6 +92,24 @@ async def test_one_that_says_nothing_stops_nobody(nursery: trio.Nursery) -> None
         await door.came.wait()
     silent.close()
     loud.close()
+
+
+async def test_a_crowd_that_says_nothing_takes_nobodys_place(
+    nursery: trio.Nursery, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Nor the descriptors that a recovery needs: who has been silent longest goes."""
+    monkeypatch.setattr(waiting_room, "MOST", 3, raising=False)
+    door, endpoint = await open_door(nursery)
+    crowd = [await trio.open_tcp_stream(endpoint.host, endpoint.port) for _ in range(8)]
+    source = await trio.open_tcp_stream(endpoint.host, endpoint.port)
+    await source.send_all(RECOVERED)
+    with trio.fail_after(5):
+        await door.came.wait()
+        for stranger in crowd[:5]:
+            assert await stranger.receive_some(1) == b""
+    assert door.offered == [(Kind.RESUMED, RECOVERED)]
+    for stranger in (*crowd, source):
+        await stranger.aclose()
 
 
 async def test_connections_that_break_at_once_stop_nobody(nursery: trio.Nursery) -> None:

@@ -1,5 +1,6 @@
 """Private unix sockets: who is let in, and when the other side has accepted."""
 
+import errno
 import os
 import socket
 import sys
@@ -8,6 +9,7 @@ from pathlib import Path
 import pytest
 import trio
 
+from refault.daemon import local_unix
 from refault.daemon.dial import Peer
 from refault.daemon.local_unix import PrivateSockets, may_be, peer_inode
 
@@ -67,7 +69,19 @@ async def test_a_stranger_at_our_socket_is_turned_away(sockets: PrivateSockets) 
     assert not list(sockets.directory.iterdir())
 
 
-async def test_connecting_waits_until_it_is_accepted(sockets: PrivateSockets) -> None:
+@pytest.mark.parametrize("short", [False, True])
+async def test_connecting_waits_until_it_is_accepted(
+    sockets: PrivateSockets, short: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Also where descriptors are `short`: if QEMU saw an end instead it would not survive it."""
+    errors = [OSError(errno.EMFILE, "Too many open files")] * short
+
+    def asked(sock: socket.socket) -> int:
+        if errors:
+            raise errors.pop()
+        return peer_inode(sock)
+
+    monkeypatch.setattr(local_unix, "peer_inode", asked)
     path = sockets.path()
     with socket.socket(socket.AF_UNIX) as qemu:
         qemu.bind(path)
