@@ -3,6 +3,7 @@ far_dial.py."""
 
 from __future__ import annotations
 
+import errno
 import logging
 import socket
 from collections.abc import Awaitable, Callable, Collection
@@ -64,10 +65,17 @@ class FarListener:
         )
         listeners: list[trio.SocketListener] = []
         port = endpoint.port
+        wanted = list(dict.fromkeys((entry[0], entry[4]) for entry in found))
         try:
-            for family, where in dict.fromkeys((entry[0], entry[4]) for entry in found):
+            for family, where in wanted:
                 address = (where[0], port, *where[2:])
-                listener = await _listen(family, address, both_families=host == "::")
+                try:
+                    listener = await _listen(family, address, both_families=host == "::")
+                except OSError as error:
+                    last = (family, where) == wanted[-1]
+                    if error.errno != errno.EAFNOSUPPORT or (last and not listeners):
+                        raise
+                    continue  # a kernel without IPv6, say
                 listeners.append(listener)
                 port = listener.socket.getsockname()[1]
         except OSError:
@@ -99,6 +107,8 @@ class FarListener:
     async def _greet(self, connection: trio.socket.SocketType, offer: Offer) -> None:
         arrival = self._room.enter(connection)
         try:
+            if not self._room.make_room(arrival):
+                return
             first = None
             with arrival.silent or trio.CancelScope():
                 while first is None:
@@ -107,8 +117,6 @@ class FarListener:
                     if first is None and not self._room.may_stay(arrival):
                         break
             arrival.silent = None
-            if not self._room.make_room(arrival):
-                return
             if arrival.taken is not None:
                 arrival.handed = detached(connection)
             elif first is None:

@@ -1,6 +1,7 @@
 """The far leg: what is let in, judged by its first bytes."""
 
 import contextlib
+import errno
 import socket
 import struct
 
@@ -188,6 +189,24 @@ async def test_a_wildcard_and_an_address_in_it_are_one_address(one: str, other: 
             await FarListener.bind(Inet(other, first.endpoint.port))
     finally:
         first.close()
+
+
+async def test_a_wildcard_does_without_a_family_that_the_kernel_lacks(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    real = trio.socket.socket
+
+    def without_ipv6(family: int, kind: int) -> trio.socket.SocketType:
+        if family == socket.AF_INET6:
+            raise OSError(errno.EAFNOSUPPORT, "Address family not supported by protocol")
+        return real(family, kind)
+
+    monkeypatch.setattr(trio.socket, "socket", without_ipv6)
+    listener = await FarListener.bind(Inet("", 0))
+    (await connect(Inet("127.0.0.1", listener.endpoint.port), 5)).close()
+    listener.close()
+    with pytest.raises(OSError, match="family"):
+        await FarListener.bind(Inet("::1", 0))
 
 
 async def test_an_address_is_free_when_its_connections_have_ended() -> None:
