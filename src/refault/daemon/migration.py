@@ -104,6 +104,8 @@ class Migration:
         """Whether a client's `migrate-pause` is on its way: the loss that comes is what it asks for."""
         self.stopped_by_switchover = False
         """Whether the guest ran until QEMU before 10.0 stopped it for postcopy; it does not run it again."""
+        self.settled = trio.Event()
+        """Set once it is under way, or has come to nothing."""
         self.procedure = procedure(self)
         self.attempts = Attempts(self)
         self._generation = ""
@@ -230,6 +232,7 @@ class Migration:
 
     def refused(self) -> None:
         """The command that would have set it up did not come to that."""
+        self.settled.set()
         self._close_channels()
         self.relay_reason = NO_MIGRATION
         self.ended()
@@ -242,6 +245,8 @@ class Migration:
 
     def feed(self, event: Event) -> None:
         """Hands an event to the recovery policy."""
+        if event is Event.STARTED:
+            self.settled.set()
         lost = event in (Event.CHANNEL_LOST, Event.PAUSED) and self.policy.state is State.RUNNING
         if lost and self.client_pauses:
             self.client_pauses = False
@@ -274,6 +279,7 @@ class Migration:
 
     def close(self) -> None:
         """Ends all that it still has; what it counted stays with the VM."""
+        self.settled.set()
         self._remembers = False
         self.attempts.cancel()
         self._poller.cancel()

@@ -98,6 +98,7 @@ class Vm:
         self.stopping = False
         """Whether the daemon is about to end: then a lost monitor is no news."""
         self._last_info: QemuInfo | None = None
+        self._one_set_up = trio.Lock()
 
     async def run(self, *, task_status: trio.TaskStatus[None] = trio.TASK_STATUS_IGNORED) -> None:
         """Listens, then serves. Raises what the monitor raises where an address cannot be bound."""
@@ -146,12 +147,27 @@ class Vm:
     async def _set_up(
         self, role: type[Source] | type[Destination], command: WatchedCommand
     ) -> Forward | Answer:
-        if await self._busy():
-            return Forward()
-        endpoint = endpoint_of(command.arguments)
-        reason, lanes = await self.state.judge(endpoint, role.role)
-        migration = await self._replace(role, endpoint, reason, lanes)
-        return await migration.procedure.set_up(command)
+        async with self._one_set_up:
+            await self._answered()
+            if await self._busy():
+                return Forward()
+            endpoint = endpoint_of(command.arguments)
+            reason, lanes = await self.state.judge(endpoint, role.role)
+            try:
+                migration = await self._replace(role, endpoint, reason, lanes, answered=False)
+            except OSError as error:
+                reason = f"no relay could be made: {error}"
+                migration = await self._replace(role, endpoint, reason, lanes, answered=False)
+            try:
+                return await migration.procedure.set_up(command)
+            except BaseException:
+                migration.settled.set()
+                raise
+
+    async def _answered(self) -> None:
+        """Waits while QEMU has the command that sets a migration up, so that it is not under way yet."""
+        if self.migration is not None:
+            await self.migration.settled.wait()
 
     async def _replace(
         self,
@@ -160,11 +176,18 @@ class Vm:
         reason: str | None,
         lanes: Lanes,
         met: MigrationRecord | None = None,
+        *,
+        answered: bool = True,
     ) -> Migration:
-        """A new migration in the last one's place; `reason` and `met` as for `Migration.begin`."""
+        """A new migration in the last one's place; `reason` and `met` as for `Migration.begin`.
+
+        Not `answered`: QEMU has the command yet to answer that sets it up.
+        """
         if self.migration is not None:
             await self.migration.retire()
         self.migration = Migration(self.state, role, endpoint, lanes)
+        if answered:
+            self.migration.settled.set()
         self.migration.begin(reason, met)
         return self.migration
 
@@ -244,6 +267,8 @@ class Vm:
         self.state.start_soon(self._meet, info)
 
     def _on_disconnect(self) -> None:
+        if self.migration is not None:
+            self.migration.settled.set()  # what QEMU had not answered it never does
         if self.stopping:
             return
         self.state.start_soon(self._follow_end, self.migration)
@@ -304,6 +329,12 @@ class Vm:
         return False
 
     async def _take_over(self, *, patient: bool) -> None:
+        async with self._one_set_up:
+            await self._answered()
+            if not self._under_way:
+                await self._take_over_what_is_met(patient=patient)
+
+    async def _take_over_what_is_met(self, *, patient: bool) -> None:
         reply = await self.state.query("query-migrate")
         status = reply.get("status")
         if status in (None, "none", "setup") and await self._listens(reply):

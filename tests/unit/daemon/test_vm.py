@@ -1,0 +1,96 @@
+"""Which migrations a VM's refault takes care of, whoever set them up and whatever comes between."""
+
+from __future__ import annotations
+
+import os
+import socket
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+from pathlib import Path
+from typing import Any, cast
+
+import pytest
+import trio
+import trio.testing
+
+from refault.daemon import migration as migration_module
+from refault.daemon.address import Address
+from refault.daemon.monitor import Forward, Monitor, QemuInfo, WatchedCommand
+from refault.daemon.options import RunOptions
+from refault.daemon.vm import Vm
+
+OK = b'{"return": {}}'
+
+
+class Qemu:
+    """A monitor whose QEMU says what it is told to."""
+
+    def __init__(self, pid: int | None) -> None:
+        self.qemu = QemuInfo(pid, 0, "10.0.0", (10, 0, 0), "", True)
+        self.says: dict[str, object] = {"query-migrate-capabilities": []}
+
+    async def execute(self, command: str, *_: object, **__: object) -> object:
+        await trio.lowlevel.checkpoint()
+        return self.says.get(command, {})
+
+
+@asynccontextmanager
+async def fronted(directory: Path, pid: int | None = os.getpid()) -> AsyncIterator[tuple[Qemu, Vm]]:
+    address = Address(str(directory / "qemu"))
+    vm = Vm(RunOptions("vm", address, (address,), "auto", (), None, None, directory / "control", directory))
+    qemu = Qemu(pid)
+    vm.monitor = vm.state.monitor = cast(Monitor, qemu)
+    async with trio.open_nursery() as nursery:
+        await nursery.start(vm.state.run)
+        await vm._on_connect(qemu.qemu)
+        await trio.testing.wait_all_tasks_blocked()
+        yield qemu, vm
+        if vm.migration is not None:
+            vm.migration.close()
+        nursery.cancel_scope.cancel()
+
+
+def migrate(uri: str) -> WatchedCommand:
+    return WatchedCommand("migrate", False, {"uri": uri}, None, 1)
+
+
+def answer(verdict: object, reply: bytes) -> None:
+    assert isinstance(verdict, Forward)
+    assert verdict.on_reply is not None
+    verdict.on_reply(reply)
+
+
+async def test_a_second_migrate_does_the_first_no_harm(tmp_path: Path) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as far:
+        uri = f"tcp:127.0.0.1:{far.getsockname()[1]}"
+        async with fronted(tmp_path) as (qemu, vm):
+            verdicts: list[Any] = []
+
+            async def again() -> None:
+                verdicts.append(await vm._migrate(migrate(uri)))
+
+            first = await vm._migrate(migrate(uri))
+            async with trio.open_nursery() as nursery:
+                nursery.start_soon(again)
+                await trio.testing.wait_all_tasks_blocked(0.05)
+                qemu.says["query-migrate"] = {"status": "active"}
+                answer(first, OK)
+            assert verdicts == [Forward()]  # QEMU says that one is under way
+            assert vm.migration is not None
+            assert vm.migration.channels is not None
+            assert vm.migration.under_way
+            assert vm.state.record() is not None
+
+
+async def test_a_migration_for_which_no_relay_can_be_made_is_recovered_all_the_same(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def short(*_: object, **__: object) -> None:
+        raise OSError("Too many open files")
+
+    monkeypatch.setattr(migration_module, "Relay", short)
+    async with fronted(tmp_path) as (_, vm):
+        answer(await vm._migrate(migrate("tcp:127.0.0.1:1")), OK)
+        assert vm.migration is not None
+        assert vm.migration.under_way
+        assert "Too many" in str(vm.migration.relay_reason)
