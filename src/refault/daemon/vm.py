@@ -39,11 +39,9 @@ from refault.migration.versions import abilities
 
 log = logging.getLogger("refault.vm")
 
-_UNDER_WAY = frozenset(
+_BEFORE_POSTCOPY = frozenset({"setup", "wait-unplug", "active", "pre-switchover", "device"})
+_UNDER_WAY = _BEFORE_POSTCOPY | frozenset(
     {
-        "setup",
-        "active",
-        "device",
         "postcopy-device",
         "postcopy-active",
         "postcopy-paused",
@@ -246,6 +244,8 @@ class Vm:
 
     def _on_event(self, name: str, data: Mapping[str, object]) -> None:
         status = data.get("status")
+        if name == "MIGRATION":
+            self._meet_unseen(status)
         if self.migration is None:
             return
         if name == "MIGRATION" and isinstance(status, str):
@@ -255,16 +255,33 @@ class Vm:
         if name == "STOP" and self.migration is not None:
             self.migration.on_stop()
 
+    def _meet_unseen(self, status: object) -> None:
+        """Takes over what no client's command set up here: `-incoming`, or `human-monitor-command`."""
+        set_up = self.migration is not None and not self.migration.settled.is_set()
+        info = self.monitor.qemu
+        if info is not None and status in _UNDER_WAY - {"setup"} and not (set_up or self._under_way):
+            self.state.start_soon(self._meet, info)
+
     async def _on_connect(self, info: QemuInfo) -> None:
-        same = self._last_info is not None and self._last_info.pid == info.pid and info.pid is not None
+        same = self._last_info is not None and self._last_info.pid == info.pid
         self._last_info = info
         self.state.qemu_pid = info.pid
         if self.migration is not None and self.migration.under_way:
-            if same:
+            if same and (info.pid is not None or await self._knows_of_it()):
                 self.migration.look_soon()
                 return
             self.migration.feed(Event.QEMU_GONE)
         self.state.start_soon(self._meet, info)
+
+    async def _knows_of_it(self) -> bool:
+        """Whether a QEMU whose process is not seen, its monitor on TCP, is the one of the migration."""
+        while True:
+            try:
+                status = (await self.state.query("query-migrate")).get("status")
+            except (QmpError, trio.TooSlowError):
+                await trio.sleep(MEET_LONGEST_PAUSE)  # as a destination's that waits for a page
+            else:
+                return status not in (None, "none")
 
     def _on_disconnect(self) -> None:
         if self.migration is not None:
@@ -276,6 +293,8 @@ class Vm:
     async def _follow_end(self, migration: Migration | None) -> None:
         """A QEMU that ends closes its monitor first, and the migration ends with the process."""
         pid = self.state.qemu_pid
+        if pid is None:
+            return  # it shows when there is a monitor again
         started = process_started(pid)
         expected = trio.current_time() + QUIT_PATIENCE
         while started is not None and process_started(pid) == started:
@@ -344,7 +363,7 @@ class Vm:
         failed = status in ("failing", "failed") and record is not None and record.role is Role.SOURCE
         if not isinstance(status, str) or (status not in _UNDER_WAY and not failed):
             return
-        if record is not None and status in ("setup", "active", "device"):
+        if record is not None and status in _BEFORE_POSTCOPY:
             # Postcopy has not begun: if that is on record it was an earlier one's.
             record = msgspec.structs.replace(record, postcopy=False, kept=())
         is_source = record.role is Role.SOURCE if record else "ram" in reply

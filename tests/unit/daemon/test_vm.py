@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import socket
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Mapping
 from contextlib import asynccontextmanager
 from pathlib import Path
 from typing import Any, cast
@@ -18,6 +18,7 @@ from refault.daemon.address import Address
 from refault.daemon.monitor import Forward, Monitor, QemuInfo, WatchedCommand
 from refault.daemon.options import RunOptions
 from refault.daemon.vm import Vm
+from refault.migration.recovery import State
 
 OK = b'{"return": {}}'
 
@@ -94,3 +95,44 @@ async def test_a_migration_for_which_no_relay_can_be_made_is_recovered_all_the_s
         assert vm.migration is not None
         assert vm.migration.under_way
         assert "Too many" in str(vm.migration.relay_reason)
+
+
+@pytest.mark.parametrize("status", ["wait-unplug", "pre-switchover"])
+async def test_a_source_is_met_wherever_it_is_before_postcopy(tmp_path: Path, status: str) -> None:
+    async with fronted(tmp_path) as (qemu, vm):
+        qemu.says["query-migrate"] = {"status": status, "ram": {}}
+        await vm._on_connect(qemu.qemu)
+        await trio.testing.wait_all_tasks_blocked()
+        assert vm.migration is not None
+        vm._on_event("MIGRATION", {"status": "postcopy-active"})
+        vm._on_event("MIGRATION", {"status": "postcopy-paused"})
+        assert vm.migration.policy.state is State.ATTEMPTING
+
+
+@pytest.mark.parametrize("is_source", [True, False])
+async def test_what_was_begun_unseen_is_recovered(tmp_path: Path, is_source: bool) -> None:
+    """By human-monitor-command, or by -incoming."""
+    reply: Mapping[str, object] = {"ram": {}} if is_source else {}
+    async with fronted(tmp_path) as (qemu, vm):
+        for status in ("setup", "active", "postcopy-active", "postcopy-paused"):
+            qemu.says["query-migrate"] = {**reply, "status": status}
+            vm._on_event("MIGRATION", {"status": status})
+            await trio.testing.wait_all_tasks_blocked()
+        assert vm.migration is not None
+        assert vm.state.counters.losses == 1
+        assert vm.migration.role == ("source" if is_source else "destination")
+
+
+@pytest.mark.parametrize("knows", [True, False])
+async def test_a_monitor_on_tcp_that_is_lost_for_a_moment_is_no_end(tmp_path: Path, knows: bool) -> None:
+    async with fronted(tmp_path, pid=None) as (qemu, vm):
+        answer(await vm._migrate(migrate("tcp:127.0.0.1:1")), OK)
+        vm._on_disconnect()
+        await trio.testing.wait_all_tasks_blocked()
+        first = vm.migration
+        assert first is not None
+        assert first.under_way
+        qemu.says["query-migrate"] = {"status": "postcopy-active", "ram": {}} if knows else {}
+        await vm._on_connect(qemu.qemu)
+        await trio.testing.wait_all_tasks_blocked()
+        assert first.under_way is knows
