@@ -333,6 +333,8 @@ class Migration:
             reclaimed = self.policy.state is State.RECLAIMING
             after = self.postcopy_began and self.role is Role.SOURCE and not reclaimed
             self.feed(Event.FAILED_AFTER_POSTCOPY if after else Event.FAILED)
+        elif status == "postcopy-active" and self.channels is None:
+            self.feed(Event.ACTIVE_UNRELAYED)
         elif status in _STATUS_EVENTS:
             self.feed(_STATUS_EVENTS[status])
 

@@ -15,6 +15,7 @@ from refault.daemon.userfaultfd import waiting
 from refault.daemon.vm_state import QUERY_TIMEOUT
 from refault.migration.phase import Role
 from refault.migration.stall import StallDetector
+from refault.migration.versions import abilities
 
 if TYPE_CHECKING:
     from refault.daemon.migration import Migration
@@ -29,15 +30,31 @@ async def watch(migration: Migration) -> None:
     """Looks until cancelled."""
     stall_after = migration.vm.patience.stall_after
     detector = StallDetector(stall_after)
+    handshake, patience = StallDetector(stall_after), stall_after
     while True:
         await trio.sleep(stall_after / _LOOKS)
+        if handshake.stalls(trio.current_time(), None, work_left=_in_handshake(migration)):
+            await _pause(migration, patience)
+            patience *= 2
+            handshake = StallDetector(patience)
         if not migration.under_way or migration.status != "postcopy-active":
             detector = StallDetector(stall_after)
             continue
+        handshake, patience = StallDetector(stall_after), stall_after
         look = _source if migration.role is Role.SOURCE else _destination
         seen = await look(migration)
         if seen is not None and detector.stalls(trio.current_time(), seen[0], work_left=seen[1]):
-            await _pause(migration)
+            await _pause(migration, stall_after)
+
+
+def _in_handshake(migration: Migration) -> bool:
+    """Whether it is in a recovery handshake that QEMU can be brought out of.
+
+    What passes in it QEMU does not count, so time alone tells; a large guest's may take longer, and is given
+    twice as much each time.
+    """
+    leaves = abilities(migration.vm.version).pauses_again_in_handshake
+    return leaves and migration.under_way and migration.status == "postcopy-recover"
 
 
 async def _source(migration: Migration) -> tuple[Hashable, bool] | None:
@@ -72,12 +89,12 @@ def _resident_pages(pid: int | None) -> int:
     return int(Path(f"/proc/{pid}/statm").read_text().split()[1])
 
 
-async def _pause(migration: Migration) -> None:
+async def _pause(migration: Migration, seconds: float) -> None:
     log.warning(
         "%s: postcopy has not moved for %g s though the %s waits for it: pausing it, to recover it; is the"
         " network to the other host silent?",
         migration.name,
-        migration.vm.patience.stall_after,
+        seconds,
         migration.role,
         extra=migration.attempts.repeats("stalls"),
     )

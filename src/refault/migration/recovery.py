@@ -50,6 +50,7 @@ class Event(enum.Enum):
     PAUSED = "QEMU says postcopy-paused"
     RECOVERING = "QEMU says postcopy-recover or postcopy-recover-setup"
     ACTIVE = "QEMU says postcopy-active"
+    ACTIVE_UNRELAYED = "so too, without a relay: nothing but QEMU's pause was the loss, so it is over"
     RESUME_ACKNOWLEDGED = "RESUME_ACK has passed the relay"
     NOT_YET = "the attempt found QEMU not paused yet"
     ISSUED = "QEMU took the attempt's command"
@@ -155,6 +156,10 @@ TABLE: dict[tuple[State, Event], tuple[State, tuple[Action, ...]]] = {
     (S.GIVEN_UP, E.ACTIVE): (S.RUNNING, _RECOVERED),
     (S.GIVEN_UP, E.RESUME_ACKNOWLEDGED): (S.RUNNING, _RECOVERED),
 }
+
+# Whatever became of refault's own attempts, as where QEMU still waits for the source after one was given up.
+for _state in (S.WAITING, S.ATTEMPTING, S.OPEN, S.HANDSHAKE, S.BY_CLIENT, S.GIVEN_UP):
+    TABLE[_state, E.ACTIVE_UNRELAYED] = (S.RUNNING, _RECOVERED)
 
 # The attempt under way runs to its end, for QEMU may have its command.
 for _state in (S.WAITING, S.ATTEMPTING, S.OPEN, S.HANDSHAKE, S.YIELDED, S.BY_CLIENT):

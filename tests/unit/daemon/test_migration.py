@@ -51,6 +51,16 @@ def test_what_has_ended_writes_nothing_down(migration: Migration) -> None:
     assert migration.vm.state_file.load(os.getpid()) is None
 
 
+async def test_a_recovery_that_refault_gave_up_and_qemu_did_not_is_one(migration: Migration) -> None:
+    """As where QEMU 7.2 goes on to wait for the source: no further attempt is taken, and none is needed."""
+    for event in (Event.PAUSED, Event.ISSUED, Event.ATTEMPT_FAILED):
+        migration.feed(event)
+    migration.on_status("postcopy-recover")
+    migration.on_status("postcopy-active")
+    assert migration.policy.state is State.RUNNING
+    assert migration.counters.recoveries == 1
+
+
 @pytest.mark.parametrize("loss", [Event.CHANNEL_LOST, Event.PAUSED])
 async def test_a_loss_that_is_seen_before_the_answer_to_a_clients_pause_is_the_clients(
     migration: Migration, loss: Event
