@@ -126,11 +126,15 @@ class Destination:
         endpoint = endpoint_of(command.arguments)
         migration.feed(Event.CLIENT_RECOVERS)
         await migration.attempts.over()
-        if migration.channels is None or not isinstance(endpoint, Inet):
+        if migration.channels is None:
+            return Forward(on_reply=migration.watch_move(endpoint))
+        if not isinstance(endpoint, Inet):
             return Forward(on_reply=migration.watch_recovery)
         try:
             if endpoint not in (listener.endpoint for listener in self._listeners):
                 await self._bind(endpoint)
+                migration.addresses.add(endpoint)
+                migration.remember()
         except OSError as error:
             migration.feed(Event.ATTEMPT_FAILED)
             return Answer(error=("GenericError", f"Failed to listen on {endpoint.uri}: {error}"))

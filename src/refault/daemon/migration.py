@@ -23,7 +23,7 @@ from refault.daemon.monitor import Answer, Forward, MonitorLost, QmpError, Watch
 from refault.daemon.state_file import MigrationRecord, process_started
 from refault.daemon.vm_state import VmState
 from refault.migration.addresses import Addresses
-from refault.migration.endpoint import Endpoint, Inet
+from refault.migration.endpoint import Endpoint, Inet, parse_uri
 from refault.migration.legs import UNTIL_LOADED, waits_for_pong
 from refault.migration.phase import Phase, Role
 from refault.migration.recovery import Event, Recovery, State
@@ -37,6 +37,8 @@ STATUS_INTERVAL_UNRELAYED = 0.1
 the relay cannot read what passes."""
 COMPLETION_INTERVAL = 0.05
 NO_MIGRATION = "no migration yet"
+_GOOD_FOR_ONE = ("fd:", "[")
+"""How addresses begin at which no other channel can be made: a descriptor, `channels` that no URI says."""
 
 _STATUS_EVENTS = {
     "postcopy-paused": Event.PAUSED,
@@ -175,6 +177,8 @@ class Migration:
         if met is not None:
             self.postcopy_began = met.postcopy
             self.kept_before = met.kept
+            for uri in met.further:
+                self.addresses.add(parse_uri(uri))
         if reason is not None:
             self._unrelayed(reason)
             return
@@ -227,6 +231,7 @@ class Migration:
             generation=self._generation,
             preempt=self.lanes.preempt,
             postcopy=self.postcopy_began,
+            further=tuple(endpoint.uri for endpoint in self.addresses.added),
             kept=(*self.kept_before, *(self.channels.kept.names if self.channels is not None else ())),
         )
 
@@ -252,6 +257,20 @@ class Migration:
             self.client_pauses = False
             event = Event.CLIENT_PAUSED
         self.attempts.feed(event)
+
+    def watch_move(self, endpoint: Endpoint | None) -> Callable[[bytes], bytes]:
+        """What hears QEMU's reply to a client's recovery, unrelayed, at an address that may be another."""
+
+        def watch(reply: bytes) -> bytes:
+            if is_error(reply):
+                self.feed(Event.ATTEMPT_FAILED)
+            elif endpoint is not None and not endpoint.uri.startswith(_GOOD_FOR_ONE):
+                self.addresses.moved(endpoint)
+                self._remembers = True
+                self.remember()
+            return reply
+
+        return watch
 
     def ended(self) -> None:
         """Clears what stood ready for it. The relay stays, for its counts and for a leg still open."""

@@ -213,7 +213,9 @@ class Source:
             return Forward()  # our attempt had its channel already, and that stands
         endpoint = endpoint_of(command.arguments)
         channels = migration.channels
-        if channels is None or not isinstance(endpoint, Inet):
+        if channels is None:
+            return Forward(on_reply=migration.watch_move(endpoint))
+        if not isinstance(endpoint, Inet):
             return Forward(on_reply=migration.watch_recovery)
         try:
             uri = await self._join(channels, [endpoint], recovered=True)
@@ -230,6 +232,7 @@ class Source:
                 self._not_taken(channels, channel)
             elif channels.channel == channel:
                 channels.answered()
+                migration.remember()
             return migration.watch_recovery(reply)
 
         return Forward(with_uri(command.arguments, uri), on_reply=watch)

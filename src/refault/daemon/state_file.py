@@ -29,6 +29,8 @@ class MigrationRecord(msgspec.Struct, frozen=True, kw_only=True):
     """Of all migrations of this process, which one: the page map's file is of the same."""
     postcopy: bool = False
     """Whether QEMU has said that postcopy had begun."""
+    further: tuple[str, ...] = ()
+    """The addresses at which a client had a destination recovered, beside `uri`."""
     kept: tuple[str, ...] = ()
     """The names by which QEMU holds our ends of its legs (kept_ends.py)."""
 

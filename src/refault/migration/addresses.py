@@ -13,6 +13,8 @@ class Addresses:
     def __init__(self, first: Endpoint | None, alternatives: Iterable[Endpoint]) -> None:
         self.first = first
         self._alternatives = tuple(alternatives)
+        self.added: tuple[Endpoint, ...] = ()
+        """Those of the alternatives that clients named."""
         self._last: Endpoint | None = first
         self._next = 0
 
@@ -20,6 +22,12 @@ class Addresses:
     def alternatives(self) -> list[Endpoint]:
         """Those that are not the first."""
         return [endpoint for endpoint in dict.fromkeys(self._alternatives) if endpoint != self.first]
+
+    def add(self, endpoint: Endpoint) -> None:
+        """One more, that a client named."""
+        if endpoint not in (self.first, *self._alternatives):
+            self._alternatives += (endpoint,)
+            self.added += (endpoint,)
 
     @property
     def last(self) -> Endpoint | None:

@@ -21,7 +21,7 @@ from refault.daemon.far import FarListener
 from refault.daemon.far_dial import connect
 from refault.daemon.migration import Migration
 from refault.daemon.monitor import Forward, Monitor, MonitorLost, QemuInfo, QmpError, WatchedCommand
-from refault.daemon.state_file import StateFile
+from refault.daemon.state_file import MigrationRecord, StateFile
 from refault.daemon.vm_state import VmState
 from refault.migration.endpoint import Inet
 
@@ -66,7 +66,10 @@ class Qemu:
 
 @asynccontextmanager
 async def destination(
-    directory: Path, endpoint: Inet | None = None, recover_uris: Sequence[str] = ()
+    directory: Path,
+    endpoint: Inet | None = None,
+    recover_uris: Sequence[str] = (),
+    met: MigrationRecord | None = None,
 ) -> AsyncIterator[tuple[Qemu, VmState, Destination]]:
     qemu = Qemu()
     vm = VmState(
@@ -77,7 +80,7 @@ async def destination(
         state_file=StateFile(directory, "vm"),
     )
     migration = Migration(vm, Destination, endpoint)
-    migration.begin(None)
+    migration.begin(None, met)
     procedure = migration.procedure
     assert isinstance(procedure, Destination)
     try:
@@ -174,6 +177,20 @@ async def test_the_alternatives_are_bound_with_the_address_as_far_as_they_can_be
     ] == uris[:2]
     taken.close()
     (await FarListener.bind(free.endpoint)).close()  # free again when the migration has ended
+
+
+async def test_where_a_client_recovered_the_next_refault_listens_too(tmp_path: Path) -> None:
+    free = await FarListener.bind(Inet("127.0.0.1", 0))
+    free.close()
+    command = WatchedCommand("migrate-recover", True, {"uri": free.endpoint.uri}, None, 1)
+    async with destination(tmp_path, Inet("127.0.0.1", 0)) as (_, vm, procedure):
+        procedure._migration.accepted()
+        await procedure.migrate_recover(command)
+        record = vm.state_file.load(None)
+    assert record is not None
+    async with destination(tmp_path, Inet("127.0.0.1", 0), met=record) as (_, _, procedure):
+        await procedure.adopt(Inet("127.0.0.1", 0))
+        (await connect(free.endpoint, 5)).close()
 
 
 @pytest.mark.parametrize("recovered", [False, True])

@@ -9,8 +9,11 @@ from typing import Any, cast
 
 import pytest
 
+from refault.daemon.destination import Destination
 from refault.daemon.migration import Migration
+from refault.daemon.monitor import Forward, WatchedCommand
 from refault.daemon.options import Patience
+from refault.daemon.source import Source
 from refault.daemon.state_file import StateFile
 from refault.daemon.vm_state import Counters
 from refault.migration.endpoint import Inet
@@ -49,6 +52,26 @@ def test_what_has_ended_writes_nothing_down(migration: Migration) -> None:
     migration.feed(Event.FAILED)
     migration.remember()
     assert migration.vm.state_file.load(os.getpid()) is None
+
+
+@pytest.mark.parametrize("role", [Source, Destination])
+async def test_without_a_relay_the_next_recovery_goes_where_a_client_recovered(
+    migration: Migration, role: type[Source] | type[Destination]
+) -> None:
+    migration.procedure = procedure = role(migration)
+    for uri, taken in (("unix:/run/new", True), ("unix:/run/refused", False), ("fd:once", True)):
+        command = WatchedCommand("", False, {"uri": uri}, None, 1)
+        if isinstance(procedure, Source):
+            verdict = await procedure.client_resumes(command)
+        else:
+            verdict = await procedure.migrate_recover(command)
+        assert isinstance(verdict, Forward)
+        assert verdict.on_reply is not None
+        verdict.on_reply(b'{"return": {}}' if taken else b'{"error": {}}')
+    assert [endpoint.uri for endpoint in migration.addresses.order()] == ["unix:/run/new"]
+    record = migration.vm.state_file.load(os.getpid())
+    assert record is not None
+    assert record.uri == "unix:/run/new"
 
 
 async def test_a_recovery_that_refault_gave_up_and_qemu_did_not_is_one(migration: Migration) -> None:
