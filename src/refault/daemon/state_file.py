@@ -92,6 +92,9 @@ class StateFile:
         return record
 
     def remove(self) -> None:
-        """The migration has ended."""
-        self._path.unlink(missing_ok=True)
-        self.pages.remove()
+        """The migration has ended. What cannot be removed does no harm, for it names a process."""
+        try:
+            self._path.unlink(missing_ok=True)
+            self.pages.remove()
+        except OSError as error:
+            log.warning("%s: cannot remove %s: %s", self._vm, self._path, error)

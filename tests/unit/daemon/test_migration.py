@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 from pathlib import Path
 from types import SimpleNamespace
@@ -82,6 +83,18 @@ async def test_a_recovery_that_refault_gave_up_and_qemu_did_not_is_one(migration
     migration.on_status("postcopy-active")
     assert migration.policy.state is State.RUNNING
     assert migration.counters.recoveries == 1
+
+
+def test_a_record_that_cannot_be_removed_stands_in_nobodys_way(
+    migration: Migration, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def read_only(*_: object, **__: object) -> None:
+        raise OSError(errno.EROFS, "Read-only file system")
+
+    monkeypatch.setattr(Path, "unlink", read_only)
+    assert migration.vm.state_file.load(1) is None  # the record of another QEMU
+    migration.feed(Event.FAILED)
+    assert migration.policy.state is State.ENDED
 
 
 @pytest.mark.parametrize("loss", [Event.CHANNEL_LOST, Event.PAUSED])
