@@ -56,6 +56,9 @@ class Source:
         if migration.channels is not None:
             try:
                 endpoint = inet_of(migration.endpoint)
+                if await self._is_blocked():
+                    await migration.go_unrelayed("QEMU does not migrate this guest now")
+                    return Forward(on_reply=self._watch_reply)
                 if await self._may_receive_unsent():
                     migration.channels.relay.trust_bitmaps()
                 uri = await self._join(migration.channels, [endpoint], recovered=False)
@@ -68,6 +71,12 @@ class Source:
             else:
                 return Forward(with_uri(command.arguments, uri), on_reply=self._watch_reply)
         return Forward(on_reply=self._watch_reply)
+
+    async def _is_blocked(self) -> bool:
+        """Whether QEMU will refuse the command; a destination without a refault ends with a connection on
+        which nothing comes, so none is made then."""
+        reply = await self._migration.vm.query("query-migrate")
+        return bool(reply.get("blocked-reasons") or reply.get("blocked"))  # since 6.0, and before
 
     async def _may_receive_unsent(self) -> bool:
         """Whether the destination may rightly have pages that were never sent (cext/tracker.h)."""

@@ -83,6 +83,19 @@ async def test_a_second_migrate_does_the_first_no_harm(tmp_path: Path) -> None:
             assert vm.state.record() is not None
 
 
+async def test_a_migrate_that_qemu_will_refuse_does_not_reach_the_other_host(tmp_path: Path) -> None:
+    """A bare QEMU that listens there ends with a connection on which nothing comes."""
+    with socket.create_server(("127.0.0.1", 0)) as far:
+        far.setblocking(False)
+        async with fronted(tmp_path) as (qemu, vm):
+            qemu.says["query-migrate"] = {"blocked-reasons": ["non-migratable device: nvme"]}
+            verdict = await vm._migrate(migrate(f"tcp:127.0.0.1:{far.getsockname()[1]}"))
+            assert isinstance(verdict, Forward)
+            assert verdict.arguments is None
+        with pytest.raises(BlockingIOError):
+            far.accept()
+
+
 async def test_a_migration_for_which_no_relay_can_be_made_is_recovered_all_the_same(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
