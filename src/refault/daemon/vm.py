@@ -286,6 +286,7 @@ class Vm:
     def _on_disconnect(self) -> None:
         if self.migration is not None:
             self.migration.settled.set()  # what QEMU had not answered it never does
+            self.migration.client_pauses = False
         if self.stopping:
             return
         self.state.start_soon(self._follow_end, self.migration)

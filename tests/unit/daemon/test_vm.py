@@ -149,3 +149,14 @@ async def test_a_monitor_on_tcp_that_is_lost_for_a_moment_is_no_end(tmp_path: Pa
         await vm._on_connect(qemu.qemu)
         await trio.testing.wait_all_tasks_blocked()
         assert first.under_way is knows
+
+
+async def test_a_clients_pause_that_is_never_answered_delays_no_recovery(tmp_path: Path) -> None:
+    async with fronted(tmp_path) as (qemu, vm):
+        answer(await vm._migrate(migrate("unix:/run/x")), OK)
+        await vm._migrate_pause(WatchedCommand("migrate-pause", True, {}, None, 1))
+        vm._on_disconnect()
+        await vm._on_connect(qemu.qemu)
+        vm._on_event("MIGRATION", {"status": "postcopy-paused"})
+        assert vm.migration is not None
+        assert vm.migration.policy.state is State.ATTEMPTING
