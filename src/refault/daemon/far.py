@@ -10,7 +10,7 @@ from collections.abc import Awaitable, Callable, Collection
 
 import trio
 
-from refault.daemon.far_socket import alive, detached, peek
+from refault.daemon.far_socket import alive, detached, growing_pauses, peek
 from refault.daemon.waiting_room import WaitingRoom
 from refault.migration.endpoint import Inet
 from refault.migration.messages import Kind, classify, recv_bitmaps
@@ -32,6 +32,7 @@ async def asks_for(connection: trio.socket.SocketType, blocks: Collection[bytes]
     answer (migration/ram.c, ram_dirty_bitmap_sync_all).
     """
     missing = set(blocks)
+    pauses = growing_pauses()
     while alive(connection):
         begun = await connection.recv((len(missing) + 1) * LONGEST_REQUEST, socket.MSG_PEEK)
         names, ended = recv_bitmaps(begun)
@@ -39,7 +40,7 @@ async def asks_for(connection: trio.socket.SocketType, blocks: Collection[bytes]
             return True
         if ended or len(begun) == (len(missing) + 1) * LONGEST_REQUEST:
             return False
-        await trio.sleep(0.001)
+        await trio.sleep(next(pauses))
     return False
 
 

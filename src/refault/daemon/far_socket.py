@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import socket
+from collections.abc import Iterator
 
 import trio
 
@@ -29,8 +30,18 @@ def detached(connection: trio.socket.SocketType) -> trio.socket.SocketType:
     return trio.socket.from_stdlib_socket(socket.socket(fileno=connection.detach()))
 
 
+def growing_pauses() -> Iterator[float]:
+    """Seconds to wait for the rest of what has begun to come: short ones at first, for it mostly follows at
+    once, and no more than a few in a second where it does not."""
+    pause = 0.001
+    while True:
+        yield pause
+        pause = min(pause * 2, 0.25)
+
+
 async def peek(connection: trio.socket.SocketType) -> bytes:
     """The first 4 bytes, not consumed; fewer where the peer goes away before."""
+    pauses = growing_pauses()
     while True:
         try:
             first = await connection.recv(FIRST_BYTES, socket.MSG_PEEK)
@@ -38,4 +49,4 @@ async def peek(connection: trio.socket.SocketType) -> bytes:
             return b""
         if len(first) in (0, FIRST_BYTES) or not alive(connection):
             return first
-        await trio.sleep(0.001)  # the rest of four bytes is on its way
+        await trio.sleep(next(pauses))  # the rest of four bytes is on its way

@@ -4,14 +4,16 @@ import contextlib
 import errno
 import socket
 import struct
+from typing import Any, cast
 
 import pytest
 import trio
+import trio.testing
 
 from refault.daemon import far, waiting_room
 from refault.daemon.far import FarListener
 from refault.daemon.far_dial import connect
-from refault.daemon.far_socket import alive
+from refault.daemon.far_socket import alive, peek
 from refault.daemon.waiting_room import WaitingRoom
 from refault.migration.endpoint import Inet
 from refault.migration.messages import Kind, classify
@@ -111,6 +113,30 @@ async def test_a_crowd_that_says_nothing_takes_nobodys_place(
     assert door.offered == [(Kind.RESUMED, RECOVERED)]
     for stranger in (*crowd, source):
         await stranger.aclose()
+
+
+async def test_one_that_begins_and_says_no_more_is_looked_at_now_and_then(
+    autojump_clock: trio.testing.MockClock,
+) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as listening:
+        ours = socket.create_connection(listening.getsockname())
+        theirs, _ = listening.accept()
+    ours.sendall(b"Q")
+    looks = 0
+
+    class Counted:
+        async def recv(self, *_: int) -> bytes:
+            nonlocal looks
+            looks += 1
+            return b"Q"
+
+        getsockopt = theirs.getsockopt
+
+    with trio.move_on_after(10):
+        await peek(cast(Any, Counted()))
+    assert looks < 100
+    ours.close()
+    theirs.close()
 
 
 async def test_connections_that_break_at_once_stop_nobody(nursery: trio.Nursery) -> None:
