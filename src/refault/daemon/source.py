@@ -340,7 +340,11 @@ class Source:
         except OSError as error:
             raise AttemptFailed(f"{error} ({UNRELAYED_ADVICE})") from None
         with connection:
-            name = await hand_connection(vm.monitor, connection.fileno())
+            try:
+                name = await hand_connection(vm.monitor, connection.fileno())
+            except BaseException:
+                vm.start_soon(outlast, connection.dup())  # who listens there may not survive its end
+                raise
             await self._resume(f"fd:{name}")
 
     async def _takes_connection(self) -> bool:

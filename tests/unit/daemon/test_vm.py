@@ -15,9 +15,10 @@ import trio.testing
 
 from refault.daemon import migration as migration_module
 from refault.daemon.address import Address
-from refault.daemon.monitor import Forward, Monitor, QemuInfo, WatchedCommand
+from refault.daemon.monitor import Forward, Monitor, MonitorLost, QemuInfo, WatchedCommand
 from refault.daemon.options import RunOptions
 from refault.daemon.vm import Vm
+from refault.migration.endpoint import Inet
 from refault.migration.recovery import State
 
 OK = b'{"return": {}}'
@@ -32,7 +33,10 @@ class Qemu:
 
     async def execute(self, command: str, *_: object, **__: object) -> object:
         await trio.lowlevel.checkpoint()
-        return self.says.get(command, {})
+        said = self.says.get(command, {})
+        if isinstance(said, Exception):
+            raise said
+        return said
 
 
 @asynccontextmanager
@@ -94,6 +98,27 @@ async def test_a_migrate_that_qemu_will_refuse_does_not_reach_the_other_host(tmp
             assert verdict.arguments is None
         with pytest.raises(BlockingIOError):
             far.accept()
+
+
+async def test_a_connection_for_an_unrelayed_recovery_outlasts_a_monitor_that_is_lost(tmp_path: Path) -> None:
+    """QEMU 7.2 that listens for it is killed by a connection that ends."""
+    with socket.create_server(("127.0.0.1", 0)) as far:
+        async with fronted(tmp_path) as (qemu, vm):
+            qemu.qemu = QemuInfo(os.getpid(), 0, "7.2.0", (7, 2, 0), "", True)
+            answer(await vm._migrate(migrate(f"tcp:127.0.0.1:{far.getsockname()[1]},ipv4=on")), OK)
+            assert vm.migration is not None
+            vm.migration.addresses.moved(Inet("127.0.0.1", far.getsockname()[1]))
+            qemu.says["query-migrate"] = {"status": "postcopy-paused"}
+            qemu.says["getfd"] = MonitorLost("the monitor was lost")
+            vm._on_event("MIGRATION", {"status": "postcopy-paused"})
+            with trio.fail_after(5):
+                while vm.state.counters.last_error is None:
+                    await trio.sleep(0.01)
+            there, _ = far.accept()
+            there.setblocking(False)
+            with pytest.raises(BlockingIOError):
+                there.recv(1)
+            there.close()
 
 
 async def test_a_migration_for_which_no_relay_can_be_made_is_recovered_all_the_same(
