@@ -140,9 +140,11 @@ class Destination:
             return Answer(error=("GenericError", f"Failed to listen on {endpoint.uri}: {error}"))
         if self._doors.open is not None:
             return Answer(value={})  # QEMU waits already, and whoever comes to this address reaches it
-        if not self._doors.ready:
-            return Forward(on_reply=migration.watch_recovery)
-        door = await self._doors.next()
+        try:
+            door = await self._doors.next()
+        except (QmpError, trio.TooSlowError, OSError) as error:
+            migration.feed(Event.ATTEMPT_FAILED)  # QEMU could not listen there itself: the address is ours
+            return Answer(error=("GenericError", f"QEMU takes no descriptor: {words(error)}"))
         self._doors.told(door)
 
         def watch(reply: bytes) -> bytes:

@@ -56,11 +56,6 @@ class Doors:
             self._vm.sockets.make()
         return QemuListens(self._vm.sockets.path())
 
-    @property
-    def ready(self) -> bool:
-        """Whether the next one costs no in-band command."""
-        return self._lanes or not self._deposits.empty
-
     def told(self, door: Door) -> None:
         """QEMU is being told of it: should the reply never come, it may wait there all the same."""
         if door not in self._spare:

@@ -191,11 +191,6 @@ class Deposits:
                 return
             self._legs.append(leg)
 
-    @property
-    def empty(self) -> bool:
-        """Whether there is none left."""
-        return not self._legs
-
     def take(self) -> LocalLeg | None:
         """One that QEMU knows; None where there is none left."""
         return self._legs.popleft() if self._legs else None

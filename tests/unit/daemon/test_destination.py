@@ -96,6 +96,7 @@ async def destination(
 
 async def recover_by_hand(qemu: Qemu, procedure: Destination) -> tuple[str, Forward]:
     """A client's migrate-recover, and the name of QEMU's end that it is sent to QEMU with."""
+    procedure._migration.accepted()
     await procedure._doors._deposits.fill(cast(Monitor, qemu))
     forward = await procedure.migrate_recover(RECOVER)
     assert isinstance(forward, Forward)
@@ -177,6 +178,16 @@ async def test_the_alternatives_are_bound_with_the_address_as_far_as_they_can_be
     ] == uris[:2]
     taken.close()
     (await FarListener.bind(free.endpoint)).close()  # free again when the migration has ended
+
+
+async def test_a_clients_recover_for_which_nothing_was_laid_ahead(tmp_path: Path) -> None:
+    """As right after a restart of refault. QEMU cannot listen there itself: refault has the address."""
+    async with destination(tmp_path) as (qemu, _, procedure):
+        procedure._migration.accepted()
+        forward = await procedure.migrate_recover(RECOVER)
+        assert isinstance(forward, Forward)
+        assert forward.arguments is not None
+        assert str(forward.arguments["uri"]).removeprefix("fd:") in qemu.ends
 
 
 async def test_where_a_client_recovered_the_next_refault_listens_too(tmp_path: Path) -> None:
