@@ -122,6 +122,8 @@ class Destination:
     async def migrate_recover(self, command: WatchedCommand) -> Forward | Answer:
         """A client recovers by hand: our attempt makes way; refault binds its address where it is relayed."""
         migration = self._migration
+        if not migration.under_way:
+            return Forward()  # which QEMU refuses
         log.info("%s: a client recovers the destination by hand", migration.name)
         endpoint = endpoint_of(command.arguments)
         migration.feed(Event.CLIENT_RECOVERS)

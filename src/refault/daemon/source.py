@@ -211,6 +211,8 @@ class Source:
         if command.arguments.get("uri") == TAKE_BACK:
             why_not = decide(migration)
             return Answer(error=("GenericError", why_not)) if why_not else Answer()
+        if not migration.under_way:
+            return Forward()  # which QEMU refuses
         log.info("%s: a client recovers the source by hand", migration.name)
         state = migration.policy.state
         works = state in (State.RUNNING, State.GIVEN_UP) and migration.cost_of_stopping() is not None

@@ -190,6 +190,12 @@ async def test_a_clients_recover_for_which_nothing_was_laid_ahead(tmp_path: Path
         assert str(forward.arguments["uri"]).removeprefix("fd:") in qemu.ends
 
 
+async def test_a_recover_without_a_migration_is_left_to_qemu(tmp_path: Path) -> None:
+    async with destination(tmp_path) as (_, _, procedure):
+        assert await procedure.migrate_recover(RECOVER) == Forward()
+        assert not procedure._listeners
+
+
 async def test_where_a_client_recovered_the_next_refault_listens_too(tmp_path: Path) -> None:
     free = await FarListener.bind(Inet("127.0.0.1", 0))
     free.close()

@@ -100,6 +100,20 @@ async def test_a_migrate_that_qemu_will_refuse_does_not_reach_the_other_host(tmp
             far.accept()
 
 
+async def test_a_resume_without_a_migration_does_not_reach_the_other_host(tmp_path: Path) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as far:
+        uri = f"tcp:127.0.0.1:{far.getsockname()[1]}"
+        async with fronted(tmp_path) as (_, vm):
+            answer(await vm._migrate(migrate(uri)), OK)
+            far.accept()[0].close()
+            vm._on_event("MIGRATION", {"status": "failed"})
+            far.setblocking(False)
+            command = WatchedCommand("migrate", False, {"uri": uri, "resume": True}, None, 1)
+            assert await vm._migrate(command) == Forward()
+        with pytest.raises(BlockingIOError):
+            far.accept()
+
+
 async def test_a_connection_for_an_unrelayed_recovery_outlasts_a_monitor_that_is_lost(tmp_path: Path) -> None:
     """QEMU 7.2 that listens for it is killed by a connection that ends."""
     with socket.create_server(("127.0.0.1", 0)) as far:
