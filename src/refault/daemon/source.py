@@ -93,8 +93,9 @@ class Source:
         *,
         recovered: bool,
         course: trio.CancelScope | None = None,
+        asks: bool = False,
     ) -> str:
-        """Makes both legs and joins them, with a `course` only when there is an answer; the address at which
+        """Makes both legs and joins them, where it `asks` only when there is an answer; the address at which
         QEMU finds its end.
 
         Dialled last and joined at once: a connection to a QEMU that listens for a recovery must not be given
@@ -102,14 +103,16 @@ class Source:
         """
         patience = REDIAL_TIMEOUT if recovered else CONNECT_TIMEOUT
         if self._migration.lanes.count:
-            return await self._open(channels, endpoints, patience, recovered=recovered, course=course)
+            return await self._open(
+                channels, endpoints, patience, recovered=recovered, course=course, asks=asks
+            )
         monitor = self._migration.vm.monitor
         local = await hand_over(monitor, Role.SOURCE)
         try:
-            connection, endpoint = await connect_any(endpoints, patience)
+            connection, endpoint = await _dial(endpoints, patience, course)
             with connection:
                 self._migration.addresses.tried(endpoint)
-                if course is not None:
+                if course is not None and asks:
                     await self._ask(connection, endpoint, course)
                 channels.join(local, connection, recovered=recovered)
         except BaseException:
@@ -127,6 +130,7 @@ class Source:
         *,
         recovered: bool,
         course: trio.CancelScope | None,
+        asks: bool,
     ) -> str:
         """The same where QEMU opens more than one connection: at a private socket, as it comes to them.
 
@@ -145,11 +149,11 @@ class Source:
         listening = sockets.listen()
         connections: deque[trio.socket.SocketType] = deque()
         try:
-            connection, endpoint = await connect_any(endpoints, patience)
+            connection, endpoint = await _dial(endpoints, patience, course)
             connections.append(connection)
             if at_once:
                 connections.append((await connect_any([endpoint], patience))[0])
-            if course is not None:
+            if course is not None and asks:
                 await self._ask(connection, endpoint, course)
         except BaseException:
             listening.close()
@@ -282,7 +286,7 @@ class Source:
             else:
                 [endpoint] = addresses
                 migration.addresses.tried(endpoint)
-                await self._resume_unrelayed(endpoint)
+                await self._resume_unrelayed(endpoint, course)
         await migration.attempts.issued()
         await self._until_active()
 
@@ -308,7 +312,7 @@ class Source:
         # Under TLS nothing of ours can be said, and a handshake that nobody answers leaves QEMU paused.
         asks = not (abilities(vm.version).pauses_again_in_handshake or vm.encrypted)
         try:
-            uri = await self._join(channels, endpoints, recovered=True, course=course if asks else None)
+            uri = await self._join(channels, endpoints, recovered=True, course=course, asks=asks)
         except OSError as error:
             raise AttemptFailed(f"{error} ({DIAL_ADVICE})") from None
         channel = channels.channel
@@ -331,14 +335,14 @@ class Source:
                 raise AttemptFailed("QEMU took the command but did not connect")
         channels.answered()
 
-    async def _resume_unrelayed(self, endpoint: Endpoint) -> None:
+    async def _resume_unrelayed(self, endpoint: Endpoint, course: trio.CancelScope) -> None:
         """To an address, or, where QEMU does not tell of its dialling, over a connection made for it."""
         vm = self._migration.vm
         if not isinstance(endpoint, Inet) or not await self._takes_connection():
             await self._resume(endpoint.uri)
             return
         try:
-            connection, _ = await connect_any([endpoint], REDIAL_TIMEOUT)
+            connection, _ = await _dial([endpoint], REDIAL_TIMEOUT, course)
         except OSError as error:
             raise AttemptFailed(f"{error} ({UNRELAYED_ADVICE})") from None
         with connection:
@@ -443,3 +447,19 @@ class Source:
         if not str(status).startswith("postcopy-"):
             return Forward()
         return Answer(error=("GenericError", "Postcopy migration in progress, cannot cancel."))
+
+
+async def _dial(
+    endpoints: Sequence[Inet], seconds: float, course: trio.CancelScope | None
+) -> tuple[trio.socket.SocketType, Inet]:
+    """As connect_any; the shield of `course` is up only once there is a connection, which is not given up.
+
+    Before, an attempt can be cancelled: what comes to nothing then was never there (far_dial.py).
+    """
+    if course is None:
+        return await connect_any(endpoints, seconds)
+    course.shield = False
+    try:
+        return await connect_any(endpoints, seconds)
+    finally:
+        course.shield = True

@@ -19,7 +19,7 @@ from refault.daemon.monitor import Forward, Monitor, MonitorLost, QemuInfo, Watc
 from refault.daemon.options import RunOptions
 from refault.daemon.vm import Vm
 from refault.migration.endpoint import Inet
-from refault.migration.recovery import State
+from refault.migration.recovery import Event, State
 
 OK = b'{"return": {}}'
 
@@ -133,6 +133,34 @@ async def test_a_connection_for_an_unrelayed_recovery_outlasts_a_monitor_that_is
             with pytest.raises(BlockingIOError):
                 there.recv(1)
             there.close()
+
+
+@pytest.mark.parametrize("relayed", [True, False])
+async def test_an_attempt_that_is_cancelled_while_it_dials_makes_no_connection(
+    tmp_path: Path, relayed: bool
+) -> None:
+    """As when refault ends: its monitor is gone then, and who listens may not survive the connection."""
+    with socket.create_server(("127.0.0.1", 0), backlog=0) as far:
+        where = far.getsockname()
+        async with fronted(tmp_path) as (qemu, vm):
+            qemu.qemu = QemuInfo(os.getpid(), 0, "7.2.0", (7, 2, 0), "", True)
+            if not relayed:
+                qemu.says["query-migrate-capabilities"] = [{"capability": "release-ram", "state": True}]
+            answer(await vm._migrate(migrate(f"tcp:127.0.0.1:{where[1]}")), OK)
+            assert vm.migration is not None
+            assert (vm.migration.channels is not None) is relayed
+            qemu.says["query-migrate"] = {"status": "postcopy-paused"}
+            fillers = [socket.create_connection(where) for _ in range(1 - relayed)]  # the queue is full
+            vm.migration.attempts.feed(Event.PAUSED)
+            await trio.sleep(0.3)
+            vm.migration.attempts.cancel()
+            await trio.testing.wait_all_tasks_blocked()
+            far.settimeout(0)
+            for filler in (*fillers, far.accept()[0]):
+                filler.close()
+            await trio.sleep(1.2)  # a SYN that was still in the air would be sent again
+            with pytest.raises(BlockingIOError):
+                far.accept()
 
 
 async def test_a_migration_for_which_no_relay_can_be_made_is_recovered_all_the_same(
