@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import logging
 from collections import deque
 from collections.abc import Sequence
@@ -38,6 +39,9 @@ UNRELAYED_ADVICE = "look at the route and firewall to the other host, and whethe
 DIAL_ADVICE = "look whether refault runs for this VM on the other host, and at the route and firewall to it"
 HANDSHAKE_ADVICE = "look at refault and QEMU of this VM on the other host: whoever accepted says nothing"
 PAUSE_TOLD_WITHIN = 0.01
+_DIALS = (
+    "QEMU still dials for the recovery that it was told of last, and told of another would not survive both"
+)
 
 
 class Source:
@@ -49,6 +53,8 @@ class Source:
         self._migration = migration
         self._opening: Opening | None = None
         """The channel that QEMU opens, or opened last, where it has lanes."""
+        self._told_to_dial: tuple[float, int] | None = None
+        """When QEMU, unrelayed, was told last, and how many recoveries there had been."""
 
     async def set_up(self, command: WatchedCommand) -> Forward | Answer:
         """A client's `migrate`: joined to the relay where it can be, else passed as it came."""
@@ -218,12 +224,17 @@ class Source:
         if not migration.under_way:
             return Forward()  # which QEMU refuses
         log.info("%s: a client recovers the source by hand", migration.name)
+        if await self._dials():
+            return Answer(error=("GenericError", _DIALS))
         state = migration.policy.state
         works = state in (State.RUNNING, State.GIVEN_UP) and migration.cost_of_stopping() is not None
         if works or state in (State.OPEN, State.HANDSHAKE, State.HELD):
             return Forward()
         migration.feed(Event.CLIENT_RECOVERS)
         await migration.attempts.over()
+        if await self._dials():
+            migration.feed(Event.ATTEMPT_FAILED)
+            return Answer(error=("GenericError", _DIALS))
         if migration.cost_of_stopping() is not None:
             return Forward()  # our attempt had its channel already, and that stands
         endpoint = endpoint_of(command.arguments)
@@ -263,6 +274,8 @@ class Source:
         """One recovery: is it paused, dial, hand over, resume, and wait until QEMU is active again."""
         migration = self._migration
         await self._must_be_paused()
+        if await self._dials():
+            raise NotPausedYet
         migration.counters.attempts += 1
         addresses = migration.addresses.order()
         if migration.channels is None:
@@ -339,7 +352,7 @@ class Source:
         """To an address, or, where QEMU does not tell of its dialling, over a connection made for it."""
         vm = self._migration.vm
         if not isinstance(endpoint, Inet) or not await self._takes_connection():
-            await self._resume(endpoint.uri)
+            await self._resume_at(endpoint.uri)
             return
         try:
             connection, _ = await _dial([endpoint], REDIAL_TIMEOUT, course)
@@ -351,7 +364,11 @@ class Source:
             except BaseException:
                 vm.start_soon(outlast, connection.dup())  # who listens there may not survive its end
                 raise
-            await self._resume(f"fd:{name}")
+            await self._resume_at(f"fd:{name}")
+
+    async def _resume_at(self, uri: str) -> None:
+        self._told_to_dial = trio.current_time(), self._migration.counters.recoveries
+        await self._resume(uri)
 
     async def _takes_connection(self) -> bool:
         """Whether QEMU, unrelayed, is better given a connection, and takes one. Raises what `execute` does.
@@ -381,25 +398,26 @@ class Source:
             if await migration.channels.handshake_stalls(HANDSHAKE_TIMEOUT):
                 await self._out_of_time(migration.channels)
             return
-        began = trio.current_time()
         while migration.policy.state is State.OPEN:
             await trio.sleep(0.05)
-            # In a thread: the kernel may take 20 ms for its table of connections.
-            dials = await trio.to_thread.run_sync(self._dials, trio.current_time() - began)
+            dials = await self._dials()
             if (await migration.vm.query("query-migrate")).get("status") == "postcopy-paused" and not dials:
                 raise AttemptFailed("QEMU could not connect, or lost the connection again")
 
-    def _dials(self, since: float) -> bool:
-        """Whether QEMU, without a relay, may still be at the connection that it was told to make."""
+    async def _dials(self) -> bool:
+        """Whether QEMU, without a relay, may still be at the connection that it was told to make: told twice
+        it aborts (connecting.py)."""
         vm, endpoint = self._migration.vm, self._migration.addresses.last
-        if abilities(vm.version).tells_that_it_dials or not isinstance(endpoint, Inet):
+        if self._told_to_dial is None or abilities(vm.version).tells_that_it_dials:
             return False
-        try:
-            if vm.qemu_pid is not None:
-                return connects(vm.qemu_pid, endpoint.port)
-        except OSError:
-            pass  # it is another user's, say
-        return since < DIAL_TIMEOUT
+        began, recoveries = self._told_to_dial
+        if recoveries != self._migration.counters.recoveries or not isinstance(endpoint, Inet):
+            return False
+        if vm.qemu_pid is not None:
+            with contextlib.suppress(OSError):  # it is another user's, say
+                # In a thread: the kernel may take 20 ms for its table of connections.
+                return await trio.to_thread.run_sync(connects, vm.qemu_pid, endpoint.port)
+        return trio.current_time() - began < DIAL_TIMEOUT
 
     async def _out_of_time(self, channels: Channels) -> None:
         migration = self._migration

@@ -15,7 +15,7 @@ import trio.testing
 
 from refault.daemon import migration as migration_module
 from refault.daemon.address import Address
-from refault.daemon.monitor import Forward, Monitor, MonitorLost, QemuInfo, WatchedCommand
+from refault.daemon.monitor import Answer, Forward, Monitor, MonitorLost, QemuInfo, WatchedCommand
 from refault.daemon.options import RunOptions
 from refault.daemon.vm import Vm
 from refault.migration.endpoint import Inet
@@ -29,10 +29,12 @@ class Qemu:
 
     def __init__(self, pid: int | None) -> None:
         self.qemu = QemuInfo(pid, 0, "10.0.0", (10, 0, 0), "", True)
+        self.asked: list[str] = []
         self.says: dict[str, object] = {"query-migrate-capabilities": []}
 
     async def execute(self, command: str, *_: object, **__: object) -> object:
         await trio.lowlevel.checkpoint()
+        self.asked.append(command)
         said = self.says.get(command, {})
         if isinstance(said, Exception):
             raise said
@@ -161,6 +163,32 @@ async def test_an_attempt_that_is_cancelled_while_it_dials_makes_no_connection(
             await trio.sleep(1.2)  # a SYN that was still in the air would be sent again
             with pytest.raises(BlockingIOError):
                 far.accept()
+
+
+async def test_a_qemu_that_still_dials_is_not_told_again(tmp_path: Path) -> None:
+    """By nobody, also where its monitor, on TCP, was lost meanwhile: 7.2 aborts when both get through."""
+    async with fronted(tmp_path, pid=None) as (qemu, vm):
+        qemu.qemu = QemuInfo(None, None, "7.2.0", (7, 2, 0), "", True)
+        answer(await vm._migrate(migrate("tcp:127.0.0.1:1")), OK)
+        qemu.says["query-migrate"] = {"status": "postcopy-paused"}
+        vm._on_event("MIGRATION", {"status": "postcopy-paused"})
+        await wait_for(qemu, "migrate")
+        resume = WatchedCommand("migrate", False, {"uri": "tcp:127.0.0.1:2", "resume": True}, None, 1)
+        assert isinstance(await vm._migrate(resume), Answer)
+        paused, qemu.says["query-migrate"] = qemu.says["query-migrate"], MonitorLost("the monitor was lost")
+        await trio.sleep(0.2)
+        qemu.says["query-migrate"] = paused
+        await trio.sleep(0.5)
+        assert qemu.asked.count("migrate") == 1
+        vm._on_event("MIGRATION", {"status": "postcopy-active"})
+        vm._on_event("MIGRATION", {"status": "postcopy-paused"})
+        await wait_for(qemu, "migrate", 2)
+
+
+async def wait_for(qemu: Qemu, command: str, times: int = 1) -> None:
+    with trio.fail_after(5):
+        while qemu.asked.count(command) < times:
+            await trio.sleep(0.01)
 
 
 async def test_a_migration_for_which_no_relay_can_be_made_is_recovered_all_the_same(
