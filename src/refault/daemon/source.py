@@ -62,8 +62,8 @@ class Source:
         if migration.channels is not None:
             try:
                 endpoint = inet_of(migration.endpoint)
-                if await self._is_blocked():
-                    await migration.go_unrelayed("QEMU does not migrate this guest now")
+                if (reason := await self._why_not()) is not None:
+                    await migration.go_unrelayed(reason)
                     return Forward(on_reply=self._watch_reply)
                 if await self._may_receive_unsent():
                     migration.channels.relay.trust_bitmaps()
@@ -78,11 +78,18 @@ class Source:
                 return Forward(with_uri(command.arguments, uri), on_reply=self._watch_reply)
         return Forward(on_reply=self._watch_reply)
 
-    async def _is_blocked(self) -> bool:
-        """Whether QEMU will refuse the command; a destination without a refault ends with a connection on
-        which nothing comes, so none is made then."""
+    async def _why_not(self) -> str | None:
+        """Why the other host is not to be dialled: QEMU will refuse the command, and a destination without a
+        refault ends with a connection on which nothing comes; or no socket can be had for the lanes."""
         reply = await self._migration.vm.query("query-migrate")
-        return bool(reply.get("blocked-reasons") or reply.get("blocked"))  # since 6.0, and before
+        if reply.get("blocked-reasons") or reply.get("blocked"):  # since 6.0, and before
+            return "QEMU does not migrate this guest now"
+        if self._migration.lanes.count:
+            try:
+                self._migration.vm.sockets.make()
+            except OSError as error:
+                return f"no local leg could be made: {error}"
+        return None
 
     async def _may_receive_unsent(self) -> bool:
         """Whether the destination may rightly have pages that were never sent (cext/tracker.h)."""

@@ -15,6 +15,7 @@ import trio.testing
 
 from refault.daemon import migration as migration_module
 from refault.daemon.address import Address
+from refault.daemon.local_unix import PrivateSockets
 from refault.daemon.monitor import Answer, Forward, Monitor, MonitorLost, QemuInfo, WatchedCommand
 from refault.daemon.options import RunOptions
 from refault.daemon.vm import Vm
@@ -100,6 +101,21 @@ async def test_a_migrate_that_qemu_will_refuse_does_not_reach_the_other_host(tmp
             assert verdict.arguments is None
         with pytest.raises(BlockingIOError):
             far.accept()
+
+
+async def test_a_source_for_whose_lanes_no_socket_can_be_had_is_not_relayed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def not_permitted(_: object) -> None:
+        raise OSError("Operation not permitted")
+
+    monkeypatch.setattr(PrivateSockets, "make", not_permitted)
+    async with fronted(tmp_path) as (qemu, vm):
+        qemu.says["query-migrate-capabilities"] = [{"capability": "postcopy-preempt", "state": True}]
+        answer(await vm._migrate(migrate("tcp:127.0.0.1:1")), OK)
+        assert vm.migration is not None
+        assert vm.migration.under_way
+        assert "not permitted" in str(vm.migration.relay_reason)
 
 
 async def test_a_resume_without_a_migration_does_not_reach_the_other_host(tmp_path: Path) -> None:
