@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING
 import trio
 
 from refault.daemon.channels import Channels
+from refault.daemon.far import FIRST_BYTES_TIMEOUT
 from refault.daemon.far_socket import alive, detached
 from refault.daemon.local import LocalLeg
 from refault.daemon.local_unix import peer_inode_now
@@ -53,12 +54,13 @@ class Gathering:
         """Multifd channels that wait; the event says that it is taken."""
 
     async def offer_multifd(self, connection: trio.socket.SocketType) -> None:
-        """A multifd channel has come: it waits until it is taken, or goes away."""
+        """A multifd channel has come: it waits until it is taken, or goes away, but not for ever alone."""
         taken = self._multifd[connection] = trio.Event()
         try:
-            while not taken.is_set() and alive(connection):
-                with trio.move_on_after(_LOOK):
-                    await taken.wait()
+            with trio.move_on_after(FIRST_BYTES_TIMEOUT):
+                while not taken.is_set() and alive(connection):
+                    with trio.move_on_after(_LOOK):
+                        await taken.wait()
         finally:
             del self._multifd[connection]
 

@@ -14,6 +14,7 @@ from typing import Any, cast
 
 import pytest
 import trio
+import trio.testing
 
 from refault.daemon.destination import Destination
 from refault.daemon.destination_lanes import QemuListens
@@ -258,3 +259,14 @@ async def test_a_door_through_which_a_part_of_a_channel_came_is_not_opened_again
         with there, trio.socket.from_stdlib_socket(here) as connection, pytest.raises(OSError, match="many"):
             await procedure._wait_in_line(connection)
         assert procedure._doors.open is None
+
+
+async def test_a_multifd_channel_that_stays_alone_is_not_kept(
+    tmp_path: Path, autojump_clock: trio.testing.MockClock
+) -> None:
+    async with destination(tmp_path, Inet("127.0.0.1", 0)) as (_, _, procedure):
+        with socket.create_server(("127.0.0.1", 0)) as listening:
+            there = socket.create_connection(listening.getsockname())
+            here, _ = listening.accept()
+        with there, trio.socket.from_stdlib_socket(here) as connection, trio.fail_after(60):
+            await procedure._gathering.offer_multifd(connection)
