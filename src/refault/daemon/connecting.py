@@ -18,7 +18,8 @@ _SYN_SENT = 2
 
 def connects(pid: int, port: int) -> bool:
     """Whether a process dials a TCP port, or has just got through. Raises OSError where one may not look."""
-    tables = (Path(f"/proc/{pid}/net/{table}") for table in ("tcp", "tcp6"))
+    # Twice: the kernel gives its table in pieces, and where connections come and go a row can be passed over.
+    tables = [Path(f"/proc/{pid}/net/{table}") for table in ("tcp", "tcp6")] * 2
     return any(holds(pid, inode) for table in tables for inode in _inodes(table, port))
 
 
