@@ -193,8 +193,9 @@ static int character(const unsigned char **p, const unsigned char *end) {
     }
 }
 
-/* Whether the string between its quotes is valid; *nul: it has U+0000 spelt C0 80. */
-static bool valid_string(const char *inside, size_t len, bool *nul) {
+/* Whether the string between its quotes is valid; *extended: it has U+0000 spelt C0 80, or an escaped
+ * apostrophe. */
+static bool valid_string(const char *inside, size_t len, bool *extended) {
     const unsigned char *p = (const unsigned char *)inside, *end = p + len;
     while (p < end) {
         bool raw = *p != '\\';
@@ -202,7 +203,7 @@ static bool valid_string(const char *inside, size_t len, bool *nul) {
         if (cp < 0) {
             return false;
         }
-        *nul = *nul || (raw && cp == 0);
+        *extended = *extended || (raw ? cp == 0 : p[-1] == '\'');
     }
     return true;
 }
@@ -369,14 +370,14 @@ static bool known_keyword(const char *text, size_t len) {
 /* One token of a value that is well-formed so far. Returns false without memory. */
 static bool step(rf_splitter *s, const char *buf, enum token_type type, size_t begin, size_t end) {
     bool object = s->depth > 0 && s->is_object[s->depth];
-    bool nul = false;
+    bool extended = false;
 
     if (type == STRING_TOKEN) {
-        if (!s->plain && !s->lenient && !valid_string(buf + begin + 1, end - begin - 2, &nul)) {
+        if (!s->plain && !s->lenient && !valid_string(buf + begin + 1, end - begin - 2, &extended)) {
             wrong(s, RF_JSON_SYNTAX, begin, end);
             return true;
         }
-        if (buf[begin] == '\'' || nul) {
+        if (buf[begin] == '\'' || extended) {
             s->shape |= RF_EXTENDED;
         }
     }

@@ -37,7 +37,7 @@ enum rf_json_shape {
     RF_NOT_OBJECT = 0x10,
     RF_UNUSUAL = 0x20,  /* not exactly: one verb that is a string, perhaps arguments that are an object,
                            perhaps an id */
-    RF_EXTENDED = 0x40, /* has single-quoted strings, or U+0000 as C0 80: QEMU's extensions to JSON */
+    RF_EXTENDED = 0x40, /* has single-quoted strings, \', or U+0000 as C0 80: QEMU's extensions to JSON */
     RF_BROKEN = 0x80,   /* has a CR or LF between tokens: more than one line */
     RF_EMPTY = 0x100,   /* {} */
 };

@@ -61,6 +61,7 @@ IDS = [
     b"1",
     b"'it\\'s \"quoted\"'",
     b'"\\u0000"',
+    b'"it\\\'s"',
 ]
 
 MALFORMED = [
@@ -208,6 +209,9 @@ STATEFUL: list[Exchange] = [
         b"{'execute': 'closefd', 'arguments': {'fdname': 'a'}}",
     ],
     [CAPABILITIES, b"{'execute': 'getfd', 'arguments': {'fdname': '1a'}}", b"{'execute': 'add-fd'}"],
+    [CAPABILITIES, b"""{"execute": "closefd", "arguments": {"fdname": "it\\'s"}}""" + STATUS],
+    [CAPABILITIES, b"""{"execute": "getfd", "arguments": {"fdname": "it\\'s"}}""" + STATUS],
+    [CAPABILITIES, b"""{"execute": "qom-get", "extra": "it\\'s"}""" + STATUS],
     [CAPABILITIES, b"{'execute': 'human-monitor-command', 'arguments': {'command-line': 'info version'}}"],
     [CAPABILITIES, b"{'execute': 'human-monitor-command', 'id': 2}"],
     [

@@ -238,6 +238,23 @@ def test_only_changed_arguments_are_spelt_anew() -> None:
     assert json.loads(sent)["execute"] == "migrate"
 
 
+@pytest.mark.parametrize("name", ["getfd", "closefd", "migrate", "x", "qmp_capabilities"])
+def test_an_escaped_apostrophe_is_read_as_qemu_reads_it(name: str) -> None:
+    played = Played(watch=("migrate",))
+    client, other = played.client(), played.client()
+    played.core.receive(other, command("getfd", 1, fdname="it's"), 100)
+    played.reply(played.commands()[0]["id"])
+    raw = b"""{"execute": "%s", "arguments": {"fdname": "it\\'s"}, "id": "\\'"}""" % name.encode()
+    played.core.receive(client, raw)
+    for request in played.asked:
+        assert request.arguments() == {"fdname": "it's"}
+        played.core.answer(request, Forward())
+    [(sent, _)] = played.take()
+    number = json.loads(sent.rpartition(b":")[2][:-1])
+    played.reply(number)
+    assert [reply["id"] for reply in played.replies(client)] == ["'"]
+
+
 def test_watched_commands() -> None:
     played = Played(watch=("migrate", "quit"))
     client, other = played.client("oob"), played.client()
