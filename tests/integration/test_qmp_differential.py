@@ -141,6 +141,7 @@ MALFORMED = [
     b"abc",
     b"truefalse ",
     b"{'execute': 'query-status', 'arguments': {'x': undefined}}",
+    b"{'execute': 'query-status', 'extra': %s%s}" % (b"[" * 1023, b"]" * 1023),
 ]
 
 NEGOTIATIONS: list[Exchange] = [

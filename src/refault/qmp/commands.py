@@ -3,16 +3,20 @@
 from __future__ import annotations
 
 import json
+import sys
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import msgspec
 
-from refault.qmp.splitter import BROKEN, EXTENDED, Message, compact
+from refault.qmp.splitter import BROKEN, EXTENDED, MAX_NESTING, Message, compact
 
 if TYPE_CHECKING:
     from refault.qmp.session import Client
+
+sys.setrecursionlimit(max(sys.getrecursionlimit(), 1000 + 4 * MAX_NESTING))
+"""Decoding, changing and encoding a value takes up to four calls for each of its brackets."""
 
 
 @dataclass(frozen=True)

@@ -6,6 +6,8 @@ from refault.qmp._splitter import ffi, lib
 
 MAX_MESSAGE = 64 << 20
 """Bytes in one message: QEMU's own limit (qobject/json-streamer.c, MAX_TOKEN_SIZE)."""
+MAX_NESTING = 1024
+"""Brackets open at once in one."""
 
 VERB_MASK: int = lib.RF_VERB_MASK
 EXECUTE: int = lib.RF_VERB_EXECUTE

@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from refault.qmp.commands import Answer, Forward, Request
 from refault.qmp.multiplexer import SHARE, WINDOW, Multiplexer, NotQmpError
 from refault.qmp.session import Client, Limits
-from refault.qmp.splitter import Message, Splitter
+from refault.qmp.splitter import MAX_NESTING, Message, Splitter
 
 GREETING = (
     b'{"QMP": {"version": {"qemu": {"micro": 22, "minor": 2, "major": 7}, "package": "v"},'
@@ -253,6 +253,29 @@ def test_an_escaped_apostrophe_is_read_as_qemu_reads_it(name: str) -> None:
     number = json.loads(sent.rpartition(b":")[2][:-1])
     played.reply(number)
     assert [reply["id"] for reply in played.replies(client)] == ["'"]
+
+
+@pytest.mark.parametrize("name", ["getfd", "closefd", "migrate", "x", "qmp_capabilities"])
+@pytest.mark.parametrize("inmost", [b"1", b"1e400"])
+def test_commands_as_deep_as_qemu_takes_them(name: str, inmost: bytes) -> None:
+    played = Played(watch=("migrate",))
+    client, other = played.client(), played.client()
+    played.core.receive(other, command("getfd", 1, fdname="n"), 100)
+    played.reply(played.commands()[0]["id"])
+    deep = b"[" * (MAX_NESTING - 4) + b'{"a": {"b": %s}}' % inmost + b"]" * (MAX_NESTING - 4)
+    played.core.receive(
+        client, b'{"execute": "%s", "arguments": {"fdname": "n", "x": %s}}' % (name.encode(), deep)
+    )
+    for request in played.asked:
+        played.core.answer(request, Forward({**request.arguments(), "uri": "fd:n"}))
+    [(sent, _)] = played.take()
+    played.reply(json.loads(sent.rpartition(b":")[2][:-1]))
+    assert played.replies(client) == [{"return": {}}]
+    played.core.receive(
+        client, b'{"execute": "%s", "arguments": {}, "extra": {"a": %s}}' % (name.encode(), deep)
+    )
+    [reply] = played.replies(client)
+    assert reply["error"]["desc"] == "QMP input member 'extra' is unexpected"
 
 
 def test_watched_commands() -> None:
