@@ -458,15 +458,17 @@ static bool step(rf_splitter *s, const char *buf, enum token_type type, size_t b
 
 /* Ends the value that is being read and writes its record. */
 static void finish(rf_splitter *s, size_t end, int64_t *record) {
-    memcpy(record, s->at, sizeof s->at);
-    record[RF_AT_STATUS] = s->status;
-    record[RF_AT_BEGIN] = (int64_t)s->begin;
-    record[RF_AT_END] = (int64_t)end;
-    record[RF_AT_SHAPE] = s->shape;
-    if (s->status != RF_JSON_VALUE) {
+    if (s->status == RF_JSON_VALUE) {
+        memcpy(record, s->at, sizeof s->at);
+        record[RF_AT_SHAPE] = s->shape;
+    } else {
+        memset(record, 0, sizeof s->at);
         record[RF_AT_VERB] = (int64_t)(s->wrong - s->begin);
         record[RF_AT_VERB_END] = (int64_t)(s->wrong_end - s->begin);
     }
+    record[RF_AT_STATUS] = s->status;
+    record[RF_AT_BEGIN] = (int64_t)s->begin;
+    record[RF_AT_END] = (int64_t)end;
     s->inside = false;
     s->key_count = 0;
 }

@@ -43,7 +43,7 @@ enum rf_json_shape {
 };
 
 /* One record. Offsets are bytes: RF_AT_BEGIN and RF_AT_END into the buffer, the rest from RF_AT_BEGIN; 0 is
- * "none". */
+ * "none". What is no value has no shape and no members. */
 enum rf_json_at {
     RF_AT_STATUS,
     RF_AT_BEGIN,

@@ -142,6 +142,10 @@ MALFORMED = [
     b"truefalse ",
     b"{'execute': 'query-status', 'arguments': {'x': undefined}}",
     b"{'execute': 'query-status', 'extra': %s%s}" % (b"[" * 1023, b"]" * 1023),
+    b"{'id': 1, 'execute': 'query-status',}",
+    b"{'execute': 'query-status', 'id': 1, 'id': 2}",
+    b"{'execute': 'query-status', 'id': 1 \x01",
+    b"{'id': 1, 'exec-oob': 'migrate-pause']",
 ]
 
 NEGOTIATIONS: list[Exchange] = [
@@ -265,7 +269,7 @@ def steady(value: object) -> object:
 def reworded(message: Message) -> Message:
     """JSON errors may be worded otherwise."""
     if "error" in message and message["error"]["desc"].startswith("JSON "):
-        return {"error": {"class": message["error"]["class"], "desc": "JSON"}}
+        return {**message, "error": {"class": message["error"]["class"], "desc": "JSON"}}
     return message
 
 

@@ -320,6 +320,19 @@ def test_a_watched_command_outlives_its_client_but_not_its_qemu() -> None:
     assert played.commands() == []
 
 
+def test_what_is_malformed_has_no_id_and_waits_for_its_turn() -> None:
+    """QEMU's parser gives up all of it, and queues the error as an in-band command's."""
+    played = Played()
+    client = played.client("oob")
+    played.core.receive(client, command("a", 1) + b'{"exec-oob": "migrate-pause", "id": 2,}' + b'{"id": 3]')
+    assert played.replies(client) == []
+    [sent] = played.commands()
+    played.reply(sent["id"])
+    first, *errors = played.replies(client)
+    assert first == {"return": {}, "id": 1}
+    assert [list(reply) for reply in errors] == [["error"], ["error"]]
+
+
 def test_own_commands_run_one_at_a_time_and_out_of_band_ones_at_once() -> None:
     played = Played()
     client = played.client()
