@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from pathlib import Path
@@ -64,6 +65,9 @@ IDS = [
     b'"it\\\'s"',
 ]
 
+TOO_DEEP = [b"[" * 1025, b"{'a':" * 1025]
+"""Of which QEMU since 11.1 reads on to the end, and gives one error."""
+
 MALFORMED = [
     b"{]",
     b"[}",
@@ -115,8 +119,7 @@ MALFORMED = [
     b"{'execute': 'query-status', 'id': '\xc1\x81'}",
     b"{'execute': 'query-status', 'id': {'a': 1, 'a': 2}}",
     b"{'execute': 'query-status', 'id': {'a': 1, '\\u0061': 2}}",
-    b"[" * 1025,
-    b"{'a':" * 1025,
+    *TOO_DEEP,
     b"{'execute': 'query-status'",
     b"'unterminated",
     b"{'execute': 5}",
@@ -267,8 +270,8 @@ def steady(value: object) -> object:
 
 
 def reworded(message: Message) -> Message:
-    """JSON errors may be worded otherwise."""
-    if "error" in message and message["error"]["desc"].startswith("JSON "):
+    """JSON errors may be worded otherwise; since 11 they begin with line and column."""
+    if "error" in message and re.match(r"(\d+:\d+: )?JSON ", message["error"]["desc"]):
         return {**message, "error": {"class": message["error"]["class"], "desc": "JSON"}}
     return message
 
@@ -318,10 +321,13 @@ async def test_ids(pair: Pair) -> None:
 
 
 async def test_malformed(pair: Pair) -> None:
-    for bad in MALFORMED:
+    async with connected(pair.paths[0]) as client:
+        major = client.greeting["QMP"]["version"]["qemu"]["major"]
+    malformed = [bad for bad in MALFORMED if major < 11 or bad not in TOO_DEEP]
+    for bad in malformed:
         await pair.compare([bad], resynchronise=True)
         await pair.compare([CAPABILITIES, bad, STATUS], resynchronise=True)
-    await pair.compare([OOB, *MALFORMED], resynchronise=True)
+    await pair.compare([OOB, *malformed], resynchronise=True)
     print(f"{pair.exchanges} exchanges")
     assert pair.exchanges >= 150
 
