@@ -4,9 +4,9 @@
 #include <stdlib.h>
 #include <string.h>
 
-/* QEMU's own limits (qobject/json-streamer.c). */
+/* QEMU's own limits (qobject/json-streamer.c), less the tokens of an id: it gets one of ours. */
 #define MAX_NESTING 1024
-#define MAX_TOKENS (2u << 20)
+#define MAX_TOKENS ((2u << 20) - 4)
 
 #define RECORD_COUNT(max) ((size_t)(max) * RF_RECORD_SIZE)
 

@@ -20,7 +20,7 @@ enum rf_json_status {
     RF_JSON_SYNTAX,    /* tokens in an order that is no value, or an invalid string or keyword */
     RF_JSON_DUPLICATE, /* two equal keys in one object */
     RF_JSON_TOO_LARGE, /* more than max_bytes bytes in one value */
-    RF_JSON_TOO_MANY,  /* more than 2^21 tokens in one value */
+    RF_JSON_TOO_MANY,  /* more than 2^21 - 4 tokens in one value */
     RF_JSON_TOO_DEEP,  /* more than 1024 brackets open at once */
 };
 

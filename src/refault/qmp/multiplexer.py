@@ -37,6 +37,7 @@ from refault.qmp.splitter import (
     EXEC_OOB,
     EXECUTE,
     GREETING,
+    MAX_REPLY,
     NOT_OBJECT,
     RETURN,
     UNUSUAL,
@@ -121,7 +122,7 @@ class Multiplexer:
         self._own = self._internal(0)
         self._orphans = self._internal(-1)
         self._last_client = 0
-        self._splitter = Splitter(lenient=True)
+        self._splitter = Splitter(max_bytes=MAX_REPLY, lenient=True)
         self._negotiation = b""
         self._pending: dict[int, Request] = {}
         self._last_id = 0
@@ -510,7 +511,7 @@ class Multiplexer:
         """A connection to QEMU stands. `negotiation_id`: JSON, unique among all that was ever sent to this
         QEMU.
         """
-        self._splitter = Splitter(lenient=True)
+        self._splitter = Splitter(max_bytes=MAX_REPLY, lenient=True)
         self._negotiation = negotiation_id
 
     def upstream_lost(self) -> list[Client]:

@@ -4,10 +4,14 @@ from __future__ import annotations
 
 from refault.qmp._splitter import ffi, lib
 
-MAX_MESSAGE = 64 << 20
-"""Bytes in one message: QEMU's own limit (qobject/json-streamer.c, MAX_TOKEN_SIZE)."""
+MAX_MESSAGE = (64 << 20) - 16
+"""Bytes in one message of a client's: QEMU's own limit (qobject/json-streamer.c, MAX_TOKEN_SIZE), less the
+id that it gets.
+"""
 MAX_NESTING = 1024
 """Brackets open at once in one."""
+MAX_REPLY = 1 << 30
+"""Bytes in one message of QEMU's, which has no limit there: human-monitor-command can print anything."""
 
 VERB_MASK: int = lib.RF_VERB_MASK
 EXECUTE: int = lib.RF_VERB_EXECUTE

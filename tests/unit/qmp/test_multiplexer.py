@@ -508,6 +508,41 @@ def test_a_reply_without_an_id_is_the_oldest_commands() -> None:
     assert [reply["id"] for reply in played.replies(client)] == [1, 2]
 
 
+@pytest.mark.parametrize(
+    ("inside", "problem"),
+    [
+        (b"[%s0]" % (b"0," * 1048568), "JSON token count limit exceeded"),  # QEMU would count 2^21 + 3
+        (b"[%s0]" % (b"0," * 1048566), None),
+        (b'"%s"' % (b"x" * ((64 << 20) - 37)), "JSON token size limit exceeded"),  # and 2^26 + 8 bytes
+        (b'"%s"' % (b"x" * ((64 << 20) - 53)), None),
+    ],
+    ids=["tokens", "fewer tokens", "bytes", "fewer bytes"],
+)
+def test_a_command_and_the_id_that_it_gets_are_within_qemus_limits(
+    inside: bytes, problem: str | None
+) -> None:
+    """QEMU gives several errors for one that is not, without an id, and others would get them."""
+    played = Played()
+    client = played.client()
+    played.core.receive(client, b'{"execute":"x","arguments":{"a":%s}}' % inside)
+    if problem is None:
+        [(sent, _)] = played.take()
+        assert len(sent) < 64 << 20
+    else:
+        assert played.take() == []
+        assert played.replies(client)[0]["error"]["desc"] == problem
+
+
+def test_a_reply_has_no_limit() -> None:
+    played = Played()
+    client = played.client()
+    played.core.receive(client, command("human-monitor-command", 1))
+    text = b"x" * (65 << 20)
+    played.core.receive_upstream(b'{"return": "%s", "id": %d}\r\n' % (text, played.commands()[0]["id"]))
+    [line] = client.out
+    assert line == b'{"return": "%s", "id": 1}\r\n' % text
+
+
 @pytest.mark.parametrize("data", [b"220 ready\r\n", b'{"return": {}}', b'{"QMP": {}}', b"}"])
 def test_not_qmp(data: bytes) -> None:
     played = Played()
