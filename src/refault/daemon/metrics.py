@@ -6,9 +6,12 @@ touches nothing of the daemon's or the pump's.
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import socket
+import sys
 import threading
+import time
 from collections.abc import Iterable
 from socketserver import ThreadingMixIn
 from typing import Any
@@ -31,7 +34,10 @@ from refault.daemon.snapshot import LatencyStatus, Snapshot, Status, VmStatus
 _log = logging.getLogger(__name__)
 
 _REQUEST_SECONDS = 10.0
-"""How long a scraper may take over its request before its thread is freed."""
+"""How long a scraper may take over all of its request before its thread is freed."""
+_CONNECTIONS = 32
+"""Scrapers at a time: each takes a thread and a descriptor, of which recovery needs some too."""
+_LOOK_SECONDS = 0.1
 
 
 class StatusCollector(Collector):
@@ -130,8 +136,6 @@ def _add_latency(family: HistogramMetricFamily, vm: VmStatus, latency: LatencySt
 
 
 class _Handler(WSGIRequestHandler):
-    timeout = _REQUEST_SECONDS  # else a connection that asks nothing holds a thread for ever
-
     def log_message(self, format: str, *args: Any) -> None:  # noqa: A002 (the base class's name)
         _log.debug("metrics: " + format, *args)
 
@@ -139,6 +143,41 @@ class _Handler(WSGIRequestHandler):
 class _Server(ThreadingMixIn, WSGIServer):
     daemon_threads = True
     block_on_close = False
+
+    def __init__(self, *args: Any) -> None:
+        self._lock = threading.Lock()
+        self._until: dict[Any, float] = {}
+        """The open connections, of which none may be closed without the lock, and their deadlines."""
+        super().__init__(*args)
+
+    def verify_request(self, request: Any, client_address: Any) -> bool:
+        """Whether there is room for one more."""
+        with self._lock:
+            if len(self._until) >= _CONNECTIONS:
+                return False
+            self._until[request] = time.monotonic() + _REQUEST_SECONDS
+            return True
+
+    def service_actions(self) -> None:
+        """Ends the connections whose time is over: their threads see the end of file."""
+        now = time.monotonic()
+        with self._lock:
+            for request, until in self._until.items():
+                if now >= until:
+                    with contextlib.suppress(OSError):
+                        request.shutdown(socket.SHUT_RDWR)
+
+    def shutdown_request(self, request: Any) -> None:
+        """Called once for each connection, at its end."""
+        with self._lock:
+            self._until.pop(request, None)
+        super().shutdown_request(request)
+
+    def handle_error(self, request: Any, client_address: Any) -> None:
+        """A scraper that goes away is no news."""
+        error = sys.exception()
+        level = logging.DEBUG if isinstance(error, OSError) else logging.ERROR
+        _log.log(level, "metrics: a scrape from %s failed: %s", client_address, error, exc_info=error)
 
     def server_bind(self) -> None:
         """Binds without HTTPServer's look-up of its own host name, which can wait for a name server."""
@@ -182,12 +221,12 @@ async def serve_metrics(
         raise OperatorError(
             f"cannot serve metrics on {where}:{port}: {error.strerror or error}; choose another --metrics"
         ) from error
-    thread = threading.Thread(target=server.serve_forever, args=(0.1,), name="metrics", daemon=True)
+    thread = threading.Thread(target=server.serve_forever, args=(_LOOK_SECONDS,), name="metrics", daemon=True)
     thread.start()
     try:
         _log.info("metrics on http://%s:%d/metrics", where, server.server_port)
         task_status.started(server.server_port)
         await trio.sleep_forever()
     finally:
-        server.shutdown()  # waits for one poll of the thread, 0.1 s
+        server.shutdown()  # waits for one look of the thread
         server.server_close()

@@ -6,6 +6,7 @@ import re
 import socket
 import threading
 import urllib.request
+from contextlib import AsyncExitStack, suppress
 from pathlib import Path
 
 import pytest
@@ -14,6 +15,7 @@ from prometheus_client import CollectorRegistry, generate_latest
 from prometheus_client.parser import text_string_to_metric_families
 from tests.unit.daemon.pictures import PICTURE
 
+from refault.daemon import metrics
 from refault.daemon.errors import OperatorError
 from refault.daemon.metrics import StatusCollector, serve_metrics
 from refault.daemon.snapshot import Status
@@ -127,6 +129,41 @@ async def test_a_silent_connection_keeps_no_one_from_scraping() -> None:
         port = await nursery.start(serve_metrics, "127.0.0.1", 0, lambda: PICTURE)
         with socket.create_connection(("127.0.0.1", port)):
             assert "refault_info" in await trio.to_thread.run_sync(scrape, port)
+        nursery.cancel_scope.cancel()
+
+
+async def test_who_takes_too_long_over_a_request_is_closed(
+    monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(metrics, "_REQUEST_SECONDS", 0.3)
+    async with trio.open_nursery() as nursery:
+        port = await nursery.start(serve_metrics, "127.0.0.1", 0, lambda: PICTURE)
+        with trio.fail_after(5):
+            async with await trio.open_tcp_stream("127.0.0.1", port) as slow:
+                with suppress(trio.BrokenResourceError):
+                    while True:
+                        await slow.send_all(b"x")
+                        await trio.sleep(0.05)
+            async with await trio.open_tcp_stream("127.0.0.1", port) as silent:
+                assert await silent.receive_some() == b""
+        assert "refault_info" in await trio.to_thread.run_sync(scrape, port)
+        nursery.cancel_scope.cancel()
+    assert capfd.readouterr().err == ""
+
+
+async def test_scrapers_leave_the_daemon_its_descriptors(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(metrics, "_CONNECTIONS", 3)
+    async with trio.open_nursery() as nursery:
+        port = await nursery.start(serve_metrics, "127.0.0.1", 0, lambda: PICTURE)
+        with trio.fail_after(5):
+            async with AsyncExitStack() as stack:
+                for _ in range(4):
+                    connection = await trio.open_tcp_stream("127.0.0.1", port)
+                    last = await stack.enter_async_context(connection)
+                assert await last.receive_some() == b""
+            while any("process_request" in thread.name for thread in threading.enumerate()):
+                await trio.sleep(0.01)
+        assert "refault_info" in await trio.to_thread.run_sync(scrape, port)
         nursery.cancel_scope.cancel()
 
 
