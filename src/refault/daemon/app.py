@@ -82,16 +82,24 @@ async def _second_signal(signals: AsyncIterator[int], scope: trio.CancelScope) -
 
 async def _until_stopping_is_safe(vm: Vm, notifier: Notifier) -> None:
     """Waits while our end would kill or double a guest (migration/legs.py); a second signal ends it."""
-    # Switchover, handshake and completion are short where all goes well.
-    with trio.move_on_after(PHASE_PATIENCE):
-        while not vm.may_stop:
-            notifier.extend_timeout(EXTENSION)
-            await trio.sleep(STOP_POLL)
-    while not await vm.prepare_to_stop():
-        log.warning(
-            "%s: not ending yet: a leg may not be closed now, and QEMU does not hold it; a second signal ends"
-            " refault all the same",
-            vm.name,
-        )
+    async with trio.open_nursery() as nursery:
+        nursery.start_soon(_ask_for_time, notifier)
+        # Switchover, handshake and completion are short where all goes well.
+        with trio.move_on_after(PHASE_PATIENCE):
+            while not vm.may_stop:  # noqa: ASYNC110 - nothing tells of it
+                await trio.sleep(STOP_POLL)
+        while not await vm.prepare_to_stop():
+            log.warning(
+                "%s: not ending yet: a leg may not be closed now, and QEMU does not hold it; a second signal"
+                " ends refault all the same",
+                vm.name,
+            )
+            await trio.sleep(1)
+        nursery.cancel_scope.cancel()
+
+
+async def _ask_for_time(notifier: Notifier) -> None:
+    """QEMU may take long over each answer."""
+    while True:
         notifier.extend_timeout(EXTENSION)
-        await trio.sleep(1)
+        await trio.sleep(EXTENSION / 3)
