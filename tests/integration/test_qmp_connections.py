@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import json
+import logging
 import os
 import socket
 import stat
@@ -28,6 +30,7 @@ from tests.integration.qmp_tools import (
 )
 
 from refault.daemon.address import parse_address
+from refault.daemon.dial import prepare
 from refault.daemon.listener import ListenError
 from refault.daemon.monitor import Monitor, MonitorLost, QemuInfo
 
@@ -259,6 +262,36 @@ async def test_qemu_stops_talking_while_it_does_not_read() -> None:
                     await until(lambda: not monitor.qemu)
             connection, _ = await trio.to_thread.run_sync(qemu.accept)
             connection.close()
+
+
+async def test_the_host_of_a_tcp_monitor_vanishes(
+    caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Keepalive has had no answer: QEMU is gone as if it had said so."""
+
+    class Vanishing(socket.socket):
+        def recv(self, *args: Any) -> bytes:
+            if not monitor.qemu:
+                return super().recv(*args)
+            raise TimeoutError(errno.ETIMEDOUT, os.strerror(errno.ETIMEDOUT))
+
+    def vanishing(sock: socket.socket) -> socket.socket:
+        return Vanishing(fileno=prepare(sock).detach())
+
+    caplog.set_level(logging.WARNING)
+    monkeypatch.setattr("refault.daemon.dial.prepare", vanishing)
+    with socket.create_server(("127.0.0.1", 0)) as qemu, directory() as path:
+        address = parse_address(f"tcp:127.0.0.1:{qemu.getsockname()[1]}")
+        async with refault(address, path / "front") as monitor:
+            connection, _ = await trio.to_thread.run_sync(qemu.accept)
+            with connection:
+                connection.sendall(GREETING)
+                asked = json.loads(await trio.to_thread.run_sync(connection.recv, 4096))
+                connection.sendall(json.dumps({"return": {}, "id": asked["id"]}).encode() + b"\r\n")
+                await until(lambda: monitor.qemu)
+                connection.sendall(b" ")
+                await until(lambda: not monitor.qemu)
+    assert caplog.messages == []
 
 
 # what is not as it should be: one clear line each

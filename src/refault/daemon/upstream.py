@@ -152,7 +152,7 @@ class Upstream:
                 data = sock.recv(_READ)
             except BlockingIOError:
                 continue
-            except ConnectionError:
+            except OSError:  # reset, or over TCP nobody there any more (keepalive)
                 return
             if not data:
                 return
