@@ -170,6 +170,49 @@ def test_a_service_from_start_to_end(tmp_path: Path) -> None:
     assert not (tmp_path / "vm1.control").exists()
 
 
+@pytest.mark.qemu
+def test_of_two_clients_who_migrate_at_once_one_does(tmp_path: Path) -> None:
+    """The other's command takes nothing from it, and its destination sees no other source."""
+    monitor, listen = tmp_path / "q", tmp_path / "l"
+    with (
+        daemon(tmp_path, "--qemu", str(monitor), "--listen", str(listen), "--name", "vm1") as running,
+        socket.create_server(("127.0.0.1", 0)) as destination,
+        qemu(monitor),
+        contextlib.ExitStack() as stack,
+    ):
+        streams = []
+
+        def ask(stream: Any, name: str, **arguments: object) -> None:
+            stream.write(json.dumps({"execute": name, "arguments": arguments}))
+            stream.flush()
+
+        def answer(stream: Any) -> str:
+            reply = next(message for message in map(json.loads, stream) if {"return", "error"} & set(message))
+            return "error" if "error" in reply else "return"
+
+        running.wait_ready()
+        for _ in range(2):
+            connection = stack.enter_context(socket.socket(socket.AF_UNIX))
+            connection.settimeout(20)
+            connection.connect(str(listen))
+            streams.append(stack.enter_context(connection.makefile("rw")))
+            ask(streams[-1], "qmp_capabilities")
+            assert answer(streams[-1]) == "return"
+        # It waits there, however little there is to migrate.
+        capability = {"capability": "pause-before-switchover", "state": True}
+        ask(streams[0], "migrate-set-capabilities", capabilities=[capability])
+        assert answer(streams[0]) == "return"
+        for stream in streams:
+            ask(stream, "migrate", uri=f"tcp:127.0.0.1:{destination.getsockname()[1]}")
+        assert sorted(map(answer, streams)) == ["error", "return"]
+        destination.settimeout(20)
+        with destination.accept()[0]:
+            destination.settimeout(0.5)
+            with pytest.raises(TimeoutError):
+                destination.accept()
+        assert "Traceback" not in running.output()
+
+
 def test_the_example_of_the_unit_is_a_command_line() -> None:
     text = (ROOT / "systemd" / "example.env").read_text()
     (line,) = re.findall(r'^ARGS="(.*)"$', text, flags=re.MULTILINE)
