@@ -343,6 +343,7 @@ class Multiplexer:
         client = request.client
         request.oob = True
         client.oob_in_flight += 1
+        client.oob_bytes += request.size
         if request.message.shape & UNUSUAL:
             error = replies.shape_error(decode_members(request.message), oob=True)
             if error is not None:
@@ -357,8 +358,12 @@ class Multiplexer:
         else:
             self._send(request)
 
-    def _answer_oob(self, request: Request) -> None:
+    def _oob_over(self, request: Request) -> None:
         request.client.oob_in_flight -= 1
+        request.client.oob_bytes -= request.size
+
+    def _answer_oob(self, request: Request) -> None:
+        self._oob_over(request)
         self._drop_fd(request)
         self.counters.commands += 1
         self._deliver_local(request)
@@ -549,7 +554,7 @@ class Multiplexer:
         for request in client.queue:
             self._drop_fd(request)
         client.queue.clear()
-        client.queued = client.in_flight = client.oob_in_flight = 0
+        client.queued = client.in_flight = client.oob_in_flight = client.oob_bytes = 0
         client.held = None
         client.ready = False
 
@@ -618,7 +623,7 @@ class Multiplexer:
             return
         client = request.client
         if request.oob:
-            client.oob_in_flight -= 1
+            self._oob_over(request)
         else:
             client.in_flight -= 1
             self._in_flight -= 1
@@ -656,7 +661,7 @@ class Multiplexer:
         self.on_ready()
         early, self._early = self._early, []
         for request in early:
-            request.client.oob_in_flight -= 1
+            self._oob_over(request)
             if request.client.connected:
                 self._out_of_band(request)
         for client in list(self.clients.values()):
@@ -737,6 +742,7 @@ class Multiplexer:
         if oob:
             request.oob = True
             self._own.oob_in_flight += 1
+            self._own.oob_bytes += request.size
             self._send(request)
         else:
             self._own.queue.append(request)

@@ -50,6 +50,7 @@ class Client:
         "negotiated",
         "number",
         "oob",
+        "oob_bytes",
         "oob_in_flight",
         "out",
         "overflow",
@@ -81,6 +82,8 @@ class Client:
         self.in_flight = 0
         """In-band commands that QEMU has."""
         self.oob_in_flight = 0
+        self.oob_bytes = 0
+        """Of these commands: QEMU may read them slower than they come."""
         self.ready = False
         """Has its turn coming to send."""
         self.fd = -1
@@ -107,6 +110,7 @@ class Client:
             or self.queued > limits.queued
             or self.queued_fds >= limits.queued_fds
             or self.oob_in_flight >= limits.out_of_band
+            or self.oob_bytes > limits.queued
         )
 
     @property

@@ -137,6 +137,20 @@ def test_a_big_command_does_not_fill_the_way_to_qemu() -> None:
     assert len(played.commands()) == 1
 
 
+def test_out_of_band_commands_are_read_in_advance_up_to_a_size() -> None:
+    played = Played(limits=Limits(queued=1000))
+    client = played.client("oob")
+    data = b'{"exec-oob": "x", "arguments": {"a": "%s"}}' % (b"x" * 400)
+    played.core.receive(client, data * 2)
+    assert not client.paused
+    played.core.receive(client, data)
+    assert client.paused
+    for sent in played.commands():
+        played.reply(sent["id"])
+    assert client.resumable
+    assert client.oob_bytes == 0
+
+
 def test_late_replies_are_dropped() -> None:
     played = Played()
     first, second = played.client(), played.client()
