@@ -143,6 +143,23 @@ async def test_where_a_name_is_used() -> None:
             assert "nothing" in (await other.reply("m"))["error"]["desc"]
 
 
+async def test_a_dump_goes_to_the_descriptor_of_who_asked_for_it() -> None:
+    machine = ["-machine", "pc,accel=tcg", "-S", "-m", "16"]
+    with directory() as path, qemu_process(f"unix:{path}/qemu,server=on,wait=off", extra=machine):
+        async with (
+            refault(path / "qemu", path / "front"),
+            negotiated(path / "front") as one,
+            negotiated(path / "front") as other,
+        ):
+            for client, name in ((one, "one"), (other, "other")):
+                with temporary(path / name) as fd:
+                    await client.send_fd(execute("getfd", "get", fdname="dump"), fd)
+                    assert await client.reply("get") == {"return": {}, "id": "get"}
+            await other.command("dump-guest-memory", {"paging": False, "protocol": "fd:dump"})
+            assert (path / "one").stat().st_size == 0
+            assert (path / "other").stat().st_size > 16 << 20
+
+
 async def test_a_descriptor_before_its_command() -> None:
     """As the qemu.qmp library sends it: with a blank, ahead."""
     with directory() as path, qemu_process(f"unix:{path}/qemu,server=on,wait=off") as qemu:

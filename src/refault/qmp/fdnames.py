@@ -14,12 +14,16 @@ TAKES_FD = frozenset({b"getfd", b"add-fd"})
 USES_NAMES = frozenset(
     {
         b"add_client",
+        b"block-export-add",
         b"blockdev-add",
+        b"blockdev-create",
         b"blockdev-reopen",
         b"chardev-add",
         b"chardev-change",
         b"closefd",
         b"device_add",
+        b"display-update",
+        b"dump-guest-memory",
         b"getfd",
         b"migrate",
         b"migrate-incoming",
@@ -32,7 +36,8 @@ USES_NAMES = frozenset(
 """Commands whose arguments may hold a descriptor's name."""
 
 _SINGLE = frozenset({"fd", "fdname", "vhostfd"})
-_LISTS = frozenset({"fds", "vhostfds"})
+_LISTS = frozenset({"fds", "sock-fds", "vhostfds"})
+_URIS = frozenset({"protocol", "uri"})
 
 
 class FdNames:
@@ -97,7 +102,7 @@ def rename(arguments: Mapping[str, object], change: Callable[[str], str]) -> dic
             changed[key] = _name(value, change)
         elif key in _LISTS and isinstance(value, str):
             changed[key] = ":".join(_name(part, change) for part in value.split(":"))
-        elif key == "uri" and isinstance(value, str) and value.startswith("fd:"):
+        elif key in _URIS and isinstance(value, str) and value.startswith("fd:"):
             changed[key] = "fd:" + _name(value[3:], change)
         else:
             changed[key] = _addresses(value, change)

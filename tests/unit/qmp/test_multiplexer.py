@@ -481,6 +481,34 @@ def test_names_of_descriptors() -> None:
     assert run(first, "closefd") == "n"  # what a client left is anybody's, as on QEMU's monitor
 
 
+ADDRESS = {"type": "fd", "str": "mine"}
+
+
+@pytest.mark.parametrize(
+    ("name", "arguments"),
+    [
+        ("add_client", {"protocol": "vnc", "fdname": "mine"}),
+        ("block-export-add", {"type": "vhost-user-blk", "id": "e", "node-name": "x", "addr": ADDRESS}),
+        ("blockdev-create", {"job-id": "j", "options": {"file": {"driver": "nbd", "server": ADDRESS}}}),
+        ("display-update", {"type": "vnc", "addresses": [ADDRESS]}),
+        ("dump-guest-memory", {"paging": False, "protocol": "fd:mine"}),
+        ("netdev_add", {"type": "tap", "id": "t", "fds": "mine:mine", "vhostfds": "mine:mine"}),
+        ("netdev_add", {"type": "af-xdp", "id": "t", "sock-fds": "mine:mine"}),
+        ("migrate", {"channels": [{"addr": {"transport": "socket", **ADDRESS}}]}),
+    ],
+)
+def test_commands_that_use_a_name_use_the_clients_own(name: str, arguments: dict[str, object]) -> None:
+    played = Played()
+    for client in (played.client(), played.client()):
+        played.core.receive(client, command("getfd", 1, fdname="mine"), 100)
+        [sent] = played.commands()
+        played.reply(sent["id"])
+    played.core.receive(client, command(name, 2, **arguments))
+    [used] = played.commands()
+    own = json.dumps(arguments).replace("mine", sent["arguments"]["fdname"])
+    assert used["arguments"] == json.loads(own) != arguments
+
+
 def test_a_watcher_is_not_asked_before_it_can_ask_qemu() -> None:
     played = Played(watch=("migrate", "migrate-pause"))
     played.core.upstream_lost()
