@@ -177,6 +177,25 @@ async def test_a_descriptor_before_its_command() -> None:
             assert (await client.reply("none"))["error"]["desc"] == expected
 
 
+async def test_a_descriptor_replaces_one_that_no_command_took() -> None:
+    """As in QEMU, whose own socket is beside refault's."""
+    with directory() as path:
+        monitors = [f"unix:{path}/{name},server=on,wait=off" for name in ("qemu", "direct")]
+        with qemu_process(*monitors) as qemu:
+            async with refault(path / "qemu", path / "front"):
+                for name in ("direct", "front"):
+                    async with negotiated(path / name) as client:
+                        with temporary(path / f"{name}-1") as first, temporary(path / f"{name}-2") as second:
+                            await client.send_fd(execute("query-name", 1), first)
+                            await client.reply(1)
+                            await client.send_fd(execute("getfd", 2, fdname=name), second)
+                            assert "return" in await client.reply(2)
+                        held = held_by(qemu.pid).values()
+                        assert [target for target in held if target.startswith(f"{path}/{name}-")] == [
+                            f"{path}/{name}-2"
+                        ]
+
+
 async def test_a_descriptor_with_a_command_that_takes_none_is_not_the_next_clients() -> None:
     with directory() as path, qemu_process(f"unix:{path}/qemu,server=on,wait=off"):
         async with (

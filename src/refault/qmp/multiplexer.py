@@ -191,7 +191,7 @@ class Multiplexer:
             return
         requests = [self._request(client, message) for message in client.splitter.feed(data, batch=fd < 0)]
         if fd >= 0 or client.fd >= 0:
-            self._hand_out(client, requests, fd)
+            self._hand_out(client, requests, fd, ends=data.endswith(b"}"))
         for request in requests:
             if client.oob and self._is_oob(request):
                 self._out_of_band(request)
@@ -215,23 +215,26 @@ class Multiplexer:
             request.name = verb_name(message)
         return request
 
-    def _hand_out(self, client: Client, requests: list[Request], fd: int) -> None:
+    def _hand_out(self, client: Client, requests: list[Request], fd: int, *, ends: bool) -> None:
+        """`ends`: the last of `requests` came with the last byte, so `fd` came no later than that."""
         takes = [
             request
             for request in requests
             if request.name in TAKES_FD and request.message.shape & VERB_MASK == EXECUTE
         ]
-        if takes and client.fd >= 0:
+        replaced = ends and fd >= 0 and len(takes) == 1 and takes[0] is requests[-1]
+        if takes and client.fd >= 0 and not replaced:
             self._give(client, takes.pop(0), client.fd)
             client.fd = -1
         if fd < 0:
             return
-        if takes:
-            self._give(client, takes[-1], fd)
-            return
         if client.fd >= 0:
             self.discard(client.fd)
-        client.fd = fd
+            client.fd = -1
+        if takes:
+            self._give(client, takes[-1], fd)
+        else:
+            client.fd = fd
 
     def _give(self, client: Client, request: Request, fd: int) -> None:
         request.fd = fd
