@@ -12,6 +12,7 @@ import stat
 import subprocess
 import sys
 import textwrap
+import time
 from pathlib import Path
 from typing import Any
 
@@ -262,6 +263,29 @@ async def test_qemu_stops_talking_while_it_does_not_read() -> None:
                     await until(lambda: not monitor.qemu)
             connection, _ = await trio.to_thread.run_sync(qemu.accept)
             connection.close()
+
+
+async def test_a_client_that_has_more_to_say_when_qemu_goes_costs_nothing() -> None:
+    """It does not read what QEMU said last, and is left a while for that."""
+    with directory() as path, listening(path / "qemu") as qemu:
+        async with refault(path / "qemu", path / "front") as monitor:
+            connection, _ = await trio.to_thread.run_sync(qemu.accept)
+            with connection:
+                connection.sendall(GREETING)
+                asked = json.loads(await trio.to_thread.run_sync(connection.recv, 4096))
+                connection.sendall(json.dumps({"return": {}, "id": asked["id"]}).encode() + b"\r\n")
+                await until(lambda: monitor.qemu)
+                async with negotiated(path / "front") as client:
+                    await client.send(b'{"execute": "x"}' * 200)
+                    event = {"event": "X", "data": {"text": "x" * (2 << 20)}}
+                    await trio.to_thread.run_sync(connection.sendall, json.dumps(event).encode())
+                    await until(lambda: monitor.counters.events)
+                    connection.close()
+                    await until(lambda: not monitor.qemu)
+                    before = time.process_time()
+                    await trio.sleep(0.5)
+                    assert time.process_time() - before < 0.2
+                    assert monitor.clients == 1
 
 
 async def test_the_host_of_a_tcp_monitor_vanishes(

@@ -202,7 +202,7 @@ class Clients:
                         return
             core.receive(client, data, fd)
             self._flush_all()
-            while splitter.more or client.paused:
+            while (splitter.more or client.paused) and not client.closing:
                 if client.paused:
                     if not await self._until_resumable(client, wire):
                         return
