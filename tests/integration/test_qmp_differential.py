@@ -165,6 +165,7 @@ NEGOTIATIONS: list[Exchange] = [
     [b"{'execute': 'qmp_capabilities', 'arguments': {'enable': null}}", STATUS],
     [b"{'execute': 'qmp_capabilities', 'arguments': {'enable': [1]}}", STATUS],
     [b"{'execute': 'qmp_capabilities', 'arguments': {'enable': [], 'x': 1}}", STATUS],
+    [b"{'execute': 'qmp_capabilities', 'arguments': {'is already complete': 1}}", STATUS],
     [b"{'execute': 'qmp_capabilities', 'arguments': []}", STATUS],
     [b"{'exec-oob': 'qmp_capabilities'}", STATUS, CAPABILITIES],
     [b"{'exec-oob': 'migrate-pause', 'id': 1}", CAPABILITIES, b"{'exec-oob': 'migrate-pause', 'id': 2}"],

@@ -338,9 +338,8 @@ class Multiplexer:
 
     def _negotiated_by_qemu(self, client: Client, reply: bytes, enable: object) -> bytes:
         """QEMU checks the arguments first, and then finds that refault has negotiated before."""
-        if b"already complete" in reply:
-            return self._negotiated(client, enable)
-        return reply
+        error = decode(reply).get("error", {})
+        return self._negotiated(client, enable) if error.get("desc") == replies.ALREADY_NEGOTIATED else reply
 
     def _out_of_band(self, request: Request) -> None:
         client = request.client

@@ -7,6 +7,7 @@ import msgspec
 GENERIC = "GenericError"
 NOT_FOUND = "CommandNotFound"
 
+ALREADY_NEGOTIATED = "Capabilities negotiation is already complete, command ignored"
 _NOT_NEGOTIATED = "Expecting capabilities negotiation with 'qmp_capabilities'"
 
 
