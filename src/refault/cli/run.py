@@ -93,6 +93,8 @@ def run_options(arguments: argparse.Namespace) -> RunOptions:
         name = arguments.name or _name(_last_part(arguments.qemu))
     except argparse.ArgumentTypeError as error:
         raise ValueError(f"--qemu gives no usable name ({error}); add --name") from error
+    if str(arguments.qemu) in map(str, arguments.listen):
+        raise ValueError(f"--listen {arguments.qemu}: that is where QEMU is; give its monitor another path")
     control: Path = arguments.control or control_socket(name)
     length = len(os.fsencode(control))
     if length >= SUN_PATH:
@@ -172,6 +174,8 @@ def _name(text: str) -> str:
 def _uri(text: str) -> str:
     if not _URI.match(text):
         raise argparse.ArgumentTypeError(f"{text!r} is not a migration URI such as tcp:0.0.0.0:4444")
+    if text.startswith("tcp:") and "," not in text and not isinstance(parse_uri(text), Inet):
+        raise argparse.ArgumentTypeError(f"{text!r} is not like tcp:0.0.0.0:4444")
     if re.match(r"tcp:.*:0\Z", text):
         raise argparse.ArgumentTypeError(f"{text!r} leaves the port open, so the source could not know it")
     return text
