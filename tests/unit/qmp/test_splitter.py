@@ -278,6 +278,16 @@ def test_equal_keys_among_many_are_found() -> None:
     )
 
 
+@pytest.mark.parametrize("alike", [b"k" * 1000, b"\xc3\xa9" * 500, b"\\\\" * 500])
+def test_many_keys_that_begin_alike_keep_nobody_waiting(alike: bytes) -> None:
+    splitter = Splitter()
+    splitter.feed(b"{" + b",".join(b'"%b%d":0' % (alike, number) for number in range(60_000)))
+    began = time.process_time()
+    [message] = splitter.feed(b"}")
+    assert time.process_time() - began < 0.5
+    assert message.problem is None
+
+
 @pytest.mark.parametrize("filler", [b" ", b'"', b"1", b"[1],"])
 def test_size_is_bounded(filler: bytes) -> None:
     splitter = Splitter(max_bytes=1000)
