@@ -143,6 +143,26 @@ async def test_where_a_name_is_used() -> None:
             assert "nothing" in (await other.reply("m"))["error"]["desc"]
 
 
+@pytest.mark.parametrize("name", ["n", "\u00e9", 'a"b', "a\\b"])
+async def test_errors_name_descriptors_as_the_client_does(name: str) -> None:
+    """However QEMU spells them."""
+    with directory() as path, qemu_process(f"unix:{path}/qemu,server=on,wait=off"):
+        async with (
+            refault(path / "qemu", path / "front"),
+            negotiated(path / "front") as one,
+            negotiated(path / "front") as other,
+        ):
+            for client in (one, other):
+                with temporary(path / "file") as fd:
+                    await client.send_fd(execute("getfd", "get", fdname=name), fd)
+                    assert await client.reply("get") == {"return": {}, "id": "get"}
+            await other.command("closefd", {"fdname": name})
+            await other.send(execute("closefd", "again", fdname=name))
+            assert (await other.reply("again"))["error"][
+                "desc"
+            ] == f"File descriptor named '{name}' not found"
+
+
 async def test_a_dump_goes_to_the_descriptor_of_who_asked_for_it() -> None:
     machine = ["-machine", "pc,accel=tcg", "-S", "-m", "16"]
     with directory() as path, qemu_process(f"unix:{path}/qemu,server=on,wait=off", extra=machine):

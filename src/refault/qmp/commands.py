@@ -48,7 +48,6 @@ class Request:
         "answer",
         "cleared",
         "client",
-        "client_name",
         "data",
         "done",
         "fd",
@@ -57,10 +56,10 @@ class Request:
         "new_name",
         "on_reply",
         "oob",
+        "prefixes",
         "rebuilt",
         "size",
         "spelling",
-        "upstream_name",
     )
 
     def __init__(self, client: Client, message: Message) -> None:
@@ -83,8 +82,8 @@ class Request:
         self.on_reply: Callable[[bytes], bytes] | None = None
         self.done: Callable[[Message | None], None] | None = None
         """For refault's own commands: called with the reply, or None if QEMU went away."""
-        self.client_name = self.upstream_name = b""
-        """A descriptor's name, where QEMU knows it by another than the client."""
+        self.prefixes: frozenset[bytes] = frozenset()
+        """Of descriptors' names, where QEMU knows them by longer ones than the client."""
         self.spelling = _id_spelling(message) if message.id_end else b""
         """The client's id as it goes back; empty without one."""
 

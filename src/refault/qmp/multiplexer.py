@@ -489,7 +489,7 @@ class Multiplexer:
         defines = request.name == b"getfd"
         if not names and not defines:
             return
-        used: list[tuple[str, str]] = []
+        prefixes: set[str] = set()
 
         def change(name: str) -> str:
             if defines:
@@ -500,7 +500,7 @@ class Multiplexer:
             else:
                 upstream = names.use(number, name)
             if upstream != name:
-                used.append((name, upstream))
+                prefixes.add(upstream.removesuffix(name))
             return upstream
 
         message = request.message
@@ -508,9 +508,9 @@ class Multiplexer:
             decode_arguments(message) if request.data is None else decode(request.data).get("arguments", {})
         )
         renamed = rename(arguments, change)
-        if used:
+        if prefixes:
             request.rebuild(renamed)
-            request.client_name, request.upstream_name = (text.encode() for text in used[0])
+            request.prefixes = frozenset(prefix.encode() for prefix in prefixes)
 
     # from QEMU
 
@@ -678,14 +678,14 @@ class Multiplexer:
     def _deliver(self, request: Request, message: Message) -> None:
         """QEMU's reply, to whom it belongs."""
         client = request.client
-        if request.on_reply is None and not request.upstream_name:
+        if request.on_reply is None and not request.prefixes:
             if client.connected and client is not self._orphans:
                 raw = message.with_id(request.spelling) if request.spelling else message.without_id()
                 self._put(client, raw + _EOL)
             return
         raw = message.without_id()
-        if request.upstream_name:
-            raw = raw.replace(request.upstream_name, request.client_name)
+        for prefix in request.prefixes:
+            raw = raw.replace(prefix, b"")
         if request.on_reply:
             raw = request.on_reply(raw)
         request.answer = raw
