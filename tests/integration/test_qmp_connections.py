@@ -33,7 +33,8 @@ from tests.integration.qmp_tools import (
 from refault.daemon.address import parse_address
 from refault.daemon.dial import prepare
 from refault.daemon.listener import ListenError
-from refault.daemon.monitor import Monitor, MonitorLost, QemuInfo
+from refault.daemon.monitor import Limits, Monitor, MonitorLost, QemuInfo
+from refault.daemon.repeats import Sparing
 
 
 async def until(condition: Any, seconds: float = 10) -> None:
@@ -355,6 +356,24 @@ async def test_absence_is_told_once(caplog: pytest.LogCaptureFixture) -> None:
         async with refault(path / "qemu", path / "front"):
             await trio.sleep(0.5)
         assert caplog.messages == [f"vm: no QEMU at unix:{path}/qemu yet: No such file or directory"]
+
+
+async def test_clients_that_are_refused_do_not_fill_the_log(caplog: pytest.LogCaptureFixture) -> None:
+    sparing = Sparing()
+    caplog.handler.addFilter(sparing)
+    try:
+        with directory() as path:
+            async with (
+                refault(path / "qemu", path / "front", limits=Limits(clients=1)) as monitor,
+                await dial(path / "front"),
+            ):
+                await until(lambda: monitor.clients == 1)
+                for _ in range(20):
+                    async with await dial(path / "front") as refused:
+                        assert await refused.receive_some() == b""
+    finally:
+        caplog.handler.removeFilter(sparing)
+    assert caplog.messages.count("vm: a client more than the 1 allowed is refused") == 1
 
 
 @pytest.mark.qemu

@@ -13,6 +13,7 @@ import trio
 from refault.daemon.address import Address
 from refault.daemon.dial import BACKOFF, CONNECT_TIMEOUT, dial, prepare, why
 from refault.daemon.listener import Bound
+from refault.daemon.repeats import repeats
 from refault.daemon.wire import Wire
 from refault.qmp.multiplexer import Multiplexer
 from refault.qmp.session import Client, Limits
@@ -120,7 +121,11 @@ class Clients:
             except OSError as error:
                 if error.errno in (errno.EMFILE, errno.ENFILE, errno.ENOBUFS, errno.ENOMEM):
                     log.error(
-                        "%s: cannot accept a client at %s: %s", self._name, listener.address, error.strerror
+                        "%s: cannot accept a client at %s: %s",
+                        self._name,
+                        listener.address,
+                        error.strerror,
+                        extra=repeats((self._name, "accept"), error.errno),
                     )
                     await trio.sleep(0.5)
                 continue
@@ -148,7 +153,10 @@ class Clients:
         with sock, trio.CancelScope() as scope:
             if len(self._core.clients) >= self._limits.clients:
                 log.warning(
-                    "%s: a client more than the %d allowed is refused", self._name, self._limits.clients
+                    "%s: a client more than the %d allowed is refused",
+                    self._name,
+                    self._limits.clients,
+                    extra=repeats((self._name, "clients"), self._limits.clients),
                 )
                 return
             wire = Wire(sock, scope)

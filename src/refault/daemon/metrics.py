@@ -150,6 +150,14 @@ class _Server(ThreadingMixIn, WSGIServer):
         """The open connections, of which none may be closed without the lock, and their deadlines."""
         super().__init__(*args)
 
+    def get_request(self) -> Any:
+        """The next connection. Where there is no descriptor for it, it waits as long as the next look."""
+        try:
+            return super().get_request()
+        except OSError:
+            time.sleep(_LOOK_SECONDS)
+            raise
+
     def verify_request(self, request: Any, client_address: Any) -> bool:
         """Whether there is room for one more."""
         with self._lock:

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import re
+import resource
 import socket
 import threading
+import time
 import urllib.request
 from contextlib import AsyncExitStack, suppress
 from pathlib import Path
@@ -164,6 +166,23 @@ async def test_scrapers_leave_the_daemon_its_descriptors(monkeypatch: pytest.Mon
             while any("process_request" in thread.name for thread in threading.enumerate()):
                 await trio.sleep(0.01)
         assert "refault_info" in await trio.to_thread.run_sync(scrape, port)
+        nursery.cancel_scope.cancel()
+
+
+async def test_a_scraper_for_whom_there_is_no_descriptor_costs_nothing() -> None:
+    async with trio.open_nursery() as nursery:
+        port = await nursery.start(serve_metrics, "127.0.0.1", 0, lambda: PICTURE)
+        scraper = socket.socket()
+        soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+        with scraper:
+            resource.setrlimit(resource.RLIMIT_NOFILE, (scraper.fileno(), hard))
+            try:
+                scraper.connect(("127.0.0.1", port))
+                before = time.process_time()
+                await trio.sleep(0.5)
+                assert time.process_time() - before < 0.2
+            finally:
+                resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
         nursery.cancel_scope.cancel()
 
 
