@@ -170,6 +170,31 @@ def test_a_service_from_start_to_end(tmp_path: Path) -> None:
     assert not (tmp_path / "vm1.control").exists()
 
 
+WAITS = {"capability": "pause-before-switchover", "state": True}
+"""A source waits there, however little there is to migrate."""
+
+
+def ask(stream: Any, name: str, **arguments: object) -> None:
+    stream.write(json.dumps({"execute": name, "arguments": arguments}))
+    stream.flush()
+
+
+def answer(stream: Any) -> str:
+    reply = next(message for message in map(json.loads, stream) if {"return", "error"} & set(message))
+    return "error" if "error" in reply else "return"
+
+
+@contextlib.contextmanager
+def client_of(listen: Path) -> Iterator[Any]:
+    with socket.socket(socket.AF_UNIX) as connection:
+        connection.settimeout(20)
+        connection.connect(str(listen))
+        with connection.makefile("rw") as stream:
+            ask(stream, "qmp_capabilities")
+            assert answer(stream) == "return"
+            yield stream
+
+
 @pytest.mark.qemu
 def test_of_two_clients_who_migrate_at_once_one_does(tmp_path: Path) -> None:
     """The other's command takes nothing from it, and its destination sees no other source."""
@@ -182,25 +207,10 @@ def test_of_two_clients_who_migrate_at_once_one_does(tmp_path: Path) -> None:
     ):
         streams = []
 
-        def ask(stream: Any, name: str, **arguments: object) -> None:
-            stream.write(json.dumps({"execute": name, "arguments": arguments}))
-            stream.flush()
-
-        def answer(stream: Any) -> str:
-            reply = next(message for message in map(json.loads, stream) if {"return", "error"} & set(message))
-            return "error" if "error" in reply else "return"
-
         running.wait_ready()
         for _ in range(2):
-            connection = stack.enter_context(socket.socket(socket.AF_UNIX))
-            connection.settimeout(20)
-            connection.connect(str(listen))
-            streams.append(stack.enter_context(connection.makefile("rw")))
-            ask(streams[-1], "qmp_capabilities")
-            assert answer(streams[-1]) == "return"
-        # It waits there, however little there is to migrate.
-        capability = {"capability": "pause-before-switchover", "state": True}
-        ask(streams[0], "migrate-set-capabilities", capabilities=[capability])
+            streams.append(stack.enter_context(client_of(listen)))
+        ask(streams[0], "migrate-set-capabilities", capabilities=[WAITS])
         assert answer(streams[0]) == "return"
         for stream in streams:
             ask(stream, "migrate", uri=f"tcp:127.0.0.1:{destination.getsockname()[1]}")
@@ -210,6 +220,57 @@ def test_of_two_clients_who_migrate_at_once_one_does(tmp_path: Path) -> None:
             destination.settimeout(0.5)
             with pytest.raises(TimeoutError):
                 destination.accept()
+        assert "Traceback" not in running.output()
+
+
+@contextlib.contextmanager
+def carried(port: int, monitor: Path) -> Iterator[None]:
+    """A monitor as TCP, until the connection breaks."""
+    argv = [
+        "socat",
+        f"TCP-LISTEN:{port},bind=127.0.0.1,reuseaddr",
+        f"UNIX-CONNECT:{monitor},retry=200,interval=0.05",
+    ]
+    with subprocess.Popen(argv, stderr=subprocess.DEVNULL) as process:
+        try:
+            yield
+        finally:
+            process.kill()
+
+
+@pytest.mark.qemu
+def test_a_migration_outlives_its_tcp_monitor_but_not_its_qemu(tmp_path: Path) -> None:
+    """No pid tells whether it is the same QEMU that answers again: it does by what it is at."""
+    monitor, listen, port = tmp_path / "q", tmp_path / "l", free_port()
+    record = tmp_path / "vm1.migration.json"
+    arguments = ["--qemu", f"tcp:127.0.0.1:{port}", "--listen", str(listen), "--name", "vm1"]
+    with daemon(tmp_path, *arguments) as running, socket.create_server(("127.0.0.1", 0)) as destination:
+        running.wait_ready()
+
+        def connected() -> bool:
+            return bool(running.status()["qemu"]["connected"])
+
+        def migrate(client: Any) -> None:
+            ask(client, "migrate-set-capabilities", capabilities=[WAITS])
+            assert answer(client) == "return"
+            ask(client, "migrate", uri=f"tcp:127.0.0.1:{destination.getsockname()[1]}")
+            assert answer(client) == "return"
+            eventually(record.exists, running.output)
+
+        with qemu(monitor):
+            with carried(port, monitor), client_of(listen) as client:
+                migrate(client)
+            eventually(lambda: not connected(), running.output)
+            with carried(port, monitor):
+                eventually(connected, running.output)
+                time.sleep(0.5)
+                assert record.exists()
+                assert running.status()["migration"]["status"] == "pre-switchover"
+        with qemu(monitor), carried(port, monitor), client_of(listen) as client:
+            eventually(lambda: not record.exists(), running.output)
+            migrate(client)
+            ask(client, "quit")
+            eventually(lambda: not record.exists(), running.output)
         assert "Traceback" not in running.output()
 
 

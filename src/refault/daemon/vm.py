@@ -97,6 +97,8 @@ class Vm:
         """Whether the daemon is about to end: then a lost monitor is no news."""
         self._last_info: QemuInfo | None = None
         self._one_set_up = trio.Lock()
+        self._shuts_down = False
+        """Whether QEMU has said that it ends."""
 
     async def run(self, *, task_status: trio.TaskStatus[None] = trio.TASK_STATUS_IGNORED) -> None:
         """Listens, then serves. Raises what the monitor raises where an address cannot be bound."""
@@ -244,6 +246,7 @@ class Vm:
 
     def _on_event(self, name: str, data: Mapping[str, object]) -> None:
         status = data.get("status")
+        self._shuts_down |= name == "SHUTDOWN"
         if name == "MIGRATION":
             self._meet_unseen(status)
         if self.migration is None:
@@ -265,23 +268,22 @@ class Vm:
     async def _on_connect(self, info: QemuInfo) -> None:
         same = self._last_info is not None and self._last_info.pid == info.pid
         self._last_info = info
+        self._shuts_down = False
         self.state.qemu_pid = info.pid
         if self.migration is not None and self.migration.under_way:
-            if same and (info.pid is not None or await self._knows_of_it()):
+            if same and (info.pid is not None or await self._goes_on()):
                 self.migration.look_soon()
                 return
             self.migration.feed(Event.QEMU_GONE)
         self.state.start_soon(self._meet, info)
 
-    async def _knows_of_it(self) -> bool:
-        """Whether a QEMU whose process is not seen, its monitor on TCP, is the one of the migration."""
-        while True:
-            try:
-                status = (await self.state.query("query-migrate")).get("status")
-            except (QmpError, trio.TooSlowError):
-                await trio.sleep(MEET_LONGEST_PAUSE)  # as a destination's that waits for a page
-            else:
-                return status not in (None, "none")
+    async def _goes_on(self) -> bool:
+        """Whether a QEMU whose process is not known is at our migration: a new one is at none."""
+        try:
+            status = (await self.state.query("query-migrate")).get("status")
+        except (QmpError, trio.TooSlowError):
+            return True  # a destination's main thread is stuck on a missing page; a new one's is not
+        return status not in (None, "none", "setup")
 
     def _on_disconnect(self) -> None:
         if self.migration is not None:
@@ -294,8 +296,8 @@ class Vm:
     async def _follow_end(self, migration: Migration | None) -> None:
         """A QEMU that ends closes its monitor first, and the migration ends with the process."""
         pid = self.state.qemu_pid
-        if pid is None:
-            return  # it shows when there is a monitor again
+        if pid is None and not self._shuts_down:
+            return  # whoever answers next tells
         started = process_started(pid)
         expected = trio.current_time() + QUIT_PATIENCE
         while started is not None and process_started(pid) == started:
