@@ -50,9 +50,14 @@ _TCP = re.compile(r"tcp:(?:\[(?P<v6>[0-9A-Fa-f:.]+)\]|(?P<host>[^:,\[\]]*)):(?P<
 def parse_uri(uri: str) -> Endpoint:
     """The endpoint that a migration `uri` names."""
     match = _TCP.match(uri)
-    if match is None or int(match["port"]) > 65535:
+    if match is None or int(match["port"]) > 65535 or not _may_be_a_host(match["v6"] or match["host"]):
         return Other(uri)
     return Inet(match["v6"] or match["host"], int(match["port"]))
+
+
+def _may_be_a_host(text: str) -> bool:
+    """What is said in every line of the log is short, and one line."""
+    return len(text) <= 255 and text.isprintable()
 
 
 def endpoint_of(arguments: Mapping[str, object]) -> Endpoint | None:
@@ -70,9 +75,9 @@ def endpoint_of(arguments: Mapping[str, object]) -> Endpoint | None:
             }
         ]:
             plain = set(addr) <= {"transport", "type", "host", "port", "ipv4", "ipv6"}
-            port = str(addr["port"])
-            if plain and port.isdecimal() and int(port) <= 65535:
-                return Inet(str(addr["host"]), int(port))
+            host, port = str(addr["host"]), str(addr["port"])
+            if plain and _may_be_a_host(host) and port.isdecimal() and int(port) <= 65535:
+                return Inet(host, int(port))
     match channels:
         case [{"channel-type": "main", "addr": {"transport": str()} as addr}]:
             spelt = _spelt(addr)

@@ -77,7 +77,7 @@ def why_not(
 ) -> str | None:
     """Why the relay cannot carry this migration, for the operator; None where it can."""
     if not isinstance(endpoint, Inet):
-        return f"address {endpoint.uri if endpoint else 'missing'} is not plain tcp:HOST:PORT"
+        return f"address {_shown(endpoint.uri) if endpoint else 'missing'} is not plain tcp:HOST:PORT"
     if not monitor_is_unix:
         return "QEMU's monitor is not a unix socket, so no descriptor can be handed to it"
     untested = sorted(set(enabled) - TESTED_CAPABILITIES)
@@ -94,6 +94,12 @@ def why_not(
         # Else QEMU checks the name that is in the address (migration/tls.c); a descriptor has none.
         return "the channel uses TLS and tls-hostname is not set, by which QEMU would know the destination"
     return None
+
+
+def _shown(address: str) -> str:
+    """What a client gave as an address, as it may stand in a line of the log."""
+    short = address if len(address) <= 200 else f"{address[:200]}..."
+    return short if short.isprintable() else repr(short)
 
 
 def has_virtio_mem(reply: object) -> bool:

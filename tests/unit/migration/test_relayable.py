@@ -1,6 +1,6 @@
 import pytest
 
-from refault.migration.endpoint import Endpoint, Inet, Other
+from refault.migration.endpoint import Endpoint, Inet, Other, endpoint_of
 from refault.migration.phase import Role
 from refault.migration.relayable import enabled_capabilities, has_virtio_mem, why_not, why_not_recoverable
 
@@ -12,6 +12,22 @@ def test_a_plain_postcopy_migration_is_relayed() -> None:
     enabled = {"postcopy-ram", "events"}
     for role in Role:
         assert why_not(HERE, enabled, {"tls-creds": ""}, role=role, version=NEW, monitor_is_unix=True) is None
+
+
+@pytest.mark.parametrize(
+    "uri", ["exec:" + "x" * 1000, "exec:x\n<2>vm: all is lost", "tcp:a\nb:1", f"tcp:{'a' * 300}:1"]
+)
+def test_an_address_is_no_more_than_a_line_of_the_log(uri: str) -> None:
+    channels = {
+        "channel-type": "main",
+        "addr": {"transport": "socket", "type": "inet", "host": uri, "port": "1"},
+    }
+    for arguments in ({"uri": uri}, {"channels": [channels]}):
+        endpoint = endpoint_of(arguments)
+        reason = why_not(endpoint, set(), {}, role=Role.SOURCE, version=NEW, monitor_is_unix=True)
+        assert reason is not None
+        assert reason.isprintable()
+        assert len(reason) < 300
 
 
 def test_with_tls_a_source_must_be_told_whom_it_speaks_to() -> None:
