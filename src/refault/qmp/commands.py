@@ -53,6 +53,7 @@ class Request:
         "fd",
         "message",
         "name",
+        "names",
         "new_name",
         "on_reply",
         "oob",
@@ -82,6 +83,8 @@ class Request:
         self.on_reply: Callable[[bytes], bytes] | None = None
         self.done: Callable[[Message | None], None] | None = None
         """For refault's own commands: called with the reply, or None if QEMU went away."""
+        self.names: dict[str, str] = {}
+        """How QEMU knows the descriptors of a client that has left."""
         self.prefixes: frozenset[bytes] = frozenset()
         """Of descriptors' names, where QEMU knows them by longer ones than the client."""
         self.spelling = _id_spelling(message) if message.id_end else b""

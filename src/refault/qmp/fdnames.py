@@ -79,6 +79,10 @@ class FdNames:
         """Whether the client passed a descriptor as `name`."""
         return (client, name) in self._upstream
 
+    def of(self, client: int) -> dict[str, str]:
+        """What the client calls its descriptors, and how QEMU knows them."""
+        return {name: upstream for (owner, name), upstream in self._upstream.items() if owner == client}
+
     def forget(self, client: int, name: str) -> None:
         """QEMU no longer has what the client passed as `name`."""
         if (upstream := self._upstream.pop((client, name), None)) is not None:

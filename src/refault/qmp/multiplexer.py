@@ -169,6 +169,9 @@ class Multiplexer:
             self.discard(client.fd)
             client.fd = -1
         client.out.clear()
+        for request in self._asked:
+            if request.client is client:
+                request.names = self._names.of(client.number)
         self._names.leave(client.number)
 
     def half_close(self, client: Client) -> None:
@@ -487,7 +490,7 @@ class Multiplexer:
     def _rename(self, request: Request) -> None:
         names, number = self._names, request.client.number
         defines = request.name == b"getfd"
-        if not names and not defines:
+        if not names and not request.names and not defines:
             return
         prefixes: set[str] = set()
 
@@ -498,7 +501,7 @@ class Multiplexer:
             elif request.rebuilt and names.has(self._own.number, name):
                 upstream = names.use(self._own.number, name)  # the watcher put it in
             else:
-                upstream = names.use(number, name)
+                upstream = request.names.get(name) or names.use(number, name)
             if upstream != name:
                 prefixes.add(upstream.removesuffix(name))
             return upstream

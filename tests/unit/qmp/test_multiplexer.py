@@ -334,6 +334,22 @@ def test_a_watched_command_outlives_its_client_but_not_its_qemu() -> None:
     assert played.commands() == []
 
 
+@pytest.mark.parametrize("other_leaves", [False, True])
+def test_a_watched_command_uses_the_descriptor_of_its_client_who_left(other_leaves: bool) -> None:
+    played = Played(watch=("migrate",))
+    other, client = played.client(), played.client()
+    for one in (other, client):
+        played.core.receive(one, command("getfd", 1, fdname="n"), 100)
+        [sent] = played.commands()
+        played.reply(sent["id"])
+    played.core.receive(client, command("migrate", 2, uri="fd:n"))
+    played.core.leave(client)
+    if other_leaves:
+        played.core.leave(other)
+    played.core.answer(played.asked[0], Forward())
+    assert played.commands()[0]["arguments"]["uri"] == f"fd:{sent['arguments']['fdname']}"
+
+
 def test_what_is_malformed_has_no_id_and_waits_for_its_turn() -> None:
     """QEMU's parser gives up all of it, and queues the error as an in-band command's."""
     played = Played()
