@@ -161,18 +161,23 @@ class Multiplexer:
         if self.clients.pop(client.number, None) is None:
             return
         client.connected = False
+        asked = [request for request in self._asked if request.client is client]
+        answered = [request for request in client.queue if request.cleared]
         for request in client.queue:
-            self._drop_fd(request)
+            if not request.cleared:
+                self._drop_fd(request)
         client.queue.clear()
         client.queued = 0
         if client.fd >= 0:
             self.discard(client.fd)
             client.fd = -1
         client.out.clear()
-        for request in self._asked:
-            if request.client is client:
-                request.names = self._names.of(client.number)
+        for request in (*asked, *answered):
+            request.names = self._names.of(client.number)
         self._names.leave(client.number)
+        for request in answered:
+            self._queue_first(self._orphans, request)
+        self._pump()
 
     def half_close(self, client: Client) -> None:
         """A client will send nothing more; it leaves once it has its replies, as with QEMU."""
@@ -401,11 +406,15 @@ class Multiplexer:
         if not client.connected:
             if request.answer is not None:
                 return
-            client = request.client = self._orphans
+            client = self._orphans
+        self._queue_first(client, request)
+        self._pump()
+
+    def _queue_first(self, client: Client, request: Request) -> None:
+        request.client = client
         client.queue.appendleft(request)
         client.queued += request.size
         self._settle(client)
-        self._pump()
 
     # to QEMU
 

@@ -334,6 +334,29 @@ def test_a_watched_command_outlives_its_client_but_not_its_qemu() -> None:
     assert played.commands() == []
 
 
+def test_a_watched_command_that_waits_for_its_turn_outlives_its_client() -> None:
+    """Who watches waits for the reply."""
+    played = Played(watch=("migrate",))
+    seen: list[bytes] = []
+
+    def on_reply(reply: bytes) -> bytes:
+        seen.append(reply)
+        return reply
+
+    client = played.client()
+    played.core.receive(client, command("a") * SHARE + command("migrate") + command("b"))
+    running = played.commands()
+    played.core.answer(played.asked[0], Forward(on_reply=on_reply))
+    assert played.commands() == []
+    played.core.leave(client)
+    [sent] = played.commands()
+    assert sent["execute"] == "migrate"
+    for one in (*running, sent):
+        played.reply(one["id"])
+    assert seen == [b'{"return": {}}']
+    assert played.commands() == []
+
+
 @pytest.mark.parametrize("other_leaves", [False, True])
 def test_a_watched_command_uses_the_descriptor_of_its_client_who_left(other_leaves: bool) -> None:
     played = Played(watch=("migrate",))
