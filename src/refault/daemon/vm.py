@@ -147,22 +147,32 @@ class Vm:
     async def _set_up(
         self, role: type[Source] | type[Destination], command: WatchedCommand
     ) -> Forward | Answer:
+        info = self.monitor.qemu
         async with self._one_set_up:
             await self._answered()
+            self._must_be(info)
             if await self._busy():
                 return Forward()
             endpoint = endpoint_of(command.arguments)
             reason, lanes = await self.state.judge(endpoint, role.role)
             try:
-                migration = await self._replace(role, endpoint, reason, lanes, answered=False)
-            except OSError as error:
-                reason = f"no relay could be made: {error}"
-                migration = await self._replace(role, endpoint, reason, lanes, answered=False)
-            try:
-                return await migration.procedure.set_up(command)
+                try:
+                    migration = await self._replace(role, endpoint, reason, lanes, answered=False)
+                except OSError as error:
+                    reason = f"no relay could be made: {error}"
+                    migration = await self._replace(role, endpoint, reason, lanes, answered=False)
+                verdict = await migration.procedure.set_up(command)
+                self._must_be(info)
             except BaseException:
-                migration.settled.set()
+                if self.migration is not None:
+                    self.migration.settled.set()
                 raise
+            return verdict
+
+    def _must_be(self, info: QemuInfo | None) -> None:
+        """Raises MonitorLost where a command that came for `info` goes to no QEMU any more."""
+        if self.monitor.qemu is not info:
+            raise MonitorLost(f"{self.name}: QEMU went away while a command waited")
 
     async def _answered(self) -> None:
         """Waits while QEMU has the command that sets a migration up, so that it is not under way yet."""

@@ -90,6 +90,65 @@ async def test_a_second_migrate_does_the_first_no_harm(tmp_path: Path) -> None:
             assert vm.state.record() is not None
 
 
+async def test_a_migrate_from_before_the_monitor_was_lost_does_the_next_no_harm(tmp_path: Path) -> None:
+    """Nobody answers it, and what comes later waits for no answer."""
+    with socket.create_server(("127.0.0.1", 0)) as far:
+        uri = f"tcp:127.0.0.1:{far.getsockname()[1]}"
+        async with fronted(tmp_path) as (qemu, vm):
+            lost: list[type[MonitorLost]] = []
+
+            async def stale() -> None:
+                with pytest.raises(MonitorLost) as raised:
+                    await vm._migrate(migrate(uri))
+                lost.append(raised.type)
+
+            await vm._migrate(migrate(uri))
+            async with trio.open_nursery() as nursery:
+                nursery.start_soon(stale)
+                await trio.testing.wait_all_tasks_blocked(0.05)
+                vm._on_disconnect()
+                qemu.qemu = QemuInfo(os.getpid(), 0, "10.0.0", (10, 0, 0), "", True)
+                await vm._on_connect(qemu.qemu)
+            with trio.fail_after(5):
+                answer(await vm._migrate(migrate(uri)), OK)
+            assert lost == [MonitorLost]
+
+
+async def test_a_migrate_during_which_the_monitor_is_lost_does_the_next_no_harm(tmp_path: Path) -> None:
+    async with fronted(tmp_path) as (qemu, vm):
+        answer(await vm._migrate(migrate("unix:/run/x")), OK)
+        vm._on_event("MIGRATION", {"status": "failed"})
+        first = vm.migration
+        assert first is not None
+        retire = first.retire
+
+        async def retire_slowly() -> None:
+            await retire()
+            vm._on_disconnect()
+            qemu.qemu = QemuInfo(os.getpid(), 0, "10.0.0", (10, 0, 0), "", True)
+
+        first.retire = retire_slowly  # type: ignore[method-assign]
+        with pytest.raises(MonitorLost):
+            await vm._migrate(migrate("unix:/run/x"))
+        with trio.fail_after(5):
+            answer(await vm._migrate(migrate("unix:/run/x")), OK)
+
+
+async def test_a_migrate_that_goes_to_qemu_unwatched_delays_no_other(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def broken(*_: object, **__: object) -> None:
+        raise RuntimeError
+
+    async with fronted(tmp_path) as (_, vm):
+        with monkeypatch.context() as patch:
+            patch.setattr(migration_module, "Relay", broken)
+            with pytest.raises(RuntimeError):
+                await vm._migrate(migrate("tcp:127.0.0.1:1"))
+        with trio.fail_after(5):
+            answer(await vm._migrate(migrate("unix:/run/x")), OK)
+
+
 async def test_a_migrate_that_qemu_will_refuse_does_not_reach_the_other_host(tmp_path: Path) -> None:
     """A bare QEMU that listens there ends with a connection on which nothing comes."""
     with socket.create_server(("127.0.0.1", 0)) as far:
