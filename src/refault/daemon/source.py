@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import logging
 from collections import deque
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import trio
 
@@ -247,7 +247,7 @@ class Source:
         endpoint = endpoint_of(command.arguments)
         channels = migration.channels
         if channels is None:
-            return Forward(on_reply=migration.watch_move(endpoint))
+            return Forward(on_reply=self._watch_dial(endpoint))
         if not isinstance(endpoint, Inet):
             return Forward(on_reply=migration.watch_recovery)
         try:
@@ -269,6 +269,17 @@ class Source:
             return migration.watch_recovery(reply)
 
         return Forward(with_uri(command.arguments, uri), on_reply=watch)
+
+    def _watch_dial(self, endpoint: Endpoint | None) -> Callable[[bytes], bytes]:
+        """As Migration.watch_move; and QEMU dials from then on."""
+        watch_move = self._migration.watch_move(endpoint)
+
+        def watch(reply: bytes) -> bytes:
+            if isinstance(endpoint, Inet) and not is_error(reply):
+                self._told_to_dial = trio.current_time(), self._migration.counters.recoveries
+            return watch_move(reply)
+
+        return watch
 
     def _not_taken(self, channels: Channels, channel: int) -> None:
         """QEMU did not take the command that names what `_join` made."""
@@ -375,7 +386,11 @@ class Source:
 
     async def _resume_at(self, uri: str) -> None:
         self._told_to_dial = trio.current_time(), self._migration.counters.recoveries
-        await self._resume(uri)
+        try:
+            await self._resume(uri)
+        except QmpError:
+            self._told_to_dial = None
+            raise
 
     async def _takes_connection(self) -> bool:
         """Whether QEMU, unrelayed, is better given a connection, and takes one. Raises what `execute` does.

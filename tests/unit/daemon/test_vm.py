@@ -16,8 +16,8 @@ import trio.testing
 from refault.daemon import migration as migration_module
 from refault.daemon.address import Address
 from refault.daemon.local_unix import PrivateSockets
-from refault.daemon.monitor import Answer, Forward, Monitor, MonitorLost, QemuInfo, WatchedCommand
-from refault.daemon.options import RunOptions
+from refault.daemon.monitor import Answer, Forward, Monitor, MonitorLost, QemuInfo, QmpError, WatchedCommand
+from refault.daemon.options import Patience, RunOptions
 from refault.daemon.vm import Vm
 from refault.migration.endpoint import Inet
 from refault.migration.recovery import Event, State
@@ -256,6 +256,30 @@ async def test_a_qemu_that_still_dials_is_not_told_again(tmp_path: Path) -> None
         await trio.sleep(0.5)
         assert qemu.asked.count("migrate") == 1
         vm._on_event("MIGRATION", {"status": "postcopy-active"})
+        vm._on_event("MIGRATION", {"status": "postcopy-paused"})
+        await wait_for(qemu, "migrate", 2)
+
+
+async def test_a_qemu_that_dials_at_a_clients_word_is_not_told_again(tmp_path: Path) -> None:
+    async with fronted(tmp_path, pid=None) as (qemu, vm):
+        vm.state.patience = Patience(client_wait=0.05)
+        qemu.qemu = QemuInfo(None, None, "7.2.0", (7, 2, 0), "", True)
+        answer(await vm._migrate(migrate("tcp:127.0.0.1:1")), OK)
+        qemu.says["query-migrate"] = {"status": "postcopy-paused"}
+        vm._on_event("MIGRATION", {"status": "postcopy-paused"})
+        resume = WatchedCommand("migrate", False, {"uri": "tcp:127.0.0.1:2", "resume": True}, None, 1)
+        answer(await vm._migrate(resume), OK)
+        assert isinstance(await vm._migrate(resume), Answer)
+        await trio.sleep(0.3)  # the client's time is over
+        assert "migrate" not in qemu.asked
+
+
+async def test_a_resume_that_qemu_refuses_is_made_again_at_once(tmp_path: Path) -> None:
+    async with fronted(tmp_path, pid=None) as (qemu, vm):
+        qemu.qemu = QemuInfo(None, None, "7.2.0", (7, 2, 0), "", True)
+        answer(await vm._migrate(migrate("tcp:127.0.0.1:1")), OK)
+        qemu.says["query-migrate"] = {"status": "postcopy-paused"}
+        qemu.says["migrate"] = QmpError("GenericError", "no")
         vm._on_event("MIGRATION", {"status": "postcopy-paused"})
         await wait_for(qemu, "migrate", 2)
 
