@@ -256,7 +256,8 @@ class Vm:
 
     def _on_event(self, name: str, data: Mapping[str, object]) -> None:
         status = data.get("status")
-        self._shuts_down |= name == "SHUTDOWN"
+        # A guest may power off and its QEMU stay (-no-shutdown).
+        self._shuts_down |= name == "SHUTDOWN" and data.get("guest") is not True
         if name == "MIGRATION":
             self._meet_unseen(status)
         if self.migration is None:

@@ -345,6 +345,20 @@ async def test_a_monitor_on_tcp_that_is_lost_for_a_moment_is_no_end(tmp_path: Pa
         assert first.under_way is knows
 
 
+@pytest.mark.parametrize("by_guest", [True, False])
+async def test_a_guest_that_powers_off_is_not_the_end_of_its_qemu(tmp_path: Path, by_guest: bool) -> None:
+    """With -no-shutdown."""
+    async with fronted(tmp_path, pid=None) as (_, vm):
+        answer(await vm._migrate(migrate("tcp:127.0.0.1:1")), OK)
+        vm._on_event(
+            "SHUTDOWN", {"guest": by_guest, "reason": "guest-shutdown" if by_guest else "host-qmp-quit"}
+        )
+        vm._on_disconnect()
+        await trio.testing.wait_all_tasks_blocked()
+        assert vm.migration is not None
+        assert vm.migration.under_way is by_guest
+
+
 async def test_a_clients_pause_that_is_never_answered_delays_no_recovery(tmp_path: Path) -> None:
     async with fronted(tmp_path) as (qemu, vm):
         answer(await vm._migrate(migrate("unix:/run/x")), OK)
