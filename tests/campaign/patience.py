@@ -114,8 +114,9 @@ async def blocked(stage: Stage) -> str:
 
 
 def _missing_page(qemu: Qemu) -> int:
-    """The address of a page that the destination has not got, far from those that vCPU 0 visits next."""
-    pages = (qemu.guest.arena(0) + offset for offset in range(0, qemu.guest.arena_bytes, PAGE))
+    """The address of a page that the destination has not got, and not the next of the background copy, which
+    may be on its way still."""
+    pages = (qemu.guest.arena(0) + offset for offset in reversed(range(0, qemu.guest.arena_bytes, PAGE)))
     return next(page for page in pages if qemu.memory.read(page, 1) is None)
 
 
