@@ -24,6 +24,7 @@ enum {
     LOOK_RETRIES = 100,
     SILENCE_LOOK_MS = 250,
     LINGER_MS = 1000, /* for the far side to take what was sent before it */
+    STUCK_MS = 1000,  /* a lane of a source in doubt brings nothing and does not end */
     VIEW_WORDS = sizeof(struct rf_relay_view) / sizeof(uint64_t),
 };
 
@@ -94,8 +95,10 @@ struct rf_relay {
     bool probing;             /* postcopy: the far leg's silence counts */
     uint64_t next_silence_ns; /* when to look at it again */
     uint64_t
-        linger_until_ns; /* the local leg has ended and the far one is read until it ends too; 0 for not */
-    bool return_waits;   /* there is something to read, but no room to send it */
+        linger_until_ns;    /* the local leg has ended and the far one is read until it ends too; 0 for not */
+    bool return_waits;      /* there is something to read, but no room to send it */
+    uint64_t stuck_from_ns; /* draining for a source in doubt, and nothing moves; 0 for not */
+    uint64_t stuck_bytes;   /* forward_bytes then */
     struct rf_pipe forward;
     uint8_t backward[RETURN_CHUNK];
 };
@@ -356,6 +359,32 @@ static bool lane_is_missed(const struct rf_relay *relay, const struct rf_lane *l
            (rf_tracker_channel_facts(relay->tracker) & RF_FACT_EOF_PASSED) == 0;
 }
 
+/*
+ * Where EOF cannot be read a source that was cut off looks like one that has completed, and its lanes may
+ * never be drained: QEMU's threads for multifd wait at each round's end for the main thread, which waits for
+ * what will not come (migration/multifd.c, multifd_recv_thread). So QEMU, when it has read all there was on
+ * the main connection, is shown its end, as it would be without a relay; one that has all reads no further.
+ */
+static void show_end_if_stuck(struct rf_relay *relay) {
+    bool in_doubt = draining(relay) && !rf_pipe_pending(&relay->forward) && !relay->local.write_ended &&
+                    (rf_tracker_channel_facts(relay->tracker) & RF_FACT_EOF_PASSED) == 0;
+    uint64_t now;
+
+    if (!in_doubt) {
+        relay->stuck_from_ns = 0;
+        return;
+    }
+    now = now_ns();
+    if (relay->stuck_from_ns == 0 || relay->stuck_bytes != relay->view.forward_bytes ||
+        rf_leg_confirmed(&relay->local) < relay->local.sent) {
+        relay->stuck_from_ns = now;
+        relay->stuck_bytes = relay->view.forward_bytes;
+    } else if (now - relay->stuck_from_ns >= (uint64_t)STUCK_MS * 1000000u) {
+        rf_leg_end_writing(&relay->local);
+        relay->stuck_from_ns = 0;
+    }
+}
+
 static void settle_legs(struct rf_relay *relay) {
     for (unsigned i = 0; i < relay->view.lanes; i++) {
         settle_lane(relay, relay->lanes[i]);
@@ -389,6 +418,7 @@ static void settle_legs(struct rf_relay *relay) {
             relay->linger_until_ns = 0;
         }
     }
+    show_end_if_stuck(relay);
 }
 
 /* What the destination has asked for in the meantime belongs on record: not every QEMU asks again. */
@@ -679,6 +709,9 @@ static void mind_silence(struct rf_relay *relay) {
 static int poll_timeout_ms(const struct rf_relay *relay) {
     if (relay->linger_until_ns != 0) {
         return LINGER_MS / 10;
+    }
+    if (relay->stuck_from_ns != 0) {
+        return STUCK_MS / 10;
     }
     /* In precopy no deadline: the legs may be silent for as long as the guest and the network are. */
     return relay->probing && relay->far.state == RF_LEG_OPEN ? SILENCE_LOOK_MS : -1;

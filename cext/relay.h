@@ -19,7 +19,9 @@
  *    A stream that cannot be read is not held back;
  *  - a lane whose far leg is lost is the channel's loss, and all far legs are closed at once. Only what is
  *    lost after EOF, or ends where EOF cannot be read, does not count: a destination closes its lanes before
- *    it says SHUT.
+ *    it says SHUT;
+ *  - a source's end waits until QEMU has been given what is on the lanes. Where it may as well have been cut
+ *    off, and nothing moves, the main local leg's writing direction is ended, no more.
  *
  * The pump alone reads, writes and closes its descriptors. It gets commands by a ring and an eventfd and
  * tells of what happens by another eventfd and by atomic words; it calls nobody. When one leg is lost it

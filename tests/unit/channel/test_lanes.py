@@ -178,6 +178,19 @@ def test_when_qemu_ends_a_lane_all_it_wrote_arrives_first() -> None:
         assert not ends.relay.look().local.lost
 
 
+def fill(host: socket.socket) -> bytes:
+    """Sends on a lane of which QEMU reads nothing until it is full; what was sent."""
+    data = os.urandom(4 << 20)
+    host.setblocking(False)
+    sent = 0
+    while sent < len(data):
+        try:
+            sent += host.send(data[sent:])
+        except BlockingIOError:
+            break
+    return data[:sent]
+
+
 @pytest.mark.parametrize("last", [s.EOF, s.start(b"timer", 0, 2, kind=4) + bytes(40) + s.footer(0) + s.EOF])
 def test_what_a_source_sent_before_it_closed_all_reaches_the_destination_whole(last: bytes) -> None:
     """The end of one connection may come before what is under way on another; behind device state the end of
@@ -185,14 +198,7 @@ def test_what_a_source_sent_before_it_closed_all_reaches_the_destination_whole(l
     with relaying(Role.DESTINATION) as ends:
         ends.channel(lanes=1)
         qemu, host = ends.lane(Lane.MULTIFD)
-        page = os.urandom(4 << 20)
-        host.setblocking(False)
-        sent = 0
-        while sent < len(page):  # the lane is full: QEMU reads none of it yet
-            try:
-                sent += host.send(page[sent:])
-            except BlockingIOError:
-                break
+        page = fill(host)
         stream = BEGINNING + last
         ends.host.sendall(stream)
         assert read_exactly(ends.qemu, len(stream)) == stream
@@ -200,8 +206,33 @@ def test_what_a_source_sent_before_it_closed_all_reaches_the_destination_whole(l
         ends.host.close()
         time.sleep(0.1)
         assert not ends.relay.look().far.lost
-        assert read_exactly(qemu, sent) == page[:sent]
+        assert read_exactly(qemu, len(page)) == page
         assert qemu.recv(1) == b""
+        ends.until(lambda view: view.far.lost)
+
+
+@pytest.mark.parametrize("completed", [True, False])
+def test_a_source_that_may_have_been_cut_off_ends_though_qemu_reads_no_lane(completed: bool) -> None:
+    """QEMU's threads for multifd wait for the main one, which waits for what does not come any more."""
+    with relaying(Role.DESTINATION) as ends:
+        ends.channel(lanes=1)
+        qemu, host = ends.lane(Lane.MULTIFD)
+        hello = b"\x16\x03\x03" + bytes(200)
+        ends.host.sendall(hello)
+        page = fill(host)
+        host.close()
+        ends.host.close()
+        assert read_exactly(ends.qemu, len(hello)) == hello
+        assert nothing_comes(ends.qemu)
+        spent = time.process_time()
+        assert ends.qemu.recv(1) == b""
+        assert time.process_time() - spent < 0.1
+        assert not ends.relay.look().far.lost
+        if completed:
+            assert read_exactly(qemu, len(page)) == page
+            assert qemu.recv(1) == b""
+        else:
+            ends.qemu.close()
         ends.until(lambda view: view.far.lost)
 
 
