@@ -143,10 +143,12 @@ void rf_leg_check_silence(struct rf_leg *leg, unsigned dead_after_s) {
         return;
     }
     /* Behind a long silence what was sent a moment ago may yet be acknowledged: it counts once it was sent
-     * again. A peer with a closed window answers probes, which are the rarer the longer it lasts: one may be
-     * on its way. */
+     * again, which the retransmissions leave out while the window is closed over it, and the back-off where
+     * few segments are under way (net/ipv4/tcp_timer.c, tcp_retransmit_timer). A peer with a closed window
+     * answers probes, which are the rarer the longer it lasts: one may be on its way. */
+    bool sent_again = info.tcpi_retransmits > 0 || info.tcpi_backoff > 0;
     if (info.tcpi_last_ack_recv > dead_after_s * 1000u &&
-        ((info.tcpi_unacked > 0 && info.tcpi_retransmits > 0) || info.tcpi_probes >= UNANSWERED_PROBES)) {
+        ((info.tcpi_unacked > 0 && sent_again) || info.tcpi_probes >= UNANSWERED_PROBES)) {
         leg_broke(leg, ETIMEDOUT);
     }
 }
