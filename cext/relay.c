@@ -25,6 +25,7 @@ enum {
     SILENCE_LOOK_MS = 250,
     LINGER_MS = 1000, /* for the far side to take what was sent before it */
     STUCK_MS = 1000,  /* a lane of a source in doubt brings nothing and does not end */
+    MISSED_MS = 1000, /* the end of a lane that QEMU goes on to write on was not that of the channel */
     VIEW_WORDS = sizeof(struct rf_relay_view) / sizeof(uint64_t),
 };
 
@@ -99,6 +100,7 @@ struct rf_relay {
     bool return_waits;      /* there is something to read, but no room to send it */
     uint64_t stuck_from_ns; /* draining for a source in doubt, and nothing moves; 0 for not */
     uint64_t stuck_bytes;   /* forward_bytes then */
+    uint64_t missed_from_ns; /* QEMU has more for a lane that is missed; 0 for not */
     struct rf_pipe forward;
     uint8_t backward[RETURN_CHUNK];
 };
@@ -351,12 +353,32 @@ static void settle_lane(struct rf_relay *relay, struct rf_lane *lane) {
     }
 }
 
-/* Whether pages are to go over a lane that ended in order, which was not the end then. */
+/* Whether a lane has ended in order that may be written on yet, which was not the end then. */
 static bool lane_is_missed(const struct rf_relay *relay, const struct rf_lane *lane) {
+    const uint32_t end = RF_FACT_EOF_PASSED | RF_FACT_SHUT_PASSED;
+
     return relay->side == RF_RELAY_SOURCE && relay->far.state == RF_LEG_OPEN &&
            lane->kind == RF_LANE_PREEMPT && lane->far.state == RF_LEG_ENDED &&
-           lane->local.state == RF_LEG_OPEN &&
-           (rf_tracker_channel_facts(relay->tracker) & RF_FACT_EOF_PASSED) == 0;
+           lane->local.state == RF_LEG_OPEN && (rf_tracker_channel_facts(relay->tracker) & end) == 0;
+}
+
+/*
+ * A channel that misses a lane is lost, unless it ends by itself: a source may write a last word on the lane
+ * behind EOF, when the destination has ended it already (migration/migration.c,
+ * migration_completion_postcopy), and must have SHUT then.
+ */
+static void mind_missed_lane(struct rf_relay *relay) {
+    bool missed = false;
+
+    for (unsigned i = 0; i < relay->view.lanes; i++) {
+        missed = missed || lane_is_missed(relay, relay->lanes[i]);
+    }
+    if (!missed) {
+        relay->missed_from_ns = 0;
+    } else if (relay->missed_from_ns != 0 &&
+               now_ns() - relay->missed_from_ns >= (uint64_t)MISSED_MS * 1000000u) {
+        relay->far.state = RF_LEG_ENDED;
+    }
 }
 
 /*
@@ -389,6 +411,7 @@ static void settle_legs(struct rf_relay *relay) {
     for (unsigned i = 0; i < relay->view.lanes; i++) {
         settle_lane(relay, relay->lanes[i]);
     }
+    mind_missed_lane(relay);
     if (rf_leg_lost(&relay->far) && relay->far.fd >= 0 && !draining(relay)) {
         mark_lost(relay);
         rf_leg_close(&relay->far);
@@ -621,7 +644,7 @@ static unsigned prepare_polls(struct rf_relay *relay) {
         struct pollfd *lane_polls = &polls[POLL_LANES + i * RF_LANE_POLLS];
 
         rf_lane_want(relay->lanes[i], lane_polls);
-        if (lane_is_missed(relay, relay->lanes[i])) {
+        if (relay->missed_from_ns == 0 && lane_is_missed(relay, relay->lanes[i])) {
             rf_leg_want(&relay->lanes[i]->local, POLLIN, &lane_polls[RF_LANE_LOCAL]);
         }
     }
@@ -671,8 +694,8 @@ static void move_bytes(struct rf_relay *relay) {
         relay->view.forward_bytes += rf_lane_move(lane, lane_polls, relay->tracker, now_ns());
         bool more = rf_pipe_pending(&lane->forward) ||
                     rf_leg_events(&lane->local, &lane_polls[RF_LANE_LOCAL]) & POLLIN;
-        if (more && lane_is_missed(relay, lane)) {
-            relay->far.state = RF_LEG_ENDED;
+        if (more && relay->missed_from_ns == 0 && lane_is_missed(relay, lane)) {
+            relay->missed_from_ns = now_ns();
         }
     }
 }
@@ -710,7 +733,7 @@ static int poll_timeout_ms(const struct rf_relay *relay) {
     if (relay->linger_until_ns != 0) {
         return LINGER_MS / 10;
     }
-    if (relay->stuck_from_ns != 0) {
+    if (relay->stuck_from_ns != 0 || relay->missed_from_ns != 0) {
         return STUCK_MS / 10;
     }
     /* In precopy no deadline: the legs may be silent for as long as the guest and the network are. */

@@ -167,6 +167,26 @@ def test_a_lane_that_ends_is_a_loss_once_qemu_writes_on_it() -> None:
         assert time.process_time() - spent < 0.05
 
 
+def test_a_last_word_on_a_lane_that_has_ended_keeps_no_shut_from_the_source() -> None:
+    """Some write one behind EOF; a source without SHUT would run the guest again."""
+    with relaying(Role.SOURCE) as ends:
+        ends.channel(lanes=1)
+        qemu, host = ends.lane()
+        ends.qemu.sendall(UNREAD)
+        assert read_exactly(ends.host, len(UNREAD)) == UNREAD
+        host.close()
+        time.sleep(0.05)
+        qemu.sendall(s.EOS)
+        time.sleep(0.05)
+        shut = s.message(1, struct.pack(">I", 0))
+        ends.host.sendall(shut)
+        assert read_exactly(ends.qemu, len(shut)) == shut
+        spent = time.process_time()
+        time.sleep(1.2)
+        assert time.process_time() - spent < 0.05
+        assert not ends.relay.look().far.lost
+
+
 def test_when_qemu_ends_a_lane_all_it_wrote_arrives_first() -> None:
     with relaying(Role.SOURCE) as ends:
         ends.channel(lanes=1)
