@@ -157,9 +157,9 @@ class VmState:
             return "switched off (--relay off)", NO_LANES
         parameters = await self.ask_encrypted()
         info = self.monitor.qemu
-        is_unix = info is not None and info.pid is not None
+        seen = info is not None and info.pid is not None
         reason = why_not(
-            endpoint, capabilities, parameters, role=role, version=self.version, monitor_is_unix=is_unix
+            endpoint, capabilities, parameters, role=role, version=self.version, process_is_seen=seen
         )
         return reason, lanes_of(capabilities, parameters)
 

@@ -73,13 +73,16 @@ def why_not(
     *,
     role: Role,
     version: Version,
-    monitor_is_unix: bool,
+    process_is_seen: bool,
 ) -> str | None:
     """Why the relay cannot carry this migration, for the operator; None where it can."""
     if not isinstance(endpoint, Inet):
         return f"address {_shown(endpoint.uri) if endpoint else 'missing'} is not plain tcp:HOST:PORT"
-    if not monitor_is_unix:
-        return "QEMU's monitor is not a unix socket, so no descriptor can be handed to it"
+    if not process_is_seen:
+        return (
+            "the process behind QEMU's monitor is not seen: the monitor is on TCP and takes no descriptor, or"
+            " QEMU is in another pid namespace"
+        )
     untested = sorted(set(enabled) - TESTED_CAPABILITIES)
     if untested:
         return f"capability {', '.join(untested)} is not among those tested with the relay"

@@ -11,7 +11,7 @@ HERE = Inet("127.0.0.1", 4444)
 def test_a_plain_postcopy_migration_is_relayed() -> None:
     enabled = {"postcopy-ram", "events"}
     for role in Role:
-        assert why_not(HERE, enabled, {"tls-creds": ""}, role=role, version=NEW, monitor_is_unix=True) is None
+        assert why_not(HERE, enabled, {"tls-creds": ""}, role=role, version=NEW, process_is_seen=True) is None
 
 
 @pytest.mark.parametrize(
@@ -24,7 +24,7 @@ def test_an_address_is_no_more_than_a_line_of_the_log(uri: str) -> None:
     }
     for arguments in ({"uri": uri}, {"channels": [channels]}):
         endpoint = endpoint_of(arguments)
-        reason = why_not(endpoint, set(), {}, role=Role.SOURCE, version=NEW, monitor_is_unix=True)
+        reason = why_not(endpoint, set(), {}, role=Role.SOURCE, version=NEW, process_is_seen=True)
         assert reason is not None
         assert reason.isprintable()
         assert len(reason) < 300
@@ -32,13 +32,13 @@ def test_an_address_is_no_more_than_a_line_of_the_log(uri: str) -> None:
 
 def test_with_tls_a_source_must_be_told_whom_it_speaks_to() -> None:
     tls = {"tls-creds": "tls0", "tls-hostname": ""}
-    reason = why_not(HERE, set(), tls, role=Role.SOURCE, version=NEW, monitor_is_unix=True)
+    reason = why_not(HERE, set(), tls, role=Role.SOURCE, version=NEW, process_is_seen=True)
     assert "tls-hostname" in (reason or "")
-    assert why_not(HERE, set(), tls, role=Role.DESTINATION, version=NEW, monitor_is_unix=True) is None
-    old = why_not(HERE, set(), tls, role=Role.DESTINATION, version=(5, 2, 0), monitor_is_unix=True)
+    assert why_not(HERE, set(), tls, role=Role.DESTINATION, version=NEW, process_is_seen=True) is None
+    old = why_not(HERE, set(), tls, role=Role.DESTINATION, version=(5, 2, 0), process_is_seen=True)
     assert "TLS handshake" in (old or "")
     named = {**tls, "tls-hostname": "host-b"}
-    assert why_not(HERE, set(), named, role=Role.SOURCE, version=NEW, monitor_is_unix=True) is None
+    assert why_not(HERE, set(), named, role=Role.SOURCE, version=NEW, process_is_seen=True) is None
 
 
 def test_each_reason_is_told() -> None:
@@ -47,7 +47,7 @@ def test_each_reason_is_told() -> None:
         parameters: dict[str, object] | None = None,
         *,
         endpoint: Endpoint = HERE,
-        monitor_is_unix: bool = True,
+        process_is_seen: bool = True,
     ) -> str:
         reason = why_not(
             endpoint,
@@ -55,7 +55,7 @@ def test_each_reason_is_told() -> None:
             parameters or {},
             role=Role.SOURCE,
             version=NEW,
-            monitor_is_unix=monitor_is_unix,
+            process_is_seen=process_is_seen,
         )
         return reason or ""
 
@@ -64,7 +64,7 @@ def test_each_reason_is_told() -> None:
     assert "multifd" in why({"multifd", "postcopy-ram"})
     assert "TLS" in why({"multifd"}, tls)
     assert "TLS" in why({"postcopy-ram", "postcopy-preempt"}, tls)
-    assert "monitor" in why(set(), monitor_is_unix=False)
+    assert "monitor" in why(set(), process_is_seen=False)
     assert "rdma:h:1" in why(set(), endpoint=Other("rdma:h:1"))
 
 
