@@ -11,6 +11,7 @@ import trio
 from refault.daemon.control import serve_control
 from refault.daemon.notify import Notifier
 from refault.daemon.options import RunOptions
+from refault.daemon.repeats import repeats
 from refault.daemon.snapshot import Status
 from refault.daemon.vm import Vm
 
@@ -33,8 +34,13 @@ class Publisher:
         self.publish()
 
     def publish(self) -> Status:
-        """Makes a new picture; call it in the trio thread."""
-        self._status = Status(vms=tuple(vm.status() for vm in self._vms))
+        """Makes a new picture, or keeps the last where that fails; call it in the trio thread."""
+        try:
+            self._status = Status(vms=tuple(vm.status() for vm in self._vms))
+        except Exception as error:  # a picture is not worth the end of every leg
+            log.exception(
+                "internal error in the status: the last one is told", extra=repeats("status", repr(error))
+            )
         return self._status
 
     def status(self) -> Status:

@@ -22,6 +22,7 @@ from refault.daemon.local import LocalLeg, has_ended, take_back
 from refault.daemon.losses import Losses
 from refault.daemon.monitor import MonitorLost, QmpError
 from refault.daemon.qemu_word import ASKED_EVERY, QemuWord
+from refault.daemon.repeats import repeats
 from refault.migration.legs import may_close, waits_for_pong
 from refault.migration.phase import Phase, Role, Told, phase_of
 from refault.migration.recovery import Event, State
@@ -240,10 +241,20 @@ class Channels:
                 if relay.closed:
                     return
                 os.eventfd_read(relay.notify_fd)
-                self.look()
+                self._watchful_look()
                 while not relay.closed and relay.stale:
                     await trio.sleep(0.001)
-                    self.look()
+                    self._watchful_look()
+
+    def _watchful_look(self) -> None:
+        try:
+            self.look()
+        except Exception as error:  # what comes next must be heard all the same
+            log.exception(
+                "%s: internal error in what the channel tells",
+                self._migration.name,
+                extra=repeats((self._migration.name, "look"), repr(error)),
+            )
 
     def look(self) -> None:
         """Deals with what the pump told last."""

@@ -5,7 +5,10 @@ from __future__ import annotations
 import trio
 import trio.testing
 
-from refault.daemon.app import EXTENSION, _until_stopping_is_safe
+from refault.daemon.app import EXTENSION, Publisher, _until_stopping_is_safe
+from refault.daemon.snapshot import VmStatus
+
+from .pictures import IDLE
 
 
 class SlowVm:
@@ -37,3 +40,19 @@ async def test_the_manager_is_asked_for_time_as_long_as_stopping_takes(
     assert trio.current_time() == 40
     assert not manager.late
     assert manager.until > 40 + EXTENSION / 2
+
+
+def test_a_picture_that_cannot_be_made_leaves_the_last_one() -> None:
+    class Told:
+        fails = False
+
+        def status(self) -> VmStatus:
+            if self.fails:
+                raise KeyError("of ours")
+            return IDLE
+
+    vm = Told()
+    publisher = Publisher([vm])  # type: ignore[list-item]
+    vm.fails = True
+    assert [each.name for each in publisher.publish().vms] == [IDLE.name]
+    assert publisher.status() is publisher.publish()

@@ -8,6 +8,7 @@ import time
 from types import SimpleNamespace
 from typing import Any, cast
 
+import pytest
 import trio
 
 from refault.channel.relay import LegState, Relay, RelayView
@@ -62,4 +63,35 @@ async def test_the_replay_is_doubted_when_two_channels_are_lost_right_after_thei
     channels.count_loss()
     recover(channels)
     assert pump.may_replay.pop() is False
+    channels.kept.drop()
+
+
+async def test_an_error_in_one_look_does_not_end_the_watch(
+    nursery: trio.Nursery, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    relay = Relay(Role.SOURCE)
+    migration = SimpleNamespace(
+        name="vm", role=Role.SOURCE, lanes=SimpleNamespace(count=0), vm=SimpleNamespace(monitor=None)
+    )
+    channels = Channels(cast(Any, migration), relay)
+    looks = 0
+
+    def look() -> None:
+        nonlocal looks
+        looks += 1
+        if looks == 1:
+            raise KeyError("of ours")
+        channels.changed.set()
+
+    monkeypatch.setattr(channels, "look", look)
+    nursery.start_soon(channels.watch)
+    recover(channels)
+    with trio.fail_after(5):
+        while looks == 0:
+            await trio.sleep(0.01)
+        channels.lose(1, OSError("gone"))
+        await channels.changed.wait()
+    assert "internal error in what the channel tells" in caplog.text
+    nursery.cancel_scope.cancel()
+    relay.close()
     channels.kept.drop()
