@@ -18,6 +18,8 @@ from refault.migration.endpoint import Inet
 
 FIRST_PATIENCE = 0.25
 """Seconds until the next address is dialled, if there is one; twice as long in each round."""
+REDIAL_TIMEOUT = 2.0
+"""In a recovery. The kernel repeats a SYN ever later, so that a new dial finds a path that is back sooner."""
 LONGEST_PATIENCE = 1.0
 """A SYN is sent again after a second (RFC 6298), and dialling anew does no less."""
 _SO_ATTACH_FILTER = 26
@@ -46,6 +48,23 @@ async def connect_any(endpoints: Sequence[Inet], seconds: float) -> tuple[trio.s
         if not silent or trio.current_time() >= deadline:
             raise OSError("; ".join(str(error) for error in errors) or "there is no address to dial")
         patience = min(patience * 2, LONGEST_PATIENCE)
+
+
+async def dial_in_course(
+    endpoints: Sequence[Inet], seconds: float, course: trio.CancelScope | None
+) -> tuple[trio.socket.SocketType, Inet]:
+    """As connect_any; the shield of an attempt's `course` is up only once there is a connection, which is not
+    given up.
+
+    Before, an attempt can be cancelled: what comes to nothing then was never there.
+    """
+    if course is None:
+        return await connect_any(endpoints, seconds)
+    course.shield = False
+    try:
+        return await connect_any(endpoints, seconds)
+    finally:
+        course.shield = True
 
 
 async def connect(endpoint: Inet, seconds: float) -> trio.socket.SocketType:

@@ -2,20 +2,19 @@
 
 from __future__ import annotations
 
-import contextlib
 import logging
 from collections import deque
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 
 import trio
 
 from refault.daemon import ping
 from refault.daemon.attempts import NotPausedYet
 from refault.daemon.channels import AttemptFailed, Channels
-from refault.daemon.connecting import connects, same_network
+from refault.daemon.dialling import DIALS, Dialling, resume
 from refault.daemon.doubt import TAKE_BACK, decide
-from refault.daemon.far_dial import connect_any, outlast
-from refault.daemon.local import hand_connection, hand_over, take_back
+from refault.daemon.far_dial import REDIAL_TIMEOUT, connect_any, dial_in_course, outlast
+from refault.daemon.local import hand_over, take_back
 from refault.daemon.migration import Migration, inet_of, is_error
 from refault.daemon.monitor import Answer, Forward, QmpError, WatchedCommand, words
 from refault.daemon.source_lanes import Opening
@@ -23,25 +22,16 @@ from refault.daemon.vm_state import QUERY_TIMEOUT
 from refault.migration.endpoint import Endpoint, Inet, endpoint_of, with_uri
 from refault.migration.phase import Role
 from refault.migration.recovery import Event, State
-from refault.migration.relayable import enabled_capabilities, has_virtio_mem
+from refault.migration.relayable import has_virtio_mem
 from refault.migration.versions import abilities
 
 log = logging.getLogger("refault.migration")
 
 CONNECT_TIMEOUT = 5.0
-REDIAL_TIMEOUT = 2.0
-"""In a recovery. The kernel repeats a SYN ever later, so that a new dial finds a path that is back sooner."""
-MIGRATE_TIMEOUT = 10.0
-DIAL_TIMEOUT = 150.0
-"""What a connection that nobody answers takes at most by itself (tcp(7), tcp_syn_retries: 127 s)."""
 HANDSHAKE_TIMEOUT = 10.0
-UNRELAYED_ADVICE = "look at the route and firewall to the other host, and whether its QEMU listens there"
 DIAL_ADVICE = "look whether refault runs for this VM on the other host, and at the route and firewall to it"
 HANDSHAKE_ADVICE = "look at refault and QEMU of this VM on the other host: whoever accepted says nothing"
 PAUSE_TOLD_WITHIN = 0.01
-_DIALS = (
-    "QEMU still dials for the recovery that it was told of last, and told of another would not survive both"
-)
 
 
 class Source:
@@ -53,8 +43,7 @@ class Source:
         self._migration = migration
         self._opening: Opening | None = None
         """The channel that QEMU opens, or opened last, where it has lanes."""
-        self._told_to_dial: tuple[float, int] | None = None
-        """When QEMU, unrelayed, was told last, and how many recoveries there had been."""
+        self._dialling = Dialling(migration)
 
     async def set_up(self, command: WatchedCommand) -> Forward | Answer:
         """A client's `migrate`: joined to the relay where it can be, else passed as it came."""
@@ -122,7 +111,7 @@ class Source:
         monitor = self._migration.vm.monitor
         local = await hand_over(monitor, Role.SOURCE)
         try:
-            connection, endpoint = await _dial(endpoints, patience, course)
+            connection, endpoint = await dial_in_course(endpoints, patience, course)
             with connection:
                 self._migration.addresses.tried(endpoint)
                 if course is not None and asks:
@@ -162,7 +151,7 @@ class Source:
         listening = sockets.listen()
         connections: deque[trio.socket.SocketType] = deque()
         try:
-            connection, endpoint = await _dial(endpoints, patience, course)
+            connection, endpoint = await dial_in_course(endpoints, patience, course)
             connections.append(connection)
             if at_once:
                 connections.append((await connect_any([endpoint], patience))[0])
@@ -231,23 +220,23 @@ class Source:
         if not migration.under_way:
             return Forward()  # which QEMU refuses
         log.info("%s: a client recovers the source by hand", migration.name)
-        if await self._dials():
-            return Answer(error=("GenericError", _DIALS))
+        if await self._dialling.goes_on():
+            return Answer(error=("GenericError", DIALS))
         state = migration.policy.state
         works = state in (State.RUNNING, State.GIVEN_UP) and migration.cost_of_stopping() is not None
         if works or state in (State.OPEN, State.HANDSHAKE, State.HELD):
             return Forward()
         migration.feed(Event.CLIENT_RECOVERS)
         await migration.attempts.over()
-        if await self._dials():
+        if await self._dialling.goes_on():
             migration.feed(Event.ATTEMPT_FAILED)
-            return Answer(error=("GenericError", _DIALS))
+            return Answer(error=("GenericError", DIALS))
         if migration.cost_of_stopping() is not None:
             return Forward()  # our attempt had its channel already, and that stands
         endpoint = endpoint_of(command.arguments)
         channels = migration.channels
         if channels is None:
-            return Forward(on_reply=self._watch_dial(endpoint))
+            return Forward(on_reply=self._dialling.watch(endpoint))
         if not isinstance(endpoint, Inet):
             return Forward(on_reply=migration.watch_recovery)
         try:
@@ -270,17 +259,6 @@ class Source:
 
         return Forward(with_uri(command.arguments, uri), on_reply=watch)
 
-    def _watch_dial(self, endpoint: Endpoint | None) -> Callable[[bytes], bytes]:
-        """As Migration.watch_move; and QEMU dials from then on."""
-        watch_move = self._migration.watch_move(endpoint)
-
-        def watch(reply: bytes) -> bytes:
-            if isinstance(endpoint, Inet) and not is_error(reply):
-                self._told_to_dial = trio.current_time(), self._migration.counters.recoveries
-            return watch_move(reply)
-
-        return watch
-
     def _not_taken(self, channels: Channels, channel: int) -> None:
         """QEMU did not take the command that names what `_join` made."""
         if self._opening is not None:
@@ -292,7 +270,7 @@ class Source:
         """One recovery: is it paused, dial, hand over, resume, and wait until QEMU is active again."""
         migration = self._migration
         await self._must_be_paused()
-        if await self._dials():
+        if await self._dialling.goes_on():
             raise NotPausedYet
         migration.counters.attempts += 1
         addresses = migration.addresses.order()
@@ -317,7 +295,7 @@ class Source:
             else:
                 [endpoint] = addresses
                 migration.addresses.tried(endpoint)
-                await self._resume_unrelayed(endpoint, course)
+                await self._dialling.resume(endpoint, course)
         await migration.attempts.issued()
         await self._until_active()
 
@@ -348,15 +326,13 @@ class Source:
             raise AttemptFailed(f"{error} ({DIAL_ADVICE})") from None
         channel = channels.channel
         try:
-            await self._resume(uri)
+            await resume(vm.monitor, uri)
         except QmpError:
             self._not_taken(channels, channel)
             raise
         except trio.TooSlowError:
-            if (
-                vm.encrypted and channels.unread
-            ):  # it waits in the TLS handshake, and answers nobody till its end
-                channels.abandon(channel)
+            if vm.encrypted and channels.unread:
+                channels.abandon(channel)  # it waits in the TLS handshake, and answers nobody till its end
             raise
         if self._opening is not None:
             with trio.move_on_after(CONNECT_TIMEOUT):
@@ -365,53 +341,6 @@ class Source:
                 self._opening.cancel()
                 raise AttemptFailed("QEMU took the command but did not connect")
         channels.answered()
-
-    async def _resume_unrelayed(self, endpoint: Endpoint, course: trio.CancelScope) -> None:
-        """To an address, or, where QEMU does not tell of its dialling, over a connection made for it."""
-        vm = self._migration.vm
-        if not isinstance(endpoint, Inet) or not await self._takes_connection():
-            await self._resume_at(endpoint.uri)
-            return
-        try:
-            connection, _ = await _dial([endpoint], REDIAL_TIMEOUT, course)
-        except OSError as error:
-            raise AttemptFailed(f"{error} ({UNRELAYED_ADVICE})") from None
-        with connection:
-            try:
-                name = await hand_connection(vm.monitor, connection.fileno())
-            except BaseException:
-                vm.start_soon(outlast, connection.dup())  # who listens there may not survive its end
-                raise
-            await self._resume_at(f"fd:{name}")
-
-    async def _resume_at(self, uri: str) -> None:
-        self._told_to_dial = trio.current_time(), self._migration.counters.recoveries
-        try:
-            await self._resume(uri)
-        except QmpError:
-            self._told_to_dial = None
-            raise
-
-    async def _takes_connection(self) -> bool:
-        """Whether QEMU, unrelayed, is better given a connection, and takes one. Raises what `execute` does.
-
-        It may dial for two minutes, and must not be told of another address meanwhile (connecting.py).
-        """
-        vm = self._migration.vm
-        if abilities(vm.version).tells_that_it_dials or vm.qemu_pid is None:
-            return False
-        on = enabled_capabilities(
-            await vm.monitor.execute("query-migrate-capabilities", timeout=QUERY_TIMEOUT)
-        )
-        parameters = await vm.query("query-migrate-parameters")
-        if on & {"multifd", "postcopy-preempt"} or parameters.get("tls-creds"):
-            return False  # further connections, or a name to check
-        return same_network(vm.qemu_pid)
-
-    async def _resume(self, uri: str) -> None:
-        await self._migration.vm.monitor.execute(
-            "migrate", {"uri": uri, "resume": True}, timeout=MIGRATE_TIMEOUT
-        )
 
     async def _until_active(self) -> None:
         """Waits for the end of the handshake, which the policy hears of by other ways."""
@@ -422,24 +351,9 @@ class Source:
             return
         while migration.policy.state is State.OPEN:
             await trio.sleep(0.05)
-            dials = await self._dials()
+            dials = await self._dialling.goes_on()
             if (await migration.vm.query("query-migrate")).get("status") == "postcopy-paused" and not dials:
                 raise AttemptFailed("QEMU could not connect, or lost the connection again")
-
-    async def _dials(self) -> bool:
-        """Whether QEMU, without a relay, may still be at the connection that it was told to make: told twice
-        it aborts (connecting.py)."""
-        vm, endpoint = self._migration.vm, self._migration.addresses.last
-        if self._told_to_dial is None or abilities(vm.version).tells_that_it_dials:
-            return False
-        began, recoveries = self._told_to_dial
-        if recoveries != self._migration.counters.recoveries or not isinstance(endpoint, Inet):
-            return False
-        if vm.qemu_pid is not None:
-            with contextlib.suppress(OSError):  # it is another user's, say
-                # In a thread: the kernel may take 20 ms for its table of connections.
-                return await trio.to_thread.run_sync(connects, vm.qemu_pid, endpoint.port)
-        return trio.current_time() - began < DIAL_TIMEOUT
 
     async def _out_of_time(self, channels: Channels) -> None:
         migration = self._migration
@@ -487,19 +401,3 @@ class Source:
         if not str(status).startswith("postcopy-"):
             return Forward()
         return Answer(error=("GenericError", "Postcopy migration in progress, cannot cancel."))
-
-
-async def _dial(
-    endpoints: Sequence[Inet], seconds: float, course: trio.CancelScope | None
-) -> tuple[trio.socket.SocketType, Inet]:
-    """As connect_any; the shield of `course` is up only once there is a connection, which is not given up.
-
-    Before, an attempt can be cancelled: what comes to nothing then was never there (far_dial.py).
-    """
-    if course is None:
-        return await connect_any(endpoints, seconds)
-    course.shield = False
-    try:
-        return await connect_any(endpoints, seconds)
-    finally:
-        course.shield = True
