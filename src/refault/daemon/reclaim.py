@@ -32,6 +32,7 @@ from refault.daemon.local import Executes, take_back
 from refault.daemon.monitor import MonitorLost, QmpError, words
 from refault.daemon.vm_state import QUERY_TIMEOUT
 from refault.migration.legs import WAITS_FOR_PONG
+from refault.migration.phase import cannot_have_left
 from refault.migration.recovery import Event
 from refault.migration.versions import abilities
 
@@ -103,7 +104,8 @@ async def _end_and_fail(migration: Migration, channels: Channels) -> None:
 
 async def _fails_by_itself(channels: Channels) -> bool:
     """Whether the end of its leg makes QEMU fail and run the guest, which is what is wanted here."""
-    return channels.losses.held_until_loaded and (await channels.word.ask()).status == WAITS_FOR_PONG
+    stays = channels.losses.held_until_loaded or cannot_have_left(channels.relay.passed())
+    return stays and (await channels.word.ask()).status == WAITS_FOR_PONG
 
 
 async def _let_go(migration: Migration) -> None:

@@ -15,7 +15,8 @@ from refault.daemon.doubt import decide
 from refault.daemon.failing_destination import fail_as_destination
 from refault.daemon.monitor import QmpError
 from refault.daemon.reclaim import go_on, reclaim
-from refault.migration.phase import Role
+from refault.migration.legs import WAITS_FOR_PONG
+from refault.migration.phase import Passed, Role
 from refault.migration.recovery import Event, State
 
 SIZES = {b"pc.ram": 100 * 4096, b"pc.bios": 4096}
@@ -104,7 +105,7 @@ async def test_the_guest_is_not_taken_back_from_a_destination_that_the_last_atte
 
     channels = SimpleNamespace(
         channel=2,
-        relay=SimpleNamespace(blocks=list, closed=False),
+        relay=SimpleNamespace(blocks=list, closed=False, passed=Passed),
         has_arrived=answers == "before",
         cost_of_stopping=lambda: cost,
         losses=SimpleNamespace(held_until_loaded=False),
@@ -126,6 +127,44 @@ async def test_the_guest_is_not_taken_back_from_a_destination_that_the_last_atte
     )
     await reclaim(cast(Any, migration))
     assert (events, closed) == ([Event.ATTEMPT_FAILED], ended)
+
+
+async def test_a_source_that_waits_to_hear_fails_by_itself_where_its_guest_cannot_have_left() -> None:
+    """As 11.1, whose status says so before the first byte of the package has left."""
+    events: list[Event] = []
+
+    async def at_once(*_: object) -> Any:
+        return SimpleNamespace(status=WAITS_FOR_PONG)
+
+    async def end(_: int) -> None:
+        migration.status = "failed"
+
+    channels = SimpleNamespace(
+        channel=1,
+        relay=SimpleNamespace(blocks=list, closed=False, passed=lambda: Passed(packaged_begun=True)),
+        has_arrived=False,
+        cost_of_stopping=lambda: (False, "it runs the guest again"),
+        losses=SimpleNamespace(held_until_loaded=False),
+        closing=SimpleNamespace(swallow=at_once),
+        word=SimpleNamespace(ask=at_once),
+        look=lambda: None,
+        end=end,
+    )
+    migration = SimpleNamespace(
+        name="vm",
+        role=Role.SOURCE,
+        channels=channels,
+        held=None,
+        status=WAITS_FOR_PONG,
+        under_way=True,
+        stopped_by_switchover=False,
+        vm=SimpleNamespace(version=(11, 1, 3)),
+        attempts=SimpleNamespace(over=at_once),
+        look_soon=lambda: None,
+        feed=events.append,
+    )
+    await reclaim(cast(Any, migration))
+    assert (migration.status, events) == ("failed", [])
 
 
 @pytest.mark.parametrize(("until_loaded", "fed"), [(True, 1), (False, 0)])
