@@ -5,6 +5,7 @@ page.
 from __future__ import annotations
 
 import ctypes
+import errno
 import mmap
 import os
 import struct
@@ -59,7 +60,12 @@ class ProcessMemory:
         if len(entry) < 8 or not struct.unpack("=Q", entry)[0] & _PRESENT_OR_SWAPPED:
             return None
         with open(f"/proc/{self._pid}/mem", "rb", buffering=0) as memory:
-            return os.pread(memory.fileno(), length, where)
+            try:
+                return os.pread(memory.fileno(), length, where)
+            except OSError as error:
+                if error.errno != errno.EIO:
+                    raise
+                return None  # QEMU has discarded it since that look, as it does at the switchover
 
     def fault(self, address: int, length: int) -> bytes:
         """Reads what may not be there: a page request, and this thread waits for the answer as a vCPU would.
