@@ -1129,11 +1129,14 @@ int rf_pagemap_replay_next(struct rf_pagemap *map, uint64_t after, struct rf_req
 }
 
 int rf_pagemap_replayed(struct rf_pagemap *map, uint64_t id, uint64_t now) {
+    if (id == 0) {
+        return RF_OUT_OF_RANGE;
+    }
     uint32_t slot = map->cursor;
-    if (id != 0 && (slot == NONE || map->records[slot].id != id)) {
+    if (slot == NONE || map->records[slot].id != id) {
         slot = slot_after(map, id - 1);
     }
-    if (id == 0 || slot == NONE || map->records[slot].id != id) {
+    if (slot == NONE || map->records[slot].id != id) {
         return RF_OUT_OF_RANGE;
     }
     write_begin(map);

@@ -126,6 +126,11 @@ static void clear_event(int fd) {
     (void)n; /* EAGAIN: it was not signalled */
 }
 
+/* Whether the forward stream cannot be read, so that its facts tell nothing. */
+static bool unread(const struct rf_relay *relay) {
+    return rf_tracker_forward_opaque(relay->tracker) != RF_OPAQUE_NO;
+}
+
 /* Whether what is read must not pass before the lanes are there. */
 static bool forward_held(const struct rf_relay *relay) {
     const uint32_t gates = RF_FACT_PACKAGED_BEGUN | RF_FACT_RESUME_SENT;
@@ -135,19 +140,16 @@ static bool forward_held(const struct rf_relay *relay) {
 
 /* Whether they must be added as soon as they come: where nothing can be read nothing is held back. */
 static bool lanes_due(const struct rf_relay *relay) {
-    bool opaque = rf_tracker_forward_opaque(relay->tracker) != RF_OPAQUE_NO;
-
     return relay->view.lanes < relay->lanes_wanted &&
-           (opaque || (forward_held(relay) && rf_pipe_pending(&relay->forward)));
+           (unread(relay) || (forward_held(relay) && rf_pipe_pending(&relay->forward)));
 }
 
 /* Whether the source may have sent all. Behind device state, as every precopy migration ends, EOF cannot be
  * read; that of multifd alone goes over several connections. */
 static bool may_have_completed(const struct rf_relay *relay) {
     uint32_t facts = rf_tracker_channel_facts(relay->tracker);
-    bool opaque = rf_tracker_forward_opaque(relay->tracker) != RF_OPAQUE_NO;
 
-    return (facts & RF_FACT_EOF_PASSED) != 0 || (opaque && (facts & RF_FACT_MULTIFD) != 0);
+    return (facts & RF_FACT_EOF_PASSED) != 0 || (unread(relay) && (facts & RF_FACT_MULTIFD) != 0);
 }
 
 /*
@@ -339,8 +341,7 @@ static void drain_far(struct rf_relay *relay) {
  * before what is still under way on the others.
  */
 static void settle_lane(struct rf_relay *relay, struct rf_lane *lane) {
-    bool opaque = rf_tracker_forward_opaque(relay->tracker) != RF_OPAQUE_NO;
-    bool in_order = lane->far.state == RF_LEG_ENDED && (opaque || lane->kind == RF_LANE_MULTIFD);
+    bool in_order = lane->far.state == RF_LEG_ENDED && (unread(relay) || lane->kind == RF_LANE_MULTIFD);
 
     rf_lane_pass_end(lane);
     if (rf_leg_lost(&lane->far) && lane->far.fd >= 0) {

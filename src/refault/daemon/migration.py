@@ -213,6 +213,7 @@ class Migration:
         """QEMU took the command that sets the migration up."""
         self._remembers = self.endpoint is not None
         self.remember()
+        self.settled.set()
         self.feed(Event.STARTED)
 
     def remember(self) -> None:
@@ -250,8 +251,6 @@ class Migration:
 
     def feed(self, event: Event) -> None:
         """Hands an event to the recovery policy."""
-        if event is Event.STARTED:
-            self.settled.set()
         lost = event in (Event.CHANNEL_LOST, Event.PAUSED) and self.policy.state is State.RUNNING
         if lost and self.client_pauses:
             self.client_pauses = False
@@ -260,15 +259,15 @@ class Migration:
 
     def watch_move(self, endpoint: Endpoint | None) -> Callable[[bytes], bytes]:
         """What hears QEMU's reply to a client's recovery, unrelayed, at an address that may be another."""
+        if endpoint is None or endpoint.uri.startswith(_GOOD_FOR_ONE):
+            return self.watch_recovery
 
         def watch(reply: bytes) -> bytes:
-            if is_error(reply):
-                self.feed(Event.ATTEMPT_FAILED)
-            elif endpoint is not None and not endpoint.uri.startswith(_GOOD_FOR_ONE):
+            if not is_error(reply):
                 self.addresses.moved(endpoint)
                 self._remembers = True
                 self.remember()
-            return reply
+            return self.watch_recovery(reply)
 
         return watch
 

@@ -145,7 +145,7 @@ class Source:
             await self._opening.over.wait()
         channels.check_room()
         sockets = migration.vm.sockets
-        if not recovered or not sockets.directory.exists():
+        if not sockets.directory.exists():  # set_up makes it anew
             sockets.make()
         at_once = migration.lanes.preempt and not abilities(migration.vm.version).preempt_comes_late
         listening = sockets.listen()

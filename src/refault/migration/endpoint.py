@@ -68,22 +68,21 @@ def endpoint_of(arguments: Mapping[str, object]) -> Endpoint | None:
         return parse_uri(uri)
     channels = arguments.get("channels")
     match channels:
-        case [
-            {
-                "channel-type": "main",
-                "addr": {"transport": "socket", "type": "inet", "host": str(), "port": str()} as addr,
-            }
-        ]:
+        case None:
+            return None
+        case [{"channel-type": "main", "addr": {"transport": str()} as addr}]:
+            return _inet(addr) or Other(_spelt(addr) or str(channels))
+    return Other(str(channels))
+
+
+def _inet(addr: Mapping[str, object]) -> Inet | None:
+    """A MigrationAddress that is plain TCP; None for others."""
+    match addr:
+        case {"transport": "socket", "type": "inet", "host": str(host), "port": str(port)}:
             plain = set(addr) <= {"transport", "type", "host", "port", "ipv4", "ipv6"}
-            host, port = str(addr["host"]), str(addr["port"])
             if plain and _may_be_a_host(host) and port.isdecimal() and int(port) <= 65535:
                 return Inet(host, int(port))
-    match channels:
-        case [{"channel-type": "main", "addr": {"transport": str()} as addr}]:
-            spelt = _spelt(addr)
-            if spelt is not None:
-                return Other(spelt)
-    return None if channels is None else Other(str(channels))
+    return None
 
 
 def _spelt(addr: Mapping[str, object]) -> str | None:
