@@ -56,6 +56,14 @@ GREETING = (
 )
 
 
+async def greet(connection: socket.socket, monitor: Monitor) -> None:
+    """What a QEMU says until the monitor has negotiated with it."""
+    connection.sendall(GREETING)
+    asked = json.loads(await trio.to_thread.run_sync(connection.recv, 4096))
+    connection.sendall(json.dumps({"return": {}, "id": asked["id"]}).encode() + b"\r\n")
+    await until(lambda: monitor.qemu)
+
+
 def listening(path: Path) -> socket.socket:
     sock = socket.socket(socket.AF_UNIX)
     sock.bind(str(path))
@@ -250,10 +258,7 @@ async def test_qemu_stops_talking_while_it_does_not_read() -> None:
         async with refault(path / "qemu", path / "front") as monitor:
             connection, _ = await trio.to_thread.run_sync(qemu.accept)
             with connection:
-                connection.sendall(GREETING)
-                asked = json.loads(await trio.to_thread.run_sync(connection.recv, 4096))
-                connection.sendall(json.dumps({"return": {}, "id": asked["id"]}).encode() + b"\r\n")
-                await until(lambda: monitor.qemu)
+                await greet(connection, monitor)
                 async with negotiated(path / "front") as client:
                     for _ in range(2):
                         await client.send(
@@ -272,10 +277,7 @@ async def test_a_client_that_has_more_to_say_when_qemu_goes_costs_nothing() -> N
         async with refault(path / "qemu", path / "front") as monitor:
             connection, _ = await trio.to_thread.run_sync(qemu.accept)
             with connection:
-                connection.sendall(GREETING)
-                asked = json.loads(await trio.to_thread.run_sync(connection.recv, 4096))
-                connection.sendall(json.dumps({"return": {}, "id": asked["id"]}).encode() + b"\r\n")
-                await until(lambda: monitor.qemu)
+                await greet(connection, monitor)
                 async with negotiated(path / "front") as client:
                     await client.send(b'{"execute": "x"}' * 200)
                     event = {"event": "X", "data": {"text": "x" * (2 << 20)}}
@@ -310,10 +312,7 @@ async def test_the_host_of_a_tcp_monitor_vanishes(
         async with refault(address, path / "front") as monitor:
             connection, _ = await trio.to_thread.run_sync(qemu.accept)
             with connection:
-                connection.sendall(GREETING)
-                asked = json.loads(await trio.to_thread.run_sync(connection.recv, 4096))
-                connection.sendall(json.dumps({"return": {}, "id": asked["id"]}).encode() + b"\r\n")
-                await until(lambda: monitor.qemu)
+                await greet(connection, monitor)
                 connection.sendall(b" ")
                 await until(lambda: not monitor.qemu)
     assert caplog.messages == []

@@ -45,6 +45,18 @@ def forward(ends: Ends, role: Role, data: bytes) -> bytes:
     return b"" if nothing_comes(other) else read_exactly(other, len(data))
 
 
+def costs_nothing_for(seconds: float) -> None:
+    spent = time.process_time()
+    time.sleep(seconds)
+    assert time.process_time() - spent < 0.05
+
+
+def shut_passes(ends: Ends) -> None:
+    shut = s.message(1, struct.pack(">I", 0))
+    ends.host.sendall(shut)
+    assert read_exactly(ends.qemu, len(shut)) == shut
+
+
 def lose(end: socket.socket, *, reset: bool) -> None:
     if reset:
         end.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, RESET)
@@ -102,9 +114,7 @@ def test_an_end_is_seen_while_bytes_are_held_back(role: Role, source_ends: bool)
         ends.channel(lanes=1)
         forward(ends, role, BEGINNING)
         forward(ends, role, DEVICE_STATE)
-        spent = time.process_time()
-        time.sleep(0.3)
-        assert time.process_time() - spent < 0.05
+        costs_nothing_for(0.3)
         (ends.qemu if source_ends is (role is Role.SOURCE) else ends.host).close()
         ends.until(lambda view: view.local.lost or view.far.lost)
 
@@ -142,9 +152,7 @@ def test_a_lane_that_ends_after_eof_is_no_loss(stream: bytes) -> None:
         assert read_exactly(ends.host, len(stream)) == stream
         host.close()  # as a destination does before it says SHUT
         time.sleep(0.05)
-        shut = s.message(1, struct.pack(">I", 0))
-        ends.host.sendall(shut)
-        assert read_exactly(ends.qemu, len(shut)) == shut
+        shut_passes(ends)
         assert not ends.relay.look().far.lost
 
 
@@ -155,16 +163,12 @@ def test_a_lane_that_ends_is_a_loss_once_qemu_writes_on_it() -> None:
         ends.qemu.sendall(UNREAD)
         assert read_exactly(ends.host, len(UNREAD)) == UNREAD
         host.close()
-        spent = time.process_time()
-        time.sleep(0.2)
-        assert time.process_time() - spent < 0.05
+        costs_nothing_for(0.2)
         assert not ends.relay.look().far.lost
         qemu.sendall(s.page(9 * PAGE, BLOCK))
         ends.until(lambda view: view.far.lost)
         assert ends.host.recv(1) == b""
-        spent = time.process_time()
-        time.sleep(0.2)
-        assert time.process_time() - spent < 0.05
+        costs_nothing_for(0.2)
 
 
 def test_a_last_word_on_a_lane_that_has_ended_keeps_no_shut_from_the_source() -> None:
@@ -178,12 +182,8 @@ def test_a_last_word_on_a_lane_that_has_ended_keeps_no_shut_from_the_source() ->
         time.sleep(0.05)
         qemu.sendall(s.EOS)
         time.sleep(0.05)
-        shut = s.message(1, struct.pack(">I", 0))
-        ends.host.sendall(shut)
-        assert read_exactly(ends.qemu, len(shut)) == shut
-        spent = time.process_time()
-        time.sleep(1.2)
-        assert time.process_time() - spent < 0.05
+        shut_passes(ends)
+        costs_nothing_for(1.2)
         assert not ends.relay.look().far.lost
 
 

@@ -86,6 +86,33 @@ async def test_cont_is_repeated_until_the_migration_thread_has_ended() -> None:
     assert asked == ["cont"] * 3
 
 
+async def no_more(*_: object) -> None:
+    """An attempt is over, or nothing is left to be swallowed."""
+
+
+def lost(version: tuple[int, int, int], status: str, events: list[Event], **channels: Any) -> Any:
+    """A source's migration whose channel is lost; `channels`: what else its channels have."""
+    defaults: dict[str, Any] = {
+        "relay": SimpleNamespace(blocks=list, closed=False, passed=Passed),
+        "losses": SimpleNamespace(held_until_loaded=False),
+        "closing": SimpleNamespace(swallow=no_more),
+        "look": lambda: None,
+    }
+    return SimpleNamespace(
+        name="vm",
+        role=Role.SOURCE,
+        channels=SimpleNamespace(**defaults | channels),
+        held=None,
+        status=status,
+        under_way=True,
+        stopped_by_switchover=False,
+        vm=SimpleNamespace(version=version),
+        attempts=SimpleNamespace(over=no_more),
+        look_soon=lambda: None,
+        feed=events.append,
+    )
+
+
 @pytest.mark.parametrize(
     ("answers", "cost", "ended"),
     [("before", (True, "it pauses"), []), ("never", (False, "it dies"), []), ("late", (True, ""), [2])],
@@ -98,34 +125,18 @@ async def test_the_guest_is_not_taken_back_from_a_destination_that_the_last_atte
 
     async def end(channel: int) -> None:
         closed.append(channel)
-        channels.has_arrived = answers == "late"
+        migration.channels.has_arrived = answers == "late"
 
-    async def over() -> None:
-        pass
-
-    channels = SimpleNamespace(
+    migration = lost(
+        (7, 2, 0),
+        "postcopy-paused",
+        events,
         channel=2,
-        relay=SimpleNamespace(blocks=list, closed=False, passed=Passed),
         has_arrived=answers == "before",
         cost_of_stopping=lambda: cost,
-        losses=SimpleNamespace(held_until_loaded=False),
-        closing=SimpleNamespace(swallow=over),
-        look=lambda: None,
         end=end,
     )
-    migration = SimpleNamespace(
-        name="vm",
-        role=Role.SOURCE,
-        channels=channels,
-        held=None,
-        status="postcopy-paused",
-        under_way=True,
-        vm=SimpleNamespace(version=(7, 2, 0)),
-        attempts=SimpleNamespace(over=over),
-        look_soon=lambda: None,
-        feed=events.append,
-    )
-    await reclaim(cast(Any, migration))
+    await reclaim(migration)
     assert (events, closed) == ([Event.ATTEMPT_FAILED], ended)
 
 
@@ -133,37 +144,24 @@ async def test_a_source_that_waits_to_hear_fails_by_itself_where_its_guest_canno
     """As 11.1, whose status says so before the first byte of the package has left."""
     events: list[Event] = []
 
-    async def at_once(*_: object) -> Any:
+    async def ask() -> Any:
         return SimpleNamespace(status=WAITS_FOR_PONG)
 
     async def end(_: int) -> None:
         migration.status = "failed"
 
-    channels = SimpleNamespace(
+    migration = lost(
+        (11, 1, 3),
+        WAITS_FOR_PONG,
+        events,
         channel=1,
-        relay=SimpleNamespace(blocks=list, closed=False, passed=lambda: Passed(packaged_begun=True)),
         has_arrived=False,
+        relay=SimpleNamespace(blocks=list, closed=False, passed=lambda: Passed(packaged_begun=True)),
         cost_of_stopping=lambda: (False, "it runs the guest again"),
-        losses=SimpleNamespace(held_until_loaded=False),
-        closing=SimpleNamespace(swallow=at_once),
-        word=SimpleNamespace(ask=at_once),
-        look=lambda: None,
+        word=SimpleNamespace(ask=ask),
         end=end,
     )
-    migration = SimpleNamespace(
-        name="vm",
-        role=Role.SOURCE,
-        channels=channels,
-        held=None,
-        status=WAITS_FOR_PONG,
-        under_way=True,
-        stopped_by_switchover=False,
-        vm=SimpleNamespace(version=(11, 1, 3)),
-        attempts=SimpleNamespace(over=at_once),
-        look_soon=lambda: None,
-        feed=events.append,
-    )
-    await reclaim(cast(Any, migration))
+    await reclaim(migration)
     assert (migration.status, events) == ("failed", [])
 
 

@@ -310,14 +310,20 @@ def test_watched_commands() -> None:
     assert [reply.get("id", "error") for reply in played.replies(client)] == [3, "error", "error"]
 
 
-def test_a_watched_command_outlives_its_client_but_not_its_qemu() -> None:
-    played = Played(watch=("migrate",))
+def heard() -> tuple[list[bytes], Callable[[bytes], bytes]]:
+    """The replies that a watcher has heard, and the watcher."""
     seen: list[bytes] = []
 
     def on_reply(reply: bytes) -> bytes:
         seen.append(reply)
         return reply
 
+    return seen, on_reply
+
+
+def test_a_watched_command_outlives_its_client_but_not_its_qemu() -> None:
+    played = Played(watch=("migrate",))
+    seen, on_reply = heard()
     client = played.client()
     played.core.receive(client, command("migrate", 1) + command("a", 2))
     played.core.leave(client)
@@ -337,12 +343,7 @@ def test_a_watched_command_outlives_its_client_but_not_its_qemu() -> None:
 def test_a_watched_command_that_waits_for_its_turn_outlives_its_client() -> None:
     """Who watches waits for the reply."""
     played = Played(watch=("migrate",))
-    seen: list[bytes] = []
-
-    def on_reply(reply: bytes) -> bytes:
-        seen.append(reply)
-        return reply
-
+    seen, on_reply = heard()
     client = played.client()
     played.core.receive(client, command("a") * SHARE + command("migrate") + command("b"))
     running = played.commands()
