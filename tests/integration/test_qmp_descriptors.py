@@ -6,6 +6,7 @@ from __future__ import annotations
 
 import json
 import os
+import resource
 import socket
 from collections.abc import Iterator
 from contextlib import AsyncExitStack, contextmanager, suppress
@@ -13,6 +14,7 @@ from pathlib import Path
 
 import pytest
 import trio
+from tests.integration.qemus import qemus
 from tests.integration.qmp_tools import (
     Client,
     Message,
@@ -263,3 +265,99 @@ async def test_a_hostile_client_leaves_none_behind(data: bytes) -> None:
             assert most <= len(before) + 30
             assert open_fds().keys() == before.keys()
             assert len(held_by(qemu.pid)) <= in_qemu + 1
+
+
+BINARIES = qemus("qemu-10", "qemu-11")
+CLOSES_SETS_ITSELF = (9, 1)
+"""Before this QEMU closes what is in its fd sets itself when the last client of its monitors has gone."""
+
+
+async def add_fd(client: Client, fd: int, **arguments: object) -> int:
+    """Adds `fd` to a set, whose number is returned."""
+    await client.send_fd(execute("add-fd", "add", **arguments), fd)
+    number: int = (await client.reply("add"))["return"]["fdset-id"]
+    return number
+
+
+async def sets(client: Client) -> list[int]:
+    return sorted(item["fdset-id"] for item in await client.command("query-fdsets"))
+
+
+async def sets_become(client: Client, wanted: list[int]) -> None:
+    with trio.fail_after(30):
+        while await sets(client) != wanted:
+            await trio.sleep(0.01)
+
+
+def version(client: Client) -> tuple[int, int]:
+    qemu = client.greeting["QMP"]["version"]["qemu"]
+    return qemu["major"], qemu["minor"]
+
+
+@pytest.mark.parametrize("qemu", BINARIES)
+async def test_sets_of_clients_that_left_do_not_pile_up(qemu: str) -> None:
+    """QEMU has fewer files than there are clients. Beside it a QEMU on its own."""
+    limit = 64
+    with (
+        directory() as path,
+        qemu_process(f"unix:{path}/qemu,server=on,wait=off", qemu=qemu) as process,
+        qemu_process(f"unix:{path}/bare,server=on,wait=off", qemu=qemu),
+        temporary(path / "file") as fd,
+    ):
+        async with refault(path / "qemu", path / "front"), negotiated(path / "front") as stays:
+            resource.prlimit(process.pid, resource.RLIMIT_NOFILE, (limit, limit))
+            for turn in range(2 * limit):
+                async with negotiated(path / "front") as client:
+                    await add_fd(client, fd, **({"fdset-id": 7} if turn % 2 else {"opaque": "x"}))
+            await sets_become(stays, [])
+            async with negotiated(path / "bare") as client:
+                await add_fd(client, fd)
+            async with negotiated(path / "bare") as client:
+                assert await sets(client) == ([] if version(client) < CLOSES_SETS_ITSELF else [0])
+
+
+@pytest.mark.parametrize("qemu", BINARIES)
+async def test_a_set_that_was_named_is_there_when_it_is_opened_again(qemu: str) -> None:
+    """Its client has left, and what uses it needs the set's other descriptor now, to write."""
+    with directory() as path, qemu_process(f"unix:{path}/qemu,server=on,wait=off", qemu=qemu):
+        (path / "image").write_bytes(bytes(1 << 20))
+        async with refault(path / "qemu", path / "front"), negotiated(path / "front") as stays:
+            async with negotiated(path / "front") as client:
+                number = 5
+                for flags in (os.O_RDONLY, os.O_RDWR):
+                    fd = os.open(path / "image", flags)
+                    await add_fd(client, fd, **{"fdset-id": number})
+                    os.close(fd)
+                node = {"driver": "file", "node-name": "n", "filename": f"/dev/fdset/{number}"}
+                await client.command("blockdev-add", {**node, "read-only": True})
+                with temporary(path / "other") as fd:
+                    assert await add_fd(client, fd) != number
+            await sets_become(stays, [number])
+            await stays.command("blockdev-reopen", {"options": [{**node, "read-only": False}]})
+            [block] = await stays.command("query-named-block-nodes")
+            assert not block["ro"]
+
+
+@pytest.mark.parametrize("qemu", BINARIES)
+@pytest.mark.parametrize("extra", [["-S"], ["-incoming", "defer"]])
+async def test_sets_stay_until_the_guest_runs(qemu: str, extra: list[str]) -> None:
+    """As at a QEMU on its own, which is beside refault's."""
+    with (
+        directory() as path,
+        qemu_process(f"unix:{path}/qemu,server=on,wait=off", qemu=qemu, extra=extra),
+        qemu_process(f"unix:{path}/bare,server=on,wait=off", qemu=qemu, extra=extra),
+        temporary(path / "file") as fd,
+    ):
+        async with refault(path / "qemu", path / "front") as monitor:
+            for where in ("front", "bare"):
+                async with negotiated(path / where) as client:
+                    assert await add_fd(client, fd) == 0
+                await clients_gone(monitor)
+                async with negotiated(path / where) as client:
+                    # By the third answer refault has asked what it asks when a client has left, and acted.
+                    assert [await sets(client) for _ in range(3)] == [[0]] * 3
+            if "-S" not in extra:
+                return
+            async with negotiated(path / "front") as client:
+                await client.command("cont")
+                await sets_become(client, [])

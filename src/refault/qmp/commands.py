@@ -58,6 +58,7 @@ class Request:
         "on_reply",
         "oob",
         "prefixes",
+        "read",
         "rebuilt",
         "size",
         "spelling",
@@ -70,6 +71,8 @@ class Request:
         self.name = b""
         self.oob = False
         self.fd = -1
+        self.read = 0
+        """How many commands had been read from all clients, this one included."""
         self.answer: bytes | None = None
         """The reply, without an id, if it is answered in QEMU's place."""
         self.cleared = False

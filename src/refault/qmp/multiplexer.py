@@ -30,6 +30,7 @@ import msgspec
 from refault.qmp import replies
 from refault.qmp.commands import Answer, Forward, Request, decode, decode_arguments, decode_members, verb_name
 from refault.qmp.fdnames import TAKES_FD, USES_NAMES, FdNames, rename
+from refault.qmp.fdsets import FdSets
 from refault.qmp.session import Client, Limits
 from refault.qmp.splitter import (
     ERROR,
@@ -121,6 +122,8 @@ class Multiplexer:
         self.ready = False
         self._own = self._internal(0)
         self._orphans = self._internal(-1)
+        self._keeper = self._internal(-2)
+        """Asks what becomes of fd sets, beside refault's other commands."""
         self._last_client = 0
         self._splitter = Splitter(max_bytes=MAX_REPLY, lenient=True)
         self._negotiation = b""
@@ -132,6 +135,7 @@ class Multiplexer:
         self._fd_request: Request | None = None
         self._fd_waiting: list[Client] = []
         self._names = FdNames()
+        self._fd_sets = FdSets(self._keep)
         self._asked: set[Request] = set()
         self._early: list[Request] = []
         """Out-of-band commands that came before QEMU could take any."""
@@ -177,6 +181,7 @@ class Multiplexer:
         self._names.leave(client.number)
         for request in answered:
             self._queue_first(self._orphans, request)
+        self._fd_sets.left(client.number)
         self._pump()
 
     def half_close(self, client: Client) -> None:
@@ -221,6 +226,7 @@ class Multiplexer:
             request.answer = replies.NOT_OBJECT
         elif not shape & UNUSUAL and shape & VERB_MASK in (EXECUTE, EXEC_OOB):
             request.name = verb_name(message)
+        self._fd_sets.read(request)
         return request
 
     def _hand_out(self, client: Client, requests: list[Request], fd: int, *, ends: bool) -> None:
@@ -437,18 +443,30 @@ class Multiplexer:
                 return
             turns.popleft()
             client.ready = False
-            if request.name in TAKES_FD and self._fd_request:
+            if request.name in TAKES_FD and not self._may_take_fd(request):
                 self._fd_waiting.append(client)
                 client.ready = True
                 continue
             if client.in_flight >= (1 if client is self._own else SHARE):
                 continue  # comes back when one is answered
             self._unqueue(client)
-            client.in_flight += 1
-            self._in_flight += 1
-            self._in_flight_bytes += request.size
-            self._send(request)
+            self._send_in_band(request)
             self._settle(client)
+
+    def _may_take_fd(self, request: Request) -> bool:
+        """Whether a getfd or add-fd may go now: one at a time, and not before older fd sets are known."""
+        if self._fd_request:
+            return False
+        if request.name == b"add-fd" and not self._fd_sets.may_add:
+            self._fd_sets.ask_older(self._fd_answered)
+            return False
+        return True
+
+    def _send_in_band(self, request: Request) -> None:
+        request.client.in_flight += 1
+        self._in_flight += 1
+        self._in_flight_bytes += request.size
+        self._send(request)
 
     def _send(self, request: Request) -> None:
         pending = self._pending
@@ -477,7 +495,7 @@ class Multiplexer:
                 data = b'%b%b,"arguments":%b,"id":%d}' % (head, verb, arguments, number)
             else:
                 data = b'%b%b,"id":%d}' % (head, verb, number)
-        if request.client is not self._own:
+        if request.done is None:
             self.counters.commands += 1
         self.upstream_out.append((data, fd))
 
@@ -538,7 +556,7 @@ class Multiplexer:
         all there is.
         """
         pending, self._pending = self._pending, {}
-        queued = list(self._own.queue)
+        queued = [*self._own.queue, *self._keeper.queue]
         self.ready = False
         self.greeting = None
         for _, fd in self.upstream_out:
@@ -550,9 +568,10 @@ class Multiplexer:
         self._fd_request = None
         self._fd_waiting.clear()
         self._names.clear()
+        self._fd_sets = FdSets(self._keep)
         self._asked.clear()
         self._early.clear()
-        for client in (self._own, self._orphans):
+        for client in (self._own, self._orphans, self._keeper):
             self._forget_commands(client)
         lost = [client for client in self.clients.values() if client.greeted]
         for client in lost:
@@ -619,7 +638,10 @@ class Multiplexer:
                 self.counters.events += 1
                 self._put(client, line)
         data = decode_members(message).get("data", {})
-        self.on_event(verb_name(message).decode(), data if isinstance(data, dict) else {})
+        name = verb_name(message)
+        if name in (b"RESUME", b"MIGRATION"):
+            self._fd_sets.look()
+        self.on_event(name.decode(), data if isinstance(data, dict) else {})
 
     def _reply(self, message: Message) -> None:
         spelling = message.raw[message.id : message.id_end]
@@ -649,6 +671,8 @@ class Multiplexer:
             self._names.forget(client.number, request.new_name)
         elif request.name == b"closefd" and message.shape & VERB_MASK == RETURN:
             self._names.forget(client.number, str(request.arguments().get("fdname")))
+        elif request.name == b"add-fd":
+            self._fd_sets.added(request, _returned(message))
         if request.done:
             request.done(message)
         else:
@@ -742,15 +766,8 @@ class Multiplexer:
         """Sends a command of refault's own. `done` gets the reply, or None if QEMU goes away. Takes over `fd`
         (or -1).
         """
-        verb = "exec-oob" if oob else "execute"
-        members: dict[str, object] = {verb: command}
-        if arguments:
-            members["arguments"] = arguments
-        [message] = self._own.splitter.feed(msgspec.json.encode(members))
-        request = Request(self._own, message)
-        request.name = command.encode()
+        request = self._internal_request(self._own, command, arguments, oob=oob)
         request.done = done
-        request.cleared = True
         if fd >= 0:
             self._give(self._own, request, fd)
         if oob:
@@ -765,6 +782,43 @@ class Multiplexer:
             self._pump()
         return request
 
+    def _internal_request(
+        self, client: Client, command: str, arguments: Mapping[str, object] | None, *, oob: bool
+    ) -> Request:
+        members: dict[str, object] = {"exec-oob" if oob else "execute": command}
+        if arguments:
+            members["arguments"] = arguments
+        [message] = client.splitter.feed(msgspec.json.encode(members))
+        request = Request(client, message)
+        request.name = command.encode()
+        request.cleared = True
+        return request
+
+    def _keep(
+        self,
+        command: str,
+        arguments: Mapping[str, object] | None,
+        told: Callable[[object], None],
+        *,
+        at_once: bool = False,
+    ) -> None:
+        """Sends a command about fd sets: `refault.qmp.fdsets.Call`."""
+        keeper = self._keeper
+
+        def done(reply: Message | None) -> None:
+            if reply is not None:
+                told(_returned(reply))
+
+        request = self._internal_request(keeper, command, arguments, oob=False)
+        request.done = done
+        if at_once:
+            self._send_in_band(request)
+            return
+        keeper.queue.append(request)
+        keeper.queued += request.size
+        self._settle(keeper)
+        self._pump()
+
     def forget(self, request: Request) -> None:
         """Nobody waits for an own command any more: unsent it is dropped, else its reply will be."""
         request.done = _nobody
@@ -776,6 +830,11 @@ class Multiplexer:
 
 def _nobody(reply: Message | None) -> None:
     pass
+
+
+def _returned(reply: Message) -> object:
+    """What a command returned; None for an error."""
+    return decode_members(reply).get("return")
 
 
 def _takes_its_fd(request: Request) -> bool:
