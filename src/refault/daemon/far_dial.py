@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import ctypes
 import errno
+import math
 import os
 import socket
 import struct
@@ -14,6 +15,7 @@ from typing import Any
 import trio
 
 from refault.daemon.far_socket import alive
+from refault.daemon.lookups import Found, look_up
 from refault.migration.endpoint import Inet
 
 FIRST_PATIENCE = 0.25
@@ -33,15 +35,20 @@ class NoAnswer(OSError):  # noqa: N818 - it says what happened
 async def connect_any(endpoints: Sequence[Inet], seconds: float) -> tuple[trio.socket.SocketType, Inet]:
     """Dials them in turn, one at a time, and again for `seconds` while one of them is silent.
 
+    The seconds begin when the first name is known; the look-up of a name has its own deadline (lookups.py).
     Raises OSError with the reason for each.
     """
-    deadline = trio.current_time() + seconds
+    deadline = math.inf
     patience = FIRST_PATIENCE if len(endpoints) > 1 else LONGEST_PATIENCE
+    known: dict[Inet, Found] = {}
     while True:
         errors: list[OSError] = []
         for endpoint in endpoints:
             try:
-                return await connect(endpoint, patience), endpoint
+                if endpoint not in known:
+                    known[endpoint] = await _found(endpoint, patience if len(endpoints) > 1 else math.inf)
+                deadline = min(deadline, trio.current_time() + seconds)
+                return await _connect_one_of(endpoint, known[endpoint], patience), endpoint
             except OSError as error:
                 errors.append(error)
         silent = any(isinstance(error, NoAnswer) for error in errors)
@@ -68,16 +75,25 @@ async def dial_in_course(
 
 
 async def connect(endpoint: Inet, seconds: float) -> trio.socket.SocketType:
-    """Dials one address. Raises OSError with the reason; NoAnswer where `seconds` were too few."""
+    """Dials one address. Raises OSError with the reason; NoAnswer where `seconds` were too few once its name
+    was known."""
+    return await _connect_one_of(endpoint, await _found(endpoint, math.inf), seconds)
+
+
+async def _found(endpoint: Inet, seconds: float) -> Found:
+    """What its host's name stands for. Raises OSError; NoAnswer where `seconds` do not tell."""
     host = endpoint.host if endpoint.host not in ("", "0") else "localhost"
-    errors: list[str] = []
-    found: list[tuple[Any, ...]] = []
-    with trio.move_on_after(seconds) as scope:
+    with trio.move_on_after(seconds):
         try:
-            found = await trio.socket.getaddrinfo(host, endpoint.port, type=socket.SOCK_STREAM)
+            return await look_up(host, endpoint.port)
         except OSError as error:
             raise OSError(f"cannot connect to {endpoint.uri}: {error.strerror}") from None
-    answered = not scope.cancelled_caught
+    raise NoAnswer(f"the name in {endpoint.uri} is still being looked up")
+
+
+async def _connect_one_of(endpoint: Inet, found: Found, seconds: float) -> trio.socket.SocketType:
+    errors: list[str] = []
+    answered = True
     for family, kind, proto, _, where in found:
         with trio.move_on_after(seconds / len(found)) as scope:
             try:

@@ -1,0 +1,60 @@
+"""A resolver that takes five seconds delays a recovery, and no more."""
+
+from __future__ import annotations
+
+import subprocess
+from pathlib import Path
+
+import pytest
+import trio
+from tests.integration.qemus import BINARIES
+from tests.integration.test_main_job import GUEST
+
+from refault.lab import bare
+from refault.lab.channel import Loss, free_port, start_channel
+from refault.lab.driver import refault_driver
+from refault.lab.qemu import PairOptions, start_pair
+
+pytestmark = [pytest.mark.qemu, pytest.mark.timeout(90)]
+
+NAME = "far.test"
+
+
+@pytest.fixture(scope="module")
+def slow_resolver(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    library = tmp_path_factory.mktemp("preload") / "slow_resolver.so"
+    source = Path(__file__).with_name("slow_resolver.c")
+    subprocess.run(["cc", "-shared", "-fPIC", "-o", library, source, "-ldl"], check=True)
+    return library
+
+
+@pytest.mark.parametrize("binary", BINARIES)
+async def test_a_loss_while_names_take_five_seconds_is_recovered(
+    tmp_path: Path, slow_resolver: Path, binary: str
+) -> None:
+    slow = tmp_path / "slow"
+    prefix = ["env", f"LD_PRELOAD={slow_resolver}", f"SLOW={slow}"]
+    async with (
+        start_pair(GUEST, tmp_path, PairOptions(binary, binary)) as pair,
+        start_channel(tmp_path, free_port()) as channel,
+        refault_driver(pair, channel, tmp_path, prefixes=(prefix, ())) as driver,
+    ):
+        for qmp in (driver.source, driver.destination):
+            await bare.set_capabilities(qmp, *bare.CAPABILITIES)
+        limits = {"max-bandwidth": 64 << 20, "max-postcopy-bandwidth": 1 << 20}
+        await driver.source.execute("migrate-set-parameters", limits)
+        await driver.destination.execute("migrate-incoming", {"uri": channel.target_uri})
+        await channel.wait_open()
+        await driver.source.execute("migrate", {"uri": f"tcp:{NAME}:{channel.port}"})
+        with trio.fail_after(30):
+            await bare.wait_sent(driver.source, 0.1)
+            await driver.source.execute("migrate-start-postcopy")
+            await driver.destination.wait_event(lambda event: event.name == "RESUME")
+        since = len(driver.destination.events)
+        slow.touch()
+        await channel.lose(Loss.RESET)
+        with trio.fail_after(30):
+            await driver.destination.wait_migration("postcopy-active", since=since)
+            await bare.wait_status(driver.source, "postcopy-active")
+        assert [vm.recovery.recoveries for vm in await driver.statuses()] == [1, 1]
+        await pair.destination.wait_progress()
