@@ -34,7 +34,7 @@ C_WARNINGS := -std=c11 -D_GNU_SOURCE -Wall -Wextra -Wno-unused-parameter -Werror
 # Each has a module of its own in tests/campaign.
 CAMPAIGNS := starvation truth floor strays silence patience huge_pages
 
-.PHONY: help build demo picture qemus analyzers analyze matrix test campaign campaign-kill campaign-preempt \
+.PHONY: help build demo picture qemus analyzers prometheus analyze matrix test campaign campaign-kill campaign-preempt \
         $(CAMPAIGNS:%=campaign-%) lint bench fuzz tsan dist install clean
 .NOTPARALLEL:
 
@@ -43,6 +43,7 @@ help:
 	@echo 'make picture  docs/demo.svg anew, from a run of the demo'
 	@echo 'make qemus    QEMU 5.2, 10.0 and 11.1 of other Debian suites, in .qemus/ (QEMUS="10"); the tests use them if there'
 	@echo 'make analyzers  QEMU'"'"'s own analyze-migration.py of 7.2 and 10.0, in .qemus/; the tests need them'
+	@echo 'make prometheus  Debian'"'"'s Prometheus, unpacked in .qemus/; the tests of monitoring/ need it'
 	@echo 'make analyze  the forward decoder beside them, on streams that QEMUs save'
 	@echo 'make test     unit and integration tests (TEST=tests/unit for some of them)'
 	@echo 'make campaign  20 losses of each class, over the whole life of a migration (CAMPAIGN="--help")'
@@ -97,6 +98,9 @@ qemus:
 analyzers:
 	$(BOOTSTRAP) test
 	tests/tools/analyzers $(QEMU_DIR) 7.2 10
+
+prometheus:
+	tests/tools/prometheus $(QEMU_DIR)
 
 analyze: analyzers build $(VENV)/.dev
 	tests/tools/with-userfaultfd $(BIN)/python -m pytest tests/integration/test_analyze.py
