@@ -338,6 +338,41 @@ async def test_something_else_than_qmp(answer: bytes, caplog: pytest.LogCaptureF
         assert record.exc_info is None
 
 
+async def test_an_event_before_the_greeting(caplog: pytest.LogCaptureFixture) -> None:
+    """Played, for a real QEMU has microseconds to do it: it is of what the last connection had negotiated."""
+    caplog.set_level(logging.WARNING)
+    early = (
+        b'{"event": "RESUME", "timestamp": {"seconds": 1, "microseconds": 0}}\r\n{"return": {}, "id": 7}\r\n'
+    )
+    events: list[str] = []
+    with directory() as path, listening(path / "qemu") as qemu:
+        async with refault(
+            path / "qemu", path / "front", on_event=lambda name, _: events.append(name)
+        ) as monitor:
+            connection, _ = await trio.to_thread.run_sync(qemu.accept)
+            with connection:
+                connection.sendall(early)
+                await greet(connection, monitor)
+                async with negotiated(path / "front") as client:
+                    connection.sendall(early.replace(b"RESUME", b"STOP"))
+                    assert (await client.receive())["event"] == "STOP"
+    assert events == ["STOP"]
+    assert caplog.messages == []
+
+
+async def test_events_and_no_greeting(
+    caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("refault.daemon.upstream._GREETING_TIMEOUT", 0.1)
+    with directory() as path, listening(path / "qemu") as other:
+        async with refault(path / "qemu", path / "front"):
+            connection, _ = await trio.to_thread.run_sync(other.accept)
+            with connection:
+                connection.sendall(b'{"event": "tick"}\r\n')
+                await until(lambda: caplog.messages)
+    assert caplog.messages[0].endswith("""is no QMP monitor: it sent b'{"event": "tick"}' and no greeting""")
+
+
 async def test_silence(caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("refault.daemon.upstream._GREETING_TIMEOUT", 0.1)
     with directory() as path, listening(path / "qemu"):

@@ -139,6 +139,8 @@ class Upstream:
                     finally:
                         trio.lowlevel.notify_closing(sock)
                         nursery.cancel_scope.cancel()
+                if core.ungreeted and not core.greeting:
+                    raise NotQmpError(f"it sent {core.ungreeted!r} and no greeting") from trouble
                 if trouble:
                     raise trouble
         finally:

@@ -13,7 +13,9 @@ QMP_REQ_QUEUE_LEN_MAX). Out-of-band commands of clients that have the right go a
 
 Ids: QEMU gets ours. One is used again only when its reply has come. What a connection before this one left
 running is answered before our qmp_capabilities, which is in-band too; so that one's id is unlike any other,
-and replies that come before its are dropped.
+and replies that come before its are dropped. QEMU takes a connection before it forgets what the last one
+had negotiated (monitor/qmp.c, monitor_qmp_event): events and replies can come before its greeting. They are
+of the time before and are dropped: refault asks QEMU what it is at once it is connected.
 
 QEMU reads a monitor byte by byte (monitor/monitor.c, monitor_can_read), which takes it microseconds for each:
 so a command goes to it with a short id and no white space around its members, whose bytes are as they came.
@@ -119,6 +121,8 @@ class Multiplexer:
         self.upstream_out: list[tuple[bytes, int]] = []
         """What goes to QEMU, each with the descriptor that goes with its first byte, or -1."""
         self.greeting: Greeting | None = None
+        self.ungreeted = b""
+        """The beginning of what came last without a greeting before it."""
         self.ready = False
         self._own = self._internal(0)
         self._orphans = self._internal(-1)
@@ -550,6 +554,7 @@ class Multiplexer:
         """
         self._splitter = Splitter(max_bytes=MAX_REPLY, lenient=True)
         self._negotiation = negotiation_id
+        self.ungreeted = b""
 
     def upstream_lost(self) -> list[Client]:
         """The connection to QEMU is gone. The clients to be disconnected are returned; they have been told
@@ -597,14 +602,16 @@ class Multiplexer:
             if message.problem is not None:
                 raise NotQmpError(f"it sent {message.raw[:60]!r}")
             verb = message.shape & VERB_MASK
-            if verb == EVENT and self.greeting:
-                self._event(message)
-            elif verb in (RETURN, ERROR) and self.greeting:
-                self._reply(message)
-            elif verb == GREETING and not self.greeting:
+            if verb == GREETING and not self.greeting:
                 self._greeted(message)
-            else:
+            elif verb not in (EVENT, RETURN, ERROR):
                 raise NotQmpError(f"it sent {message.raw[:60]!r}")
+            elif not self.greeting:
+                self.ungreeted = message.raw[:60]
+            elif verb == EVENT:
+                self._event(message)
+            else:
+                self._reply(message)
         if self._turns:
             self._pump()
 

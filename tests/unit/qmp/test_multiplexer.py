@@ -545,7 +545,32 @@ def test_a_reply_has_no_limit() -> None:
     assert line == b'{"return": "%s", "id": 1}\r\n' % text
 
 
-@pytest.mark.parametrize("data", [b"220 ready\r\n", b'{"return": {}}', b'{"QMP": {}}', b"}"])
+@pytest.mark.parametrize(
+    "early",
+    [
+        b'{"event": "RESUME", "timestamp": {"seconds": 1, "microseconds": 0}}\r\n',
+        b'{"return": {}, "id": 1}\r\n',
+        b'{"return": {}}\r\n',
+        b'{"error": {"class": "GenericError", "desc": "x"}, "id": "negotiation-2"}\r\n',
+    ],
+)
+def test_what_comes_before_the_greeting_is_dropped(early: bytes) -> None:
+    """It is of what the connection before had negotiated."""
+    played = Played()
+    played.core.upstream_lost()
+    played.core.upstream_connected(b'"negotiation-2"')
+    first = played.core.join()
+    played.core.receive_upstream(early)
+    assert not first.out
+    assert not played.take()
+    played.connect()
+    assert len(played.replies(first)) == 1
+    assert not played.events
+    played.core.receive(played.client(), command("a", 1))
+    assert played.commands()[0]["execute"] == "a"
+
+
+@pytest.mark.parametrize("data", [b"220 ready\r\n", b'{"x": {}}', b'{"QMP": {}}', b"}"])
 def test_not_qmp(data: bytes) -> None:
     played = Played()
     played.core.upstream_lost()
