@@ -51,6 +51,7 @@ MODULES: tuple[Module, ...] = (
             "histogram",
             "forward",
             "returnpath",
+            "crash",
             "statefile",
             "pagemap",
             "tracker",

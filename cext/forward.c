@@ -1304,7 +1304,7 @@ const char *rf_forward_reason_text(uint32_t reason) {
         [RF_OPAQUE_BITMAP_SIZE] = "a received bitmap of another size than its RAM block",
         [RF_OPAQUE_BITMAP_END] = "a received bitmap with a wrong end mark",
         [RF_OPAQUE_BITMAP_BLOCK] = "a received bitmap of an unknown RAM block",
-        [RF_OPAQUE_CRASHED] = "refault ended while it read it; a new migration is read again",
+        [RF_OPAQUE_CRASHED] = "refault crashed while it read it; a new migration is read again",
         [RF_OPAQUE_KEPT_BLOCKS] = "the state file's RAM blocks are not those of this migration",
     };
     return reason < sizeof(texts) / sizeof(texts[0]) ? texts[reason] : "unknown reason";

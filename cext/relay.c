@@ -11,6 +11,7 @@
 #include <time.h>
 #include <unistd.h>
 
+#include "crash.h"
 #include "lane.h"
 #include "pipe.h"
 #include "replay.h"
@@ -808,6 +809,7 @@ struct rf_relay *rf_relay_start(int side, uint64_t ceiling, unsigned dead_after_
         rf_tracker_trust_bitmaps(relay->tracker);
     }
     sigfillset(&all);
+    rf_crash_let_through(&all);
     pthread_sigmask(SIG_SETMASK, &all, &before);
     error = pthread_create(&relay->thread, NULL, pump, relay);
     pthread_sigmask(SIG_SETMASK, &before, NULL);

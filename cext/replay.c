@@ -104,7 +104,16 @@ static void release_held(struct rf_replay *replay) {
 
 static void begin_replay(struct rf_replay *replay) {
     release_held(replay);
-    replay->replaying = replay->may_replay;
+    replay->replaying = replay->may_replay && rf_tracker_return_opaque(replay->tracker) == RF_OPAQUE_NO;
+}
+
+/* No RESUME_ACK will be seen on this channel. Its source reads no further than what is bad, so that held
+ * requests before it would do harm and no good; they stay on record. */
+static void lose_frames(struct rf_replay *replay) {
+    if (replay->hold_till == 0) {
+        bytes_clear(&replay->held);
+    }
+    release_held(replay);
 }
 
 /* Whether the source is known to have nothing of a request left that it was serving at the loss. */
@@ -146,13 +155,12 @@ void rf_replay_feed(struct rf_replay *replay, const uint8_t *buf, size_t len, ui
         size_t n = rf_tracker_return_next(replay->tracker, buf, len, now_ns, &event);
 
         if (event.type == RF_RETURN_BAD) {
-            release_held(replay); /* no RESUME_ACK will be seen on this channel */
+            lose_frames(replay);
         }
-        if (event.type == RF_RETURN_BITMAP_DATA ||
-            rf_tracker_return_opaque(replay->tracker) != RF_OPAQUE_NO ||
-            n > sizeof(replay->partial) - replay->partial_len) {
+        if (event.type == RF_RETURN_BITMAP_DATA || event.type == RF_RETURN_UNKNOWN ||
+            !rf_tracker_return_framed(replay->tracker) || n > sizeof(replay->partial) - replay->partial_len) {
             /* Not a message that could have to wait: as it came, and at once. */
-            pass_partial(replay);
+            pass_other(replay);
             bytes_put(&replay->out, buf, n);
         } else {
             memcpy(replay->partial + replay->partial_len, buf, n);

@@ -2,7 +2,9 @@
  * The return path as it goes through a relay: passes every byte, save that
  *  - on the source's side page requests are held back between the reconnection and RESUME_ACK, for QEMU 10.0
  * with postcopy-preempt aborts on them (migration/migration.c, source_return_path_thread); they follow right
- * after it;
+ * after it. So it is where nothing is read that the messages say, too. Where they cannot be told from each
+ * other (TLS, which no relay can hold back; a message that no QEMU sends, behind which the source reads no
+ * further) the rest passes as it comes, and what was held back by then does not;
  *  - where host pages are larger than target pages (huge pages) they, and the replay, wait on until the first
  * page behind RESUME has passed. A source queues a request in host pages and takes it off the queue in target
  * pages; lost while it sends the first, it has the rest in its queue yet (migration/ram.c, unqueue_page), and

@@ -8,11 +8,13 @@
 #define NAME_MAX_LENGTH 255
 #define BITMAP_END_MARK UINT64_C(0x0123456789abcdef)
 #define HEADER 4
+#define TLS_HANDSHAKE 0x1603
 #define REQUEST 12 /* start and length */
 
 enum state {
     AT_HEADER,
     AT_PAYLOAD,
+    AT_UNKNOWN,
     AT_BITMAP_SIZE,
     AT_BITMAP_DATA,
     AT_BITMAP_END,
@@ -25,6 +27,8 @@ struct rf_returnpath {
     uint16_t length;
     size_t held;
     uint8_t hold[MESSAGE_LENGTH_MAX];
+    uint16_t unknown_left; /* bytes of a message that cannot be read */
+    enum rf_opaque unknown_reason;
     uint64_t bitmap_size;
     uint64_t bitmap_done;
     /* The block of the last request, and of the bitmap under way. */
@@ -60,9 +64,15 @@ static bool give(struct rf_returnpath_event *event, uint32_t type) {
 }
 
 static bool bad(struct rf_returnpath *path, struct rf_returnpath_event *event, enum rf_opaque reason) {
-    rf_returnpath_fail(path);
+    path->state = AT_BAD;
     event->reason = reason;
     return give(event, RF_RETURN_BAD);
+}
+
+static bool give_unknown(struct rf_returnpath *path, struct rf_returnpath_event *event,
+                         enum rf_opaque reason) {
+    event->reason = path->unknown_reason = reason;
+    return give(event, RF_RETURN_UNKNOWN);
 }
 
 static bool give_request(struct rf_returnpath *path, const uint8_t *payload,
@@ -72,7 +82,7 @@ static bool give_request(struct rf_returnpath *path, const uint8_t *payload,
     event->named = path->type == RF_MESSAGE_REQ_PAGES_ID;
     if (event->named) {
         if (payload[REQUEST] + REQUEST + 1 != path->length) {
-            return bad(path, event, RF_OPAQUE_MESSAGE_LENGTH);
+            return give_unknown(path, event, RF_OPAQUE_MESSAGE_LENGTH);
         }
         path->request_name_length = payload[REQUEST];
         memcpy(path->request_name, payload + REQUEST + 1, path->request_name_length);
@@ -92,11 +102,17 @@ static bool give_bitmap(struct rf_returnpath *path, struct rf_returnpath_event *
 static bool at_header(struct rf_returnpath *path, const uint8_t *bytes, struct rf_returnpath_event *event) {
     path->type = be16(bytes);
     path->length = be16(bytes + 2);
-    if (path->type == 0 || path->type >= sizeof(lengths) / sizeof(lengths[0])) {
-        return bad(path, event, path->type == 0x1603 ? RF_OPAQUE_TLS : RF_OPAQUE_MESSAGE_TYPE);
+    if (path->type == TLS_HANDSHAKE) {
+        return bad(path, event, RF_OPAQUE_TLS);
     }
-    if (path->length < lengths[path->type].least || path->length > lengths[path->type].most) {
-        return bad(path, event, RF_OPAQUE_MESSAGE_LENGTH);
+    bool known = path->type != 0 && path->type < sizeof(lengths) / sizeof(lengths[0]);
+    if (!known || path->length < lengths[path->type].least || path->length > lengths[path->type].most) {
+        if (path->type == RF_MESSAGE_RECV_BITMAP) { /* it does not end with its length */
+            return bad(path, event, RF_OPAQUE_MESSAGE_LENGTH);
+        }
+        path->unknown_left = path->length;
+        path->state = path->length > 0 ? AT_UNKNOWN : AT_HEADER;
+        return give_unknown(path, event, known ? RF_OPAQUE_MESSAGE_LENGTH : RF_OPAQUE_MESSAGE_TYPE);
     }
     if (path->length == 0) {
         return give(event, RF_RETURN_SWITCHOVER_ACK);
@@ -161,6 +177,16 @@ static const struct {
     [AT_BITMAP_END] = {8, at_bitmap_end},
 };
 
+static size_t unknown_data(struct rf_returnpath *path, size_t length, struct rf_returnpath_event *event) {
+    size_t part = path->unknown_left < length ? path->unknown_left : length;
+    path->unknown_left -= (uint16_t)part;
+    if (path->unknown_left == 0) {
+        path->state = AT_HEADER;
+    }
+    give_unknown(path, event, path->unknown_reason);
+    return part;
+}
+
 /* The bitmap is handed on as it comes, never copied. */
 static size_t bitmap_data(struct rf_returnpath *path, const uint8_t *bytes, size_t length,
                           struct rf_returnpath_event *event) {
@@ -185,6 +211,9 @@ size_t rf_returnpath_next(struct rf_returnpath *path, const uint8_t *bytes, size
         return length;
     }
     while (consumed < length) {
+        if (path->state == AT_UNKNOWN) {
+            return consumed + unknown_data(path, length - consumed, event);
+        }
         if (path->state == AT_BITMAP_DATA) {
             return consumed + bitmap_data(path, bytes + consumed, length - consumed, event);
         }
@@ -203,7 +232,7 @@ size_t rf_returnpath_next(struct rf_returnpath *path, const uint8_t *bytes, size
     return consumed;
 }
 
-void rf_returnpath_fail(struct rf_returnpath *path) { path->state = AT_BAD; }
+bool rf_returnpath_is_bad(const struct rf_returnpath *path) { return path->state == AT_BAD; }
 
 struct rf_returnpath *rf_returnpath_new(void) {
     struct rf_returnpath *path = rf_budget_alloc(NULL, sizeof(*path));

@@ -36,7 +36,9 @@ enum rf_returnpath_type {
     RF_RETURN_BITMAP_END = 6,   /* name, size; the end mark was right */
     RF_RETURN_RESUME_ACK = 7,   /* value: 1 */
     RF_RETURN_SWITCHOVER_ACK = 8,
-    RF_RETURN_BAD = 9, /* reason: enum rf_opaque; from here on bytes are swallowed */
+    RF_RETURN_BAD = 9,      /* reason: enum rf_opaque; from here on bytes are swallowed */
+    RF_RETURN_UNKNOWN = 10, /* a message, or a part of one, that no QEMU we know sends; reason: as above. Its
+                               length tells where the next begins */
 };
 
 /* Fields not named beside a type have no meaning for it. Names are not terminated; they stay valid until the
@@ -76,7 +78,7 @@ size_t rf_returnpath_encode_request_id(uint8_t *out, size_t room, const char *na
                                        uint64_t start, uint32_t length);
 /* cffi: end */
 
-/* Makes the path opaque, for a reason that only the caller can see (a bitmap size that was not declared). */
-void rf_returnpath_fail(struct rf_returnpath *path);
+/* Whether BAD has been given on this channel. */
+bool rf_returnpath_is_bad(const struct rf_returnpath *path);
 
 #endif

@@ -10,10 +10,11 @@
 #include <unistd.h>
 
 #include "budget.h"
+#include "crash.h"
 
 /* In native byte order: a file of another kind of machine has none. */
 #define MAGIC UINT64_C(0x3152544c46455246)
-#define VERSION 1u
+#define VERSION 2u
 #define HEADER_BYTES 4096u
 #define BLOCKS_STEP 64u
 #define RECORDS_STEP 1024u
@@ -39,8 +40,7 @@ struct header {
     _Atomic uint64_t page_bits;
     _Atomic uint64_t blocks_length;
     _Atomic uint64_t records_room; /* slots that are allocated: a shorter file has been cut */
-    _Atomic uint64_t decoding;
-    _Atomic uint64_t crashed;
+    _Atomic uint64_t crashed;      /* enum rf_work */
 };
 
 struct file_block {
@@ -176,7 +176,6 @@ static void write_header(struct header *header, const uint8_t *key, size_t key_l
     put(&header->facts, sealed(0));
     put(&header->page_bits, sealed(0));
     put(&header->blocks_length, sealed(0));
-    put(&header->decoding, sealed(0));
     put(&header->crashed, sealed(0));
     put(&header->magic, MAGIC); /* and with it records_room, of which room_for_record has told */
 }
@@ -199,6 +198,7 @@ struct rf_statefile *rf_statefile_new(int fd, const uint8_t *key, size_t key_len
         return NULL;
     }
     write_header(header_of(file), key, key_length);
+    rf_crash_watch();
     return file;
 }
 
@@ -228,16 +228,15 @@ void rf_statefile_facts(struct rf_statefile *file, uint32_t facts) {
     }
 }
 
-void rf_statefile_decoding(struct rf_statefile *file, bool decoding) {
+void rf_statefile_at_work(struct rf_statefile *file, enum rf_work work) {
     if (file != NULL) {
-        put(&header_of(file)->decoding, sealed(decoding));
-        atomic_signal_fence(memory_order_seq_cst); /* what is decoded is not touched before */
+        rf_crash_last_word(work == RF_WORK_NONE ? NULL : &header_of(file)->crashed, sealed(work));
     }
 }
 
-void rf_statefile_crashed(struct rf_statefile *file) {
+void rf_statefile_crashed(struct rf_statefile *file, enum rf_work work) {
     if (file != NULL) {
-        put(&header_of(file)->crashed, sealed(1));
+        put(&header_of(file)->crashed, sealed(work));
     }
 }
 
@@ -325,7 +324,6 @@ static enum rf_restored load_header(int fd, uint64_t size, const uint8_t *key, s
                                     struct rf_statefile_image *image) {
     struct header header;
     uint32_t records_room;
-    uint32_t decoding;
     uint32_t crashed;
     if (!read_all(fd, &header, sizeof(header), 0) || word(&header.magic) != MAGIC) {
         return RF_RESTORED_TORN;
@@ -341,13 +339,13 @@ static enum rf_restored load_header(int fd, uint64_t size, const uint8_t *key, s
     }
     if (!unseal(word(&header.facts), &image->facts) || !unseal(word(&header.page_bits), &image->page_bits) ||
         !unseal(word(&header.blocks_length), &image->blocks_length) ||
-        !unseal(word(&header.records_room), &records_room) || !unseal(word(&header.decoding), &decoding) ||
-        !unseal(word(&header.crashed), &crashed) || image->blocks_length > RF_STATEFILE_BLOCKS_MAX ||
+        !unseal(word(&header.records_room), &records_room) || !unseal(word(&header.crashed), &crashed) ||
+        crashed > RF_WORK_FRAMING || image->blocks_length > RF_STATEFILE_BLOCKS_MAX ||
         records_room > RF_STATEFILE_RECORDS_MAX ||
         size < RECORDS_AT + records_room * sizeof(struct file_record)) {
         return RF_RESTORED_TORN;
     }
-    image->crashed = decoding != 0 || crashed != 0;
+    image->crashed = (enum rf_work)crashed;
     return RF_RESTORED_WHOLE;
 }
 
@@ -446,7 +444,7 @@ enum rf_restored rf_statefile_load(int fd, const uint8_t *key, size_t key_length
         rf_statefile_image_free(image);
         return found;
     }
-    return image->crashed ? RF_RESTORED_CRASHED : RF_RESTORED_WHOLE;
+    return image->crashed != RF_WORK_NONE ? RF_RESTORED_CRASHED : RF_RESTORED_WHOLE;
 }
 
 void rf_statefile_image_free(struct rf_statefile_image *image) {

@@ -3,7 +3,7 @@
  * written as things happen, so that after kill -9 the next refault knows the page requests that are on
  * record.
  *
- *     header page   magic, version, key (which VM, QEMU process and migration), facts, decode mark
+ *     header page   magic, version, key (which VM, QEMU process and migration), facts, crash mark
  *     block table   RAM blocks: name, size, page size
  *     record table  page requests; a record's slot is its slot in the page map
  *
@@ -37,7 +37,7 @@ enum {
 enum rf_restored {
     RF_RESTORED_NOTHING = 0, /* no file was given */
     RF_RESTORED_WHOLE = 1,
-    RF_RESTORED_CRASHED = 2, /* whole, but its writer ended inside a decoder: this migration passes unread */
+    RF_RESTORED_CRASHED = 2, /* whole, but its writer crashed in a decoder: this migration passes unread */
     RF_RESTORED_TORN = 3,    /* from here on nothing was taken from it */
     RF_RESTORED_VERSION = 4,
     RF_RESTORED_FOREIGN = 5, /* of another VM, QEMU process or migration */
@@ -52,6 +52,12 @@ enum rf_kept {
 };
 /* cffi: end */
 
+enum rf_work {
+    RF_WORK_NONE = 0,
+    RF_WORK_READING = 1, /* of either direction, and of what it says */
+    RF_WORK_FRAMING = 2, /* the return path's messages told from each other */
+};
+
 struct rf_statefile;
 
 /* Makes an empty state file of `fd`, opened for reading and writing, whose content goes. Takes no ownership
@@ -62,10 +68,11 @@ void rf_statefile_free(struct rf_statefile *file);
 enum rf_kept rf_statefile_kept(const struct rf_statefile *file);
 
 void rf_statefile_facts(struct rf_statefile *file, uint32_t facts);
-/* A decoder is at work: set before it sees the bytes, taken back after. */
-void rf_statefile_decoding(struct rf_statefile *file, bool decoding);
-/* An earlier refault ended inside a decoder: so the next one will find it again. */
-void rf_statefile_crashed(struct rf_statefile *file);
+/* Where in the decoders the writing thread is. If it dies there of its own fault (crash.h) the file says so;
+ * where it is killed, it does not. */
+void rf_statefile_at_work(struct rf_statefile *file, enum rf_work work);
+/* An earlier refault died there: so the next one will find it again. */
+void rf_statefile_crashed(struct rf_statefile *file, enum rf_work work);
 void rf_statefile_page_bits(struct rf_statefile *file, uint32_t bits);
 
 /* A RAM block became known; blocks come in the order of their index. */
@@ -102,7 +109,7 @@ struct rf_statefile_block {
 struct rf_statefile_image {
     uint32_t facts;
     uint32_t page_bits;
-    bool crashed;
+    enum rf_work crashed; /* in what its writer died */
     uint32_t blocks_length;
     struct rf_statefile_block *blocks;
     uint32_t records_length;

@@ -24,7 +24,8 @@ struct rf_tracker {
     struct rf_statefile *file; /* NULL for none */
     enum rf_restored restored;
     atomic_bool trusts_bitmaps;
-    uint32_t unread; /* why no byte of this migration is decoded, or RF_OPAQUE_NO */
+    uint32_t unread; /* why nothing that this migration says is read, or RF_OPAQUE_NO */
+    bool unframed;   /* nor are the return path's messages told from each other */
     _Atomic uint32_t facts;
     _Atomic uint32_t channel_facts;
     _Atomic uint32_t forward_opaque;
@@ -99,6 +100,7 @@ static struct rf_tracker *new_from(uint64_t ceiling, int old_fd, const uint8_t *
         return tracker;
     }
     enum rf_restored found = rf_statefile_load(old_fd, key, key_length, &image);
+    enum rf_work crashed = image.crashed;
     if (found == RF_RESTORED_WHOLE || found == RF_RESTORED_CRASHED) {
         int status = take_over(tracker, &image);
         rf_statefile_image_free(&image);
@@ -111,6 +113,7 @@ static struct rf_tracker *new_from(uint64_t ceiling, int old_fd, const uint8_t *
     if (tracker != NULL) {
         tracker->restored = found;
         tracker->unread = found == RF_RESTORED_CRASHED ? RF_OPAQUE_CRASHED : RF_OPAQUE_NO;
+        tracker->unframed = found == RF_RESTORED_CRASHED && crashed == RF_WORK_FRAMING;
     }
     return tracker;
 }
@@ -125,7 +128,7 @@ struct rf_tracker *rf_tracker_new_kept(uint64_t ceiling, int fd, int old_fd, con
     rf_pagemap_keep(tracker->map, tracker->file);
     rf_statefile_facts(tracker->file, get(&tracker->facts));
     if (tracker->unread != RF_OPAQUE_NO) {
-        rf_statefile_crashed(tracker->file);
+        rf_statefile_crashed(tracker->file, tracker->unframed ? RF_WORK_FRAMING : RF_WORK_READING);
     }
     return tracker;
 }
@@ -344,7 +347,7 @@ static void went_opaque(struct rf_tracker *tracker, const struct rf_forward *dec
 
 void rf_tracker_forward(struct rf_tracker *tracker, const uint8_t *bytes, size_t length, uint64_t now) {
     struct rf_forward *decoder = tracker->main.decoder;
-    rf_statefile_decoding(tracker->file, true);
+    rf_statefile_at_work(tracker->file, RF_WORK_READING);
     while (length > 0 && tracker->unread == RF_OPAQUE_NO) {
         struct rf_forward_event event;
         size_t part = rf_forward_next(decoder, bytes, length, &event);
@@ -353,7 +356,7 @@ void rf_tracker_forward(struct rf_tracker *tracker, const uint8_t *bytes, size_t
         length -= part;
     }
     went_opaque(tracker, decoder);
-    rf_statefile_decoding(tracker->file, false);
+    rf_statefile_at_work(tracker->file, RF_WORK_NONE);
 }
 
 void rf_tracker_preempt_begin(struct rf_tracker *tracker, uint64_t now) {
@@ -363,7 +366,7 @@ void rf_tracker_preempt_begin(struct rf_tracker *tracker, uint64_t now) {
 void rf_tracker_preempt_forward(struct rf_tracker *tracker, const uint8_t *bytes, size_t length,
                                 uint64_t now) {
     struct rf_forward *decoder = tracker->preempt.decoder;
-    rf_statefile_decoding(tracker->file, true);
+    rf_statefile_at_work(tracker->file, RF_WORK_READING);
     if (rf_forward_position(decoder) == 0 && rf_forward_learn(decoder, tracker->main.decoder) < 0) {
         rf_forward_fail(decoder, RF_OPAQUE_NO_MEMORY);
     }
@@ -377,7 +380,7 @@ void rf_tracker_preempt_forward(struct rf_tracker *tracker, const uint8_t *bytes
         length -= part;
     }
     went_opaque(tracker, decoder);
-    rf_statefile_decoding(tracker->file, false);
+    rf_statefile_at_work(tracker->file, RF_WORK_NONE);
 }
 
 void rf_tracker_pages_elsewhere(struct rf_tracker *tracker) {
@@ -385,14 +388,11 @@ void rf_tracker_pages_elsewhere(struct rf_tracker *tracker) {
     note(tracker, RF_FACT_MULTIFD);
 }
 
-static void bitmap_begin(struct rf_tracker *tracker, struct rf_returnpath_event *event) {
+static void bitmap_begin(struct rf_tracker *tracker, const struct rf_returnpath_event *event) {
     int block = rf_pagemap_bitmap_begin(tracker->map, event->name, event->name_length, event->size);
     if (block == RF_UNKNOWN_BLOCK || block == RF_BAD_SIZE) {
-        event->reason = block == RF_BAD_SIZE ? RF_OPAQUE_BITMAP_SIZE : RF_OPAQUE_BITMAP_BLOCK;
-        event->type = RF_RETURN_BAD;
-        rf_returnpath_fail(tracker->path);
+        put(&tracker->return_opaque, block == RF_BAD_SIZE ? RF_OPAQUE_BITMAP_SIZE : RF_OPAQUE_BITMAP_BLOCK);
         if (took_over(tracker)) {
-            event->reason = RF_OPAQUE_KEPT_BLOCKS;
             disown(tracker);
         }
     }
@@ -422,7 +422,7 @@ static void bitmap_end(struct rf_tracker *tracker) {
 
 void rf_tracker_trust_bitmaps(struct rf_tracker *tracker) { atomic_store(&tracker->trusts_bitmaps, true); }
 
-static void return_event(struct rf_tracker *tracker, struct rf_returnpath_event *event, uint64_t now) {
+static void return_event(struct rf_tracker *tracker, const struct rf_returnpath_event *event, uint64_t now) {
     switch (event->type) {
     case RF_RETURN_REQUEST:
         rf_pagemap_request(tracker->map, event->name, event->name_length, event->start, event->length, now);
@@ -453,29 +453,37 @@ static void return_event(struct rf_tracker *tracker, struct rf_returnpath_event 
     case RF_RETURN_SHUT:
         note(tracker, RF_FACT_SHUT_PASSED | (event->value != 0 ? (uint32_t)RF_FACT_SHUT_ERROR : 0));
         break;
+    case RF_RETURN_UNKNOWN:
+    case RF_RETURN_BAD:
+        put(&tracker->return_opaque, event->reason);
+        break;
     default:
         break;
-    }
-    if (event->type == RF_RETURN_BAD) {
-        put(&tracker->return_opaque, event->reason);
     }
 }
 
 size_t rf_tracker_return_next(struct rf_tracker *tracker, const uint8_t *bytes, size_t length, uint64_t now,
                               struct rf_returnpath_event *event) {
-    if (tracker->unread != RF_OPAQUE_NO) {
+    if (tracker->unframed) {
         *event = (struct rf_returnpath_event){.type = RF_RETURN_BAD, .reason = tracker->unread};
         return length;
     }
-    rf_statefile_decoding(tracker->file, true);
+    rf_statefile_at_work(tracker->file, RF_WORK_FRAMING);
     size_t consumed = rf_returnpath_next(tracker->path, bytes, length, event);
-    return_event(tracker, event, now);
-    rf_statefile_decoding(tracker->file, false);
+    if (get(&tracker->return_opaque) == RF_OPAQUE_NO) {
+        rf_statefile_at_work(tracker->file, RF_WORK_READING);
+        return_event(tracker, event, now);
+    }
+    rf_statefile_at_work(tracker->file, RF_WORK_NONE);
     return consumed;
 }
 
+int rf_tracker_return_framed(const struct rf_tracker *tracker) {
+    return !tracker->unframed && !rf_returnpath_is_bad(tracker->path);
+}
+
 int rf_tracker_return_at_boundary(const struct rf_tracker *tracker) {
-    return tracker->unread == RF_OPAQUE_NO && rf_returnpath_at_boundary(tracker->path);
+    return !tracker->unframed && rf_returnpath_at_boundary(tracker->path);
 }
 
 void rf_tracker_complete(struct rf_tracker *tracker) { rf_pagemap_complete(tracker->map); }

@@ -70,8 +70,8 @@ struct rf_tracker *rf_tracker_new(uint64_t ceiling);
  * caller's. `key`: names the VM, the QEMU process and the migration.
  *
  * A tracker that has taken over an old file goes on with a recovered channel. Its forward stream was not seen
- * whole, for which pages have passed is not in the file. Where the file's writer ended inside a decoder, or a
- * received bitmap tells of other RAM blocks than the file, all bytes of this migration pass unread.
+ * whole, for which pages have passed is not in the file. Where the file's writer crashed in a decoder, or a
+ * received bitmap tells of other RAM blocks than the file, nothing that this migration says is read.
  */
 struct rf_tracker *rf_tracker_new_kept(uint64_t ceiling, int fd, int old_fd, const uint8_t *key,
                                        size_t key_length);
@@ -99,9 +99,12 @@ void rf_tracker_trust_bitmaps(struct rf_tracker *tracker);
 /* Pages go over channels that the tracker is not fed (multifd). */
 void rf_tracker_pages_elsewhere(struct rf_tracker *tracker);
 
-/* One event of the return path; returns the bytes consumed, above 0 for length above 0. */
+/* One event of the return path; returns the bytes consumed, above 0 for length above 0. Where the path is
+ * opaque for what a message says (a received bitmap of another size), or all is unread, messages are still
+ * told from each other, and nothing is made of them; RF_RETURN_BAD: that has ended too. */
 size_t rf_tracker_return_next(struct rf_tracker *tracker, const uint8_t *bytes, size_t length, uint64_t now,
                               struct rf_returnpath_event *event);
+int rf_tracker_return_framed(const struct rf_tracker *tracker);
 int rf_tracker_return_at_boundary(const struct rf_tracker *tracker);
 
 /* The migration completed: every record ends. */

@@ -50,6 +50,7 @@ static uint64_t mix_event(uint64_t hash, const struct rf_returnpath_event *event
     case RF_RETURN_BITMAP_END:
         return mix_bytes(mix(hash, event->size), event->name, event->name_length);
     case RF_RETURN_BAD:
+    case RF_RETURN_UNKNOWN:
         return mix(hash, event->reason);
     case RF_RETURN_SWITCHOVER_ACK:
         return hash;
@@ -61,6 +62,7 @@ static uint64_t mix_event(uint64_t hash, const struct rf_returnpath_event *event
 struct run {
     struct rf_returnpath *path;
     uint64_t hash;
+    uint32_t unknown; /* the reason, where the event before was of that kind: it comes in pieces */
 };
 
 static size_t decode(void *context, const uint8_t *bytes, size_t length) {
@@ -70,7 +72,11 @@ static size_t decode(void *context, const uint8_t *bytes, size_t length) {
     if (event.type == RF_RETURN_NONE) {
         CHECK(part == length);
     } else {
-        run->hash = mix_event(run->hash, &event);
+        uint32_t unknown = event.type == RF_RETURN_UNKNOWN ? event.reason : RF_OPAQUE_NO;
+        if (unknown == RF_OPAQUE_NO || unknown != run->unknown) {
+            run->hash = mix_event(run->hash, &event);
+        }
+        run->unknown = unknown;
     }
     return part;
 }

@@ -40,7 +40,7 @@ static void write_to(struct rf_statefile *file, int fd, uint32_t *blocks, struct
         rf_statefile_facts(file, (uint32_t)next(in, 4));
         break;
     case 1:
-        rf_statefile_decoding(file, next(in, 1) % 8 == 0);
+        rf_statefile_crashed(file, next(in, 1) % 8 == 0 ? RF_WORK_FRAMING : RF_WORK_NONE);
         break;
     case 2:
         rf_statefile_page_bits(file, (uint32_t)next(in, 1) % 40);

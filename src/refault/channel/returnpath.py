@@ -23,6 +23,7 @@ class Kind(enum.IntEnum):
     RESUME_ACK = lib.RF_RETURN_RESUME_ACK
     SWITCHOVER_ACK = lib.RF_RETURN_SWITCHOVER_ACK
     BAD = lib.RF_RETURN_BAD
+    UNKNOWN = lib.RF_RETURN_UNKNOWN
 
 
 @dataclass(frozen=True, slots=True)
@@ -49,7 +50,7 @@ def _event(raw: object) -> ReturnEvent:
             return ReturnEvent(kind, value=int(event.value))
         case Kind.SWITCHOVER_ACK:
             return ReturnEvent(kind)
-        case Kind.BAD:
+        case Kind.BAD | Kind.UNKNOWN:
             return ReturnEvent(kind, reason=int(event.reason))
     name = bytes(ffi.buffer(event.name, event.name_length))
     if kind is Kind.REQUEST:

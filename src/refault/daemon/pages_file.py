@@ -87,8 +87,8 @@ class PagesFile:
             )
         if relay.restored is Restored.CRASHED:
             log.error(
-                "%s: the refault before ended while it decoded the channel: this migration passes unread and"
-                " without replay; please report it",
+                "%s: the refault before crashed while it decoded the channel: this migration passes unread"
+                " and without replay; please report it",
                 self._vm,
             )
         if relay.kept is Kept.NOTHING:

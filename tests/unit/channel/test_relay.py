@@ -393,15 +393,48 @@ def test_a_request_that_counts_on_a_name_of_the_channel_before_does_not_pass(rol
         assert read_exactly(hears, len(expected)) == expected
 
 
-def test_requests_held_back_follow_where_no_resume_ack_can_be_seen_any_more() -> None:
+UNREADABLE = {
+    "a message of no known type": streams.message(99, bytes(1000)),
+    "a known one that is too long": streams.message(2, bytes(5)),
+    "a received bitmap of another size": received_bitmap(set(), 128),
+    "a received bitmap of an unknown RAM block": received_bitmap(set(), 64, b"other"),
+}
+
+
+@pytest.mark.parametrize("unreadable", UNREADABLE)
+def test_requests_wait_for_resume_ack_whatever_else_the_destination_says(unreadable: str) -> None:
+    """A source of 10.0 with postcopy-preempt aborts on one that comes before."""
+    said = UNREADABLE[unreadable]
+    stream = streams.postcopy_stream()[:-1]
+    with relaying(Role.SOURCE) as ends:
+        ends.channel()
+        ends.qemu.sendall(stream)
+        read_exactly(ends.host, len(stream))
+        lose(ends, request(9 * PAGE), request(8 * PAGE))
+        ends.channel(recovered=True)
+        ends.host.sendall(request(9 * PAGE) + said + request(7 * PAGE) + PONG)
+        assert read_exactly(ends.qemu, len(said + PONG)) == said + PONG
+        assert nothing_comes(ends.qemu)
+        assert ends.relay.opaque_reason() is not None
+        ends.host.sendall(request(6 * PAGE) + RESUME_ACK + request(5 * PAGE))
+        expected = RESUME_ACK + b"".join(request(page * PAGE) for page in (9, 7, 6, 5))
+        assert read_exactly(ends.qemu, len(expected)) == expected
+        assert nothing_comes(ends.qemu)  # and nothing is replayed
+
+
+def test_requests_that_wait_are_dropped_where_no_resume_ack_can_be_seen_any_more() -> None:
+    """The source reads no further than a wrong end mark, and nothing before that may be a request."""
+    bad = received_bitmap(set(), 64)[:-1] + b"x"
     with relaying(Role.SOURCE) as ends:
         lose_with(ends, request(9 * PAGE))
         ends.channel(recovered=True)
-        ends.host.sendall(request(9 * PAGE) + PONG)
-        assert read_exactly(ends.qemu, len(PONG)) == PONG
-        unknown = struct.pack(">HH", 99, 0)
-        ends.host.sendall(unknown)
-        expected = request(9 * PAGE) + unknown
+        ends.host.sendall(request(9 * PAGE) + bad + PONG)
+        assert read_exactly(ends.qemu, len(bad + PONG)) == bad + PONG
+        assert nothing_comes(ends.qemu)
+        ends.channel(recovered=True)
+        handshake = received_bitmap(set(), 64) + RESUME_ACK
+        ends.host.sendall(handshake)
+        expected = handshake + request(9 * PAGE)
         assert read_exactly(ends.qemu, len(expected)) == expected
 
 

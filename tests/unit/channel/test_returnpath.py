@@ -25,7 +25,7 @@ MESSAGES = st.one_of(
 
 
 def joined(events: list[ReturnEvent]) -> list[ReturnEvent]:
-    """With the pieces of each received bitmap put together."""
+    """With the pieces of each received bitmap, and of what is unknown, put together."""
     out: list[ReturnEvent] = []
     for event in events:
         last = out[-1] if out else None
@@ -34,6 +34,8 @@ def joined(events: list[ReturnEvent]) -> list[ReturnEvent]:
             out[-1] = ReturnEvent(
                 Kind.BITMAP_DATA, name=event.name, size=event.size, data_offset=0, data=last.data + event.data
             )
+        elif event.kind is Kind.UNKNOWN and event == last:
+            continue
         else:
             out.append(event)
     return out
@@ -94,9 +96,13 @@ def test_a_bitmap_comes_without_being_copied_together() -> None:
     assert all(event.size == 64 and event.name == b"pc.ram" for event in events)
 
 
-BAD = {
-    "an unknown return path message": [message(0, b""), message(8, b""), message(0x1604, b"")],
-    "it is encrypted (TLS)": [message(0x1603, b"\x01")],
+UNKNOWN = {
+    "an unknown return path message": [
+        message(0, b""),
+        message(8, b""),
+        message(0x1604, b"\x01" * 200),
+        message(99, bytes(0xFFFF)),
+    ],
     "a return path message of a wrong length": [
         message(2, b"\0\0\0"),
         message(1, b"\0" * 5),
@@ -105,10 +111,16 @@ BAD = {
         message(3, b"\0" * 12 + b"\x03ab"),
         message(3, b"\0" * 12 + b"\x00"),
         message(3, b"\0" * 600),
+        message(7, b"\0"),
+    ],
+}
+BAD = {
+    "it is encrypted (TLS)": [message(0x1603, b"\x01")],
+    "a return path message of a wrong length": [
         message(5, b""),
         message(5, b"\x00"),
         message(5, b"\x05abc"),
-        message(7, b"\0"),
+        message(5, b"\0" * 300),
     ],
     "a received bitmap of another size than its RAM block": [
         message(5, counted(b"a")) + struct.pack(">Q", 7) + b"\0" * 7
@@ -117,8 +129,19 @@ BAD = {
 }
 
 
+@pytest.mark.parametrize(
+    ("text", "data"), [(text, data) for text, all_of in UNKNOWN.items() for data in all_of]
+)
+def test_a_message_that_is_not_known_ends_with_its_length(text: str, data: bytes) -> None:
+    decoder = ReturnPathDecoder()
+    events = joined(list(decoder.feed(request(0, 4096, b"a") + data + request(0, 4096, b"b"))))
+    assert [event.kind for event in events] == [Kind.REQUEST, Kind.UNKNOWN, Kind.REQUEST]
+    assert reason_text(events[1].reason) == text
+    assert decoder.at_boundary
+
+
 @pytest.mark.parametrize(("text", "data"), [(text, data) for text, all_of in BAD.items() for data in all_of])
-def test_what_the_source_refuses_ends_the_decoding_and_passes_on(text: str, data: bytes) -> None:
+def test_what_has_no_known_end_ends_the_decoding_and_passes_on(text: str, data: bytes) -> None:
     decoder = ReturnPathDecoder()
     events = list(decoder.feed(request(0, 4096, b"a") + data + request(0, 4096, b"b") * 3))
     assert events[-1].kind is Kind.BAD

@@ -17,7 +17,6 @@ from functools import partial
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from refault.channel._channel import ffi, lib
 
 from refault.channel.forward import reason_text
 from refault.channel.tracker import Fact, Kept, Restored, StateFds, Tracker
@@ -202,7 +201,7 @@ def test_a_kill_leaves_an_operation_under_way_done_or_not_begun() -> None:
             under_way += 1
         after = rows(model)
         with reopened(fd) as found:
-            assert found.restored in (Restored.WHOLE, Restored.CRASHED)
+            assert found.restored is Restored.WHOLE
             kept = rows(found)
         assert kept.keys() >= before.keys() & after.keys()
         assert kept.keys() <= before.keys() | after.keys()
@@ -213,30 +212,6 @@ def test_a_kill_leaves_an_operation_under_way_done_or_not_begun() -> None:
         os.close(fd)
         os.close(scratch)
     assert under_way > 0
-
-
-def test_a_crash_inside_a_decoder_makes_the_next_start_opaque_and_those_after_it(fd: int) -> None:
-    tracker = writer(fd)
-
-    def crash() -> None:
-        lib.rf_tracker_forward(tracker._tracker, ffi.cast("uint8_t *", 8), 100, 7)
-
-    _, status = os.waitpid(in_a_child(crash), 0)
-    assert os.WTERMSIG(status) == signal.SIGSEGV
-    second = os.memfd_create("second")
-    try:
-        Tracker(state=StateFds(second, KEY, fd))
-        for old in (fd, second):
-            with reopened(old) as after:
-                assert after.restored is Restored.CRASHED
-                assert [block.name for block in after.blocks()] == [RAM, BIOS]
-                handshake(after, set(), 9)
-                assert "refault ended while it read it" in reason_text(after.forward_opaque)
-                assert after.return_opaque == after.forward_opaque
-                assert after.channel_facts == Fact(0)
-                assert list(after.to_replay()) == []
-    finally:
-        os.close(second)
 
 
 def put(fd: int, at: int, data: bytes) -> None:
