@@ -11,7 +11,8 @@
 #define LENGTH_MAX ((uint64_t)1 << 56)
 #define DEFAULT_PAGE_BITS 12
 #define NONE UINT32_MAX
-#define RECORDS_FIRST 256
+#define RECORDS_CHUNK 256
+#define CHUNKS_FIRST 64
 #define RECORDS_MAX ((uint32_t)1 << 30)
 /* Requests for something else than one page of their block. QEMU makes none, so a few are plenty. */
 #define IRREGULAR_MAX 64
@@ -69,9 +70,13 @@ struct record {
     uint32_t next;
     uint32_t chain;        /* next in its hash bucket */
     uint32_t requested_on; /* the last channel on which the destination asked the source, 0: none */
-    uint32_t answered_on;  /* the last channel on which it was answered, 0: none */
     uint32_t replayed_on;
     bool outstanding;
+};
+
+struct chunk {
+    struct record records[RECORDS_CHUNK];
+    uint32_t buckets[RECORDS_CHUNK]; /* the first of each hash bucket's chain, or NONE */
 };
 
 /* What is known of which forwarded pages the destination has loaded. */
@@ -92,10 +97,10 @@ struct rf_pagemap {
     bool pages_passed; /* on this channel */
     enum proof proof;
 
-    struct record *records;
-    uint32_t records_room; /* a power of two, or 0 */
+    struct chunk **chunks;
+    uint32_t chunks_room;
+    uint32_t slots; /* in use or free; and so many hash buckets */
     uint32_t free_slot;
-    uint32_t *buckets; /* as many as records_room */
     uint32_t oldest;
     uint32_t newest;
     uint64_t last_id;
@@ -181,8 +186,10 @@ void rf_pagemap_free(struct rf_pagemap *map) {
         free_bitmaps(block_at(map, i));
         rf_budget_free(&map->budget, block_at(map, i), sizeof(struct block));
     }
-    rf_budget_free(&map->budget, map->records, map->records_room * sizeof(struct record));
-    rf_budget_free(&map->budget, map->buckets, map->records_room * sizeof(uint32_t));
+    for (uint32_t slot = 0; slot < map->slots; slot += RECORDS_CHUNK) {
+        rf_budget_free(&map->budget, map->chunks[slot / RECORDS_CHUNK], sizeof(struct chunk));
+    }
+    rf_budget_free(&map->budget, map->chunks, map->chunks_room * sizeof(*map->chunks));
     rf_budget_free(NULL, map, sizeof(*map));
 }
 
@@ -198,20 +205,40 @@ int rf_pagemap_set_target_page_bits(struct rf_pagemap *map, uint32_t bits) {
     return RF_OK;
 }
 
-/* Records: slots in an array, chained by hash of what they ask for and linked by age. */
+/* Records: slots in chunks, chained by hash of what they ask for and linked by age. */
 
-static uint32_t bucket_of(const struct rf_pagemap *map, uint32_t block, uint64_t start) {
+static struct record *record_at(const struct rf_pagemap *map, uint32_t slot) {
+    return &map->chunks[slot / RECORDS_CHUNK]->records[slot % RECORDS_CHUNK];
+}
+
+static uint32_t *bucket_at(const struct rf_pagemap *map, uint32_t bucket) {
+    return &map->chunks[bucket / RECORDS_CHUNK]->buckets[bucket % RECORDS_CHUNK];
+}
+
+static uint32_t hash_of(uint32_t block, uint64_t start) {
     uint64_t mixed = (start >> 10) * UINT64_C(0x9e3779b97f4a7c15) + block * UINT64_C(0xc2b2ae3d27d4eb4f);
-    return (uint32_t)(mixed >> 32) & (map->records_room - 1);
+    return (uint32_t)(mixed >> 32);
+}
+
+/* Of so many buckets, above 0. With one more, one bucket's entries part: those that come to the new one were
+ * in the bucket of its number without the highest bit. */
+static uint32_t bucket_of(uint32_t hash, uint32_t buckets) {
+    uint32_t mask = buckets > 1 ? UINT32_MAX >> __builtin_clz(buckets - 1) : 0;
+    uint32_t bucket = hash & mask;
+    return bucket < buckets ? bucket : hash & mask >> 1;
+}
+
+static uint32_t *bucket_for(const struct rf_pagemap *map, uint32_t block, uint64_t start) {
+    return bucket_at(map, bucket_of(hash_of(block, start), map->slots));
 }
 
 static uint32_t find_record(const struct rf_pagemap *map, uint32_t block, uint64_t start, uint64_t length) {
-    if (map->records_room == 0) {
+    if (map->slots == 0) {
         return NONE;
     }
-    uint32_t slot = map->buckets[bucket_of(map, block, start)];
+    uint32_t slot = *bucket_for(map, block, start);
     while (slot != NONE) {
-        const struct record *record = &map->records[slot];
+        const struct record *record = record_at(map, slot);
         if (record->block == block && record->start == start && record->length == length) {
             return slot;
         }
@@ -221,52 +248,61 @@ static uint32_t find_record(const struct rf_pagemap *map, uint32_t block, uint64
 }
 
 static void chain_record(struct rf_pagemap *map, uint32_t slot) {
-    struct record *record = &map->records[slot];
-    uint32_t bucket = bucket_of(map, record->block, record->start);
-    record->chain = map->buckets[bucket];
-    map->buckets[bucket] = slot;
+    struct record *record = record_at(map, slot);
+    uint32_t *bucket = bucket_for(map, record->block, record->start);
+    record->chain = *bucket;
+    *bucket = slot;
 }
 
 static void unchain_record(struct rf_pagemap *map, uint32_t slot) {
-    const struct record *record = &map->records[slot];
-    uint32_t *link = &map->buckets[bucket_of(map, record->block, record->start)];
+    const struct record *record = record_at(map, slot);
+    uint32_t *link = bucket_for(map, record->block, record->start);
     while (*link != slot) {
-        link = &map->records[*link].chain;
+        link = &record_at(map, *link)->chain;
     }
     *link = record->chain;
 }
 
-static bool grow_records(struct rf_pagemap *map) {
-    uint32_t old = map->records_room;
-    uint32_t room = old == 0 ? RECORDS_FIRST : old * 2;
-    if (room > RECORDS_MAX) {
-        return false;
+static bool add_chunk(struct rf_pagemap *map) {
+    uint32_t number = map->slots / RECORDS_CHUNK;
+    if (number == map->chunks_room) {
+        uint32_t room = number == 0 ? CHUNKS_FIRST : number * 2;
+        struct chunk **chunks =
+            rf_budget_grow(&map->budget, map->chunks, number * sizeof(*chunks), room * sizeof(*chunks));
+        if (chunks == NULL) {
+            return false;
+        }
+        map->chunks = chunks;
+        map->chunks_room = room;
     }
-    uint32_t *buckets = rf_budget_alloc(&map->budget, room * sizeof(uint32_t));
-    if (buckets == NULL) {
-        return false;
+    map->chunks[number] = rf_budget_alloc(&map->budget, sizeof(struct chunk));
+    return map->chunks[number] != NULL;
+}
+
+/* One slot more, and one hash bucket, so that the table grows by steps of one size. NONE without memory. */
+static uint32_t add_slot(struct rf_pagemap *map) {
+    uint32_t added = map->slots;
+    if (added == RECORDS_MAX || (added % RECORDS_CHUNK == 0 && !add_chunk(map))) {
+        return NONE;
     }
-    struct record *records =
-        rf_budget_grow(&map->budget, map->records, old * sizeof(struct record), room * sizeof(struct record));
-    if (records == NULL) {
-        rf_budget_free(&map->budget, buckets, room * sizeof(uint32_t));
-        return false;
+    map->slots++;
+    *bucket_at(map, added) = NONE;
+    if (added == 0) {
+        return added;
     }
-    rf_budget_free(&map->budget, map->buckets, old * sizeof(uint32_t));
-    map->records = records;
-    map->buckets = buckets;
-    map->records_room = room;
-    memset(buckets, 0xff, room * sizeof(uint32_t));
-    for (uint32_t slot = 0; slot < old; slot++) {
-        if (records[slot].id != 0) {
+    uint32_t highest = UINT32_C(1) << (31 - __builtin_clz(added));
+    uint32_t *link = bucket_at(map, added - highest);
+    while (*link != NONE) {
+        uint32_t slot = *link;
+        struct record *record = record_at(map, slot);
+        if (bucket_of(hash_of(record->block, record->start), map->slots) == added) {
+            *link = record->chain;
             chain_record(map, slot);
+        } else {
+            link = &record->chain;
         }
     }
-    for (uint32_t slot = room; slot-- > old;) {
-        records[slot].next = map->free_slot;
-        map->free_slot = slot;
-    }
-    return true;
+    return added;
 }
 
 static uint64_t first_page(const struct rf_pagemap *map, const struct record *record) {
@@ -278,13 +314,14 @@ static uint64_t page_count(const struct rf_pagemap *map, const struct record *re
 }
 
 /* Between the two states of a request: requested is arrived + outstanding, always. */
-static void set_outstanding(struct rf_pagemap *map, struct record *record, bool outstanding) {
+static void set_outstanding(struct rf_pagemap *map, uint32_t slot, bool outstanding) {
+    struct record *record = record_at(map, slot);
     struct block *block = block_at(map, record->block);
     if (outstanding == record->outstanding) {
         return;
     }
     record->outstanding = outstanding;
-    rf_statefile_outstanding(map->kept, (uint32_t)(record - map->records), outstanding);
+    rf_statefile_outstanding(map->kept, slot, outstanding);
     if (outstanding) {
         add(&map->counters.outstanding, 1);
         add(&block->outstanding, 1);
@@ -300,10 +337,10 @@ static void set_outstanding(struct rf_pagemap *map, struct record *record, bool 
 
 /* What ends is answered, whether or not we saw it pass. */
 static void end_record(struct rf_pagemap *map, uint32_t slot) {
-    struct record *record = &map->records[slot];
+    struct record *record = record_at(map, slot);
     struct block *block = block_at(map, record->block);
     rf_statefile_end(map->kept, slot);
-    set_outstanding(map, record, false);
+    set_outstanding(map, slot, false);
     subtract(&map->counters.recorded, 1);
     subtract(&block->recorded, 1);
     if (block->missing != NULL && map->irregular_length == 0) { /* else others may stand on the same pages */
@@ -320,12 +357,12 @@ static void end_record(struct rf_pagemap *map, uint32_t slot) {
     if (record->previous == NONE) {
         map->oldest = record->next;
     } else {
-        map->records[record->previous].next = record->next;
+        record_at(map, record->previous)->next = record->next;
     }
     if (record->next == NONE) {
         map->newest = record->previous;
     } else {
-        map->records[record->next].previous = record->previous;
+        record_at(map, record->next)->previous = record->previous;
     }
     record->id = 0;
     record->next = map->free_slot;
@@ -333,7 +370,7 @@ static void end_record(struct rf_pagemap *map, uint32_t slot) {
 }
 
 static void keep_record(struct rf_pagemap *map, uint32_t slot) {
-    const struct record *record = &map->records[slot];
+    const struct record *record = record_at(map, slot);
     rf_statefile_record(map->kept, slot,
                         &(struct rf_statefile_record){
                             .id = record->id,
@@ -347,7 +384,7 @@ static void keep_record(struct rf_pagemap *map, uint32_t slot) {
 
 /* Ends a record that should not have been made. */
 static void refuse_record(struct rf_pagemap *map, uint32_t slot) {
-    struct block *block = block_at(map, map->records[slot].block);
+    struct block *block = block_at(map, record_at(map, slot)->block);
     end_record(map, slot);
     subtract(&map->counters.arrived, 1);
     subtract(&block->arrived, 1);
@@ -359,22 +396,22 @@ static void refuse_record(struct rf_pagemap *map, uint32_t slot) {
 static bool evict(struct rf_pagemap *map) {
     uint32_t slot = map->oldest;
     for (unsigned reach = 0; slot != NONE && reach < EVICTION_REACH; reach++) {
-        if (!map->records[slot].outstanding) {
+        if (!record_at(map, slot)->outstanding) {
             end_record(map, slot);
             add(&map->counters.evicted, 1);
             return true;
         }
-        slot = map->records[slot].next;
+        slot = record_at(map, slot)->next;
     }
     return false;
 }
 
 static uint32_t take_slot(struct rf_pagemap *map) {
-    if (map->free_slot == NONE && !grow_records(map) && !evict(map)) {
-        return NONE;
+    uint32_t slot = map->free_slot == NONE ? add_slot(map) : NONE;
+    if (slot == NONE && (map->free_slot != NONE || evict(map))) {
+        slot = map->free_slot;
+        map->free_slot = record_at(map, slot)->next;
     }
-    uint32_t slot = map->free_slot;
-    map->free_slot = map->records[slot].next;
     return slot;
 }
 
@@ -400,13 +437,14 @@ static bool note_pages(struct rf_pagemap *map, struct block *block, const struct
 }
 
 /* An answer was lost: the pages that no received bitmap confirmed are missing again. */
-static void reopen(struct rf_pagemap *map, struct record *record) {
+static void reopen(struct rf_pagemap *map, uint32_t slot) {
+    const struct record *record = record_at(map, slot);
     struct block *block = block_at(map, record->block);
     uint64_t end = first_page(map, record) + page_count(map, record);
     if (record->outstanding) {
         return;
     }
-    set_outstanding(map, record, true);
+    set_outstanding(map, slot, true);
     add(&map->counters.reopened, 1);
     if (block->missing == NULL) {
         return;
@@ -496,7 +534,7 @@ static int set_size(struct rf_pagemap *map, uint32_t index, uint64_t used_length
     put(&block->used_length, used_length);
     uint32_t slot = map->oldest;
     while (slot != NONE) {
-        struct record *record = &map->records[slot];
+        struct record *record = record_at(map, slot);
         uint32_t next = record->next;
         if (record->block == index) {
             bool inside = record->start <= used_length && record->length <= used_length - record->start;
@@ -598,12 +636,12 @@ static bool all_forwarded(const struct rf_pagemap *map, const struct block *bloc
 }
 
 static void repeat(struct rf_pagemap *map, uint32_t slot) {
-    struct record *record = &map->records[slot];
+    struct record *record = record_at(map, slot);
     struct block *block = block_at(map, record->block);
     add(&map->counters.repeated, 1);
     record->requested_on = map->channel;
     if (!record->outstanding && !all_forwarded(map, block, record->start, record->length)) {
-        reopen(map, record);
+        reopen(map, slot);
     }
 }
 
@@ -618,7 +656,7 @@ static int record_request(struct rf_pagemap *map, uint32_t index, uint64_t start
     if (slot == NONE) {
         return RF_FULL;
     }
-    struct record *record = &map->records[slot];
+    struct record *record = record_at(map, slot);
     *record = (struct record){
         .id = ++map->last_id,
         .start = start,
@@ -628,13 +666,12 @@ static int record_request(struct rf_pagemap *map, uint32_t index, uint64_t start
         .previous = map->newest,
         .next = NONE,
         .requested_on = map->channel,
-        .answered_on = answered ? map->channel : 0,
     };
     chain_record(map, slot);
     if (map->newest == NONE) {
         map->oldest = slot;
     } else {
-        map->records[map->newest].next = slot;
+        record_at(map, map->newest)->next = slot;
     }
     map->newest = slot;
     add(&map->counters.recorded, 1);
@@ -643,7 +680,7 @@ static int record_request(struct rf_pagemap *map, uint32_t index, uint64_t start
     add(&block->requested, 1);
     add(&map->counters.arrived, 1);
     add(&block->arrived, 1);
-    set_outstanding(map, record, !answered);
+    set_outstanding(map, slot, !answered);
     if (!regular) {
         map->irregular[map->irregular_length++] = slot;
     }
@@ -690,19 +727,18 @@ void rf_pagemap_not_asked(struct rf_pagemap *map, const char *name, size_t name_
     int index = rf_pagemap_find(map, name, name_length);
     uint32_t slot = index < 0 ? NONE : find_record(map, (uint32_t)index, start, length);
     if (slot != NONE) {
-        map->records[slot].requested_on = 0;
+        record_at(map, slot)->requested_on = 0;
     }
 }
 
 /* Answered, if none of its pages is missing any more. */
 static void settle(struct rf_pagemap *map, struct block *block, uint32_t slot, uint64_t now) {
-    struct record *record = &map->records[slot];
+    struct record *record = record_at(map, slot);
     uint64_t end = first_page(map, record) + page_count(map, record);
     if (!record->outstanding || rf_bitmap_next(block->missing, first_page(map, record)) < end) {
         return;
     }
-    set_outstanding(map, record, false);
-    record->answered_on = map->channel;
+    set_outstanding(map, slot, false);
     rf_histogram_record(&map->latency, now > record->time ? now - record->time : 0);
 }
 
@@ -759,7 +795,7 @@ static int arrived(struct rf_pagemap *map, uint32_t index, uint64_t offset, uint
             settle(map, block, slot, now);
         }
         for (uint32_t i = 0; i < map->irregular_length; i++) {
-            if (map->records[map->irregular[i]].block == index) {
+            if (record_at(map, map->irregular[i])->block == index) {
                 settle(map, block, map->irregular[i], now);
             }
         }
@@ -973,12 +1009,12 @@ void rf_pagemap_bitmap_disown(struct rf_pagemap *map) {
     }
     write_begin(map);
     struct block *block = block_at(map, map->bitmap_block);
-    for (uint32_t slot = map->oldest; slot != NONE; slot = map->records[slot].next) {
-        struct record *record = &map->records[slot];
+    for (uint32_t slot = map->oldest; slot != NONE; slot = record_at(map, slot)->next) {
+        struct record *record = record_at(map, slot);
         if (record->block == map->bitmap_block) {
             /* Without memory it is confirmed too early, and the destination's own repetition must do. */
             (void)rf_bitmap_set_range(block->unconfirmed, first_page(map, record), page_count(map, record));
-            reopen(map, record);
+            reopen(map, slot);
         }
     }
     map->bitmap_block = NONE;
@@ -994,12 +1030,12 @@ int rf_pagemap_bitmap_end(struct rf_pagemap *map, struct rf_bitmap_report *repor
     struct block *block = block_at(map, index);
     uint32_t slot = map->oldest;
     while (slot != NONE) {
-        struct record *record = &map->records[slot];
+        struct record *record = record_at(map, slot);
         uint32_t next = record->next;
         if (record->block == index) {
             uint64_t end = first_page(map, record) + page_count(map, record);
             if (rf_bitmap_next(block->unconfirmed, first_page(map, record)) < end) {
-                reopen(map, record);
+                reopen(map, slot);
                 map->report.records_left++;
             } else {
                 end_record(map, slot);
@@ -1025,7 +1061,7 @@ void rf_pagemap_keep(struct rf_pagemap *map, struct rf_statefile *file) {
         rf_statefile_block(file, i, block_at(map, i)->name, block_at(map, i)->name_length);
         keep_sizes(map, i);
     }
-    for (uint32_t slot = map->oldest; slot != NONE; slot = map->records[slot].next) {
+    for (uint32_t slot = map->oldest; slot != NONE; slot = record_at(map, slot)->next) {
         keep_record(map, slot);
     }
 }
@@ -1083,12 +1119,12 @@ int rf_pagemap_restore(struct rf_pagemap *map, const struct rf_statefile_image *
 /* Walking the records. */
 
 static uint32_t slot_after(const struct rf_pagemap *map, uint64_t after) {
-    if (map->cursor != NONE && map->records[map->cursor].id == after && after != 0) {
-        return map->records[map->cursor].next;
+    if (map->cursor != NONE && record_at(map, map->cursor)->id == after && after != 0) {
+        return record_at(map, map->cursor)->next;
     }
     uint32_t slot = map->oldest;
-    while (slot != NONE && map->records[slot].id <= after) {
-        slot = map->records[slot].next;
+    while (slot != NONE && record_at(map, slot)->id <= after) {
+        slot = record_at(map, slot)->next;
     }
     return slot;
 }
@@ -1097,7 +1133,7 @@ static int give_record(struct rf_pagemap *map, uint32_t slot, struct rf_request 
     if (slot == NONE) {
         return 0;
     }
-    const struct record *record = &map->records[slot];
+    const struct record *record = record_at(map, slot);
     const struct block *block = block_at(map, record->block);
     map->cursor = slot;
     out->id = record->id;
@@ -1122,8 +1158,8 @@ static bool to_replay(const struct rf_pagemap *map, const struct record *record)
 
 int rf_pagemap_replay_next(struct rf_pagemap *map, uint64_t after, struct rf_request *out) {
     uint32_t slot = slot_after(map, after);
-    while (slot != NONE && !to_replay(map, &map->records[slot])) {
-        slot = map->records[slot].next;
+    while (slot != NONE && !to_replay(map, record_at(map, slot))) {
+        slot = record_at(map, slot)->next;
     }
     return give_record(map, slot, out);
 }
@@ -1133,16 +1169,16 @@ int rf_pagemap_replayed(struct rf_pagemap *map, uint64_t id, uint64_t now) {
         return RF_OUT_OF_RANGE;
     }
     uint32_t slot = map->cursor;
-    if (slot == NONE || map->records[slot].id != id) {
+    if (slot == NONE || record_at(map, slot)->id != id) {
         slot = slot_after(map, id - 1);
     }
-    if (slot == NONE || map->records[slot].id != id) {
+    if (slot == NONE || record_at(map, slot)->id != id) {
         return RF_OUT_OF_RANGE;
     }
     write_begin(map);
-    map->records[slot].replayed_on = map->channel;
+    record_at(map, slot)->replayed_on = map->channel;
     add(&map->counters.replayed, 1);
-    add(&block_at(map, map->records[slot].block)->replayed, 1);
+    add(&block_at(map, record_at(map, slot)->block)->replayed, 1);
     write_end(map);
     return RF_OK;
 }
