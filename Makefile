@@ -11,6 +11,7 @@ DEMO ?=
 BENCH ?=
 CAMPAIGN ?=
 MATRIX ?=
+QTESTS ?=
 TEST ?= tests/unit tests/integration
 SECONDS ?= 60
 # Other QEMUs than the machine's own, as make qemus unpacks them: .qemus/qemu-10 and so on.
@@ -34,8 +35,8 @@ C_WARNINGS := -std=c11 -D_GNU_SOURCE -Wall -Wextra -Wno-unused-parameter -Werror
 # Each has a module of its own in tests/campaign.
 CAMPAIGNS := starvation truth floor strays silence patience huge_pages
 
-.PHONY: help build demo picture qemus analyzers prometheus analyze matrix test campaign campaign-kill campaign-preempt \
-        $(CAMPAIGNS:%=campaign-%) lint bench fuzz tsan dist install clean
+.PHONY: help build demo picture qemus analyzers prometheus analyze matrix qtests test campaign campaign-kill \
+        campaign-preempt $(CAMPAIGNS:%=campaign-%) lint bench fuzz tsan dist install clean
 .NOTPARALLEL:
 
 help:
@@ -60,6 +61,7 @@ help:
 	@echo 'make campaign-huge_pages  huge pages, lost while the source serves a request, which QEMU alone does not survive'
 	@echo 'make campaign-silence  a network that goes silent, beside a bare QEMU'
 	@echo 'make matrix   all checks on QEMU 5.2, 7.2, 10.0 and 11.1, as a table (MATRIX="--only truth")'
+	@echo 'make qtests   QEMU'"'"'s own migration-test of 7.2 and 10.0, through refault and without (QTESTS="--only postcopy")'
 	@echo 'make campaign-patience  slow migrations, a blocked main thread, a source that nobody answers'
 	@echo 'make dist     sdist and wheel, in dist/'
 	@echo 'make install  program, systemd unit and directories (DESTDIR, PREFIX)'
@@ -154,6 +156,12 @@ matrix: build $(VENV)/.dev qemus
 	$(BOOTSTRAP) test
 	tests/tools/with-userfaultfd $(BIN)/python -m tests.campaign.matrix --qemu qemu-5.2 --qemu qemu-system-x86_64 \
 	  --qemu qemu-10 --qemu qemu-11 $(MATRIX)
+
+# Builds two QEMUs the first time.
+qtests: build $(VENV)/.dev
+	$(BOOTSTRAP) test qtests
+	tests/tools/qtests $(QEMU_DIR) 7.2 10
+	tests/tools/with-userfaultfd $(BIN)/python -m tests.qtests $(QTESTS)
 
 dist: $(VENV)/.dev
 	rm -rf dist
