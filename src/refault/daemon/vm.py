@@ -292,7 +292,9 @@ class Vm:
         """Whether a QEMU whose process is not known is at our migration: a new one is at none."""
         try:
             status = (await self.state.query("query-migrate")).get("status")
-        except (QmpError, trio.TooSlowError):
+        except QmpError:
+            return False  # it has its machine yet to make (--preconfig)
+        except trio.TooSlowError:
             return True  # a destination's main thread is stuck on a missing page; a new one's is not
         return status not in (None, "none", "setup")
 
@@ -344,7 +346,11 @@ class Vm:
 
     async def _listens(self, query_migrate: Mapping[str, object]) -> bool:
         """Serves a QEMU that waits for a migration where its command line says, if an option says it too."""
-        if (await self.state.query("query-status")).get("status") != "inmigrate":
+        try:
+            status = (await self.state.query("query-status")).get("status")
+        except QmpError:
+            return False  # who cannot tell does not wait for one
+        if status != "inmigrate":
             return False
         if self.options.incoming is not None:
             endpoint, path = self.options.incoming
@@ -368,7 +374,12 @@ class Vm:
                 await self._take_over_what_is_met(patient=patient)
 
     async def _take_over_what_is_met(self, *, patient: bool) -> None:
-        reply = await self.state.query("query-migrate")
+        try:
+            reply = await self.state.query("query-migrate")
+        except QmpError:
+            # With --preconfig the machine is yet to be made, and qemu-storage-daemon has none: neither has a
+            # migration, and one that comes later is seen to begin.
+            return
         status = reply.get("status")
         if status in (None, "none", "setup") and await self._listens(reply):
             return

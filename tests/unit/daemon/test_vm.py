@@ -368,3 +368,28 @@ async def test_a_clients_pause_that_is_never_answered_delays_no_recovery(tmp_pat
         vm._on_event("MIGRATION", {"status": "postcopy-paused"})
         assert vm.migration is not None
         assert vm.migration.policy.state is State.ATTEMPTING
+
+
+@pytest.mark.parametrize("unknown", ["query-migrate", "query-status"])
+async def test_a_qmp_server_that_knows_no_such_query_is_served_without_an_alarm(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture, unknown: str
+) -> None:
+    async with fronted(tmp_path) as (qemu, vm):
+        qemu.says[unknown] = QmpError("CommandNotFound", f"The command {unknown} has not been found")
+        qemu.asked.clear()
+        await vm._on_connect(qemu.qemu)
+        await trio.testing.wait_all_tasks_blocked()
+        assert unknown in qemu.asked
+        assert vm.migration is None
+    assert caplog.messages == []
+
+
+async def test_a_new_qemu_that_cannot_be_asked_is_not_at_the_last_ones_migration(tmp_path: Path) -> None:
+    """Its process is not known, and it was started with --preconfig."""
+    async with fronted(tmp_path, pid=None) as (qemu, vm):
+        answer(await vm._migrate(migrate("tcp:127.0.0.1:1")), OK)
+        assert vm.migration is not None
+        vm._on_disconnect()
+        qemu.says["query-migrate"] = QmpError("GenericError", "permitted only after machine initialization")
+        await vm._on_connect(qemu.qemu)
+        assert not vm.migration.under_way
