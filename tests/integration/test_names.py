@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import subprocess
 from pathlib import Path
 
 import pytest
 import trio
 from tests.integration.qemus import BINARIES
+from tests.integration.slow_resolver import SLOW_NAME, slow_resolver
 from tests.integration.test_main_job import GUEST
 
 from refault.lab import bare
@@ -17,23 +17,11 @@ from refault.lab.qemu import PairOptions, start_pair
 
 pytestmark = [pytest.mark.qemu, pytest.mark.timeout(90)]
 
-NAME = "far.test"
-
-
-@pytest.fixture(scope="module")
-def slow_resolver(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    library = tmp_path_factory.mktemp("preload") / "slow_resolver.so"
-    source = Path(__file__).with_name("slow_resolver.c")
-    subprocess.run(["cc", "-shared", "-fPIC", "-o", library, source, "-ldl"], check=True)
-    return library
-
 
 @pytest.mark.parametrize("binary", BINARIES)
-async def test_a_loss_while_names_take_five_seconds_is_recovered(
-    tmp_path: Path, slow_resolver: Path, binary: str
-) -> None:
+async def test_a_loss_while_names_take_five_seconds_is_recovered(tmp_path: Path, binary: str) -> None:
     slow = tmp_path / "slow"
-    prefix = ["env", f"LD_PRELOAD={slow_resolver}", f"SLOW={slow}"]
+    prefix = ["env", f"LD_PRELOAD={slow_resolver(tmp_path)}", f"SLOW={slow}"]
     async with (
         start_pair(GUEST, tmp_path, PairOptions(binary, binary)) as pair,
         start_channel(tmp_path, free_port()) as channel,
@@ -45,7 +33,7 @@ async def test_a_loss_while_names_take_five_seconds_is_recovered(
         await driver.source.execute("migrate-set-parameters", limits)
         await driver.destination.execute("migrate-incoming", {"uri": channel.target_uri})
         await channel.wait_open()
-        await driver.source.execute("migrate", {"uri": f"tcp:{NAME}:{channel.port}"})
+        await driver.source.execute("migrate", {"uri": f"tcp:{SLOW_NAME}:{channel.port}"})
         with trio.fail_after(30):
             await bare.wait_sent(driver.source, 0.1)
             await driver.source.execute("migrate-start-postcopy")

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-import contextlib
+import errno
 import logging
-from collections.abc import Callable
+import math
+from collections.abc import Callable, Mapping
 
 import msgspec
 import trio
@@ -13,18 +14,29 @@ from refault.daemon import far, ping
 from refault.daemon.announce import Ends, announce
 from refault.daemon.attempts import NotPausedYet
 from refault.daemon.channels import AttemptFailed, Channels
-from refault.daemon.destination_lanes import Gathering, QemuListens
+from refault.daemon.destination_lanes import Gathered, Gathering, QemuListens
 from refault.daemon.doors import Door, Doors
-from refault.daemon.far import FarListener
+from refault.daemon.far import FarListener, why_not
+from refault.daemon.far_addresses import FarAddresses, words_of
 from refault.daemon.far_socket import alive, peek, watch_over
 from refault.daemon.local import LocalLeg, reach
 from refault.daemon.migration import Migration, inet_of, is_error
 from refault.daemon.monitor import Answer, Forward, MonitorLost, QmpError, WatchedCommand, words
+from refault.daemon.repeats import repeats
 from refault.daemon.waiting_room import WaitingRoom
-from refault.migration.endpoint import Endpoint, Inet, endpoint_of, with_uri
+from refault.migration.endpoint import (
+    Endpoint,
+    Inet,
+    endpoint_of,
+    is_of_no_address,
+    with_no_address,
+    with_uri,
+)
 from refault.migration.messages import Kind, classify
 from refault.migration.phase import Role
 from refault.migration.recovery import Event, State
+from refault.migration.relayable import lanes_of
+from refault.migration.relayable import why_not as why_not_relayed
 
 log = logging.getLogger("refault.migration")
 
@@ -54,49 +66,81 @@ class Destination:
     def __init__(self, migration: Migration) -> None:
         self._migration = migration
         self._doors = Doors(migration.vm, lanes=migration.lanes.count > 0)
-        self._listeners: list[FarListener] = []
-        self._scopes: list[trio.CancelScope] = []
-        self._room = WaitingRoom()
-        self._gathering = Gathering(migration, self._room)
+        room = WaitingRoom()
+        self._addresses = FarAddresses(migration, room, self._offer)
+        self._gathering = Gathering(migration, room)
         self._line: list[trio.socket.SocketType] = []
         """Recovered channels that QEMU does not wait for yet."""
         self._ends: Ends | None = None
         """Of the newest channel."""
         self._listens_at: str | None = None
         """Where QEMU listens by its command line, until it has been connected to."""
-        self._hides_address = False
-        self._asked_for: Endpoint | None = None
 
     # ---- clients' commands ----
 
     async def set_up(self, command: WatchedCommand) -> Forward | Answer:
-        """A client's `migrate-incoming`: refault binds the address, QEMU gets a descriptor."""
+        """A client's `migrate-incoming`: refault has the address, QEMU a door of its own. Nobody can connect
+        before QEMU has taken the command, and what it refuses it refuses in its own words.
+        """
         migration = self._migration
         if migration.channels is None:
             return Forward(on_reply=self._watch_reply)
         endpoint = inet_of(migration.endpoint)
+        listener: FarListener | None = None
         try:
-            listener = await self._bind(endpoint)
+            try:
+                listener = await self._addresses.reserve(endpoint)
+            except OSError as error:
+                if error.errno in (errno.EACCES, errno.EPERM):  # QEMU may be allowed to
+                    return await self._leave_to_qemu(f"the address cannot be had: {words(error)}")
+                return await self._refuse(command, words_of(endpoint, error))
+            try:
+                uri = await self._doors.make_first()
+            except (QmpError, trio.TooSlowError, OSError) as error:
+                return await self._leave_to_qemu(f"no local leg could be made: {words(error)}")
+            await self._execute(with_uri(command.arguments, uri))
+            if listener is not None:
+                self._addresses.open(listener)
+                migration.addresses.moved(listener.endpoint)
+        except QmpError as error:
+            migration.refused()
+            return Answer(error=(error.class_, error.desc))
         except OSError as error:
             migration.refused()
-            return Answer(error=("GenericError", f"Failed to listen on {endpoint.uri}: {error}"))
-        migration.addresses.moved(listener.endpoint)
-        self._asked_for = listener.endpoint
-        await self._bind_alternatives()
+            return Answer(error=("GenericError", why_not(error)))
+        except MonitorLost:
+            migration.refused()
+            raise
+        finally:
+            self._addresses.give_up(listener)
+        migration.accepted()
+        self._addresses.bind_alternatives_soon()
+        migration.vm.start_soon(self._doors.lay)
+        return Answer(value={})
+
+    async def _execute(self, arguments: Mapping[str, object]) -> None:
+        """`migrate-incoming`, for as long as QEMU needs. Raises QmpError, MonitorLost."""
+        await self._migration.vm.monitor.execute("migrate-incoming", arguments, timeout=math.inf)
+
+    async def _refuse(self, command: WatchedCommand, why: str) -> Answer:
+        """An address that cannot be had. What QEMU has against the command besides comes first, as there."""
+        self._migration.refused()
         try:
-            uri = await self._doors.make_first()
-        except (QmpError, trio.TooSlowError, OSError) as error:
-            await migration.go_unrelayed(f"no local leg could be made: {words(error)}")
-            return Forward(on_reply=self._watch_reply)
-        return Forward(arguments=with_uri(command.arguments, uri), on_reply=self._watch_reply)
+            await self._execute(with_no_address(command.arguments))
+        except QmpError as error:
+            if not is_of_no_address(error.desc):
+                return Answer(error=(error.class_, error.desc))
+        return Answer(error=("GenericError", why))
+
+    async def _leave_to_qemu(self, reason: str) -> Forward:
+        await self._migration.go_unrelayed(reason)
+        return Forward(on_reply=self._watch_reply)
 
     def _watch_reply(self, reply: bytes) -> bytes:
         if is_error(reply):
             self._migration.refused()
         else:
             self._migration.accepted()
-            if self._migration.channels is not None:
-                self._migration.vm.start_soon(self._doors.lay)
         return reply
 
     async def serve(self, path: str) -> None:
@@ -104,28 +148,26 @@ class Destination:
         to know, and connects to QEMU when a migration begins there. Raises OSError.
         """
         migration = self._migration
-        listener = await self._bind(inet_of(migration.endpoint))
+        listener = await self._addresses.bind(inet_of(migration.endpoint))
         migration.addresses.moved(listener.endpoint)
-        self._asked_for = listener.endpoint
-        await self._bind_alternatives()
+        self._addresses.bind_alternatives_soon()
         self._listens_at = path
-        self._hides_address = True
         migration.accepted()
         await self._doors.lay()
 
     async def adopt(self, endpoint: Endpoint) -> None:
         """A migration that was met at start-up: binds its address again. Raises OSError."""
-        listener = await self._bind(inet_of(endpoint))
-        self._asked_for = listener.endpoint
-        await self._bind_alternatives()
+        await self._addresses.bind(inet_of(endpoint))
+        self._addresses.bind_alternatives_soon()
 
     async def migrate_recover(self, command: WatchedCommand) -> Forward | Answer:
-        """A client recovers by hand: our attempt makes way; refault binds its address where it is relayed."""
+        """A client recovers by hand: our attempt makes way; refault has its address where it is relayed, and
+        listens there once QEMU has taken the command."""
         migration = self._migration
-        if not migration.under_way:
+        endpoint = endpoint_of(command.arguments)
+        if not migration.under_way or endpoint is None or set(command.arguments) != {"uri"}:
             return Forward()  # which QEMU refuses
         log.info("%s: a client recovers the destination by hand", migration.name)
-        endpoint = endpoint_of(command.arguments)
         migration.feed(Event.CLIENT_RECOVERS)
         await migration.attempts.over()
         if migration.channels is None:
@@ -133,18 +175,19 @@ class Destination:
         if not isinstance(endpoint, Inet):
             return Forward(on_reply=migration.watch_recovery)
         try:
-            if endpoint not in (listener.endpoint for listener in self._listeners):
-                await self._bind(endpoint)
-                migration.addresses.add(endpoint)
-                migration.remember()
+            listener = await self._addresses.reserve(endpoint)
         except OSError as error:
             migration.feed(Event.ATTEMPT_FAILED)
-            return Answer(error=("GenericError", f"Failed to listen on {endpoint.uri}: {error}"))
-        if self._doors.open is not None:
-            return Answer(value={})  # QEMU waits already, and whoever comes to this address reaches it
+            if migration.status != "postcopy-paused":
+                return Forward()  # which QEMU refuses, whatever the address
+            return Answer(error=("GenericError", words_of(endpoint, error)))
+        if self._doors.open is not None:  # QEMU waits already, and whoever comes to this address reaches it
+            failed = self._recovers_at(listener)
+            return Answer(error=("GenericError", failed)) if failed else Answer(value={})
         try:
             door = await self._doors.next()
         except (QmpError, trio.TooSlowError, OSError) as error:
+            self._addresses.give_up(listener)
             migration.feed(Event.ATTEMPT_FAILED)  # QEMU could not listen there itself: the address is ours
             return Answer(error=("GenericError", f"QEMU takes no descriptor: {words(error)}"))
         self._doors.told(door)
@@ -152,69 +195,48 @@ class Destination:
         def watch(reply: bytes) -> bytes:
             if is_error(reply):
                 self._doors.refused(door)
+                self._addresses.give_up(listener)
                 migration.feed(Event.ATTEMPT_FAILED)
-            else:
-                self._doors.taken(door)
-            return reply
+                return reply
+            self._doors.taken(door)
+            failed = self._recovers_at(listener)
+            return _as_error(reply, failed) if failed else reply
 
         return Forward(arguments=with_uri(command.arguments, door.uri), on_reply=watch)
 
+    def _recovers_at(self, listener: FarListener | None) -> str | None:
+        """Listens at a client's address, and at later recoveries too; why not, where somebody was faster."""
+        if listener is None:
+            return None
+        try:
+            self._addresses.open(listener)
+        except OSError as error:
+            return why_not(error)
+        self._migration.addresses.add(listener.endpoint)
+        self._migration.remember()
+        return None
+
     def show_address(self) -> Callable[[bytes], bytes] | None:
-        """What makes query-migrate show the address that the client asked for; None: QEMU shows its own."""
-        alternatives = self._migration.addresses.alternatives
-        listeners = [listener for listener in self._listeners if listener.endpoint not in alternatives]
-        hides = self._hides_address or self._migration.lanes.count > 0
-        if not listeners or self._asked_for is None:
+        """What makes query-migrate show where refault listens in QEMU's stead; None: QEMU shows its own."""
+        shown = self._addresses.shown()
+        if not shown:
             return None
 
         def show(reply: bytes) -> bytes:
             decoded = msgspec.json.decode(reply)
             if not isinstance(decoded.get("return"), dict):
                 return reply
-            if "socket-address" in decoded["return"] and not hides:
-                return reply
-            decoded["return"]["socket-address"] = [
-                listener.endpoint.as_socket_address() for listener in listeners
-            ]
+            decoded["return"]["socket-address"] = shown
             return msgspec.json.encode(decoded)
 
         return show
 
     # ---- the far side ----
 
-    async def _bind(self, endpoint: Inet) -> FarListener:
-        listener = await FarListener.bind(endpoint, self._room)
-        self._listeners.append(listener)
-        self._migration.vm.start_soon(self._serve, listener)
-        return listener
-
-    async def _bind_alternatives(self) -> None:
-        """Those of another network are listened at for the whole migration too, as far as they can be."""
-        bound = [listener.endpoint for listener in self._listeners]
-        for endpoint in self._migration.addresses.alternatives:
-            if endpoint in bound:
-                continue
-            try:
-                await self._bind(inet_of(endpoint))
-            except (OSError, AttemptFailed) as error:
-                log.warning(
-                    "%s: cannot listen at --recover-uri %s: %s; a recovery must do without it",
-                    self._migration.name,
-                    endpoint.uri,
-                    error,
-                    extra=self._migration.attempts.repeats(endpoint.uri, str(error)),
-                )
-
-    async def _serve(self, listener: FarListener) -> None:
-        with trio.CancelScope() as scope:
-            self._scopes.append(scope)
-            await listener.serve(self._offer)
-
     async def _offer(self, connection: trio.socket.SocketType, kind: Kind) -> None:
-        begins = self._doors.first is not None or self._listens_at is not None
+        begins = self._begins
         if begins:
-            with contextlib.suppress(QmpError, MonitorLost, trio.TooSlowError):
-                await self._migration.vm.ask_encrypted()  # its client may have set it since
+            await self._learn()
         encrypted = self._migration.vm.encrypted
         if encrypted is not (kind is Kind.ENCRYPTED):
             log.warning(
@@ -232,8 +254,11 @@ class Destination:
             else:
                 await self._wait_in_line(connection)
         elif kind is Kind.MULTIFD:
-            if self._migration.lanes.multifd:
+            if begins or self._migration.lanes.multifd:
                 await self._gathering.offer_multifd(connection)
+        elif kind is Kind.FRAME:
+            if self._migration.lanes.preempt:
+                await self._gathering.offer_preempt(connection)
         elif kind is Kind.FRESH:
             await self._begin(connection)
         elif kind is Kind.PING and not await self._answer(connection):
@@ -260,9 +285,18 @@ class Destination:
 
     async def _begin(self, connection: trio.socket.SocketType) -> None:
         migration = self._migration
-        if migration.channels is None or (self._doors.first is None and self._listens_at is None):
-            log.warning("%s: closed a connection that begins a migration: one is under way", migration.name)
+        if migration.channels is None or not self._begins:
+            self._tell_under_way()
             return
+        gathered = None
+        if migration.lanes.count and isinstance(self._doors.first, QemuListens):
+            gathered = await self._gathering.gather(connection)
+            if gathered is None:
+                return
+            if self._doors.first is None:  # another source was faster
+                gathered.close()
+                self._tell_under_way()
+                return
         door, self._doors.first = self._doors.first, None
         if door is None:
             door = await self._reach_listener()
@@ -270,12 +304,49 @@ class Destination:
             return
         before = migration.channel
         try:
-            joined = await self._join(migration.channels, door, connection, recovered=False)
+            if isinstance(door, QemuListens) and gathered is None:
+                door = await self._gathering.reach(door)
+            await self._join(migration.channels, door, connection, gathered, recovered=False)
         except (AttemptFailed, OSError):
             self._doors.first = self._as_it_was(door, before)
             raise
-        if not joined:
-            self._doors.first = door
+
+    @property
+    def _begins(self) -> bool:
+        """Whether QEMU waits for the migration to begin."""
+        return self._doors.first is not None or self._listens_at is not None
+
+    def _tell_under_way(self) -> None:
+        log.warning("%s: closed a connection that begins a migration: one is under way", self._migration.name)
+
+    async def _learn(self) -> None:
+        """What the client has set since its `migrate-incoming`: QEMU counts its connections when the first
+        one comes."""
+        migration = self._migration
+        try:
+            capabilities, parameters = await migration.vm.ask_settings()
+        except (QmpError, MonitorLost, trio.TooSlowError):
+            return
+        lanes = lanes_of(capabilities, parameters)
+        vm = migration.vm
+        reason = why_not_relayed(
+            migration.endpoint,
+            capabilities,
+            parameters,
+            role=self.role,
+            version=vm.version,
+            process_is_seen=True,
+        )
+        if reason is not None and self._listens_at is None:
+            log.warning("%s: it begins through the relay all the same, though %s: switched on after"
+                        " migrate-incoming", migration.name, reason,
+                        extra=repeats((migration.name, "switched on"), reason))  # fmt: skip
+        if lanes != migration.lanes:
+            migration.lanes = lanes
+            migration.remember()
+        if self._doors.lanes is not (lanes.count > 0):
+            self._doors.lanes = lanes.count > 0
+            migration.vm.start_soon(self._doors.give_up_deposits if lanes.count else self._doors.lay)
 
     async def _reach_listener(self) -> LocalLeg | None:
         """The leg to a QEMU that listens by its command line; None where it cannot be had."""
@@ -322,14 +393,17 @@ class Destination:
                 ):
                     door, self._doors.open = self._doors.open, None
                     before = migration.channel
+                    gathered = None
                     try:
-                        joined = await self._join(migration.channels, door, connection, recovered=True)
+                        if isinstance(door, QemuListens):
+                            gathered = await self._gathering.gather(connection)
+                            if gathered is None:
+                                self._doors.taken(door)
+                                return
+                        await self._join(migration.channels, door, connection, gathered, recovered=True)
                     except (AttemptFailed, OSError):
                         self._doors.open = self._as_it_was(door, before)
                         raise
-                    if not joined:
-                        self._doors.taken(door)
-                        return
                     migration.vm.start_soon(self._watch_handshake, migration.channels)
                     return
                 if migration.channels is not None and migration.policy.state is State.RUNNING:
@@ -351,15 +425,18 @@ class Destination:
         channels: Channels,
         door: Door,
         connection: trio.socket.SocketType,
+        gathered: Gathered | None,
         *,
         recovered: bool,
-    ) -> bool:
-        """Gives QEMU a channel; False where not all of it came, and QEMU still waits."""
+    ) -> None:
+        """Gives QEMU a channel."""
         self._ends = Ends.of(connection)
-        if isinstance(door, QemuListens):
-            return await self._gathering.connect(channels, door, connection, recovered=recovered)
-        channels.join(door, connection, recovered=recovered)
-        return True
+        if isinstance(door, QemuListens) and gathered is not None:
+            await self._gathering.connect(channels, door, gathered, recovered=recovered)
+        elif isinstance(door, LocalLeg) and not self._migration.lanes.count:
+            channels.join(door, connection, recovered=recovered)
+        else:
+            raise AttemptFailed("QEMU has one descriptor, and more than one connection was switched on since")
 
     def _as_it_was(self, door: Door, before: int) -> Door | None:
         """A door through which nobody came after all; None where a part of a channel did, `before` being the
@@ -393,7 +470,7 @@ class Destination:
         if migration.channels is None:
             await self._attempt_unrelayed()
             return
-        await self._bind_alternatives()  # what could not be had at first may be there by now
+        self._addresses.bind_alternatives_soon()  # what could not be had may be there by now
         if self._doors.open is None:
             door = self._doors.doubtful or await self._doors.next()
             with trio.CancelScope(shield=True):  # once sent it runs, whether or not we wait for the reply
@@ -460,10 +537,11 @@ class Destination:
 
     async def clean_up(self) -> None:
         """Frees the address, and takes back from QEMU the descriptors that it did not need."""
-        for scope in self._scopes:
-            scope.cancel()
-        for listener in self._listeners:
-            listener.close()
-        self._scopes.clear()
-        self._listeners.clear()
+        self._addresses.close()
         await self._doors.close()
+
+
+def _as_error(reply: bytes, desc: str) -> bytes:
+    members = msgspec.json.decode(reply)
+    del members["return"]
+    return msgspec.json.encode({"error": {"class": "GenericError", "desc": desc}, **members})

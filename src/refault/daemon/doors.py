@@ -1,16 +1,17 @@
-"""Where a destination QEMU takes a channel in: the end of a socketpair that it was handed, or, where there is
-more than one connection, a private socket at which it listens."""
+"""Where a destination QEMU takes a channel in: a private socket at which it listens, for the first one, and
+for each where there is more than one connection; else the end of a socketpair that it was handed."""
 
 from __future__ import annotations
 
 import logging
+import secrets
 
 import trio
 
 from refault.daemon.destination_lanes import QemuListens
 from refault.daemon.local import Deposits, LocalLeg, give_back, hand_over, lay
 from refault.daemon.monitor import MonitorLost, QmpError, words
-from refault.daemon.vm_state import VmState
+from refault.daemon.vm_state import QUERY_TIMEOUT, VmState
 from refault.migration.phase import Role
 
 log = logging.getLogger("refault.migration")
@@ -19,7 +20,7 @@ Door = LocalLeg | QemuListens
 
 
 class Doors:
-    """Of one migration; `lanes` tells whether a channel of it has further connections."""
+    """Of one migration; `lanes` tells whether a channel of it has further connections, as far as is known."""
 
     def __init__(self, vm: VmState, *, lanes: bool) -> None:
         self.first: Door | None = None
@@ -31,29 +32,55 @@ class Doors:
         self.wanted = trio.Event()
         """Set whenever one was opened, and replaced."""
         self._vm = vm
-        self._lanes = lanes
+        self.lanes = lanes
+        self._has_directory = False
         self._deposits = Deposits()
         self._spare: list[Door] = []
         """Those at which QEMU may still wait though another was used: it must never see them end."""
 
     async def make_first(self) -> str:
-        """The door for the migration itself; the address by which QEMU uses it.
+        """The door for the migration itself; the address by which QEMU uses it. How many connections will
+        come there is not settled before they do, so QEMU is to listen, wherever it can.
 
         Raises OSError, and what `execute` raises.
         """
-        if self._lanes:
-            self._vm.sockets.make()
-            self.first = QemuListens(self._vm.sockets.path())
-        else:
+        try:
+            self.first = await self._where_qemu_can_listen()
+        except (QmpError, OSError) as error:
+            if self.lanes:
+                raise
+            log.info(
+                "%s: QEMU cannot listen in a private directory (%s): it gets a descriptor, and a migration"
+                " for which more than one connection is switched on from now on will not get through",
+                self._vm.name,
+                words(error),
+            )
             self.first = await hand_over(self._vm.monitor, Role.DESTINATION)
         return self.first.uri
 
+    async def _where_qemu_can_listen(self) -> QemuListens:
+        """A security module or another mount namespace may forbid it, and a `migrate-incoming` that fails
+        there would be QEMU 10.0's last."""
+        self._make_directory()
+        trial = f"refault-trial-{secrets.token_hex(4)}"
+        address = {"type": "unix", "data": {"path": self._vm.sockets.path()}}
+        data = {"addr": address, "server": True, "wait": False}
+        backend = {"type": "socket", "data": data}
+        execute = self._vm.monitor.execute
+        await execute("chardev-add", {"id": trial, "backend": backend}, timeout=QUERY_TIMEOUT)
+        await execute("chardev-remove", {"id": trial}, timeout=QUERY_TIMEOUT)
+        return QemuListens(self._vm.sockets.path())
+
+    def _make_directory(self) -> None:
+        self._has_directory = True
+        self._vm.sockets.make()
+
     async def next(self) -> Door:
         """What QEMU is to be told of for the next recovery. Raises as `make_first` does."""
-        if not self._lanes:
+        if not self.lanes:
             return self._deposits.take() or await lay(self._vm.monitor)
         if not self._vm.sockets.directory.exists():
-            self._vm.sockets.make()
+            self._make_directory()
         return QemuListens(self._vm.sockets.path())
 
     def told(self, door: Door) -> None:
@@ -103,8 +130,12 @@ class Doors:
 
     async def refill(self) -> None:
         """Lays new ones in place of those that were used. Raises what `execute` raises."""
-        if not self._lanes:
+        if not self.lanes:
             await self._deposits.fill(self._vm.monitor)
+
+    async def give_up_deposits(self) -> None:
+        """Takes back from QEMU what was laid: it has no use."""
+        await self._deposits.drain(self._vm.monitor)
 
     async def give_back(self) -> bool:
         """Gives QEMU our ends of those at which it waits for a recovery; False where it did not take one."""
@@ -113,12 +144,13 @@ class Doors:
 
     async def close(self) -> None:
         """Takes back from QEMU what it did not need: the migration has ended."""
-        await self._deposits.drain(self._vm.monitor)
+        if self._has_directory:  # before anything is waited for, for the next migration makes it anew
+            self._has_directory = False
+            self._vm.sockets.remove()
+        await self.give_up_deposits()
         # QEMU wakes up on an end that it was told of, even long after the migration, and may abort.
         ends = [door for door in (*self._spare, self.open, self.first) if isinstance(door, LocalLeg)]
         self._spare.clear()
         self.open = self.first = self.doubtful = None
         for leg in ends:
             await self._vm.let_go(leg.socket)
-        if self._lanes:
-            self._vm.sockets.remove()

@@ -5,14 +5,16 @@ from __future__ import annotations
 
 import errno
 import logging
+import os
 import socket
 from collections.abc import Awaitable, Callable, Collection
 
 import trio
 
+from refault.daemon import lookups
 from refault.daemon.far_socket import alive, detached, growing_pauses, peek
 from refault.daemon.waiting_room import WaitingRoom
-from refault.migration.endpoint import Inet
+from refault.migration.endpoint import Inet, socket_address
 from refault.migration.messages import Kind, classify, recv_bitmaps
 
 log = logging.getLogger("refault.far")
@@ -44,46 +46,100 @@ async def asks_for(connection: trio.socket.SocketType, blocks: Collection[bytes]
     return False
 
 
+Where = tuple[int, tuple[object, ...]]
+"""A family and an address of it, as getaddrinfo gives them."""
+
+
+async def look_up(endpoint: Inet) -> list[Where]:
+    """Where QEMU would listen for `endpoint` (io/dns-resolver.c): no host is every address of both families,
+    `0` every one of IPv4, `::` every one of both. Raises OSError, with the error of a look-up (socket.EAI_*).
+    """
+    hosts = [endpoint.host] if endpoint.host else ["0.0.0.0", "::"]  # noqa: S104
+    found = [entry for host in hosts for entry in await lookups.look_up(host, endpoint.port)]
+    return list(dict.fromkeys((int(entry[0]), entry[4]) for entry in found))
+
+
+def why_not(error: OSError) -> str:
+    """Why an address could not be had, as QEMU says it (util/qemu-sockets.c, inet_listen_saddr)."""
+    reason = os.strerror(error.errno) if error.errno is not None else str(error)
+    match error.errno:
+        case errno.EADDRINUSE:
+            return f"Failed to find an available port: {reason}"
+        case errno.EAFNOSUPPORT:
+            return f"Failed to create a socket: {reason}"
+        case _:
+            return f"Failed to bind socket: {reason}"
+
+
 class FarListener:
     """The address of one VM's migration: bound for the whole migration, whoever connects."""
 
     def __init__(
-        self, listeners: list[trio.SocketListener], endpoint: Inet, room: WaitingRoom | None = None
+        self, sockets: list[trio.socket.SocketType], endpoint: Inet, room: WaitingRoom | None = None
     ) -> None:
-        self._listeners = listeners
+        self._sockets = sockets
         self._room = room or WaitingRoom()
         self.endpoint = endpoint
         """The address as bound, an ephemeral port replaced by the one given."""
+        self.socket_addresses: list[dict[str, object]] = []
+        """Where it listens, in numbers, as query-migrate tells it."""
 
     @classmethod
     async def bind(cls, endpoint: Inet, room: WaitingRoom | None = None) -> FarListener:
-        """Binds `endpoint` and never another port. Raises OSError if it is in use or not of this host."""
-        # As QEMU does (util/qemu-sockets.c, inet_listen_saddr): no host is every address of both families in
-        # two sockets, 0 every one of IPv4, :: every one of both in one socket.
-        host = {"": None, "0": "0.0.0.0"}.get(endpoint.host, endpoint.host)  # noqa: S104
-        found = await trio.socket.getaddrinfo(
-            host, endpoint.port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE
-        )
-        listeners: list[trio.SocketListener] = []
+        """Listens at `endpoint` and never at another port. Raises OSError if it is in use, not of this host,
+        or of a name that is not known."""
+        listener = await cls.reserve(endpoint, await look_up(endpoint), room)
+        listener.listen()
+        return listener
+
+    @classmethod
+    async def reserve(
+        cls, endpoint: Inet, found: list[Where], room: WaitingRoom | None = None
+    ) -> FarListener:
+        """Binds all of an endpoint's addresses that can be, as QEMU does (io/net-listener.c), and does not
+        listen yet: nobody can connect, and nobody else can have them. Raises the first OSError if none can.
+        """
+        sockets: list[trio.socket.SocketType] = []
+        errors: list[OSError] = []
         port = endpoint.port
-        wanted = list(dict.fromkeys((entry[0], entry[4]) for entry in found))
-        try:
-            for family, where in wanted:
-                address = (where[0], port, *where[2:])
-                try:
-                    listener = await _listen(family, address, both_families=host == "::")
-                except OSError as error:
-                    last = (family, where) == wanted[-1]
-                    if error.errno != errno.EAFNOSUPPORT or (last and not listeners):
-                        raise
-                    continue  # a kernel without IPv6, say
-                listeners.append(listener)
-                port = listener.socket.getsockname()[1]
-        except OSError:
-            for listener in listeners:
-                listener.socket.close()
-            raise
-        return cls(listeners, Inet(endpoint.host, port), room)
+        for family, where in found:
+            try:
+                sock = await _bound(family, (where[0], port, *where[2:]), sockets)
+            except OSError as error:
+                errors.append(error)
+                continue
+            sockets.append(sock)
+            port = sock.getsockname()[1]
+        if not sockets:
+            raise errors[0]
+        listener = cls(sockets, Inet(endpoint.host, port), room)
+        listener._tell_missing(errors)
+        return listener
+
+    def listen(self) -> None:
+        """From here on connections come. Raises OSError where somebody else was faster at all addresses."""
+        errors: list[OSError] = []
+        for sock in list(self._sockets):
+            try:
+                sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)  # for what our connections leave
+                sock.listen(BACKLOG)
+            except OSError as error:
+                errors.append(error)
+                if len(errors) == len(self._sockets):
+                    self.close()
+                    raise errors[0] from None
+        for sock in [sock for sock in self._sockets if not _listens(sock)]:
+            self._sockets.remove(sock)
+            sock.close()
+        self.socket_addresses = [
+            socket_address(sock.family == socket.AF_INET6, *sock.getsockname()[:2]) for sock in self._sockets
+        ]
+        self._tell_missing(errors)
+
+    def _tell_missing(self, errors: list[OSError]) -> None:
+        unusual = [error for error in errors if error.errno != errno.EAFNOSUPPORT]  # no IPv6, say
+        if unusual:
+            log.warning("%s: %s, at one of its addresses", self.endpoint.uri, why_not(unusual[0]))
 
     async def serve(self, offer: Offer) -> None:
         """Accepts until cancelled, then frees the address.
@@ -101,7 +157,7 @@ class FarListener:
                 log.exception("%s: internal error on a connection", self.endpoint.uri)
 
         try:
-            await trio.serve_listeners(greet, self._listeners)
+            await trio.serve_listeners(greet, [trio.SocketListener(sock) for sock in self._sockets])
         finally:
             self.close()
 
@@ -137,23 +193,49 @@ class FarListener:
 
     def close(self) -> None:
         """Frees the address."""
-        for listener in self._listeners:
-            listener.socket.close()
+        for sock in self._sockets:
+            sock.close()
 
 
-async def _listen(family: int, where: tuple[object, ...], *, both_families: bool) -> trio.SocketListener:
+async def _bound(
+    family: int, where: tuple[object, ...], beside: list[trio.socket.SocketType]
+) -> trio.socket.SocketType:
     sock = trio.socket.socket(family, socket.SOCK_STREAM)
     try:
-        # On Linux this passes over what an ended connection left; a second listener is refused all the same.
-        sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         if family == socket.AF_INET6:
-            sock.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, int(not both_families))
-        await sock.bind(where)
-        sock.listen(BACKLOG)
-        return trio.SocketListener(sock)
+            # As QEMU (try_bind): both families in one socket, unless IPv4 has its own here or elsewhere.
+            both = where[0] == "::" and not any(other.family == socket.AF_INET for other in beside)
+            sock.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, int(not both))
+            try:
+                await _bind(sock, where)
+            except OSError as error:
+                if not both or error.errno != errno.EADDRINUSE:
+                    raise
+                sock.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, 1)
+                await _bind(sock, where)
+        else:
+            await _bind(sock, where)
     except BaseException:
         sock.close()
         raise
+    return sock
+
+
+async def _bind(sock: trio.socket.SocketType, where: tuple[object, ...]) -> None:
+    # Linux lets many bind what nobody listens at if all have SO_REUSEADDR: without it the address is ours
+    # before we listen. With it what an ended connection has left is passed over.
+    sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 0)
+    try:
+        await sock.bind(where)
+    except OSError as error:
+        if error.errno != errno.EADDRINUSE:
+            raise
+        sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        await sock.bind(where)
+
+
+def _listens(sock: trio.socket.SocketType) -> bool:
+    return bool(sock.getsockopt(socket.SOL_SOCKET, socket.SO_ACCEPTCONN))
 
 
 def _why(first: bytes) -> str:

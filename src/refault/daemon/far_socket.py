@@ -7,14 +7,25 @@ from collections.abc import Iterator
 
 import trio
 
-FIRST_BYTES = 4
+from refault.migration.messages import FIRST_BYTES
+
 _TCP_ESTABLISHED = 1
+_TCP_CLOSE_WAIT = 8
 
 
 def alive(connection: socket.socket | trio.socket.SocketType) -> bool:
     """Whether the peer has not closed its end (TCP_INFO's first byte is the state)."""
+    return _state(connection) == _TCP_ESTABLISHED
+
+
+def is_whole(connection: socket.socket | trio.socket.SocketType) -> bool:
+    """Whether all that the peer has sent is there to be read, be it that it has closed its end behind it."""
+    return _state(connection) in (_TCP_ESTABLISHED, _TCP_CLOSE_WAIT)
+
+
+def _state(connection: socket.socket | trio.socket.SocketType) -> int:
     info = connection.getsockopt(socket.IPPROTO_TCP, socket.TCP_INFO, 1)
-    return isinstance(info, bytes) and info[0] == _TCP_ESTABLISHED
+    return info[0] if isinstance(info, bytes) else info
 
 
 def watch_over(connection: trio.socket.SocketType) -> None:
@@ -39,14 +50,14 @@ def growing_pauses() -> Iterator[float]:
         pause = min(pause * 2, 0.25)
 
 
-async def peek(connection: trio.socket.SocketType) -> bytes:
-    """The first 4 bytes, not consumed; fewer where the peer goes away before."""
+async def peek(connection: trio.socket.SocketType, count: int = FIRST_BYTES) -> bytes:
+    """The first `count` bytes, not consumed; fewer where the peer goes away before."""
     pauses = growing_pauses()
     while True:
         try:
-            first = await connection.recv(FIRST_BYTES, socket.MSG_PEEK)
+            first = await connection.recv(count, socket.MSG_PEEK)
         except OSError:
             return b""
-        if len(first) in (0, FIRST_BYTES) or not alive(connection):
+        if len(first) in (0, count) or not alive(connection):
             return first
-        await trio.sleep(next(pauses))  # the rest of four bytes is on its way
+        await trio.sleep(next(pauses))  # the rest is on its way

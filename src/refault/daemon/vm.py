@@ -213,7 +213,9 @@ class Vm:
             status = (await self.state.query("query-migrate")).get("status")
         except (QmpError, MonitorLost, trio.TooSlowError):
             return True
-        return status not in (None, "none", "completed", "failed", "cancelled")
+        if status in (None, "none"):  # a destination before 8.0 says nothing while it waits
+            return isinstance(self._procedure, Destination)
+        return status not in ("completed", "failed", "cancelled")
 
     @property
     def _under_way(self) -> bool:

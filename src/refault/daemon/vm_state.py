@@ -134,6 +134,11 @@ class VmState:
         self.encrypted = bool(parameters.get("tls-creds"))
         return parameters
 
+    async def ask_settings(self) -> tuple[frozenset[str], Mapping[str, object]]:
+        """QEMU's migration capabilities that are on, and its parameters as `ask_encrypted` gives them."""
+        capabilities = await self.monitor.execute("query-migrate-capabilities", timeout=QUERY_TIMEOUT)
+        return enabled_capabilities(capabilities), await self.ask_encrypted()
+
     async def judge(self, endpoint: Endpoint | None, role: Role) -> tuple[str | None, Lanes]:
         """Why the relay cannot carry a migration to `endpoint`, None where it can; and the lanes that it has.
 

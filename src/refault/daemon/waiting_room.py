@@ -20,6 +20,8 @@ class Arrival:
     number: int
     silent: trio.CancelScope | None = field(default_factory=trio.CancelScope)
     """What ends the wait for its first bytes; None once they are there."""
+    frames: bool = False
+    """Whether they are those of a preempt channel that is in use already."""
     taken: trio.Event | None = None
     """Whether somebody takes it; set when its waiting has ended."""
     handed: trio.socket.SocketType | None = None
@@ -33,7 +35,7 @@ MOST = 512
 class WaitingRoom:
     """The connections at all addresses of one migration, numbered as they came.
 
-    A preempt channel has no first bytes: who said nothing yet may be one.
+    A preempt channel has no first bytes of its own: who said nothing yet may be one.
     """
 
     def __init__(self) -> None:
@@ -43,13 +45,17 @@ class WaitingRoom:
         self.changed = trio.Event()
         """Set when one more has come, and replaced."""
 
+    def tell(self) -> None:
+        """Sets `changed`."""
+        self.changed.set()
+        self.changed = trio.Event()
+
     def enter(self, connection: trio.socket.SocketType) -> Arrival:
         """One has come."""
         self._count += 1
         arrival = Arrival(connection, connection.getpeername()[0], self._count)
         self._arrivals.append(arrival)
-        self.changed.set()
-        self.changed = trio.Event()
+        self.tell()
         return arrival
 
     def make_room(self, arrival: Arrival) -> bool:
@@ -58,7 +64,7 @@ class WaitingRoom:
         if len(self._arrivals) <= MOST:
             return True
         for other in self._arrivals:
-            if other is arrival or other.taken is not None or self.may_stay(other):
+            if other is arrival or other.taken is not None or self._is_expected(other):
                 continue
             if other.silent is not None and not other.silent.cancel_called:
                 other.silent.cancel()
@@ -69,14 +75,14 @@ class WaitingRoom:
         """It has been dealt with."""
         self._arrivals.remove(arrival)
 
-    def number_of(self, connection: trio.socket.SocketType) -> tuple[int, str]:
-        """When it came, and from where."""
-        found = next(arrival for arrival in self._arrivals if arrival.connection is connection)
-        return found.number, found.peer
+    def arrival_of(self, connection: trio.socket.SocketType) -> Arrival:
+        """What is known of a connection that waits."""
+        return next(arrival for arrival in self._arrivals if arrival.connection is connection)
 
     @contextmanager
     def patient(self, number: int, peer: str) -> Iterator[None]:
-        """What comes from that host after `number` may be silent for as long as it likes."""
+        """What comes after `number` may be silent for as long as it likes; who comes from that host is not
+        sent away for others either."""
         self._patience.append((number, peer))
         try:
             yield
@@ -85,15 +91,19 @@ class WaitingRoom:
 
     def may_stay(self, arrival: Arrival) -> bool:
         """Whether it may go on saying nothing."""
+        return any(arrival.number > number for number, _ in self._patience)
+
+    def _is_expected(self, arrival: Arrival) -> bool:
         return any(arrival.number > number and arrival.peer == peer for number, peer in self._patience)
 
-    def silent_after(self, number: int, peer: str) -> Arrival | None:
-        """The newest connection of that host that came after `number`, has said nothing, and lives."""
+    def preempt_after(self, number: int, peer: str | None = None) -> Arrival | None:
+        """The newest connection, of that host if one is named, that came after `number`, may be a preempt
+        channel, and lives."""
         for arrival in reversed(self._arrivals):
             if (
                 arrival.number > number
-                and arrival.peer == peer
-                and arrival.silent is not None
+                and peer in (None, arrival.peer)
+                and (arrival.silent is not None or arrival.frames)
                 and arrival.taken is None
                 and alive(arrival.connection)
             ):
@@ -101,7 +111,7 @@ class WaitingRoom:
         return None
 
     async def take(self, arrival: Arrival) -> trio.socket.SocketType:
-        """Takes a silent connection out of the wait for its first bytes; it is the caller's then.
+        """Takes a connection out of its wait; it is the caller's then.
 
         Raises OSError where the address was given up meanwhile.
         """

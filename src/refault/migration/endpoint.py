@@ -23,10 +23,6 @@ class Inet:
         """The address as QEMU's `uri` spells it."""
         return f"tcp:[{self.host}]:{self.port}" if ":" in self.host else f"tcp:{self.host}:{self.port}"
 
-    def as_socket_address(self) -> dict[str, object]:
-        """The address as QEMU's SocketAddress (qapi/sockets.json), for `query-migrate`'s `socket-address`."""
-        return {"type": "inet", "host": self.host, "port": str(self.port), "ipv6": ":" in self.host}
-
 
 @dataclass(frozen=True)
 class Other:
@@ -44,6 +40,7 @@ class Other:
 Endpoint = Inet | Other
 
 _INET_OPTIONS = ("ipv4", "ipv6", "keep-alive", "mptcp")
+_PORT = re.compile(r"[0-9]{1,5}")
 _TCP = re.compile(r"tcp:(?:\[(?P<v6>[0-9A-Fa-f:.]+)\]|(?P<host>[^:,\[\]]*)):(?P<port>[0-9]{1,5})\Z")
 
 
@@ -56,16 +53,22 @@ def parse_uri(uri: str) -> Endpoint:
 
 
 def _may_be_a_host(text: str) -> bool:
-    """What is said in every line of the log is short, and one line."""
-    return len(text) <= 255 and text.isprintable()
+    """What is said in every line of the log is one line; and QEMU takes no longer one (inet_parse)."""
+    return len(text) <= 64 and text.isprintable()
+
+
+def socket_address(ipv6: bool, host: str, port: int) -> dict[str, object]:
+    """An address of a socket as QEMU's SocketAddress, for `query-migrate`'s `socket-address`
+    (util/qemu-sockets.c, socket_sockaddr_to_address_inet)."""
+    return {"type": "inet", "host": host, "port": str(port), "ipv6" if ipv6 else "ipv4": True}
 
 
 def endpoint_of(arguments: Mapping[str, object]) -> Endpoint | None:
     """The endpoint in a command's arguments (`uri`, or the one main channel of `channels`); None where there
     is none."""
     uri = arguments.get("uri")
-    if isinstance(uri, str):
-        return parse_uri(uri)
+    if uri is not None:
+        return parse_uri(uri) if isinstance(uri, str) else None
     channels = arguments.get("channels")
     match channels:
         case None:
@@ -79,8 +82,8 @@ def _inet(addr: Mapping[str, object]) -> Inet | None:
     """A MigrationAddress that is plain TCP; None for others."""
     match addr:
         case {"transport": "socket", "type": "inet", "host": str(host), "port": str(port)}:
-            plain = set(addr) <= {"transport", "type", "host", "port", "ipv4", "ipv6"}
-            if plain and _may_be_a_host(host) and port.isdecimal() and int(port) <= 65535:
+            plain = set(addr) == {"transport", "type", "host", "port"}
+            if plain and _may_be_a_host(host) and _PORT.fullmatch(port) and int(port) <= 65535:
                 return Inet(host, int(port))
     return None
 
@@ -109,6 +112,37 @@ def _spelt(addr: Mapping[str, object]) -> str | None:
 
 
 def with_uri(arguments: Mapping[str, object], uri: str) -> dict[str, object]:
-    """The same arguments with another address."""
-    kept = {key: value for key, value in arguments.items() if key not in ("uri", "channels")}
-    return {"uri": uri, **kept}
+    """The same arguments with another address where theirs stands, `unix:`, `fd:` or plain `tcp:`; whatever
+    else is wrong with them QEMU is to see."""
+    channels = arguments.get("channels")
+    if "uri" in arguments or not isinstance(channels, list):
+        return {**arguments, "uri": uri}
+    return {**arguments, "channels": [{**channel, "addr": _addr(uri)} for channel in channels]}
+
+
+def _addr(uri: str) -> dict[str, object]:
+    """An address as a MigrationAddress."""
+    kind, _, rest = uri.partition(":")
+    if kind == "tcp":
+        host, _, port = rest.rpartition(":")
+        return {"transport": "socket", "type": "inet", "host": host.strip("[]"), "port": port}
+    return {"transport": "socket", "type": kind, {"unix": "path", "fd": "str"}[kind]: rest}
+
+
+_NOWHERE = "refault:nowhere"
+_NO_SUCH_ADDRESS = re.compile(rf"{_NOWHERE}|Channel list must have only one entry", re.IGNORECASE)
+
+
+def with_no_address(arguments: Mapping[str, object]) -> dict[str, object]:
+    """A `migrate-incoming` that QEMU refuses for its address alone, which it looks at last and touches
+    nothing for (migration/migration.c, qemu_start_incoming_migration); one that lies in a network would leave
+    QEMU 10.0 refusing all others."""
+    channels = arguments.get("channels")
+    if "uri" in arguments or not isinstance(channels, list):
+        return {**arguments, "uri": _NOWHERE}
+    return {**arguments, "channels": channels * 2}
+
+
+def is_of_no_address(desc: str) -> bool:
+    """Whether that is all that QEMU has against it."""
+    return _NO_SUCH_ADDRESS.search(desc) is not None

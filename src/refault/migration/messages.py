@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import enum
 import struct
+from dataclasses import dataclass
 
 COMMAND_HEAD = struct.Struct(">BHH")
 """Section, command, length of what follows."""
@@ -17,6 +18,7 @@ RESUME = 9
 RECV_BITMAP = 10
 _MESSAGE_HEAD = struct.Struct(">HH")
 _SHUT, _PONG, _REQ_PAGES_ID, _REQ_PAGES, _BITMAP, _RESUME_ACK = range(1, 7)
+_MULTIFD_MAGIC = 0x11223344
 _BITMAP_END = 0x0123456789ABCDEF
 _ASKS = COMMAND_HEAD.pack(SECTION_COMMAND, RECV_BITMAP, 0)[:3]
 
@@ -44,6 +46,10 @@ SHUT_ERROR = message(_SHUT, struct.pack(">I", 1))
 """The destination's last word: it has failed."""
 
 
+FIRST_BYTES = 4
+"""So many tell what a connection is."""
+
+
 class Kind(enum.Enum):
     """What the first bytes of a far connection say it is."""
 
@@ -52,12 +58,15 @@ class Kind(enum.Enum):
     ENCRYPTED = "a TLS handshake"
     PING = "the question whether a recovered channel would be answered"
     MULTIFD = "a multifd channel"
+    FRAME = "a RAM frame, as a preempt channel's"
     FOREIGN = "no migration stream"
 
 
 def classify(first: bytes) -> Kind:
-    """Reads the first 4 bytes: QEMU_VM_FILE_MAGIC, the command section that opens a recovered channel, our
+    """Reads the FIRST_BYTES: QEMU_VM_FILE_MAGIC, the command section that opens a recovered channel, our
     PING before it, the magic number of a multifd channel, or a TLS record with a handshake (RFC 8446, 5.1).
+
+    A preempt channel has no magic number and mostly says nothing until it is needed.
 
     migration/savevm.c: qemu_savevm_state_header, and qemu_savevm_send_recv_bitmap, which is what
     ram_resume_prepare (migration/ram.c) begins a recovery with; migration/multifd.c: MULTIFD_MAGIC.
@@ -70,9 +79,36 @@ def classify(first: bytes) -> Kind:
         return Kind.ENCRYPTED
     if first == PING[:4]:
         return Kind.PING
-    if first == b"\x11\x22\x33\x44":
+    if first == _MULTIFD_MAGIC.to_bytes(4, "big"):
         return Kind.MULTIFD
+    if first[:2] == b"\0\0" and len(first) == FIRST_BYTES:  # an offset below 2^48 (migration/ram.c)
+        return Kind.FRAME
     return Kind.FOREIGN
+
+
+_MULTIFD_INIT = struct.Struct(">II16sB7x32x")
+MULTIFD_INIT_BYTES = _MULTIFD_INIT.size
+_MULTIFD_VERSION = 1
+
+
+@dataclass(frozen=True)
+class MultifdInit:
+    """What a multifd channel says first (migration/multifd.c, MultiFDInit_t)."""
+
+    uuid: bytes
+    """The VM's: QEMU takes none of another."""
+    number: int
+    """Which of the source's channels it is, from 0."""
+
+
+def multifd_init(first: bytes) -> MultifdInit | None:
+    """Reads MULTIFD_INIT_BYTES; None where they are not all there, or of another version."""
+    if len(first) != MULTIFD_INIT_BYTES:
+        return None
+    magic, version, uuid, number = _MULTIFD_INIT.unpack(first)
+    if magic != _MULTIFD_MAGIC or version != _MULTIFD_VERSION:
+        return None
+    return MultifdInit(uuid, number)
 
 
 def recv_bitmaps(begun: bytes) -> tuple[list[bytes], bool]:

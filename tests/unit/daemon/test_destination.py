@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import gc
 import logging
@@ -16,16 +17,18 @@ import pytest
 import trio
 import trio.testing
 
+from refault.daemon import far
 from refault.daemon.destination import Destination
 from refault.daemon.destination_lanes import QemuListens
 from refault.daemon.far import FarListener
 from refault.daemon.far_dial import connect
 from refault.daemon.migration import Migration
-from refault.daemon.monitor import Forward, Monitor, MonitorLost, QemuInfo, QmpError, WatchedCommand
+from refault.daemon.monitor import Answer, Forward, Monitor, MonitorLost, QemuInfo, QmpError, WatchedCommand
 from refault.daemon.state_file import MigrationRecord, StateFile
 from refault.daemon.vm_state import VmState
 from refault.migration.endpoint import Inet
 
+INCOMING = WatchedCommand("migrate-incoming", False, {"uri": "tcp:127.0.0.1:0"}, None, 1)
 RECOVER = WatchedCommand("migrate-recover", True, {"uri": "tcp:127.0.0.1:0"}, None, 1)
 
 
@@ -47,6 +50,10 @@ class Qemu:
     ) -> object:
         if not self.answers:
             raise MonitorLost("the monitor was lost")
+        if command == "chardev-add":
+            raise QmpError("GenericError", "Failed to bind socket: Permission denied")
+        if command == "query-uuid":
+            return {"UUID": "00000000-0000-0000-0000-000000000000"}
         if command == "migrate-recover":
             self.recovers.append(arguments["uri"])
             if self.lost_in_recover:
@@ -103,6 +110,15 @@ async def recover_by_hand(qemu: Qemu, procedure: Destination) -> tuple[str, Forw
     assert isinstance(forward, Forward)
     assert forward.arguments is not None
     return str(forward.arguments["uri"]).removeprefix("fd:"), forward
+
+
+async def answers(endpoint: Inet) -> None:
+    """Waits until somebody listens there; the deadline is the caller's."""
+    while True:
+        with contextlib.suppress(OSError):
+            (await connect(endpoint, 5)).close()
+            return
+        await trio.sleep(0.001)
 
 
 async def test_a_clients_recover_whose_reply_never_comes(tmp_path: Path) -> None:
@@ -166,10 +182,13 @@ async def test_the_alternatives_are_bound_with_the_address_as_far_as_they_can_be
     free = await FarListener.bind(Inet("127.0.0.1", 0))
     free.close()
     uris = [taken.endpoint.uri, "unix:/run/r", free.endpoint.uri]
-    async with destination(tmp_path, Inet("127.0.0.1", 0), uris) as (_, _, procedure):
-        command = WatchedCommand("migrate-incoming", False, {"uri": "tcp:127.0.0.1:0"}, None, 1)
-        assert isinstance(await procedure.set_up(command), Forward)
-        (await connect(free.endpoint, 5)).close()
+    async with destination(tmp_path, Inet("127.0.0.1", 0), uris) as (_, vm, procedure):
+        async with trio.open_nursery() as nursery:
+            await nursery.start(vm.run)
+            assert await procedure.set_up(INCOMING) == Answer(value={})
+            with trio.fail_after(5):
+                await answers(free.endpoint)
+            nursery.cancel_scope.cancel()
         show = procedure.show_address()
         assert show is not None
         assert show(b'{"return": {}}').count(b'"port"') == 1  # what the client asked for, and nothing else
@@ -179,6 +198,32 @@ async def test_the_alternatives_are_bound_with_the_address_as_far_as_they_can_be
     ] == uris[:2]
     taken.close()
     (await FarListener.bind(free.endpoint)).close()  # free again when the migration has ended
+
+
+async def test_a_name_that_takes_long_to_be_found_keeps_no_recovery_waiting(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    look_up, asked = far.look_up, []
+
+    async def slow(endpoint: Inet) -> list[far.Where]:
+        if endpoint.host == "slow":
+            asked.append(endpoint)
+            await trio.sleep_forever()
+        return await look_up(endpoint)
+
+    monkeypatch.setattr(far, "look_up", slow)
+    async with (
+        destination(tmp_path, Inet("127.0.0.1", 0), ["tcp:slow:1"]) as (_, vm, procedure),
+        trio.open_nursery() as nursery,
+    ):
+        await nursery.start(vm.run)
+        with trio.fail_after(5):
+            assert await procedure.set_up(INCOMING) == Answer(value={})
+            for _ in range(2):
+                await procedure.attempt()
+            await trio.testing.wait_all_tasks_blocked()
+        nursery.cancel_scope.cancel()
+    assert len(asked) == 1  # one look-up that is under way is enough
 
 
 async def test_a_clients_recover_for_which_nothing_was_laid_ahead(tmp_path: Path) -> None:
@@ -194,7 +239,7 @@ async def test_a_clients_recover_for_which_nothing_was_laid_ahead(tmp_path: Path
 async def test_a_recover_without_a_migration_is_left_to_qemu(tmp_path: Path) -> None:
     async with destination(tmp_path) as (_, _, procedure):
         assert await procedure.migrate_recover(RECOVER) == Forward()
-        assert not procedure._listeners
+        assert not procedure._addresses.shown()
 
 
 async def test_where_a_client_recovered_the_next_refault_listens_too(tmp_path: Path) -> None:
@@ -203,12 +248,23 @@ async def test_where_a_client_recovered_the_next_refault_listens_too(tmp_path: P
     command = WatchedCommand("migrate-recover", True, {"uri": free.endpoint.uri}, None, 1)
     async with destination(tmp_path, Inet("127.0.0.1", 0)) as (_, vm, procedure):
         procedure._migration.accepted()
-        await procedure.migrate_recover(command)
+        forward = await procedure.migrate_recover(command)
+        assert isinstance(forward, Forward)
+        assert forward.on_reply is not None
+        with pytest.raises(OSError, match="refused"):
+            await connect(free.endpoint, 5)  # QEMU has not taken the command
+        forward.on_reply(b'{"return": {}}')
         record = vm.state_file.load(None)
     assert record is not None
-    async with destination(tmp_path, Inet("127.0.0.1", 0), met=record) as (_, _, procedure):
+    async with (
+        destination(tmp_path, Inet("127.0.0.1", 0), met=record) as (_, vm, procedure),
+        trio.open_nursery() as nursery,
+    ):
+        await nursery.start(vm.run)
         await procedure.adopt(Inet("127.0.0.1", 0))
-        (await connect(free.endpoint, 5)).close()
+        with trio.fail_after(5):
+            await answers(free.endpoint)
+        nursery.cancel_scope.cancel()
 
 
 @pytest.mark.parametrize("recovered", [False, True])
@@ -219,8 +275,7 @@ async def test_a_door_stays_open_where_descriptors_are_short_for_who_comes(
         raise OSError(errno.EMFILE, "Too many open files")
 
     async with destination(tmp_path, Inet("127.0.0.1", 0)) as (qemu, _, procedure):
-        command = WatchedCommand("migrate-incoming", False, {"uri": "tcp:127.0.0.1:0"}, None, 1)
-        await procedure.set_up(command)
+        await procedure.set_up(INCOMING)
         channels = procedure._migration.channels
         assert channels is not None
         if recovered:
@@ -231,6 +286,7 @@ async def test_a_door_stays_open_where_descriptors_are_short_for_who_comes(
             with trio.socket.from_stdlib_socket(socket.create_server(("127.0.0.1", 0))) as listening:
                 there = await trio.open_tcp_stream(*listening.getsockname())
                 here, _ = await listening.accept()
+            procedure._gathering._room.enter(here)
             with trio.fail_after(2), pytest.raises(OSError, match="Too many"):
                 await offer(here)
             await there.aclose()
@@ -256,8 +312,10 @@ async def test_a_door_through_which_a_part_of_a_channel_came_is_not_opened_again
         with socket.create_server(("127.0.0.1", 0)) as listening:
             there = socket.create_connection(listening.getsockname())
             here, _ = listening.accept()
-        with there, trio.socket.from_stdlib_socket(here) as connection, pytest.raises(OSError, match="many"):
-            await procedure._wait_in_line(connection)
+        with there, trio.socket.from_stdlib_socket(here) as connection:
+            procedure._gathering._room.enter(connection)
+            with pytest.raises(OSError, match="many"):
+                await procedure._wait_in_line(connection)
         assert procedure._doors.open is None
 
 
@@ -269,4 +327,6 @@ async def test_a_multifd_channel_that_stays_alone_is_not_kept(
             there = socket.create_connection(listening.getsockname())
             here, _ = listening.accept()
         with there, trio.socket.from_stdlib_socket(here) as connection, trio.fail_after(60):
+            procedure._gathering._room.enter(connection)
+            there.sendall(bytes.fromhex("11223344 00000001") + bytes(56))
             await procedure._gathering.offer_multifd(connection)

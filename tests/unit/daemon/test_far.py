@@ -10,7 +10,7 @@ import pytest
 import trio
 import trio.testing
 
-from refault.daemon import far, waiting_room
+from refault.daemon import far, lookups, waiting_room
 from refault.daemon.far import FarListener
 from refault.daemon.far_dial import connect
 from refault.daemon.far_socket import alive, peek
@@ -31,6 +31,7 @@ RECOVERED = struct.pack(">BHH", 8, 10, 7) + b"\x06pc.ram"
         (b"\x15\x03\x01\x00", Kind.FOREIGN),
         (struct.pack(">BHB", 8, 2, 0), Kind.PING),
         (b"\x11\x22\x33\x44", Kind.MULTIFD),
+        (b"\0\0\0\x10", Kind.FRAME),
         (b"GET ", Kind.FOREIGN),
         (b"QE", Kind.FOREIGN),
         (b"", Kind.FOREIGN),
@@ -206,7 +207,7 @@ async def test_a_wildcard_is_what_it_is_to_qemu(host: str, families: set[int]) -
 
 
 @pytest.mark.parametrize(
-    ("one", "other"), [("", "127.0.0.1"), ("127.0.0.1", "0"), ("::", "0.0.0.0"), ("::1", "::"), ("0", "")]
+    ("one", "other"), [("", "127.0.0.1"), ("127.0.0.1", "0"), ("::", "0.0.0.0"), ("::1", "::"), ("::", "")]
 )
 async def test_a_wildcard_and_an_address_in_it_are_one_address(one: str, other: str) -> None:
     first = await FarListener.bind(Inet(one, 0))
@@ -215,6 +216,41 @@ async def test_a_wildcard_and_an_address_in_it_are_one_address(one: str, other: 
             await FarListener.bind(Inet(other, first.endpoint.port))
     finally:
         first.close()
+
+
+@pytest.mark.parametrize("wildcard", ["", "::"])
+async def test_of_a_wildcard_what_is_free_is_had(wildcard: str) -> None:
+    """As QEMU does (util/qemu-sockets.c, try_bind)."""
+    first = await FarListener.bind(Inet("0", 0))
+    second = await FarListener.bind(Inet(wildcard, first.endpoint.port))
+    assert [address["host"] for address in second.socket_addresses] == ["::"]
+    first.close()
+    second.close()
+
+
+async def test_a_reserved_address_is_nobody_elses_and_takes_no_connection() -> None:
+    reserved = await FarListener.reserve(ANY_PORT, await far.look_up(ANY_PORT))
+    with pytest.raises(OSError, match="in use"):
+        await FarListener.reserve(reserved.endpoint, await far.look_up(reserved.endpoint))
+    with pytest.raises(OSError, match="refused"):
+        await connect(reserved.endpoint, 5)
+    reserved.listen()
+    (await connect(reserved.endpoint, 5)).close()
+    reserved.close()
+
+
+async def test_all_addresses_of_a_name_are_bound(monkeypatch: pytest.MonkeyPatch) -> None:
+    async def found(_: str, port: int) -> list[tuple[object, ...]]:
+        hosts = (("127.0.0.1", port), ("127.0.0.3", port), ("192.0.2.1", port))
+        return [(socket.AF_INET, socket.SOCK_STREAM, 6, "", where) for where in hosts]
+
+    monkeypatch.setattr(lookups, "look_up", found)
+    listener = await FarListener.bind(Inet("a-name", 0))
+    port = str(listener.endpoint.port)
+    assert listener.socket_addresses == [
+        {"type": "inet", "host": host, "port": port, "ipv4": True} for host in ("127.0.0.1", "127.0.0.3")
+    ]
+    listener.close()
 
 
 async def test_a_wildcard_does_without_a_family_that_the_kernel_lacks(
@@ -335,15 +371,16 @@ async def test_who_said_nothing_can_be_taken_as_a_preempt_channel(nursery: trio.
     before, main, gone, silent = [await connect(listener.endpoint, 5) for _ in range(4)]
     gone.close()
     with trio.fail_after(5):
-        while room.silent_after(3, "127.0.0.1") is None:
+        while room.preempt_after(3, "127.0.0.1") is None:
             await trio.sleep(0.001)
-    assert room.silent_after(4, "127.0.0.1") is None  # it must have come after the main one
-    assert room.silent_after(1, "127.0.0.2") is None  # and from the same host
-    arrival = room.silent_after(2, "127.0.0.1")
+    assert room.preempt_after(4, "127.0.0.1") is None  # it must have come after the main one
+    assert room.preempt_after(1, "127.0.0.2") is None  # and from that host, if one is named
+    assert room.preempt_after(1) is room.preempt_after(1, "127.0.0.1")
+    arrival = room.preempt_after(2, "127.0.0.1")
     assert arrival is not None
     taken = await room.take(arrival)
     await silent.send(b"frame")
     assert await taken.recv(10) == b"frame"
-    assert room.silent_after(3, "127.0.0.1") is None
+    assert room.preempt_after(3, "127.0.0.1") is None
     for connection in (before, main, silent, taken):
         connection.close()

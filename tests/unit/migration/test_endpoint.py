@@ -1,6 +1,14 @@
 import pytest
 
-from refault.migration.endpoint import Inet, Other, endpoint_of, parse_uri, with_uri
+from refault.migration.endpoint import (
+    Inet,
+    Other,
+    endpoint_of,
+    is_of_no_address,
+    parse_uri,
+    with_no_address,
+    with_uri,
+)
 
 
 @pytest.mark.parametrize(
@@ -27,6 +35,7 @@ def test_plain_tcp_is_understood_and_spelt_again(uri: str, endpoint: Inet) -> No
         "rdma:h:1",
         "tcp:h:99999",
         "tcp:h:1,ipv4=on",
+        f"tcp:{'n' * 65}:1",
         "tcp:::1:4",
         "tcp:h",
         "defer",
@@ -83,4 +92,31 @@ def test_channels_that_no_uri_says_are_not_taken_for_others() -> None:
 def test_only_the_address_is_replaced() -> None:
     arguments = {"uri": "tcp:h:1", "resume": True, "detach": True}
     assert with_uri(arguments, "fd:refault-1") == {"uri": "fd:refault-1", "resume": True, "detach": True}
-    assert with_uri({"channels": [1], "resume": True}, "fd:x") == {"uri": "fd:x", "resume": True}
+    channel = {
+        "channel-type": "main",
+        "more": 1,
+        "addr": {"transport": "socket", "type": "inet", "host": "h", "port": "1"},
+    }
+    assert with_uri({"channels": [channel], "resume": True}, "fd:x") == {
+        "channels": [{**channel, "addr": {"transport": "socket", "type": "fd", "str": "x"}}],
+        "resume": True,
+    }
+    unix = with_uri({"channels": [channel]}, "unix:/run/x")
+    assert unix == {
+        "channels": [{**channel, "addr": {"transport": "socket", "type": "unix", "path": "/run/x"}}]
+    }
+    assert endpoint_of(with_uri({"channels": [channel]}, "tcp:[::1]:5")) == Inet("::1", 5)
+
+
+def test_what_qemu_is_to_refuse_is_left_for_it_to_see() -> None:
+    both = {"uri": "tcp:h:1", "channels": [1]}
+    assert with_uri(both, "fd:x") == {"uri": "fd:x", "channels": [1]}
+    assert endpoint_of({"uri": 5, "channels": [1]}) is None
+
+
+def test_a_command_without_an_address_is_known_by_qemus_answer() -> None:
+    assert with_no_address({"uri": "tcp:h:1", "exit-on-error": False})["exit-on-error"] is False
+    unknown = f"unknown migration protocol: {with_no_address({'uri': 'tcp:h:1'})['uri']}"
+    assert is_of_no_address(unknown)
+    assert is_of_no_address("Channel list must have only one entry, for type 'main'")
+    assert not is_of_no_address("'-incoming' was not specified on the command line")
