@@ -7,7 +7,7 @@ import os
 import socket
 import subprocess
 import tempfile
-from collections.abc import AsyncIterator, Iterator, Mapping, Sequence
+from collections.abc import AsyncIterator, Callable, Iterator, Mapping, Sequence
 from contextlib import asynccontextmanager, contextmanager
 from pathlib import Path
 from typing import Any
@@ -24,13 +24,13 @@ Message = dict[str, Any]
 
 @contextmanager
 def qemu_process(
-    *monitors: str, qemu: str = QEMUS[0], extra: Sequence[str] = ()
+    *monitors: str, qemu: str = QEMUS[0], extra: Sequence[str] = (), stderr: int | None = None
 ) -> Iterator[subprocess.Popen[bytes]]:
     """A QEMU without a machine, paused with nothing to run; `monitors` are chardev arguments for -qmp."""
     argv = [qemu, "-machine", "none", "-nodefaults", "-display", "none", *extra]
     for monitor in monitors:
         argv += ["-qmp", monitor]
-    with subprocess.Popen(argv) as process:
+    with subprocess.Popen(argv, stderr=stderr) as process:
         try:
             yield process
         finally:
@@ -157,3 +157,39 @@ def open_fds() -> dict[str, str]:
         except FileNotFoundError:
             continue
     return found
+
+
+async def until(condition: Callable[[], object], seconds: float = 20) -> None:
+    """Waits for it, with a deadline."""
+    with trio.fail_after(seconds):
+        while not condition():
+            await trio.sleep(0.01)
+
+
+GREETING = (
+    b"%s\r\n"
+    % json.dumps(
+        {
+            "QMP": {
+                "version": {"qemu": {"micro": 0, "minor": 2, "major": 7}, "package": ""},
+                "capabilities": [],
+            }
+        }
+    ).encode()
+)
+
+
+async def greet(connection: socket.socket, monitor: Monitor) -> None:
+    """What a QEMU says until the monitor has negotiated with it."""
+    connection.sendall(GREETING)
+    asked = json.loads(await trio.to_thread.run_sync(connection.recv, 4096))
+    connection.sendall(json.dumps({"return": {}, "id": asked["id"]}).encode() + b"\r\n")
+    await until(lambda: monitor.qemu)
+
+
+def listening(path: Path) -> socket.socket:
+    """Somebody else's socket, or a played QEMU's."""
+    sock = socket.socket(socket.AF_UNIX)
+    sock.bind(str(path))
+    sock.listen(1)
+    return sock

@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 import trio
 from qemu.qmp import EventListener, ExecuteError, QMPClient
-from tests.integration.qmp_tools import directory, qemu_process, refault
+from tests.integration.qmp_tools import directory, qemu_process, refault, until
 
 pytestmark = pytest.mark.qemu
 
@@ -54,6 +54,7 @@ async def test_library(tmp_path: Path) -> None:
     (tmp_path / "file").touch()
     with directory() as path, qemu_process(f"unix:{path}/qemu,server=on,wait=off"):
         async with refault(path / "qemu", path / "front"):
+            await until((path / "front").exists)
             events = await trio.to_thread.run_sync(asyncio.run, use(str(path / "front"), tmp_path / "file"))
     assert events == ["STOP", "RESUME", "SHUTDOWN"]
 
@@ -61,6 +62,7 @@ async def test_library(tmp_path: Path) -> None:
 async def test_shell() -> None:
     with directory() as path, qemu_process(f"unix:{path}/qemu,server=on,wait=off"):
         async with refault(path / "qemu", path / "front"):
+            await until((path / "front").exists)
             shell = [sys.executable, "-c", "from qemu.qmp.qmp_shell import main; main()", str(path / "front")]
             done = await trio.run_process(
                 shell,

@@ -150,13 +150,14 @@ def test_a_service_from_start_to_end(tmp_path: Path) -> None:
     ]
     with daemon(tmp_path, *arguments) as running:
         running.wait_ready()  # before there is a QEMU
-        assert listen.is_socket()
+        assert not listen.exists()
         vm = running.status()
         assert vm["name"] == "vm1"
         assert vm["qemu"] == {"connected": False, "address": f"unix:{monitor}", "pid": None, "version": None}
         with qemu(monitor) as process:
             eventually(lambda: bool(running.status()["qemu"]["connected"]), running.output)
             assert running.status()["qemu"]["pid"] == process.pid
+            eventually(listen.is_socket, running.output)
             (reply,) = qmp(listen, "query-status")
             assert "return" in reply
             with urllib.request.urlopen(f"http://127.0.0.1:{port}/metrics", timeout=10) as response:
@@ -188,6 +189,7 @@ def answer(stream: Any) -> str:
 def client_of(listen: Path) -> Iterator[Any]:
     with socket.socket(socket.AF_UNIX) as connection:
         connection.settimeout(20)
+        eventually(listen.is_socket, lambda: "no QEMU, for all that refault knows")
         connection.connect(str(listen))
         with connection.makefile("rw") as stream:
             ask(stream, "qmp_capabilities")
@@ -301,9 +303,6 @@ def refused(tmp_path: Path, *arguments: str) -> str:
 
 
 def test_what_cannot_be_bound_is_one_line(tmp_path: Path) -> None:
-    assert "directory does not exist" in refused(
-        tmp_path, "--qemu", "/q", "--listen", str(tmp_path / "none" / "l")
-    )
     (tmp_path / "file").write_text("precious")
     assert "no socket" in refused(tmp_path, "--qemu", "/q", "--listen", str(tmp_path / "file"))
     assert (tmp_path / "file").read_text() == "precious"
@@ -319,6 +318,7 @@ def test_what_cannot_be_bound_is_one_line(tmp_path: Path) -> None:
     assert not (tmp_path / "l").exists()
 
 
+@pytest.mark.qemu
 def test_a_live_socket_is_left_alone_and_a_stale_one_replaced(tmp_path: Path) -> None:
     listen = tmp_path / "l"
     with socket.socket(socket.AF_UNIX) as live:
@@ -326,12 +326,31 @@ def test_a_live_socket_is_left_alone_and_a_stale_one_replaced(tmp_path: Path) ->
         live.listen()
         assert "listens there already" in refused(tmp_path, "--qemu", "/q", "--listen", str(listen))
         assert listen.is_socket()
-    with daemon(
-        tmp_path, "--qemu", "/q", "--listen", str(listen)
-    ) as running:  # closed, its file is still there
+    monitor = tmp_path / "q"
+    with qemu(monitor), daemon(tmp_path, "--qemu", str(monitor), "--listen", str(listen)) as running:
         running.wait_ready()
-        with socket.socket(socket.AF_UNIX) as client:
-            client.connect(str(listen))
+        eventually(lambda: bool(running.status()["listeners"][0]["listening"]), running.output)
+        (reply,) = qmp(listen, "query-status")  # it was closed, and its file was still there
+        assert "return" in reply
+
+
+@pytest.mark.qemu
+def test_an_address_that_is_not_there_yet_is_waited_for_and_seen(tmp_path: Path) -> None:
+    monitor, listen, port = tmp_path / "q", tmp_path / "run" / "l", free_port()
+    arguments = ["--qemu", str(monitor), "--listen", str(listen), "--listen", f"tcp:localhost:{port}"]
+    with daemon(tmp_path, *arguments, "--listen", "tcp:127.0.0.1:0") as running, qemu(monitor):
+        running.wait_ready()
+        missing, named, chosen = running.status()["listeners"]
+        assert missing["address"] == f"unix:{listen}"
+        assert not missing["listening"]
+        assert "its directory does not exist" in missing["trouble"]
+        assert named == {"address": f"tcp:localhost:{port}", "listening": True, "trouble": None}
+        port = int(chosen["address"].rpartition(":")[2])
+        assert f"tcp:127.0.0.1:0 is tcp:127.0.0.1:{port}" in running.output()
+        listen.parent.mkdir()
+        eventually(lambda: bool(running.status()["listeners"][0]["listening"]), running.output)
+        assert running.status()["listeners"][0]["trouble"] is None
+        assert running.output().count("its directory does not exist") == 1
 
 
 @contextlib.contextmanager

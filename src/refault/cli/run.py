@@ -10,7 +10,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from refault.daemon.address import SUN_PATH, Address, parse_address
+from refault.daemon.address import SUN_PATH, Address, host_port, parse_address, place_of
 from refault.daemon.errors import OperatorError, operator_errors
 from refault.daemon.options import Patience, RunOptions
 from refault.daemon.paths import (
@@ -32,9 +32,10 @@ def add_parser(subparsers: Any) -> None:
         "run",
         help="front one QEMU",
         description="Fronts one QEMU: takes its QMP clients, relays its migration channel, and recovers it.",
-        epilog="ADDR is unix:/path, a bare path, or tcp:HOST:PORT.",
+        epilog="ADDR is unix:/path, a bare path, or tcp:HOST:PORT, with QEMU's own options behind it; at a"
+        " socket file of --listen also mode=, owner= and group=. docs/qmp.md has them all.",
     )
-    parser.add_argument("--qemu", type=_address, metavar="ADDR", required=True, help="QEMU's monitor")
+    parser.add_argument("--qemu", type=_qemu_address, metavar="ADDR", required=True, help="QEMU's monitor")
     parser.add_argument(
         "--listen",
         type=_listen_address,
@@ -93,14 +94,13 @@ def run_options(arguments: argparse.Namespace) -> RunOptions:
         name = arguments.name or _name(_last_part(arguments.qemu))
     except argparse.ArgumentTypeError as error:
         raise ValueError(f"--qemu gives no usable name ({error}); add --name") from error
-    if str(arguments.qemu) in map(str, arguments.listen):
-        raise ValueError(f"--listen {arguments.qemu}: that is where QEMU is; give its monitor another path")
     control: Path = arguments.control or control_socket(name)
     length = len(os.fsencode(control))
     if length >= SUN_PATH:
         raise ValueError(
             f"--control {control}: a unix socket's path has at most {SUN_PATH - 1} bytes, this {length}"
         )
+    _must_differ(arguments, control)
     return RunOptions(
         name=name,
         qemu=arguments.qemu,
@@ -113,6 +113,29 @@ def run_options(arguments: argparse.Namespace) -> RunOptions:
         state_dir=arguments.state_dir or state_directory(),
         patience=Patience(**{_field(option): getattr(arguments, _field(option)) for option, *_ in _PATIENCE}),
     )
+
+
+def _must_differ(arguments: argparse.Namespace, control: Path) -> None:
+    """Raises `ValueError` where one address has two uses."""
+    uses: list[tuple[str, object, tuple[object, ...]]] = [
+        ("--qemu", arguments.qemu, arguments.qemu.place),
+        *(("--listen", address, address.place) for address in arguments.listen),
+        ("--control", control, place_of(control)),
+    ]
+    if arguments.metrics is not None:
+        metrics = Address(None, *arguments.metrics)
+        uses.append(("--metrics", host_port(*arguments.metrics), metrics.place))
+    if arguments.incoming is not None:
+        path = arguments.incoming[1]
+        uses.append(("--incoming", f"unix:{path}", place_of(path)))
+    taken: dict[tuple[object, ...], str] = {}
+    for option, written, place in uses:
+        if place[0] == "tcp" and place[-1] == 0:
+            continue  # the kernel chooses another port for each
+        if place in taken:
+            before = "was given before" if taken[place] == option else f"is that of {taken[place]}"
+            raise ValueError(f"{option} {written}: this address {before}; each needs one of its own")
+        taken[place] = option
 
 
 def execute(arguments: argparse.Namespace) -> int:
@@ -154,8 +177,23 @@ def _address(text: str, *, server: bool = False) -> Address:
         raise argparse.ArgumentTypeError(str(error)) from error
 
 
+def _qemu_address(text: str) -> Address:
+    address = _not_a_directory(_address(text))
+    if address.wait:
+        raise argparse.ArgumentTypeError(
+            f"address {text!r}: 'wait=on' stands at --listen, where the client comes that QEMU is to wait for"
+        )
+    return address
+
+
 def _listen_address(text: str) -> Address:
-    return _address(text, server=True)
+    return _not_a_directory(_address(text, server=True))
+
+
+def _not_a_directory(address: Address) -> Address:
+    if address.path is not None and not address.abstract and os.path.isdir(address.path):
+        raise argparse.ArgumentTypeError(f"{address} is a directory: name the socket in it")
+    return address
 
 
 def _last_part(address: Address) -> str:

@@ -14,7 +14,7 @@ from refault.daemon import snapshot
 from refault.daemon.control import query
 from refault.daemon.errors import OperatorError
 from refault.daemon.paths import CONTROL_SUFFIX, runtime_directory
-from refault.daemon.snapshot import Status, VmStatus
+from refault.daemon.snapshot import ListenerStatus, Status, VmStatus
 
 _ANSWER_SECONDS = 5.0
 _LABEL_WIDTH = 11
@@ -87,6 +87,7 @@ def _vm_lines(vm: VmStatus, width: int) -> list[str]:
             f"{'connected' if qemu.connected else 'NOT CONNECTED'}, QEMU{version} at {qemu.address}"
             + (f", pid {qemu.pid}" if qemu.pid is not None else ""),
         ),
+        *(("listens", _listener(listener)) for listener in vm.listeners),
         (
             "clients",
             f"{clients.connected} connected, {clients.total} in all; {clients.commands} commands, "
@@ -130,6 +131,12 @@ def _vm_lines(vm: VmStatus, width: int) -> list[str]:
             break_on_hyphens=False,
         )
     return lines + _page_table(vm, width)
+
+
+def _listener(listener: ListenerStatus) -> str:
+    if listener.listening:
+        return listener.address
+    return f"NOT at {listener.address}: {listener.trouble or 'there is no QEMU'}"
 
 
 def _page_table(vm: VmStatus, width: int) -> list[str]:

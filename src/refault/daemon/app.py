@@ -69,7 +69,8 @@ async def serve(options: RunOptions) -> None:
             await nursery.start(vm.run)
             nursery.start_soon(publisher.run)
             notifier.ready(f"serving {options.qemu}")
-            log.info("%s: serving %s on %s", options.name, options.qemu, ", ".join(map(str, options.listen)))
+            at = [*(front.address for front in vm.monitor.fronts), *vm.monitor.managers]
+            log.info("%s: serving %s on %s", options.name, options.qemu, ", ".join(map(str, at)))
             async for number in signals:
                 log.info("%s: %s, ending", options.name, signal.Signals(number).name)
                 notifier.stopping("ending")

@@ -1,18 +1,26 @@
-"""The clients of one QEMU's monitor: accepted or dialled, read from, sent to, and let go."""
+"""The clients of one QEMU's monitor: accepted or dialled, read from, sent to, and let go.
+
+Who comes while there is no QEMU is closed at once. While one is being connected to, clients wait for it to
+greet, but not for long; where wait=on asks for it, as long as it takes.
+"""
 
 from __future__ import annotations
 
-import errno
 import logging
+import math
+import operator
 import select
 import socket
 from collections.abc import Callable, Sequence
+from functools import partial
 
 import trio
 
 from refault.daemon.address import Address
-from refault.daemon.dial import BACKOFF, CONNECT_TIMEOUT, dial, prepare, why
-from refault.daemon.listener import Bound
+from refault.daemon.dial import CONNECT_TIMEOUT, dial, pauses, prepare, why
+from refault.daemon.first_client import FirstClient
+from refault.daemon.front import Front
+from refault.daemon.presence import Presence, Qemu
 from refault.daemon.repeats import repeats
 from refault.daemon.wire import Wire
 from refault.qmp.multiplexer import Multiplexer
@@ -25,6 +33,7 @@ _READ_MORE = 64 << 10
 """Bytes to read from a client at a time, and while it is in the midst of a longer message."""
 _ONE_FD = socket.CMSG_LEN(4)
 """Room for one descriptor: the kernel closes the others, as QEMU would."""
+_GREETED_WITHIN = 1.0
 _CLOSE_TIMEOUT = 5.0
 _FINISH_TIMEOUT = 0.3
 _HANG_UP_CHECK = 1.0
@@ -33,30 +42,42 @@ _HANG_UP_CHECK = 1.0
 class Clients:
     """Every client of one monitor. `flush` sends what the core has to say, to whomever."""
 
-    def __init__(self, name: str, core: Multiplexer, limits: Limits, flush: Callable[[], None]) -> None:
+    def __init__(
+        self,
+        name: str,
+        core: Multiplexer,
+        limits: Limits,
+        presence: Presence,
+        first_client: FirstClient,
+        flush: Callable[[], None],
+    ) -> None:
         self.total = 0
         """Clients since the start."""
         self._name = name
         self._core = core
         self._limits = limits
+        self._presence = presence
+        self._first_client = first_client
         self._flush_all = flush
+        self._early: dict[Client, bool] = {}
+        """Who has not been greeted, and whether he came where wait=on is."""
         self._paused: set[Client] = set()
         self._nursery: trio.Nursery
 
-    async def run(self, listeners: Sequence[Bound], managers: Sequence[Address]) -> None:
-        """Serves those who come to `listeners`, and dials `managers`, until cancelled."""
+    async def run(self, managers: Sequence[Address]) -> None:
+        """Serves those who come by `fronts`, and dials `managers`, until cancelled."""
         async with trio.open_nursery() as nursery:
             self._nursery = nursery
-            for listener in listeners:
-                if not _is_local(listener.address):
-                    log.warning(
-                        "%s: whoever can reach %s controls the VM; prefer a unix socket",
-                        self._name,
-                        listener.address,
-                    )
-                nursery.start_soon(self._accept, listener)
             for address in managers:
                 nursery.start_soon(self._dial_manager, address)
+            await self._turn_away()
+
+    def front(self, address: Address) -> Front:
+        """Where clients come to `address`."""
+        if not _is_local(address):
+            log.warning("%s: whoever can reach %s controls the VM; prefer a unix socket", self._name, address)
+        wanted = {Qemu.THERE, Qemu.DIALLED, Qemu.WAITING} if address.wait else {Qemu.THERE}
+        return Front(self._name, address, partial(self._take, address), wanted=wanted.__contains__)
 
     def flush(self) -> None:
         """Sends what goes at once of what the core has for clients; the rest waits for tasks."""
@@ -100,7 +121,7 @@ class Clients:
         if client.closing:
             if not wire.backlog:
                 wire.scope.cancel()
-            elif wire.scope.deadline == float("inf"):
+            elif wire.scope.deadline == math.inf:
                 wire.scope.deadline = trio.current_time() + _CLOSE_TIMEOUT
 
     async def _drain(self, client: Client, wire: Wire) -> None:
@@ -111,30 +132,37 @@ class Clients:
         self._core.dirty.append(client)
         self._flush_all()
 
-    async def _accept(self, listener: Bound) -> None:
+    async def _take(self, address: Address, sock: socket.socket) -> None:
+        self._nursery.start_soon(self._serve, prepare(sock), address)
+        if address.wait:
+            self._first_client.came(address)
+
+    def _may_stay(self, *, waits: bool) -> bool:
+        """Whether a client that has not been greeted is left to wait. `waits`: it came where wait=on is."""
+        qemu = self._presence.qemu
+        return qemu is not Qemu.AWAY and (waits or qemu is not Qemu.WAITING)
+
+    async def _turn_away(self) -> None:
+        """Closes those who came in vain, until cancelled."""
         while True:
-            await trio.lowlevel.wait_readable(listener.sock)
-            try:
-                sock, _ = listener.sock.accept()
-            except BlockingIOError:
-                continue
-            except OSError as error:
-                if error.errno in (errno.EMFILE, errno.ENFILE, errno.ENOBUFS, errno.ENOMEM):
-                    log.error(
-                        "%s: cannot accept a client at %s: %s",
-                        self._name,
-                        listener.address,
-                        error.strerror,
-                        extra=repeats((self._name, "accept"), error.errno),
-                    )
-                    await trio.sleep(0.5)
-                continue
-            self._nursery.start_soon(self._serve, prepare(sock))
+            for client, waits in list(self._early.items()):
+                scope = _wire(client).scope
+                if client.greeted:
+                    del self._early[client]
+                    if not client.closing:
+                        scope.deadline = math.inf
+                elif not self._may_stay(waits=waits):
+                    scope.cancel()
+            seen = self._presence.qemu
+            await self._presence.until(partial(operator.is_not, seen))
 
     async def _dial_manager(self, address: Address) -> None:
-        delay, most = BACKOFF
+        """Connects to a manager while there is a QEMU, as that would."""
+        shortest, longest = pauses(address)
+        delay = shortest
         complained = False
         while True:
+            await self._presence.until(partial(operator.is_, Qemu.THERE))
             try:
                 sock = await dial(address, CONNECT_TIMEOUT)
             except (OSError, trio.TooSlowError) as error:
@@ -142,15 +170,17 @@ class Clients:
                     log.warning("%s: no manager at %s yet: %s", self._name, address, why(error))
                     complained = True
                 await trio.sleep(delay)
-                delay = min(2 * delay, most)
+                delay = min(2 * delay, longest)
                 continue
-            delay, complained = BACKOFF[0], False
-            await self._serve(sock)
+            delay, complained = shortest, False
+            await self._serve(sock, address)
             await trio.sleep(delay)
 
-    async def _serve(self, sock: socket.socket) -> None:
+    async def _serve(self, sock: socket.socket, address: Address) -> None:
         """One client's connection, from greeting to close."""
         with sock, trio.CancelScope() as scope:
+            if not self._core.greeting and not self._may_stay(waits=address.wait):
+                return
             if len(self._core.clients) >= self._limits.clients:
                 log.warning(
                     "%s: a client more than the %d allowed is refused",
@@ -162,6 +192,10 @@ class Clients:
             wire = Wire(sock, scope)
             client = self._core.join(wire)
             self.total += 1
+            if not client.greeted:
+                self._early[client] = address.wait
+                if not address.wait:
+                    scope.deadline = trio.current_time() + _GREETED_WITHIN
             try:
                 self._flush_all()
                 await self._read_client(client, wire)
@@ -171,6 +205,7 @@ class Clients:
                 log.exception("%s: internal error; client %d is disconnected", self._name, client.number)
             finally:
                 self._paused.discard(client)
+                self._early.pop(client, None)
                 if wire.backlog and not wire.broken:
                     await self._finish(client, wire)
                 wire.broken = True

@@ -16,7 +16,7 @@ from refault.daemon import snapshot as status_document
 from refault.daemon.address import Address
 from refault.daemon.dial import peer_of
 from refault.daemon.errors import OperatorError
-from refault.daemon.listener import ListenError, bind
+from refault.daemon.listener import ListenError, bind_unix
 from refault.daemon.snapshot import Snapshot, Status
 
 _log = logging.getLogger(__name__)
@@ -36,7 +36,7 @@ async def serve_control(
     A socket file that nobody listens on is replaced. Raises `OperatorError` where the path cannot be bound.
     """
     try:
-        bound = bind(Address(str(path)))
+        bound = bind_unix(Address(str(path)))
     except ListenError as error:
         raise OperatorError(f"{error} (--control)") from error
 

@@ -16,8 +16,6 @@ import secrets
 import shutil
 import socket
 import struct
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -25,6 +23,16 @@ import trio
 
 from refault.daemon.address import SUN_PATH
 from refault.daemon.dial import Peer, peer_of
+from refault.daemon.unix_diag import (
+    NLM_F_REQUEST,
+    NLMSGHDR,
+    NO_COOKIE,
+    RTATTR,
+    SOCK_DIAG_BY_FAMILY,
+    UNIX_DIAG_MSG_SIZE,
+    UNIX_DIAG_REQ,
+    sock_diag,
+)
 
 log = logging.getLogger("refault.local")
 
@@ -32,17 +40,10 @@ _BACKLOG = 256
 _LOOK = 0.002
 _PATIENCE = 5.0
 
-# <linux/netlink.h>, <linux/sock_diag.h>, <linux/unix_diag.h>
-_NETLINK_SOCK_DIAG = 4
-_SOCK_DIAG_BY_FAMILY = 20
-_NLM_F_REQUEST = 1
-_ANY_STATE = _NO_COOKIE = 0xFFFFFFFF
+# <linux/unix_diag.h>
+_ANY_STATE = 0xFFFFFFFF
 _UDIAG_SHOW_PEER = 4
 _UNIX_DIAG_PEER = 2
-_NLMSGHDR = struct.Struct("=IHHII")
-_UNIX_DIAG_REQ = struct.Struct("=BBHIIIII")
-_UNIX_DIAG_MSG_SIZE = 16
-_RTATTR = struct.Struct("=HH")
 _INODE = struct.Struct("=I")
 
 
@@ -157,31 +158,31 @@ def peer_inode(sock: socket.socket) -> int:
     0 until that side has accepted it, or when it is gone (net/unix/diag.c, sk_diag_dump_peer). Raises OSError
     where the kernel does not tell.
     """
-    with _sock_diag() as netlink:
-        body = _UNIX_DIAG_REQ.pack(
+    with sock_diag() as netlink:
+        body = UNIX_DIAG_REQ.pack(
             socket.AF_UNIX,
             0,
             0,
             _ANY_STATE,
             os.fstat(sock.fileno()).st_ino,
             _UDIAG_SHOW_PEER,
-            _NO_COOKIE,
-            _NO_COOKIE,
+            NO_COOKIE,
+            NO_COOKIE,
         )
-        size = _NLMSGHDR.size + len(body)
-        netlink.send(_NLMSGHDR.pack(size, _SOCK_DIAG_BY_FAMILY, _NLM_F_REQUEST, 1, 0) + body)
+        size = NLMSGHDR.size + len(body)
+        netlink.send(NLMSGHDR.pack(size, SOCK_DIAG_BY_FAMILY, NLM_F_REQUEST, 1, 0) + body)
         answer = netlink.recv(4096)
     if (
-        len(answer) < _NLMSGHDR.size + _UNIX_DIAG_MSG_SIZE
-        or _NLMSGHDR.unpack_from(answer)[1] != _SOCK_DIAG_BY_FAMILY
+        len(answer) < NLMSGHDR.size + UNIX_DIAG_MSG_SIZE
+        or NLMSGHDR.unpack_from(answer)[1] != SOCK_DIAG_BY_FAMILY
     ):
         raise OSError("the kernel does not tell of unix sockets (unix_diag)")
-    at = _NLMSGHDR.size + _UNIX_DIAG_MSG_SIZE
-    while at + _RTATTR.size + 4 <= len(answer):
-        length, kind = _RTATTR.unpack_from(answer, at)
+    at = NLMSGHDR.size + UNIX_DIAG_MSG_SIZE
+    while at + RTATTR.size + 4 <= len(answer):
+        length, kind = RTATTR.unpack_from(answer, at)
         if kind == _UNIX_DIAG_PEER:
-            return int(_INODE.unpack_from(answer, at + _RTATTR.size)[0])
-        at += max((length + 3) & ~3, _RTATTR.size)
+            return int(_INODE.unpack_from(answer, at + RTATTR.size)[0])
+        at += max((length + 3) & ~3, RTATTR.size)
     return 0
 
 
@@ -200,10 +201,3 @@ def _ended(sock: socket.socket) -> bool:
         return False
     except OSError:
         return True
-
-
-@contextmanager
-def _sock_diag() -> Iterator[socket.socket]:
-    with socket.socket(socket.AF_NETLINK, socket.SOCK_RAW, _NETLINK_SOCK_DIAG) as netlink:
-        netlink.settimeout(1.0)
-        yield netlink

@@ -8,11 +8,12 @@ from __future__ import annotations
 
 import contextlib
 import logging
+import select
 import socket
 import sys
 import threading
 import time
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from socketserver import ThreadingMixIn
 from typing import Any
 from wsgiref.simple_server import WSGIRequestHandler, WSGIServer
@@ -28,7 +29,9 @@ from prometheus_client.core import (
 )
 from prometheus_client.registry import Collector
 
+from refault.daemon.address import Address, host_port
 from refault.daemon.errors import OperatorError
+from refault.daemon.listener import ListenError, bind_tcp
 from refault.daemon.snapshot import LatencyStatus, Snapshot, Status, VmStatus
 
 _log = logging.getLogger(__name__)
@@ -144,19 +147,42 @@ class _Server(ThreadingMixIn, WSGIServer):
     daemon_threads = True
     block_on_close = False
 
-    def __init__(self, *args: Any) -> None:
+    def __init__(self, listeners: Sequence[socket.socket]) -> None:
+        """Serves at all of `listeners`: a host's name has addresses in both families."""
         self._lock = threading.Lock()
         self._until: dict[Any, float] = {}
         """The open connections, of which none may be closed without the lock, and their deadlines."""
-        super().__init__(*args)
+        super().__init__(listeners[0].getsockname(), _Handler, bind_and_activate=False)
+        self.socket.close()
+        self._listeners = {listener.fileno(): listener for listener in listeners}
+        self._any = select.epoll()
+        for listener in listeners:
+            self._any.register(listener, select.EPOLLIN)
+        # Without HTTPServer's look-up of its own host name, which can wait for a name server.
+        self.server_name, self.server_port = str(self.server_address[0]), int(self.server_address[1])
+        self.setup_environ()
+
+    def fileno(self) -> int:
+        """What is readable while somebody waits at one of the listeners."""
+        return self._any.fileno()
 
     def get_request(self) -> Any:
         """The next connection. Where there is no descriptor for it, it waits as long as the next look."""
-        try:
-            return super().get_request()
-        except OSError:
-            time.sleep(_LOOK_SECONDS)
-            raise
+        for fd, _ in self._any.poll(0, 1):
+            try:
+                return self._listeners[fd].accept()
+            except BlockingIOError:
+                break
+            except OSError:
+                time.sleep(_LOOK_SECONDS)
+                raise
+        raise BlockingIOError
+
+    def server_close(self) -> None:
+        """Closes the listeners; what was accepted goes on."""
+        self._any.close()
+        for listener in self._listeners.values():
+            listener.close()
 
     def verify_request(self, request: Any, client_address: Any) -> bool:
         """Whether there is room for one more."""
@@ -187,26 +213,11 @@ class _Server(ThreadingMixIn, WSGIServer):
         level = logging.DEBUG if isinstance(error, OSError) else logging.ERROR
         _log.log(level, "metrics: a scrape from %s failed: %s", client_address, error, exc_info=error)
 
-    def server_bind(self) -> None:
-        """Binds without HTTPServer's look-up of its own host name, which can wait for a name server."""
-        self.socket.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        self.socket.bind(self.server_address)
-        self.server_address = self.socket.getsockname()
-        self.server_name, self.server_port = str(self.server_address[0]), int(self.server_address[1])
-        self.setup_environ()
 
-
-def _listen(host: str, port: int, snapshot: Snapshot) -> _Server:
+def _server(listeners: Sequence[socket.socket], snapshot: Snapshot) -> _Server:
     registry = CollectorRegistry()
     registry.register(StatusCollector(snapshot))
-    family, _, _, _, address = socket.getaddrinfo(
-        host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE
-    )[0]
-
-    class Server(_Server):
-        address_family = family
-
-    server = Server((str(address[0]), int(address[1])), _Handler)
+    server = _Server(listeners)
     server.set_app(make_wsgi_app(registry))
     return server
 
@@ -222,17 +233,18 @@ async def serve_metrics(
 
     `snapshot` is called in the server's threads. Raises `OperatorError` where the address cannot be bound.
     """
-    where = f"[{host}]" if ":" in host else host
+    where = host_port(host, port)
     try:
-        server = await trio.to_thread.run_sync(_listen, host, port, snapshot)
-    except OSError as error:
+        bound = await bind_tcp(Address(None, host, port, server=True))
+    except ListenError as error:
         raise OperatorError(
-            f"cannot serve metrics on {where}:{port}: {error.strerror or error}; choose another --metrics"
+            f"cannot serve metrics on {where}: {error.reason}; choose another --metrics"
         ) from error
+    server = _server(bound.socks, snapshot)
     thread = threading.Thread(target=server.serve_forever, args=(_LOOK_SECONDS,), name="metrics", daemon=True)
     thread.start()
     try:
-        _log.info("metrics on http://%s:%d/metrics", where, server.server_port)
+        _log.info("metrics on http://%s/metrics", host_port(host, server.server_port))
         task_status.started(server.server_port)
         await trio.sleep_forever()
     finally:

@@ -14,12 +14,12 @@ leaves. If QEMU goes away, `execute` raises MonitorLost, what the handler return
 is not called.
 
 Addresses: `qemu` with server=on means that QEMU dials us; one of `listen` with server=off that we dial the
-manager.
+manager. With wait=on at one of `listen` QEMU is not connected to before a client has come there, unless
+`gone_on`: then it has been before.
 """
 
 from __future__ import annotations
 
-import contextlib
 import inspect
 import logging
 import os
@@ -31,7 +31,10 @@ import trio
 
 from refault.daemon.address import Address
 from refault.daemon.clients import Clients
-from refault.daemon.listener import Bound, ListenError, bind
+from refault.daemon.first_client import FirstClient
+from refault.daemon.front import Front
+from refault.daemon.listener import ListenError
+from refault.daemon.presence import Presence, Qemu
 from refault.daemon.upstream import Upstream
 from refault.qmp.commands import Answer, Forward, Request, decode_members
 from refault.qmp.multiplexer import Counters, Multiplexer
@@ -54,6 +57,9 @@ __all__ = [
 ]
 
 log = logging.getLogger("refault.qmp")
+
+FIRST_LOOK = 1.0
+"""Seconds after which the start is done though it is not known whether QEMU is there."""
 
 
 class QmpError(Exception):
@@ -120,14 +126,14 @@ class Monitor:
         on_connect: Callable[[QemuInfo], Awaitable[None] | None] | None = None,
         on_disconnect: Callable[[], None] | None = None,
         limits: Limits | None = None,
+        gone_on: bool = False,
     ) -> None:
         self.name = name
         self.qemu_address = qemu
-        self.listen = tuple(listen)
+        self.managers = [address for address in listen if not address.server]
+        """Who is connected to, as a client."""
         self.qemu: QemuInfo | None = None
         """The QEMU that commands can go to now, or None."""
-        self.bound: list[Address] = []
-        """The addresses of the listeners, with the TCP ports that they really have."""
         self._watch = dict(watch or {})
         self._on_event = on_event
         self._on_connect = on_connect
@@ -141,8 +147,16 @@ class Monitor:
             on_event=self._event,
             on_ready=self._ready,
         )
-        self._clients = Clients(name, self._core, limits, self._flush)
-        self._upstream = Upstream(name, qemu, self._core, flush=self._flush, lost=self._lost)
+        self._presence = Presence()
+        first_client = FirstClient(name, qemu, listen, self._presence, over=gone_on)
+        self._clients = Clients(name, self._core, limits, self._presence, first_client, self._flush)
+        self._upstream = Upstream(
+            name, qemu, self._core, self._presence, first_client, flush=self._flush, lost=self._lost
+        )
+        self.fronts = [self._clients.front(address) for address in listen if address.server]
+        """Where clients come, in the order of `listen`; then where QEMU does, if it is QEMU who connects."""
+        if qemu.server:
+            self.fronts.append(Front(name, qemu, self._upstream.take, wanted=lambda _: True))
         self._nursery: trio.Nursery
 
     @property
@@ -162,24 +176,26 @@ class Monitor:
 
     async def run(self, *, task_status: trio.TaskStatus[None] = trio.TASK_STATUS_IGNORED) -> None:
         """Binds the listeners (ListenError), then serves and reconnects until cancelled. Leaves no socket
-        behind.
+        behind. Started when it is known whether QEMU is there, and if it is, clients can come.
         """
-        with contextlib.ExitStack() as stack:
-            listeners = [self._bind(address, stack) for address in self.listen if address.server]
-            managers = [address for address in self.listen if not address.server]
-            qemu = self._bind(self.qemu_address, stack) if self.qemu_address.server else None
-            self.bound = [listener.address for listener in listeners]
-            stack.callback(self.bound.clear)
+        try:
+            for front in self.fronts:
+                await front.prepare()
             async with trio.open_nursery() as nursery:
                 self._nursery = nursery
-                nursery.start_soon(self._clients.run, listeners, managers)
-                nursery.start_soon(self._upstream.run, qemu)
+                nursery.start_soon(self._clients.run, self.managers)
+                for front in self.fronts:
+                    nursery.start_soon(front.run, self._presence)
+                nursery.start_soon(self._upstream.run)
+                with trio.move_on_after(FIRST_LOOK):
+                    await self._presence.until(lambda qemu: qemu not in (Qemu.UNKNOWN, Qemu.DIALLED))
+                    for front in self.fronts:
+                        if front.is_wanted(self._presence.qemu):
+                            await front.settled.wait()
                 task_status.started()
-
-    def _bind(self, address: Address, stack: contextlib.ExitStack) -> Bound:
-        listener = bind(address)
-        stack.callback(listener.close)
-        return listener
+        finally:
+            for front in self.fronts:
+                front.close()
 
     async def execute(
         self,

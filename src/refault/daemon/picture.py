@@ -11,6 +11,7 @@ from refault.daemon.snapshot import (
     ChannelStatus,
     ClientsStatus,
     LatencyStatus,
+    ListenerStatus,
     MigrationStatus,
     PagesStatus,
     QemuStatus,
@@ -42,6 +43,10 @@ def picture(address: Address, info: QemuInfo | None, vm: VmState, migration: Mig
             address=str(address),
             pid=info.pid if info else None,
             version=info.version if info else None,
+        ),
+        listeners=tuple(
+            ListenerStatus(address=str(front.address), listening=front.listening, trouble=front.trouble)
+            for front in monitor.fronts
         ),
         clients=ClientsStatus(
             connected=monitor.clients,

@@ -32,6 +32,17 @@ class QemuStatus(msgspec.Struct, frozen=True, kw_only=True):
     """From the greeting, for example "7.2.0"; null until QEMU has greeted once."""
 
 
+class ListenerStatus(msgspec.Struct, frozen=True, kw_only=True):
+    """An address at which refault listens: for clients, or for QEMU where that connects to it."""
+
+    address: str
+    """With the port that TCP really has."""
+    listening: bool = False
+    """Whether who connects reaches refault; a socket file is there only while a QEMU is."""
+    trouble: str | None = None
+    """Why it cannot listen, though it should."""
+
+
 class ClientsStatus(msgspec.Struct, frozen=True, kw_only=True):
     """QMP clients of the listen sockets, since the daemon started."""
 
@@ -135,6 +146,7 @@ class VmStatus(msgspec.Struct, frozen=True, kw_only=True):
 
     name: str
     qemu: QemuStatus
+    listeners: tuple[ListenerStatus, ...] = ()
     clients: ClientsStatus = ClientsStatus()
     migration: MigrationStatus = MigrationStatus()
     pages: PagesStatus = PagesStatus()

@@ -76,6 +76,14 @@ class StateFile:
                 error,
             )
 
+    def of_a_running_qemu(self) -> bool:
+        """Whether there is a record, and the QEMU that it is of still runs, as far as can be told."""
+        try:
+            record = msgspec.json.decode(self._path.read_bytes(), type=MigrationRecord)
+        except (OSError, msgspec.DecodeError):
+            return False
+        return record.qemu_started == process_started(record.qemu_pid)
+
     def load(self, pid: int | None) -> MigrationRecord | None:
         """The record, if it is of the QEMU process `pid`; a stale, torn or foreign one is None."""
         try:

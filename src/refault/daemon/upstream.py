@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import logging
 import os
 import socket
@@ -11,8 +10,9 @@ from collections.abc import Awaitable, Callable
 import trio
 
 from refault.daemon.address import Address
-from refault.daemon.dial import BACKOFF, CONNECT_TIMEOUT, Peer, dial, peer_of, prepare, why
-from refault.daemon.listener import Bound
+from refault.daemon.dial import CONNECT_TIMEOUT, Peer, dial, pauses, peer_of, prepare, why
+from refault.daemon.first_client import FirstClient
+from refault.daemon.presence import Presence, Qemu
 from refault.daemon.wire import Wire
 from refault.qmp.multiplexer import Multiplexer, NotQmpError
 
@@ -32,6 +32,8 @@ class Upstream:
         name: str,
         address: Address,
         core: Multiplexer,
+        presence: Presence,
+        first_client: FirstClient,
         *,
         flush: Callable[[], None],
         lost: Callable[[], None],
@@ -41,23 +43,28 @@ class Upstream:
         self._name = name
         self._address = address
         self._core = core
+        self._presence = presence
+        self._first_client = first_client
         self._flush_all = flush
         self._lost = lost
+        self._comes, self._came = trio.open_memory_channel[socket.socket](0)
         self._wire: Wire | None = None
         self._connection: trio.Nursery | None = None
         self._last_complaint = ""
 
-    async def run(self, listener: Bound | None) -> None:
-        """Connects, again and again, until cancelled; `listener` is where QEMU dials us, if it does."""
-        delay, most = BACKOFF
+    async def run(self) -> None:
+        """Connects, or is connected to, again and again, until cancelled."""
+        shortest, longest = pauses(self._address)
+        delay = shortest
         while True:
             try:
-                sock = await self._reach(listener)
+                await self._first_client.wait()
+                sock = await self._reach()
                 await self._converse(sock)
-                delay = BACKOFF[0]
+                delay = shortest
             except NotQmpError as error:
                 self._complain(f"what answers at {self._address} is no QMP monitor: {error}")
-                delay = most
+                delay = longest
             except trio.TooSlowError:
                 self._complain(
                     f"nothing answers at {self._address}: another client may hold the monitor; detach it,"
@@ -65,8 +72,21 @@ class Upstream:
                 )
             except OSError as error:
                 self._complain(f"no QEMU at {self._address} yet: {why(error)}")
+            self._presence.set(self._nobody)
             await trio.sleep(delay)
-            delay = min(1.5 * delay, most)
+            delay = min(1.5 * delay, longest)
+
+    async def take(self, sock: socket.socket) -> None:
+        """A QEMU has connected to us: its turn comes when the one before it is gone."""
+        try:
+            await self._comes.send(prepare(sock))
+        except BaseException:
+            sock.close()
+            raise
+
+    @property
+    def _nobody(self) -> Qemu:
+        return Qemu.WAITING if self._first_client.holds else Qemu.AWAY
 
     def ready(self) -> None:
         """Commands can be sent: what was complained of before is over."""
@@ -109,14 +129,14 @@ class Upstream:
             log.warning("%s: %s", self._name, text)
             self._last_complaint = text
 
-    async def _reach(self, listener: Bound | None) -> socket.socket:
-        if listener is None:
-            return await dial(self._address, CONNECT_TIMEOUT)
-        while True:
-            await trio.lowlevel.wait_readable(listener.sock)
-            with contextlib.suppress(BlockingIOError):
-                sock, _ = listener.sock.accept()
-                return prepare(sock)
+    async def _reach(self) -> socket.socket:
+        if self._address.server:
+            self._presence.set(self._nobody)
+            sock = await self._came.receive()
+            self._presence.set(Qemu.DIALLED)
+            return sock
+        self._presence.set(Qemu.DIALLED)
+        return await dial(self._address, CONNECT_TIMEOUT)
 
     async def _converse(self, sock: socket.socket) -> None:
         """One connection to QEMU, from its greeting to its end."""
@@ -159,8 +179,10 @@ class Upstream:
             if not data:
                 return
             core.receive_upstream(data)
-            if core.greeting:
+            if core.greeting and self._presence.qemu is not Qemu.THERE:
                 greeting.deadline = float("inf")
+                self._first_client.connected()
+                self._presence.set(Qemu.THERE)
             self._flush_all()
 
     def _lose(self) -> None:

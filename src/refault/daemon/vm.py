@@ -67,6 +67,7 @@ class Vm:
     def __init__(self, options: RunOptions) -> None:
         self.options = options
         self.name = options.name
+        state_file = StateFile(options.state_dir, options.name)
         self.monitor = Monitor(
             options.name,
             options.qemu,
@@ -82,6 +83,7 @@ class Vm:
             on_event=self._on_event,
             on_connect=self._on_connect,
             on_disconnect=self._on_disconnect,
+            gone_on=state_file.of_a_running_qemu(),
         )
         self.migration: Migration | None = None
         """The one under way, or the last; None before the first."""
@@ -90,7 +92,7 @@ class Vm:
             self.monitor,
             relay_allowed=options.relay == "auto",
             recover_uris=options.recover_uris,
-            state_file=StateFile(options.state_dir, options.name),
+            state_file=state_file,
             patience=options.patience,
         )
         self.stopping = False

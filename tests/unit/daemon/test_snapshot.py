@@ -16,6 +16,7 @@ from refault.daemon.snapshot import (
     ChannelStatus,
     ClientsStatus,
     LatencyStatus,
+    ListenerStatus,
     MigrationStatus,
     PagesStatus,
     QemuStatus,
@@ -47,6 +48,7 @@ def fields(struct: type[msgspec.Struct]) -> set[str]:
     [
         ("`vms[].qemu`", QemuStatus),
         ("`vms[].clients`", ClientsStatus),
+        ("`vms[].listeners[]`", ListenerStatus),
         ("`vms[].migration`", MigrationStatus),
         ("`vms[].latency_seconds`", LatencyStatus),
         ("`vms[].recovery`", RecoveryStatus),
@@ -64,7 +66,7 @@ def test_docs_name_every_field_of_pages_and_blocks() -> None:
 
 def test_docs_name_every_object_of_a_vm() -> None:
     assert documented("") == (fields(Status) - {"vms"}) | {"vms[]", "vms[].name"}
-    sections = set(re.findall(r"^## `vms\[\]\.(\w+)`", DOCS.read_text(), flags=re.MULTILINE))
+    sections = set(re.findall(r"^## `vms\[\]\.(\w+)(?:\[\])?`", DOCS.read_text(), flags=re.MULTILINE))
     assert sections == fields(VmStatus) - {"name"}
 
 

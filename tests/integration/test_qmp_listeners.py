@@ -1,0 +1,460 @@
+"""Where clients come, and what they find there: as at a QEMU's own socket, which stands beside it."""
+
+from __future__ import annotations
+
+import contextlib
+import re
+import shutil
+import socket
+import stat
+import subprocess
+import time
+from collections.abc import Callable, Iterator
+from functools import partial
+from pathlib import Path
+
+import pytest
+import trio
+from tests.integration.qmp_tools import (
+    GREETING,
+    Client,
+    connected,
+    directory,
+    greet,
+    listening,
+    negotiated,
+    qemu_process,
+    refault,
+    until,
+)
+
+from refault.daemon.address import Address, parse_address
+from refault.daemon.monitor import Monitor
+from refault.lab.channel import free_port
+
+NOBODY = {"refused", "end"}
+"""What a client finds where nobody is."""
+
+
+def find(address: Address, seconds: float = 10) -> str:
+    """What a client finds who connects and reads."""
+    family = socket.AF_UNIX if address.path is not None else socket.AF_INET
+    with socket.socket(family) as client:
+        client.settimeout(seconds)
+        try:
+            client.connect(address.sun_path if address.path is not None else ("127.0.0.1", address.port))
+            data = client.recv(4096)
+        except TimeoutError:
+            return "silence"
+        except OSError:
+            return "refused"
+    return ("greeting" if b"QMP" in data else repr(data)) if data else "end"
+
+
+async def finds(address: Address) -> str:
+    return await trio.to_thread.run_sync(find, address)
+
+
+def places(path: Path, kind: str) -> tuple[Address, Address]:
+    """Where a bare QEMU listens, and where refault does."""
+    match kind:
+        case "unix":
+            return Address(f"{path}/bare", server=True), Address(f"{path}/front", server=True)
+        case "abstract":
+            return (
+                Address(f"{path}/bare", server=True, abstract=True),
+                Address(f"{path}/front", server=True, abstract=True),
+            )
+        case _:
+            return (
+                Address(None, "127.0.0.1", free_port(), server=True),
+                Address(None, "127.0.0.1", free_port(), server=True),
+            )
+
+
+@pytest.mark.qemu
+@pytest.mark.parametrize("kind", ["unix", "abstract", "tcp"])
+async def test_without_a_qemu_there_is_nobody(kind: str) -> None:
+    with directory() as path:
+        bare, front = places(path, kind)
+
+        async def ends(quit_: bool) -> None:
+            async with refault(path / "qemu", front) as monitor:
+                assert await finds(bare) in NOBODY
+                assert await finds(front) in NOBODY
+                with qemu_process(
+                    f"{bare},server=on,wait=off", f"unix:{path}/qemu,server=on,wait=off"
+                ) as qemu:
+                    await until(lambda: monitor.qemu and monitor.fronts[0].listening)
+                    assert await finds(front) == "greeting"
+                    assert await finds(bare) == "greeting"
+                    if quit_:
+                        await monitor.execute("quit", timeout=5)
+                    else:
+                        qemu.kill()
+                    await trio.to_thread.run_sync(qemu.wait)
+                await until(lambda: not monitor.qemu)
+                assert await finds(bare) in NOBODY
+                assert await finds(front) in NOBODY
+                if kind == "unix":
+                    assert not (path / "front").exists()
+
+        await ends(quit_=False)
+        await ends(quit_=True)
+
+
+@pytest.mark.qemu
+async def test_who_waits_for_the_socket_file_meets_the_next_qemu() -> None:
+    """As a manager does that starts QEMU: it looks for the file, connects once, and reads."""
+    with directory() as path:
+        async with refault(path / "qemu", path / "front") as monitor:
+            for _ in range(5):
+                with qemu_process(f"unix:{path}/qemu,server=on,wait=off") as qemu:
+                    await until((path / "front").exists)
+                    assert await finds(monitor.fronts[0].address) == "greeting"
+                    qemu.kill()
+                await until(lambda: not (path / "front").exists())
+
+
+async def test_over_tcp_a_client_waits_for_a_qemu_that_is_being_connected_to() -> None:
+    """Not for long: it may be another client's, and never greet."""
+    with directory() as path, listening(path / "qemu") as qemu:
+        front = Address(None, "127.0.0.1", 0, server=True)
+        async with refault(path / "qemu", front) as monitor:
+            front = monitor.fronts[0].address
+            connection, _ = await trio.to_thread.run_sync(qemu.accept)
+            with connection:
+                assert await finds(front) == "end"
+                async with trio.open_nursery() as nursery:
+                    found: list[str] = []
+
+                    async def client() -> None:
+                        found.append(await finds(front))
+
+                    nursery.start_soon(client)
+                    await until(lambda: monitor.clients)
+                    connection.sendall(GREETING)
+                assert found == ["greeting"]
+                async with connected(("127.0.0.1", front.port)) as stays:
+                    await trio.sleep(1.5)  # longer than one waits who has not been greeted
+                    await stays.negotiate()
+
+
+@pytest.mark.qemu
+async def test_a_manager_is_connected_to_while_there_is_a_qemu() -> None:
+    with directory() as path, listening(path / "manager") as manager:
+        manager.setblocking(False)
+        async with refault(path / "qemu", parse_address(f"{path}/manager,server=off")) as monitor:
+            for _ in range(2):
+                with qemu_process(f"unix:{path}/qemu,server=on,wait=off") as qemu:
+                    await until(lambda: monitor.clients == 1)
+                    connection, _ = manager.accept()
+                    with connection:
+                        await trio.lowlevel.wait_readable(connection)
+                        assert b"QMP" in connection.recv(4096)
+                        qemu.kill()
+                        await until(lambda: monitor.clients == 0)
+                await trio.sleep(0.2)
+                with pytest.raises(BlockingIOError):
+                    manager.accept()
+
+
+# wait=on
+
+
+@contextlib.contextmanager
+def waiting_qemu(path: Path) -> Iterator[subprocess.Popen[bytes]]:
+    """A QEMU that stands still until its first monitor has been connected to, and then makes the second."""
+    (path / "second").unlink(missing_ok=True)
+    with qemu_process(
+        f"unix:{path}/qemu,server=on,wait=on", f"unix:{path}/second,server=on,wait=off"
+    ) as qemu:
+        yield qemu
+
+
+@pytest.mark.qemu
+async def test_a_qemu_that_waits_is_let_go_on_by_the_first_client() -> None:
+    with directory() as path, waiting_qemu(path):
+        await until((path / "qemu").exists)
+        front = parse_address(f"{path}/front,server=on,wait=on")
+        async with refault(path / "qemu", front, parse_address(f"{path}/other", server=True)) as monitor:
+            await until(lambda: monitor.fronts[0].listening)
+            assert not monitor.fronts[1].listening
+            await trio.sleep(0.5)
+            assert not (path / "second").exists()
+            async with negotiated(path / "front") as client:
+                assert await client.command("query-name") == {}
+                await until((path / "second").exists)
+                await until(lambda: monitor.fronts[1].listening)
+
+
+@pytest.mark.qemu
+async def test_without_wait_it_is_let_go_on_at_once() -> None:
+    with directory() as path, waiting_qemu(path):
+        async with refault(path / "qemu", path / "front"):
+            await until((path / "second").exists)
+
+
+@pytest.mark.qemu
+async def test_a_first_client_is_held_until_there_is_a_qemu() -> None:
+    """At each of those that wait: two monitors with wait=on let QEMU go on when both have a client."""
+    with directory() as path:
+        fronts = [parse_address(f"{path}/{name},wait=on", server=True) for name in "ab"]
+        async with refault(path / "qemu", *fronts) as monitor, await trio.open_unix_socket(path / "a") as one:
+            await one.send_all(b'{"execute": "qmp_capabilities"}')  # as QEMU would find it when it accepts
+            with waiting_qemu(path):
+                await until((path / "qemu").exists)
+                await trio.sleep(0.5)
+                assert not (path / "second").exists()
+                assert monitor.clients == 1
+                async with connected(path / "b"):
+                    client = Client(one)
+                    assert "QMP" in await client.receive()
+                    assert await client.receive() == {"return": {}}
+                    await until((path / "second").exists)
+
+
+@pytest.mark.qemu
+async def test_each_new_qemu_waits_for_a_client_of_its_own() -> None:
+    with directory() as path:
+        front = parse_address(f"{path}/front,wait=on", server=True)
+        async with refault(path / "qemu", front) as monitor:
+            for _ in range(2):
+                with waiting_qemu(path) as qemu:
+                    await until((path / "front").exists)
+                    await until((path / "qemu").exists)
+                    assert not (path / "second").exists()
+                    async with connected(path / "front"):
+                        await until((path / "second").exists)
+                    qemu.kill()
+                await until(lambda: not monitor.qemu)
+                await until(lambda: not (path / "front").exists())
+                assert await finds(front) in NOBODY
+
+
+async def test_a_qemu_that_has_gone_on_is_not_left_alone() -> None:
+    """Its monitor was lost, and it still listens: it may have to be recovered, with clients or without."""
+    with directory() as path, listening(path / "qemu") as qemu:
+        front = parse_address(f"{path}/front,wait=on", server=True)
+        async with refault(path / "qemu", front) as monitor, await trio.open_unix_socket(path / "front"):
+            connection, _ = await trio.to_thread.run_sync(qemu.accept)
+            with connection:
+                await greet(connection, monitor)
+            await until(lambda: not monitor.qemu)
+            connection, _ = await trio.to_thread.run_sync(qemu.accept)
+            connection.close()
+    with directory() as path, listening(path / "qemu") as qemu:
+        async with refault(path / "qemu", front, gone_on=True):  # a migration of it is on record
+            connection, _ = await trio.to_thread.run_sync(qemu.accept)
+            connection.close()
+
+
+# files and directories
+
+
+@pytest.mark.qemu
+async def test_a_socket_file_comes_back(caplog: pytest.LogCaptureFixture) -> None:
+    with directory() as path, qemu_process(f"unix:{path}/qemu,server=on,wait=off"):
+        (path / "run").mkdir()
+        front = path / "run" / "front"
+        async with refault(path / "qemu", front) as monitor, negotiated(front) as client:
+            front.unlink()
+            async with connected(front):
+                assert await client.command("query-name") == {}
+            assert "was removed or replaced" in caplog.text
+            shutil.rmtree(path / "run")
+            await until(lambda: monitor.fronts[0].trouble)
+            assert "its directory does not exist" in caplog.text
+            assert not monitor.fronts[0].listening
+            (path / "run").mkdir()
+            async with connected(front):
+                assert monitor.fronts[0].trouble is None
+
+
+@pytest.mark.qemu
+async def test_a_directory_that_is_not_there_yet_is_waited_for(caplog: pytest.LogCaptureFixture) -> None:
+    with directory() as path, qemu_process(f"unix:{path}/qemu,server=on,wait=off"):
+        front = path / "run" / "vm" / "front"
+        async with refault(path / "qemu", front) as monitor:
+            await until(lambda: monitor.qemu)
+            assert "its directory does not exist" in (monitor.fronts[0].trouble or "")
+            front.parent.mkdir(parents=True)
+            async with connected(front):
+                assert monitor.fronts[0].trouble is None
+    assert caplog.text.count("its directory does not exist") == 1
+
+
+@pytest.mark.qemu
+async def test_where_qemu_connects_to_us_the_file_comes_back_too() -> None:
+    with directory() as path:
+        qemu = parse_address(f"{path}/qemu,server=on")
+        async with refault(qemu, path / "front") as monitor:
+            await until(lambda: (path / "qemu").exists())
+            (path / "qemu").unlink()
+            argv = ["-chardev", f"socket,id=m,path={path}/qemu,reconnect=1", "-mon", "m,mode=control"]
+            with qemu_process(extra=argv) as process:
+                async with connected(path / "front"):
+                    assert monitor.qemu
+                    assert monitor.qemu.pid == process.pid
+
+
+@pytest.mark.qemu
+async def test_what_somebody_changed_outlives_qemu_and_refault() -> None:
+    with directory() as path:
+
+        def mode() -> int:
+            return stat.S_IMODE((path / "front").stat().st_mode)
+
+        async def comes(monitor: Monitor) -> None:
+            await until(lambda: monitor.fronts[0].listening)
+
+        async with refault(path / "qemu", path / "front") as monitor:
+            with qemu_process(f"unix:{path}/qemu,server=on,wait=off"):
+                await comes(monitor)
+                assert mode() == 0o600
+                (path / "front").chmod(0o660)
+            await until(lambda: not monitor.fronts[0].listening)
+            with qemu_process(f"unix:{path}/qemu,server=on,wait=off"):
+                await comes(monitor)
+                assert mode() == 0o660
+        with qemu_process(f"unix:{path}/qemu,server=on,wait=off"):
+            async with refault(path / "qemu", path / "front") as monitor:
+                await comes(monitor)
+                assert mode() == 0o660
+            given = parse_address(f"{path}/front,mode=0640", server=True)
+            async with refault(path / "qemu", given) as monitor:
+                await comes(monitor)
+                assert mode() == 0o640
+
+
+# QEMU's syntax
+
+TAKEN = [
+    "unix:{dir}/s,server=on,wait=off",
+    "unix:{dir}/s,server,nowait",
+    "unix:{dir}/s,server=yes,wait=no",
+    "unix:{dir}/s,server=true,wait=false",
+    "unix:{dir}/s,server=y,wait=n",
+    "unix:{dir}/s,noserver,server=on,wait=on,wait=off",
+    "unix:{dir}/a,,b,server=on,wait=off",
+    "unix:path={dir}/a=b,server=on,wait=off",
+    "unix:server=on,wait=off,path={dir}/s",
+    "unix:{dir}/other,server=on,wait=off,path={dir}/s",
+    "unix://{dir}/s,server=on,wait=off",
+    "unix:{dir}/s,server=on,wait=off,nodelay,telnet=off,id=x",
+    "unix:{dir}/s,server=on,wait=off,abstract=on",
+    "unix:{dir}/s,server=on,wait=off,abstract=on,tight=off",
+    "unix:{dir}/s,server=on,wait=off,",
+    "tcp:127.0.0.1:{port},server=on,wait=off",
+    "tcp::{port},server=on,wait=off",
+    "tcp:localhost:{port},server=on,wait=off",
+    "tcp::{port},server=on,wait=off,ipv4=on",
+    "tcp::{port},server=on,wait=off,ipv6=on",
+    "tcp::{port},server=on,wait=off,ipv4=on,ipv6=on",
+    "tcp::{port},server=on,wait=off,ipv6=off",
+    "tcp:127.0.0.1:1,server=on,wait=off,port={port}",
+]
+REFUSED = [
+    "unix:{dir}/s,server=maybe",
+    "unix:{dir}/s,server=on,wait=perhaps",
+    "unix:{dir}/s,server=on,wait=off,reconnect=1",
+    "unix:{dir}/s,server=off,wait=on",
+    "unix:{dir}/s,server=off,nowait",
+    "unix:{dir}/s,server=on,wait=off,sever=on",
+    "unix:{dir}/a=b,server=on,wait=off",
+    "unix:{dir}/s,server=on,wait=off,host=localhost",
+    "unix:{dir}/s,server=off,reconnect=soon",
+    "tcp:127.0.0.1,server=on,wait=off",
+    "tcp:127.0.0.1:,server=on,wait=off",
+    "tcp:::1:{port},server=on,wait=off",
+    "tcp:127.0.0.1:no-such-service,server=on,wait=off",
+    "tcp://127.0.0.1:{port},server=on,wait=off",
+    "tcp:127.0.0.1:{port},server=on,wait=off,ipv4=off,ipv6=off",
+    "tcp:127.0.0.1:{port},server=on,wait=off,tls-creds=none",
+    "nonsense",
+]
+TAKEN_BY_REFAULT_ALONE = [
+    "{dir}/s",
+    "unix:{dir}/s,wait=on",
+    "tcp:[::1]:{port},server=on,wait=off",
+    "unix:{dir}/s,server=on,wait=off,mode=0660",
+]
+TAKEN_BY_QEMU_ALONE = [
+    "unix:{dir}/s,server=on,wait=off,ipv4=on",
+    "tcp:127.0.0.1:{port},server=on,wait=off,abstract=on",
+    "tcp:127.0.0.1:{high},server=on,wait=off",
+    "unix:{dir}/s,server=on,wait=off,logfile={dir}/log",
+]
+
+
+def listens_at(directory: Path, port: int) -> set[str]:
+    """Where somebody listens below a directory or at a port, as the kernel shows it."""
+    found = set()
+    for line in Path("/proc/net/unix").read_text().splitlines()[1:]:
+        fields = line.split(maxsplit=7)
+        if int(fields[3], 16) & 0x10000 and len(fields) > 7 and f"{directory}/" in fields[7]:
+            found.add(re.sub("^/+", "/", fields[7]))
+    for table in ("tcp", "tcp6"):
+        for line in Path(f"/proc/net/{table}").read_text().splitlines()[1:]:
+            fields = line.split()
+            if fields[3] == "0A" and fields[1].endswith(f":{port:04X}"):
+                found.add(f"{table} {fields[1]}")
+    return found
+
+
+@pytest.mark.qemu
+async def test_a_listener_is_where_qemus_would_be() -> None:
+    """All the addresses are given to a QEMU, and then to refault: what listens is the same."""
+    with directory() as path, directory() as other:
+        filled: dict[str, str] = {}
+        places: dict[str, Callable[[], set[str]]] = {}
+        for number, text in enumerate(TAKEN):
+            (path / str(number)).mkdir()
+            port = free_port()
+            filled[text] = text.format(dir=path / str(number), port=port)
+            places[text] = partial(listens_at, path / str(number), port)
+        with qemu_process(*filled.values(), f"unix:{other}/last,server=on,wait=off"):
+            await until((other / "last").exists)
+            bare = {text: place() for text, place in places.items()}
+        assert all(bare.values())
+        await until(lambda: not any(place() for place in places.values()))
+        with qemu_process(f"unix:{other}/qemu,server=on,wait=off"):
+            listen = [parse_address(text, server=True) for text in filled.values()]
+            async with refault(other / "qemu", *listen) as monitor:
+                await until(lambda: all(front.listening for front in monitor.fronts))
+                assert {text: place() for text, place in places.items()} == bare
+
+
+def qemu_takes(text: str, directory: Path) -> bool:
+    """Whether a QEMU goes on with this monitor, to make another."""
+    after = directory / "after"
+    after.unlink(missing_ok=True)
+    with qemu_process(text, f"unix:{after},server=on,wait=off", stderr=subprocess.DEVNULL) as qemu:
+        while qemu.poll() is None and not after.exists():
+            time.sleep(0.01)
+        return after.exists()
+
+
+def refault_takes(text: str) -> bool:
+    try:
+        parse_address(text, server=True)
+    except ValueError:
+        return False
+    return True
+
+
+@pytest.mark.qemu
+@pytest.mark.parametrize(
+    ("text", "qemu", "refault"),
+    [
+        *((text, False, False) for text in REFUSED),
+        *((text, False, True) for text in TAKEN_BY_REFAULT_ALONE),
+        *((text, True, False) for text in TAKEN_BY_QEMU_ALONE),
+    ],
+)
+def test_what_is_refused(text: str, qemu: bool, refault: bool) -> None:
+    """By both, or as docs/qmp.md says."""
+    with directory() as path:
+        port = free_port()
+        filled = text.format(dir=path, port=port, high=port + 65536)
+        assert (qemu_takes(filled, path), refault_takes(filled)) == (qemu, refault)
