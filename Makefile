@@ -12,6 +12,7 @@ BENCH ?=
 CAMPAIGN ?=
 MATRIX ?=
 QTESTS ?=
+NIGHTLY ?=
 TEST ?= tests/unit tests/integration
 SECONDS ?= 60
 # Other QEMUs than the machine's own, as make qemus unpacks them: .qemus/qemu-10 and so on.
@@ -36,7 +37,7 @@ C_WARNINGS := -std=c11 -D_GNU_SOURCE -Wall -Wextra -Wno-unused-parameter -Werror
 CAMPAIGNS := starvation truth floor strays silence patience huge_pages
 
 .PHONY: help build demo picture qemus analyzers prometheus analyze matrix qtests test campaign campaign-kill \
-        campaign-preempt $(CAMPAIGNS:%=campaign-%) lint bench fuzz tsan dist install clean
+        campaign-preempt $(CAMPAIGNS:%=campaign-%) lint bench fuzz tsan nightly dist install clean
 .NOTPARALLEL:
 
 help:
@@ -63,6 +64,7 @@ help:
 	@echo 'make matrix   all checks on QEMU 5.2, 7.2, 10.0 and 11.1, as a table (MATRIX="--only truth")'
 	@echo 'make qtests   QEMU'"'"'s own migration-test of 7.2 and 10.0, through refault and without (QTESTS="--only postcopy")'
 	@echo 'make campaign-patience  slow migrations, a blocked main thread, a source that nobody answers'
+	@echo 'make nightly  all that is too long for CI, some ten hours; goes on where it was (NIGHTLY="fuzz qtests" for some steps)'
 	@echo 'make dist     sdist and wheel, in dist/'
 	@echo 'make install  program, systemd unit and directories (DESTDIR, PREFIX)'
 	@echo 'make clean    removes what was built, .venv included'
@@ -162,6 +164,9 @@ qtests: build $(VENV)/.dev
 	$(BOOTSTRAP) test qtests
 	tests/tools/qtests $(QEMU_DIR) 7.2 10
 	tests/tools/with-userfaultfd $(BIN)/python -m tests.qtests $(QTESTS)
+
+nightly: build $(VENV)/.dev qemus analyzers prometheus
+	tests/tools/nightly .nightly $(NIGHTLY)
 
 dist: $(VENV)/.dev
 	rm -rf dist
