@@ -6,8 +6,14 @@ import os
 from collections.abc import Generator
 
 import pytest
+from hypothesis import HealthCheck, settings
 
 IN_CI = bool(os.environ.get("CI"))
+
+# How long an example takes tells of the machine's other work (in CI Hypothesis has a like profile by itself).
+settings.register_profile("busy", deadline=None, suppress_health_check=[HealthCheck.too_slow])
+if not IN_CI:
+    settings.load_profile("busy")
 
 
 def _fail_if_skipped(report: pytest.TestReport | pytest.CollectReport) -> None:
