@@ -12,6 +12,7 @@ import subprocess
 import sys
 import textwrap
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -346,6 +347,19 @@ async def test_absence_is_told_once(caplog: pytest.LogCaptureFixture) -> None:
         async with refault(path / "qemu", path / "front"):
             await trio.sleep(0.5)
         assert caplog.messages == [f"vm: no QEMU at unix:{path}/qemu yet: No such file or directory"]
+
+
+@pytest.mark.parametrize(
+    ("make", "said"), [(Path.mkdir, "a directory"), (Path.touch, "a file and no socket")]
+)
+async def test_what_is_no_socket_is_told(
+    make: Callable[[Path], None], said: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    with directory() as path:
+        make(path / "qemu")
+        async with refault(path / "qemu", path / "front"):
+            pass
+        assert f"no QEMU at unix:{path}/qemu yet: that is {said}" in caplog.text
 
 
 @pytest.mark.qemu

@@ -284,6 +284,16 @@ async def test_a_directory_that_is_not_there_yet_is_waited_for(caplog: pytest.Lo
     assert caplog.text.count("its directory does not exist") == 1
 
 
+async def test_trouble_is_over_when_it_is_over() -> None:
+    """Also while there is no QEMU, so that nobody needs to listen."""
+    with directory() as path:
+        async with refault(path / "qemu", path / "run" / "front") as monitor:
+            assert monitor.fronts[0].trouble
+            (path / "run").mkdir()
+            await until(lambda: monitor.fronts[0].trouble is None)
+            assert not (path / "run" / "front").exists()
+
+
 @pytest.mark.qemu
 async def test_where_qemu_connects_to_us_the_file_comes_back_too() -> None:
     with directory() as path:

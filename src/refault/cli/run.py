@@ -212,6 +212,8 @@ def _name(text: str) -> str:
 def _uri(text: str) -> str:
     if not _URI.match(text):
         raise argparse.ArgumentTypeError(f"{text!r} is not a migration URI such as tcp:0.0.0.0:4444")
+    if text.startswith("tcp://"):
+        raise argparse.ArgumentTypeError(f"{text!r} is a URL: write tcp:HOST:PORT")
     if text.startswith("tcp:") and "," not in text and not isinstance(parse_uri(text), Inet):
         raise argparse.ArgumentTypeError(f"{text!r} is not like tcp:0.0.0.0:4444")
     if re.match(r"tcp:.*:0\Z", text):
@@ -272,6 +274,8 @@ def _field(option: str) -> str:
 def _incoming(text: str) -> tuple[Inet, str]:
     outside, _, path = text.partition(",unix:")
     endpoint = parse_uri(outside)
+    if outside.startswith("tcp://"):
+        raise argparse.ArgumentTypeError(f"{text!r} has a URL: write tcp:HOST:PORT,unix:PATH")
     if not isinstance(endpoint, Inet) or not path:
         raise argparse.ArgumentTypeError(f"{text!r} is not like tcp:0.0.0.0:4444,unix:/run/qemu/vm1.incoming")
     return endpoint, _address(f"unix:{path}").path or path
@@ -279,7 +283,8 @@ def _incoming(text: str) -> tuple[Inet, str]:
 
 def _host_port(text: str) -> tuple[str, int]:
     host, _, port = text.rpartition(":")
-    host = host.removeprefix("[").removesuffix("]")
-    if not host or not port.isascii() or not port.isdigit() or int(port) > 65535:
+    bare = host.removeprefix("[").removesuffix("]")
+    numbers = port.isascii() and port.isdigit() and int(port) <= 65535
+    if not bare or "/" in bare or (":" in bare and bare == host) or not numbers:
         raise argparse.ArgumentTypeError(f"{text!r} is not HOST:PORT such as 127.0.0.1:9099 or [::1]:9099")
-    return host, int(port)
+    return bare, int(port)

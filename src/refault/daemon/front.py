@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import errno
 import logging
+import math
 import socket
 from collections.abc import Awaitable, Callable
 from dataclasses import replace
@@ -83,7 +84,7 @@ class Front:
         """Serves until cancelled, after `prepare`."""
         try:
             while True:
-                await presence.until(self.is_wanted)
+                await self._until_wanted(presence)
                 async with trio.open_nursery() as nursery:
                     nursery.start_soon(self._serve)
                     await presence.until(lambda qemu: not self.is_wanted(qemu))
@@ -100,6 +101,19 @@ class Front:
     def is_wanted(self, qemu: Qemu) -> bool:
         """Whether it is to listen while that is known of QEMU."""
         return self.address.path is None or self._wanted(qemu)
+
+    async def _until_wanted(self, presence: Presence) -> None:
+        """Looks meanwhile whether what was in the way is over."""
+        while not self.is_wanted(presence.qemu):
+            with trio.move_on_after(LOOK if self.trouble else math.inf):
+                await presence.until(self.is_wanted)
+                return
+            try:
+                check(self.address)
+            except ListenError as error:
+                self._tell(error)
+            else:
+                self.trouble = None
 
     async def _serve(self) -> None:
         """Listens, and again when its file is gone, until cancelled."""

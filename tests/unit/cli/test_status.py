@@ -96,6 +96,8 @@ def test_lines_fit_the_terminal_and_tell_every_fact(width: int) -> None:
     for value in (*msgspec.structs.astuple(BUSY.qemu)[1:], *msgspec.structs.astuple(BUSY.migration)):
         assert str(value) in words
     for phrase in (
+        "listens unix:/run/front",
+        "listens NOT at unix:/run/vm/front: its directory does not exist",
         "2 connected, 7 in all; 31 commands, 12 events; 1 dropped",
         "HELD the recovery handshake is under way",
         "GIVEN UP no further attempt for this loss",

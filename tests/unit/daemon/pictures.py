@@ -7,6 +7,7 @@ from refault.daemon.snapshot import (
     ChannelStatus,
     ClientsStatus,
     LatencyStatus,
+    ListenerStatus,
     MigrationStatus,
     PagesStatus,
     QemuStatus,
@@ -18,6 +19,10 @@ from refault.daemon.snapshot import (
 BUSY = VmStatus(
     name="vm1",
     qemu=QemuStatus(connected=True, address="unix:/run/vm1.qmp", pid=4242, version="7.2.0"),
+    listeners=(
+        ListenerStatus(address="unix:/run/front", listening=True),
+        ListenerStatus(address="unix:/run/vm/front", trouble="its directory does not exist"),
+    ),
     clients=ClientsStatus(connected=2, total=7, commands=31, events=12, slow_disconnected=1),
     migration=MigrationStatus(
         role="destination",
