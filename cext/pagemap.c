@@ -25,6 +25,7 @@ struct counters {
     _Atomic uint64_t requested;
     _Atomic uint64_t repeated;
     _Atomic uint64_t refused;
+    _Atomic uint64_t torn;
     _Atomic uint64_t arrived;
     _Atomic uint64_t crossed;
     _Atomic uint64_t outstanding;
@@ -1111,6 +1112,7 @@ static int restore(struct rf_pagemap *map, const struct rf_statefile_image *imag
 
 int rf_pagemap_restore(struct rf_pagemap *map, const struct rf_statefile_image *image) {
     write_begin(map);
+    add(&map->counters.torn, image->torn);
     int status = restore(map, image);
     write_end(map);
     return status;
@@ -1201,6 +1203,7 @@ int rf_pagemap_stats(const struct rf_pagemap *map, struct rf_pagemap_stats *out)
             .requested = get(&c->requested),
             .repeated = get(&c->repeated),
             .refused = get(&c->refused),
+            .torn = get(&c->torn),
             .arrived = get(&c->arrived),
             .crossed = get(&c->crossed),
             .outstanding = get(&c->outstanding),

@@ -29,6 +29,7 @@ struct rf_pagemap_stats {
     uint64_t requested;   /* requests recorded, each once; always arrived + outstanding */
     uint64_t repeated;    /* requests on the wire that were on record already */
     uint64_t refused;     /* requests that were impossible, or for which there was no room */
+    uint64_t torn;        /* records of an earlier refault's that its state file no longer had whole */
     uint64_t arrived;     /* requests all of whose pages have passed, or are known to be there */
     uint64_t crossed;     /* times that all pages had passed before the request did: no latency to take */
     uint64_t outstanding; /* requests not answered yet: the live count */

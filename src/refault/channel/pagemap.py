@@ -31,6 +31,7 @@ class PageMapStats:
     requested: int
     repeated: int
     refused: int
+    torn: int
     arrived: int
     crossed: int
     outstanding: int

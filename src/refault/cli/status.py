@@ -105,6 +105,8 @@ def _vm_lines(vm: VmStatus, width: int) -> list[str]:
         facts.append(("HELD", migration.held))
     if recovery.given_up:
         facts.append(("GIVEN UP", "no further attempt for this loss; recover by hand, or restart refault"))
+    if vm.state.error:
+        facts.append(("NOT KEPT", vm.state.error))
     facts += [
         ("channel", f"{_bytes(channel.bytes_forward)} forward, {_bytes(channel.bytes_return)} return path"),
         (

@@ -303,10 +303,7 @@ class Channels:
     def _tell_not_kept(self) -> None:
         if self.relay.kept is Kept.PART and not self._told_part:
             self._told_part = True
-            log.warning(
-                "%s: no room for more page requests in the state file: a restart will not know all of them",
-                self._migration.name,
-            )
+            self._migration.vm.state_file.pages.no_room()
 
     # ---- the end ----
 

@@ -101,6 +101,10 @@ def families(status: Status) -> list[Metric]:
     )
     collected.append(latency)
 
+    incomplete = gauge("state_incomplete", "1 while a restarted refault would not know all of the migration")
+    state_errors = counter("state_errors", "Files in the state directory not written, read or removed")
+    torn = counter("torn_requests", "Page requests that were torn in an earlier refault's file")
+
     for vm in status.vms:
         qemu_connected.add_metric([vm.name], vm.qemu.connected)
         clients_connected.add_metric([vm.name], vm.clients.connected)
@@ -120,6 +124,9 @@ def families(status: Status) -> list[Metric]:
         if vm.recovery.last_seconds is not None:
             last.add_metric([vm.name], vm.recovery.last_seconds)
         given_up.add_metric([vm.name], vm.recovery.given_up)
+        incomplete.add_metric([vm.name], vm.state.error is not None)
+        state_errors.add_metric([vm.name], vm.state.errors)
+        torn.add_metric([vm.name], vm.state.torn)
         requested.add_metric([vm.name], vm.pages.requested)
         repeated.add_metric([vm.name], vm.pages.repeated)
         arrived.add_metric([vm.name], vm.pages.arrived)

@@ -187,9 +187,13 @@ class Migration:
         pages = self.vm.state_file.pages
         with pages.opened(self._record().key(self.name), take_over=met is not None) as state:
             relay = Relay(self.role, state=state, dead_after=self.vm.patience.dead_after)
-        pages.tell(relay)
-        self.postcopy_began |= relay.passed().packaged_begun
-        self.channels = Channels(self, relay)
+        try:
+            pages.tell(relay)
+            self.postcopy_began |= relay.passed().packaged_begun
+            self.channels = Channels(self, relay)
+        except BaseException:
+            relay.close()
+            raise
         self.vm.start_soon(self.channels.watch)
         where = self.endpoint.uri if self.endpoint else ""
         log.info("%s: relaying as the %s, %s", self.name, self.role, where)
@@ -378,6 +382,8 @@ class Migration:
                 with trio.move_on_after(self._poll_interval()):
                     await self._wake_poller.wait()
                 self._wake_poller = trio.Event()
+                if self.under_way:
+                    self.vm.state_file.look()
                 if self.under_way and self.vm.monitor.qemu is not None:
                     await self._ask_status()
 

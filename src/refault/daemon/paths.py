@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import tempfile
 from collections.abc import Mapping
@@ -44,11 +45,15 @@ def make_default_directory(path: Path) -> None:
     Raises `OperatorError`.
     """
     try:
-        path.mkdir(mode=0o755 if os.getuid() == 0 else 0o700, exist_ok=True)
+        path.mkdir(mode=_mode(), exist_ok=True)
     except OSError as error:
         raise OperatorError(
             f"cannot make {path}: {error.strerror}; make it, or name --control and --state-dir"
         ) from error
+
+
+def _mode() -> int:
+    return 0o755 if os.getuid() == 0 else 0o700
 
 
 def must_be_writable(path: Path) -> None:
@@ -61,3 +66,13 @@ def must_be_writable(path: Path) -> None:
             f"cannot keep state in {path}: {error.strerror}; make it a directory that uid {os.geteuid()} can"
             " write to, or name another with --state-dir"
         ) from error
+
+
+def make_again(path: Path) -> None:
+    """Makes a directory of refault's that has gone away while it ran, as it was made, where that can be done.
+
+    Raises nothing: whoever needs it hears of it.
+    """
+    if not path.exists():
+        with contextlib.suppress(OSError):
+            path.mkdir(mode=_mode())

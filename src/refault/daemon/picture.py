@@ -17,6 +17,7 @@ from refault.daemon.snapshot import (
     QemuStatus,
     RecoveryStatus,
     RelayState,
+    StateStatus,
     VmStatus,
 )
 from refault.daemon.userfaultfd import Waiting, waiting
@@ -35,7 +36,7 @@ def picture(address: Address, info: QemuInfo | None, vm: VmState, migration: Mig
     """The picture, as things stand now. Call it in the trio thread."""
     relay = migration.channels.relay if migration is not None and migration.channels is not None else None
     monitor = vm.monitor
-    counters = vm.counters
+    counters, troubles = vm.counters, vm.state_file.troubles
     return VmStatus(
         name=vm.name,
         qemu=QemuStatus(
@@ -67,6 +68,7 @@ def picture(address: Address, info: QemuInfo | None, vm: VmState, migration: Mig
             given_up=migration is not None and migration.policy.state is State.GIVEN_UP,
         ),
         channel=_channel(counters, relay),
+        state=StateStatus(error=troubles.error, errors=troubles.count, torn=troubles.torn),
     )
 
 

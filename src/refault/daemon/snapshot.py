@@ -141,6 +141,17 @@ class ChannelStatus(msgspec.Struct, frozen=True, kw_only=True):
     """Destination to source: page requests."""
 
 
+class StateStatus(msgspec.Struct, frozen=True, kw_only=True):
+    """What a restarted refault would know of the migration (the files in --state-dir)."""
+
+    error: str | None = None
+    """What it would not know now, and why; null where it knows all."""
+    errors: int = 0
+    """Times that a file could not be written, read or removed, since the daemon started."""
+    torn: int = 0
+    """Page requests that an earlier refault had on record and that were torn in its file, since then."""
+
+
 class VmStatus(msgspec.Struct, frozen=True, kw_only=True):
     """One VM."""
 
@@ -153,6 +164,7 @@ class VmStatus(msgspec.Struct, frozen=True, kw_only=True):
     latency_seconds: LatencyStatus = LatencyStatus()
     recovery: RecoveryStatus = RecoveryStatus()
     channel: ChannelStatus = ChannelStatus()
+    state: StateStatus = StateStatus()
 
 
 class Status(msgspec.Struct, frozen=True, kw_only=True):

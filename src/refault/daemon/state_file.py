@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import os
 from pathlib import Path
@@ -9,9 +10,14 @@ from pathlib import Path
 import msgspec
 
 from refault.daemon.pages_file import PagesFile
+from refault.daemon.paths import make_again
+from refault.daemon.repeats import repeats
+from refault.daemon.state_troubles import StateTroubles
 from refault.migration.phase import Role
 
 log = logging.getLogger("refault.state")
+
+_FILE = "record"
 
 
 class MigrationRecord(msgspec.Struct, frozen=True, kw_only=True):
@@ -58,23 +64,35 @@ class StateFile:
         self._vm = vm
         self.directory = directory
         self._path = directory / f"{vm}.migration.json"
-        self.pages = PagesFile(directory, vm)
+        self.troubles = StateTroubles()
+        self._record: MigrationRecord | None = None
+        """What is to be in the file; None for nothing."""
+        self.pages = PagesFile(directory, vm, self.troubles)
 
     def save(self, record: MigrationRecord) -> None:
         """Writes the record. Where that fails, a restarted refault cannot recover; nothing else is lost."""
+        self._record = record
         temporary = self._path.with_suffix(".new")
         try:
+            make_again(self.directory)
             descriptor = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600)
             with open(descriptor, "wb") as file:
                 file.write(msgspec.json.encode(record))
             temporary.replace(self._path)
         except OSError as error:
-            log.warning(
-                "%s: cannot save the migration to %s: %s; a restarted refault could not recover it",
-                self._vm,
-                self._path,
-                error,
-            )
+            told = f"cannot save the migration: {error}; a restarted refault could not recover it"
+            self.troubles.add(_FILE, told)
+            log.warning("%s: %s", self._vm, told, extra=repeats((self._vm, _FILE), error.errno))
+            with contextlib.suppress(OSError):
+                temporary.unlink(missing_ok=True)
+        else:
+            self.troubles.over(_FILE)
+
+    def look(self) -> None:
+        """Writes again what has gone away since it was written, and tells of what cannot be written again."""
+        if self._record is not None and not self._path.exists():
+            self.save(self._record)
+        self.pages.look()
 
     def of_a_running_qemu(self) -> bool:
         """Whether there is a record, and the QEMU that it is of still runs, as far as can be told."""
@@ -91,6 +109,7 @@ class StateFile:
         except FileNotFoundError:
             return None
         except (OSError, msgspec.DecodeError) as error:
+            self.troubles.count += 1
             log.warning("%s: ignoring %s: %s", self._vm, self._path, error)
             return None
         if record.qemu_pid != pid or record.qemu_started != process_started(pid):
@@ -101,8 +120,12 @@ class StateFile:
 
     def remove(self) -> None:
         """The migration has ended. What cannot be removed does no harm, for it names a process."""
-        try:
-            self._path.unlink(missing_ok=True)
-            self.pages.remove()
-        except OSError as error:
-            log.warning("%s: cannot remove %s: %s", self._vm, self._path, error)
+        self._record = None
+        self.troubles.over(_FILE)
+        self.pages.end()
+        for path in (self._path, self.pages.path):
+            try:
+                path.unlink(missing_ok=True)
+            except OSError as error:
+                self.troubles.count += 1
+                log.warning("%s: cannot remove what is on record of the migration: %s", self._vm, error)

@@ -1,0 +1,190 @@
+"""What is kept for the next refault, where its directory is not what it was."""
+
+from __future__ import annotations
+
+import logging
+import os
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any, cast
+
+import pytest
+
+from refault.channel.relay import Relay
+from refault.channel.tracker import Kept, Restored, StateFds
+from refault.daemon import migration as migration_module
+from refault.daemon.migration import Migration
+from refault.daemon.options import Patience
+from refault.daemon.state_file import MigrationRecord, StateFile
+from refault.daemon.vm_state import Counters
+from refault.migration.endpoint import Inet
+from refault.migration.phase import Role
+
+KEY = b"a key"
+RECORD = MigrationRecord(role=Role.SOURCE, uri="tcp:h:1", relayed=True, qemu_pid=1, qemu_started=2)
+
+
+def descriptors_and_threads() -> tuple[int, int]:
+    return len(os.listdir("/proc/self/fd")), len(os.listdir("/proc/self/task"))
+
+
+def in_the_way(path: Path) -> None:
+    """Nothing can be put in its place, nor can it be unlinked."""
+    path.unlink(missing_ok=True)
+    path.mkdir()
+
+
+def replaced(directory: Path) -> None:
+    shutil.rmtree(directory)
+    directory.touch()
+
+
+HARMS: dict[str, Callable[[Path], None]] = {
+    "gone": lambda directory: shutil.rmtree(directory),
+    "a file in its place": replaced,
+    "the name is taken": lambda directory: in_the_way(directory / "vm.pages"),
+}
+
+
+@pytest.fixture
+def directory(tmp_path: Path) -> Path:
+    made = tmp_path / "state"
+    made.mkdir()
+    return made
+
+
+def begun(directory: Path) -> Migration:
+    vm = SimpleNamespace(
+        name="vm",
+        counters=Counters(),
+        alternatives=[],
+        patience=Patience(),
+        monitor=SimpleNamespace(qemu=SimpleNamespace(pid=os.getpid())),
+        qemu_pid=os.getpid(),
+        state_file=StateFile(directory, "vm"),
+        start_soon=lambda *_: None,
+    )
+    made = Migration(cast(Any, vm), lambda _: cast(Any, SimpleNamespace(role=Role.SOURCE)), Inet("h", 1))
+    made.begin(None)
+    return made
+
+
+@pytest.mark.parametrize("harm", HARMS)
+def test_a_migration_begins_though_the_directory_fails_meanwhile_and_nothing_stays(
+    directory: Path, harm: str, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    def relay(*arguments: Any, **options: Any) -> Relay:
+        made = Relay(*arguments, **options)
+        HARMS[harm](directory)
+        return made
+
+    monkeypatch.setattr(migration_module, "Relay", relay)
+    before = descriptors_and_threads()
+    migration = begun(directory)
+    assert migration.channels is not None
+    assert "page requests are in memory alone" in caplog.text
+    troubles = migration.vm.state_file.troubles
+    assert troubles.count == 1
+    assert "a restarted refault will not replay them" in str(troubles.error)
+    migration.close()
+    assert descriptors_and_threads() == before
+    assert not (directory / "vm.pages.new").exists()
+
+
+def test_a_relay_that_cannot_be_made_leaves_no_file(directory: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def no_relay(*arguments: Any, **options: Any) -> Relay:
+        raise OSError("no threads")
+
+    monkeypatch.setattr(migration_module, "Relay", no_relay)
+    before = descriptors_and_threads()
+    with pytest.raises(OSError, match="no threads"):
+        begun(directory)
+    assert descriptors_and_threads() == before
+    assert list(directory.iterdir()) == []
+
+
+def test_a_relay_that_cannot_be_watched_is_ended(directory: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def no_channels(*arguments: Any) -> None:
+        raise OSError("no memory")
+
+    monkeypatch.setattr(migration_module, "Channels", no_channels)
+    before = descriptors_and_threads()
+    with pytest.raises(OSError, match="no memory"):
+        begun(directory)
+    assert descriptors_and_threads() == before
+
+
+def test_a_directory_that_went_away_is_made_again(directory: Path) -> None:
+    directory.rmdir()
+    file = StateFile(directory, "vm")
+    with file.pages.opened(KEY, take_over=False) as state:
+        assert isinstance(state, StateFds)
+    file.save(RECORD)
+    assert sorted(path.name for path in directory.iterdir()) == ["vm.migration.json", "vm.pages"]
+    assert (file.troubles.count, file.troubles.error) == (0, None)
+
+
+def test_what_has_gone_away_is_written_again_or_told(
+    directory: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    file = StateFile(directory, "vm")
+    with file.pages.opened(KEY, take_over=False):
+        pass
+    file.save(RECORD)
+    file.look()
+    assert file.troubles.error is None
+    shutil.rmtree(directory)
+    file.look()
+    assert "page requests are in memory alone" in str(file.troubles.error)
+    assert file.load(1) is None  # of another QEMU, and so it is there
+    file.look()
+    assert (file.troubles.count, caplog.text.count("in memory alone")) == (1, 1)
+    (directory / "vm.pages").touch()
+    with file.pages.opened(KEY, take_over=False):
+        pass
+    assert file.troubles.error is None
+
+
+def test_a_record_that_cannot_be_written_is_counted_and_leaves_nothing(
+    directory: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    file = StateFile(directory, "vm")
+    in_the_way(directory / "vm.migration.json")
+    for _ in range(2):
+        file.save(RECORD)
+    assert "cannot save the migration" in str(file.troubles.error)
+    assert file.troubles.count == 2
+    assert [path.name for path in directory.iterdir()] == ["vm.migration.json"]
+    (directory / "vm.migration.json").rmdir()
+    file.save(RECORD)
+    assert file.troubles.error is None
+
+
+def test_what_can_be_removed_is_removed_at_the_end(directory: Path, caplog: pytest.LogCaptureFixture) -> None:
+    file = StateFile(directory, "vm")
+    in_the_way(directory / "vm.migration.json")
+    (directory / "vm.pages").touch()
+    file.remove()
+    assert not (directory / "vm.pages").exists()
+    assert "cannot remove" in caplog.text
+    assert (file.troubles.count, file.troubles.error) == (1, None)
+
+
+class Found:
+    """A relay that has taken over a file of 30 whole records of 50."""
+
+    restored, kept = Restored.WHOLE, Kept.ALL
+
+    def pages(self) -> Any:
+        return SimpleNamespace(recorded=30, outstanding=7, refused=0, torn=20)
+
+
+def test_torn_records_are_counted_and_said(directory: Path, caplog: pytest.LogCaptureFixture) -> None:
+    caplog.set_level(logging.INFO)
+    file = StateFile(directory, "vm")
+    file.pages.tell(cast(Relay, Found()))
+    assert "30 on record, 7 outstanding" in caplog.text
+    assert "20 page requests more were torn" in caplog.text
+    assert file.troubles.torn == 20
