@@ -25,6 +25,8 @@ from refault.lab.memory import ProcessMemory, compare, dump
 from refault.lab.qemu import DEFAULT_BINARY, Pair, PairOptions, Qemu, start_pair, start_qemu
 from refault.lab.qmp_client import QmpClient
 
+from .waiting import told
+
 MIB = 1 << 20
 HUGE = 2 * MIB
 DIMM = 32 * MIB
@@ -153,13 +155,15 @@ async def migrate(directory: Path, kind: Kind, binary: str = DEFAULT_BINARY) -> 
             await _lose(driver, channel, loss)
             if kind.pauses_again:
                 await at_rest(driver)
-        for vm in await driver.statuses():
+        losses = len(kind.losses)
+        statuses = await told(driver, lambda vms: all(vm.recovery.recoveries >= losses for vm in vms))
+        for vm in statuses:
             assert vm.migration.relay == "tracking", vm.migration
             more = vm.recovery.recoveries - len(kind.losses)
             assert 0 <= more <= (len(kind.losses) * PAUSES_MOST if kind.pauses_again else 0)
             assert vm.pages.requested > 0
-            told = {block.name: block.page_size_bytes for block in vm.pages.blocks}
-            assert {name: told.get(name) for name in kind.blocks} == dict.fromkeys(
+            sizes = {block.name: block.page_size_bytes for block in vm.pages.blocks}
+            assert {name: sizes.get(name) for name in kind.blocks} == dict.fromkeys(
                 kind.blocks, kind.page_size
             )
         await _end(kind, pair, driver)
@@ -304,8 +308,8 @@ async def stay_in_shared_memory(directory: Path, binary: str = DEFAULT_BINARY) -
                     await bare.set_capabilities(driver.destination, "events", "x-ignore-shared")
                     await _precopy(driver, channel, lost=name == "lost")
                     for vm in await driver.statuses():
-                        told = vm.migration.relay, vm.migration.relay_reason or ""
-                        assert told[0] == "tracking" or "a precopy migration ends" in told[1], told
+                        relay = vm.migration.relay, vm.migration.relay_reason or ""
+                        assert relay[0] == "tracking" or "a precopy migration ends" in relay[1], relay
                     assert await _blocks_are_told(driver)
                     if name == "lost":
                         await source.wait_progress()
@@ -317,8 +321,8 @@ async def stay_in_shared_memory(directory: Path, binary: str = DEFAULT_BINARY) -
 
 async def _blocks_are_told(driver: RefaultDriver) -> bool:
     """Whether both refaults have seen the block list in the stream."""
-    told = [{block.name for block in vm.pages.blocks} for vm in await driver.statuses()]
-    return all(names >= {"node0", "node1"} for names in told)
+    blocks = [{block.name for block in vm.pages.blocks} for vm in await driver.statuses()]
+    return all(names >= {"node0", "node1"} for names in blocks)
 
 
 async def _precopy(driver: RefaultDriver, channel: Channel, *, lost: bool) -> None:

@@ -14,6 +14,7 @@ import pytest
 import trio
 from tests.integration.qemus import BINARIES
 from tests.integration.test_main_job import GUEST, recv_bitmap
+from tests.integration.waiting import told
 
 from refault.lab import bare
 from refault.lab.channel import Channel, Loss, free_port, start_channel
@@ -60,8 +61,10 @@ async def to_postcopy(driver: RefaultDriver) -> None:
 
 async def lose(channel: Channel, driver: RefaultDriver) -> None:
     since = len(driver.destination.events)
+    before = [vm.recovery.recoveries + 1 for vm in await driver.statuses()]
     await channel.lose(Loss.RESET)
     await active_again(driver, since)
+    await told(driver, lambda vms: [vm.recovery.recoveries for vm in vms] == before)
 
 
 async def active_again(driver: RefaultDriver, since: int) -> None:

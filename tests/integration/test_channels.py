@@ -10,6 +10,7 @@ import pytest
 import trio
 from tests.integration.qemus import BINARIES
 from tests.integration.test_main_job import GUEST, fronted
+from tests.integration.waiting import recovered, told
 
 from refault.lab import bare
 from refault.lab.channel import Channel, Cut, Loss, free_port, start_channel
@@ -51,16 +52,13 @@ async def test_preempt_is_tracked_and_recovers_whichever_connection_is_lost(
             driver.source, driver.destination, channel, bandwidth=1 << 20, capabilities=PREEMPT
         )
         cuts = [Cut(Loss.RESET, forward, b".", 0, "now") for forward in (True, False)]
-        for loss in (*Loss, *cuts):
-            since = len(driver.destination.events)
+        for number, loss in enumerate((*Loss, *cuts), 1):
             if isinstance(loss, Cut):
                 await channel.cut_at(loss)
                 await channel.was_cut(loss)
             else:
                 await channel.lose(loss)
-            with trio.fail_after(15):
-                await driver.destination.wait_migration("postcopy-active", since=since)
-                await bare.wait_status(driver.source, "postcopy-active")
+            await recovered(driver, number)
         for vm in await driver.statuses():
             assert vm.migration.relay == "tracking"
             assert (vm.recovery.losses, vm.recovery.recoveries) == (5, 5)
@@ -69,10 +67,8 @@ async def test_preempt_is_tracked_and_recovers_whichever_connection_is_lost(
         await bare.finish(driver.source)
         verdict = await compare(GUEST, pair.destination.qmp, pair.source.qmp)
         assert verdict.right, verdict
-        with trio.fail_after(10):
-            while any(vm.migration.status != "completed" for vm in await driver.statuses()):
-                await trio.sleep(0.05)
-        assert [vm.pages.outstanding for vm in await driver.statuses()] == [0, 0]
+        ended = await told(driver, lambda vms: all(vm.migration.status == "completed" for vm in vms))
+        assert [vm.pages.outstanding for vm in ended] == [0, 0]
 
 
 @pytest.mark.skipif("qemu-10" not in BINARIES, reason="run 'make qemus' first")

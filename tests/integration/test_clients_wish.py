@@ -120,8 +120,10 @@ async def test_a_loss_that_is_given_up_is_left_to_the_client(tmp_path: Path) -> 
         with trio.fail_after(GIVE_UP_AFTER + 15):
             while not all(recovery.given_up for recovery in await case.recoveries()):
                 await trio.sleep(0.05)
-        await trio.sleep(0.5)  # the attempt under way is the last
-        tried = [recovery.attempts for recovery in await case.recoveries()]
+        tried: list[int] = []
+        with trio.fail_after(20):  # the attempt under way is the last
+            while tried != (tried := [recovery.attempts for recovery in await case.recoveries()]):
+                await trio.sleep(1)
         await case.way_back()
         await trio.sleep(2)  # the next back-off delay would be over
         assert [recovery.attempts for recovery in await case.recoveries()] == tried

@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 import trio
 from tests.integration.qemus import BINARIES
+from tests.integration.waiting import nothing_moves
 
 from refault.lab import bare
 from refault.lab.channel import free_port, start_channel
@@ -42,10 +43,7 @@ async def test_a_source_that_would_run_its_guest_again_is_held(tmp_path: Path, b
         channel.freeze()
         # What is left fits into that now: QEMU sends it all at once, and stands when the way is full.
         await driver.source.execute("migrate-set-parameters", {"downtime-limit": 600_000})
-        moved = -1
-        with trio.fail_after(20):
-            while moved != (moved := (await driver.statuses())[0].channel.bytes_forward):
-                await trio.sleep(0.5)
+        await nothing_moves(driver)
         channel.thaw()
         await channel.reset()
         with trio.fail_after(30):

@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 import trio
+from tests.integration.waiting import recovered, told
 
 from refault.lab import bare
 from refault.lab.channel import Channel, Loss, free_port, start_channel
@@ -65,7 +66,8 @@ async def test_without_the_engine_the_loss_stays(tmp_path: Path) -> None:
     async with fronted(tmp_path, [sys.executable, "-c", WITHOUT_ENGINE]) as (pair, channel, driver):
         await begin_postcopy(channel, driver)
         await channel.lose(Loss.CLOSE)
-        await trio.sleep(3)
+        await told(driver, lambda vms: {vm.migration.status for vm in vms} == {"postcopy-paused"})
+        await trio.sleep(2)
         assert await bare.migration_status(pair.source.qmp) == "postcopy-paused"
         statuses = await driver.statuses()
         assert {vm.migration.status for vm in statuses} == {"postcopy-paused"}
@@ -75,13 +77,10 @@ async def test_without_the_engine_the_loss_stays(tmp_path: Path) -> None:
 async def test_the_status_tells_the_whole_story(tmp_path: Path) -> None:
     async with fronted(tmp_path) as (pair, channel, driver):
         await begin_postcopy(channel, driver)
-        for loss in Loss:
+        for number, loss in enumerate(Loss, 1):
             await trio.sleep(0.2)
-            since = len(driver.destination.events)
             await channel.lose(loss)
-            with trio.fail_after(10):
-                await driver.destination.wait_migration("postcopy-active", since=since)
-                await bare.wait_status(driver.source, "postcopy-active")
+            await recovered(driver, number)
         source, destination = await driver.statuses()
         assert (source.migration.role, destination.migration.role) == ("source", "destination")
         for vm, qemu in ((source, pair.source), (destination, pair.destination)):
@@ -91,16 +90,14 @@ async def test_the_status_tells_the_whole_story(tmp_path: Path) -> None:
             assert (vm.migration.relay, vm.migration.phase) == ("tracking", "postcopy")
             assert (vm.recovery.losses, vm.recovery.recoveries) == (3, 3)
             assert vm.recovery.last_seconds is not None
-            assert 0 < vm.recovery.last_seconds < 5
+            assert 0 < vm.recovery.last_seconds < 20
             assert vm.pages.requested == vm.pages.arrived + vm.pages.outstanding > 0
             assert vm.pages.blocks[0].name == "pc.ram"
             assert vm.latency_seconds.count > 0
             assert vm.channel.bytes_forward > vm.channel.bytes_return > 0
         await memory_is_right(pair, driver)
-        with trio.fail_after(5):
-            while any(vm.migration.status != "completed" for vm in await driver.statuses()):
-                await trio.sleep(0.05)
-        assert [vm.pages.outstanding for vm in await driver.statuses()] == [0, 0]
+        ended = await told(driver, lambda vms: all(vm.migration.status == "completed" for vm in vms))
+        assert [vm.pages.outstanding for vm in ended] == [0, 0]
 
 
 def recv_bitmap(block: bytes) -> bytes:

@@ -74,7 +74,8 @@ async def test_while_the_main_loop_is_blocked_and_100_clients_wait() -> None:
                 for _ in range(5):
                     one += await times(direct, 40)
                     other += await times(through, 40)
-                near, far = statistics.median(one), statistics.median(other)
+                # The quickest tenth: the slower ones tell what else the machine did.
+                near, far = (statistics.quantiles(found, n=10)[0] for found in (one, other))
                 print(f"direct {near * 1e6:.0f} us, through {far * 1e6:.0f} us")
                 assert far <= 1.5 * near + 0.001
                 await times(late, 10)
@@ -147,9 +148,10 @@ async def test_watched_commands_wait_for_their_handler_and_nobody_else_does() ->
 
 
 async def test_a_watched_command_is_forwarded_when_its_client_leaves() -> None:
-    gate, answered = trio.Event(), trio.Event()
+    asked, gate, answered = trio.Event(), trio.Event(), trio.Event()
 
     async def hold(command: WatchedCommand) -> Forward | Answer:
+        asked.set()
         await gate.wait()
 
         def note(reply: bytes) -> bytes:
@@ -162,7 +164,8 @@ async def test_a_watched_command_is_forwarded_when_its_client_leaves() -> None:
         async with refault(path / "qemu", path / "front", watch={"stop": hold}) as monitor:
             async with negotiated(path / "front") as client:
                 await client.send(b'{"execute": "stop"}{"execute": "cont"}')
-                await trio.sleep(0.05)
+                with trio.fail_after(5):
+                    await asked.wait()
             await clients_gone(monitor)
             gate.set()
             with trio.fail_after(5):

@@ -10,6 +10,7 @@ import trio
 from tests.campaign.losses import PING_2, PONG_3
 from tests.integration.qemus import qemus
 from tests.integration.test_main_job import GUEST, fronted
+from tests.integration.waiting import nothing_moves, recovered, told
 
 from refault.daemon.doubt import TAKE_BACK
 from refault.lab import bare
@@ -116,8 +117,10 @@ async def test_the_guest_of_a_package_lost_on_its_way_is_taken_back_on_the_opera
 async def test_a_guest_that_has_arrived_is_not_taken_back(tmp_path: Path) -> None:
     async with fronted(tmp_path) as (pair, channel, driver):
         await bare.start_postcopy(driver.source, driver.destination, channel, bandwidth=1 << 20)
+        # The destination's word that it has the guest: QEMU tells of postcopy before it has come.
+        await told(driver, lambda vms: vms[0].migration.phase == "postcopy")
         driver.processes[1].kill()  # so that the channel is lost, and not recovered
-        with trio.fail_after(10):
+        with trio.fail_after(20):
             await bare.wait_status(pair.source.qmp, "postcopy-paused")
             with pytest.raises(QmpError, match="has said that it had it"):
                 await driver.source.execute("migrate", {"uri": TAKE_BACK, "resume": True})
@@ -138,7 +141,7 @@ async def test_a_source_that_writes_while_it_waits_for_its_guests_arrival_pauses
         with trio.fail_after(30):
             await run_precopy(driver, channel, 1 << 30, WITHOUT_EVENTS)
             await wait_for_arrival(pair, driver)
-            await trio.sleep(0.5)
+            await nothing_moves(driver)
             if lost:
                 await channel.reset()
             else:
@@ -159,8 +162,7 @@ async def test_a_source_that_never_hears_that_its_guest_has_arrived_does_not_run
         cut = Cut(Loss.CLOSE, False, PONG_3, 0, "now")
         with trio.fail_after(30):
             await lose_in_switchover(driver, channel, cut)
-            while [vm.recovery.recoveries for vm in await driver.statuses()] != [1, 1]:
-                await trio.sleep(0.05)
+            await recovered(driver, 1)
         await bare.finish(driver.source)
         assert not [event for event in pair.source.qmp.events if event.name == "RESUME"]
         await pair.destination.wait_progress()

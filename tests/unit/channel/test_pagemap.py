@@ -321,7 +321,7 @@ def test_a_long_replay_takes_no_longer_for_each_request_than_a_short_one() -> No
     times = []
     for request in page_map.to_replay():
         page_map.replayed(request.id, 3)
-        times.append(time.perf_counter())
+        times.append(time.thread_time())
     assert len(times) == pages
     assert times[-1] - times[-2000] < 5 * (times[1999] - times[0])
 

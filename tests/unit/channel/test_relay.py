@@ -2,6 +2,7 @@
 
 import contextlib
 import os
+import select
 import socket
 import struct
 import time
@@ -515,14 +516,25 @@ def test_an_idle_pump_costs_nothing() -> None:
         assert time.process_time() - spent < 0.05
 
 
+def changed(relay: Relay) -> None:
+    assert select.select([relay.notify_fd], [], [], DEADLINE)[0]
+    os.eventfd_read(relay.notify_fd)
+
+
 def test_the_first_look_shows_what_is_there() -> None:
     relay = Relay(Role.SOURCE)
     local, qemu = socket.socketpair()
     far, host = tcp_pair()
     with contextlib.closing(relay), qemu:
+        leg = far.fileno()
         relay.attach(local.detach(), far.detach(), recovered=False, may_replay=True)
+        changed(relay)
         host.close()
-        time.sleep(0.2)
+        deadline = time.monotonic() + DEADLINE
+        while Path(f"/proc/self/fd/{leg}").exists():
+            assert time.monotonic() < deadline
+            time.sleep(0.001)
+        changed(relay)
         view = relay.look()
         assert view.channel == 1
         assert view.far.lost

@@ -60,7 +60,7 @@ async def test_silence_leads_to_the_next_address_soon_and_each_is_told_when_none
         began = trio.current_time()
         connection, endpoint = await connect_any([quiet, there], 5)
         assert endpoint == there
-        assert trio.current_time() - began < 1
+        assert trio.current_time() - began < 4  # it is not waited out
         connection.close()
         with pytest.raises(
             OSError, match=f"no answer from {quiet.uri} .*; cannot connect to {refused().uri[:14]}"

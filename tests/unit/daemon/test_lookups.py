@@ -83,7 +83,7 @@ async def test_what_was_found_long_ago_is_not_used(
         await look_up(NAME, 1)
     await asked(resolver, 1)
     monkeypatch.setattr(lookups, "KEPT", -1.0)
-    await trio.sleep(0.05)
+    await lookups._all()[NAME].over.wait()
     await look_up(NAME, 2)
     assert resolver.asked == 2
 

@@ -316,9 +316,9 @@ def test_a_value_in_small_pieces_does_not_cost_all_its_keys_at_each() -> None:
     def seconds(keys: int) -> float:
         splitter = Splitter()
         splitter.feed(b'{"x": {' + b"".join(b'"%d": 1, ' % number for number in range(keys)) + b'"last": "')
-        began = time.perf_counter()
+        began = time.thread_time()
         for _ in range(1000):
             splitter.feed(b"y")
-        return time.perf_counter() - began
+        return time.thread_time() - began
 
     assert seconds(400_000) < 5 * seconds(10)
