@@ -10,6 +10,7 @@ import stat
 import subprocess
 import time
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
@@ -163,29 +164,32 @@ async def test_a_manager_is_connected_to_while_there_is_a_qemu() -> None:
 
 
 @contextlib.contextmanager
-def waiting_qemu(path: Path) -> Iterator[subprocess.Popen[bytes]]:
+def waiting_qemu(path: Path, first: str = "") -> Iterator[subprocess.Popen[bytes]]:
     """A QEMU that stands still until its first monitor has been connected to, and then makes the second."""
     (path / "second").unlink(missing_ok=True)
-    with qemu_process(
-        f"unix:{path}/qemu,server=on,wait=on", f"unix:{path}/second,server=on,wait=off"
-    ) as qemu:
+    first = first or f"unix:{path}/qemu"
+    with qemu_process(f"{first},server=on,wait=on", f"unix:{path}/second,server=on,wait=off") as qemu:
         yield qemu
 
 
 @pytest.mark.qemu
-async def test_a_qemu_that_waits_is_let_go_on_by_the_first_client() -> None:
-    with directory() as path, waiting_qemu(path):
-        await until((path / "qemu").exists)
-        front = parse_address(f"{path}/front,server=on,wait=on")
-        async with refault(path / "qemu", front, parse_address(f"{path}/other", server=True)) as monitor:
-            await until(lambda: monitor.fronts[0].listening)
-            assert not monitor.fronts[1].listening
-            await trio.sleep(0.5)
-            assert not (path / "second").exists()
-            async with negotiated(path / "front") as client:
-                assert await client.command("query-name") == {}
-                await until((path / "second").exists)
-                await until(lambda: monitor.fronts[1].listening)
+@pytest.mark.parametrize("kind", ["unix", "abstract", "tcp"])
+async def test_a_qemu_that_waits_is_let_go_on_by_the_first_client(kind: str) -> None:
+    with directory() as path:
+        qemu, _ = places(path, kind)
+        with waiting_qemu(path, str(qemu)):
+            front = parse_address(f"{path}/front,server=on,wait=on")
+            other = parse_address(f"{path}/other", server=True)
+            await until(lambda: listens_at(path, qemu.port))
+            async with refault(replace(qemu, server=False), front, other) as monitor:
+                await until(lambda: monitor.fronts[0].listening)
+                assert not monitor.fronts[1].listening
+                await trio.sleep(0.5)
+                assert not (path / "second").exists()
+                async with negotiated(path / "front") as client:
+                    assert await client.command("query-name") == {}
+                    await until((path / "second").exists)
+                    await until(lambda: monitor.fronts[1].listening)
 
 
 @pytest.mark.qemu

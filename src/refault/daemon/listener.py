@@ -85,8 +85,12 @@ class Bound:
         """Closes it. Removes its socket file, unless another has taken that place, or somebody has changed
         who may connect: then it stays for the next one to take that from it, and it is returned.
         """
+        left = self._remove()
         for sock in self.socks:
             sock.close()
+        return left
+
+    def _remove(self) -> Access | None:
         if self.inode is None or self.address.path is None:
             return None
         with contextlib.suppress(OSError), _open_path(self.address.path) as fd:
@@ -124,18 +128,23 @@ def bind_unix(address: Address, access: Access | None = None) -> Bound:
                 return Bound((sock,), address)
             access = _remove_stale(address) or access
             # The file gets the socket's own mode, less the umask, in one step (net/unix/af_unix.c,
-            # unix_bind_bsd).
+            # unix_bind_bsd). Who waits for it to appear must not find that nobody listens.
             os.fchmod(sock.fileno(), _MODE)
             sock.bind(address.sun_path)
+            sock.listen(BACKLOG)
             with _open_path(address.sun_path) as fd:
                 status = os.fstat(fd)
                 if not stat.S_ISSOCK(status.st_mode) or status.st_uid != os.geteuid():
                     raise OSError(errno.EEXIST, "somebody else put a file there in the same moment")
                 os.chmod(_by(fd), _MODE)
                 plain = _access(fd)
-                _give(fd, address, plain, access)
-            sock.listen(BACKLOG)
-            return Bound((sock,), address, _inode(status), plain)
+                bound = Bound((sock,), address, _inode(status), plain)
+                try:
+                    _give(fd, address, plain, access)
+                except OSError as error:
+                    os.unlink(address.sun_path)
+                    raise OSError(error.errno, f"cannot give its file away: {error.strerror}") from error
+            return bound
         except BaseException:
             sock.close()
             raise

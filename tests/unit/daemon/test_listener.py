@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import socket
 import stat
@@ -157,6 +158,29 @@ def test_an_owner_and_a_group_by_number(at: Address) -> None:
     assert is_now(at) == (0o660, 4242, 4343)
     bound.close()
     assert not os.path.lexists(at.sun_path)
+
+
+def test_a_file_that_cannot_be_given_away_is_not_left(at: Address, monkeypatch: pytest.MonkeyPatch) -> None:
+    def chown(*_: object) -> None:
+        raise PermissionError(errno.EPERM, "Operation not permitted")
+
+    monkeypatch.setattr(os, "chown", chown)
+    with pytest.raises(ListenError, match="cannot give its file away: Operation not permitted"):
+        bind_unix(replace(at, group=4242))
+    assert not os.path.lexists(at.sun_path)
+
+
+def test_a_group_that_cannot_be_given_again_opens_nothing(
+    at: Address, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    def chown(*_: object) -> None:
+        raise PermissionError(errno.EPERM, "Operation not permitted")
+
+    monkeypatch.setattr(os, "chown", chown)
+    bound = bind_unix(at, Access(0o660, os.geteuid(), 4242))
+    assert is_now(at) == (0o600, os.geteuid(), os.getegid())
+    assert "cannot give it group 4242 again" in caplog.text
+    bound.close()
 
 
 def test_another_ones_file_is_left_alone(at: Address) -> None:
