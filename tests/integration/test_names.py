@@ -1,4 +1,4 @@
-"""A resolver that takes five seconds delays a recovery, and no more."""
+"""A resolver that takes five seconds delays a migration and its recovery, and no more."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ pytestmark = [pytest.mark.qemu, pytest.mark.timeout(90)]
 
 
 @pytest.mark.parametrize("binary", BINARIES)
-async def test_a_loss_while_names_take_five_seconds_is_recovered(tmp_path: Path, binary: str) -> None:
+async def test_while_names_take_five_seconds_a_loss_is_recovered(tmp_path: Path, binary: str) -> None:
     slow = tmp_path / "slow"
     prefix = ["env", f"LD_PRELOAD={slow_resolver(tmp_path)}", f"SLOW={slow}"]
     async with (
@@ -33,13 +33,15 @@ async def test_a_loss_while_names_take_five_seconds_is_recovered(tmp_path: Path,
         await driver.source.execute("migrate-set-parameters", limits)
         await driver.destination.execute("migrate-incoming", {"uri": channel.target_uri})
         await channel.wait_open()
-        await driver.source.execute("migrate", {"uri": f"tcp:{SLOW_NAME}:{channel.port}"})
+        slow.touch()
+        with trio.fail_after(4):
+            await driver.source.execute("migrate", {"uri": f"tcp:{SLOW_NAME}:{channel.port}"})
+            assert await bare.migration_status(driver.source) == "setup"
         with trio.fail_after(30):
             await bare.wait_sent(driver.source, 0.1)
             await driver.source.execute("migrate-start-postcopy")
             await driver.destination.wait_event(lambda event: event.name == "RESUME")
         since = len(driver.destination.events)
-        slow.touch()
         await channel.lose(Loss.RESET)
         with trio.fail_after(30):
             await driver.destination.wait_migration("postcopy-active", since=since)

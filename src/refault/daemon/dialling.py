@@ -68,7 +68,7 @@ class Dialling:
         began, recoveries = self._told
         if recoveries != self._migration.counters.recoveries or not isinstance(endpoint, Inet):
             return False
-        if vm.qemu_pid is not None:
+        if vm.qemu_pid is not None and await vm.takes_descriptors():  # else it may be a forwarder's
             with contextlib.suppress(OSError):  # it is another user's, say
                 # In a thread: the kernel may take 20 ms for its table of connections.
                 return await trio.to_thread.run_sync(connects, vm.qemu_pid, endpoint.port)
@@ -107,6 +107,8 @@ class Dialling:
         """Whether QEMU is better given a connection, and takes one. Raises what `execute` does."""
         vm = self._migration.vm
         if abilities(vm.version).tells_that_it_dials or vm.qemu_pid is None:
+            return False
+        if not await vm.takes_descriptors():
             return False
         on = enabled_capabilities(
             await vm.monitor.execute("query-migrate-capabilities", timeout=QUERY_TIMEOUT)

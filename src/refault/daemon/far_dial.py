@@ -80,6 +80,32 @@ async def connect(endpoint: Inet, seconds: float) -> trio.socket.SocketType:
     return await _connect_one_of(endpoint, await _found(endpoint, math.inf), seconds)
 
 
+async def connect_as_qemu(endpoint: Inet) -> trio.socket.SocketType:
+    """Dials as QEMU does where a migration begins (util/qemu-sockets.c, inet_connect_saddr): each address of
+    a name in turn, for as long as the kernel tries. Raises OSError, in QEMU's words."""
+    where = f"{endpoint.host}:{endpoint.port}"
+    try:
+        found = await look_up(endpoint.host, endpoint.port)
+    except OSError as error:
+        raise OSError(f"address resolution failed for {where}: {error.strerror}") from None
+    last = ""
+    for family, kind, proto, _, address in found:
+        try:
+            return await _connect(socket.socket(family, kind | socket.SOCK_NONBLOCK, proto), address)
+        except OSError as error:
+            last = error.strerror or str(error)
+    raise OSError(f"Failed to connect to '{where}': {last}")
+
+
+def reached(connection: trio.socket.SocketType, endpoint: Inet) -> Inet:
+    """The very address of `endpoint` that a connection was made to; `endpoint` where it has ended already."""
+    try:
+        host, port, *more = connection.getpeername()
+    except OSError:
+        return endpoint
+    return Inet(f"{host}%{more[1]}" if more and more[1] else host, port)
+
+
 async def _found(endpoint: Inet, seconds: float) -> Found:
     """What its host's name stands for. Raises OSError; NoAnswer where `seconds` do not tell."""
     host = endpoint.host if endpoint.host not in ("", "0") else "localhost"

@@ -101,6 +101,29 @@ async def hand_over(monitor: Executes, role: Role) -> LocalLeg:
     return LocalLeg(name, ours, inode)
 
 
+class Pair:
+    """A pair whose other end is QEMU's, used as a local_unix.Listening, for a QEMU that comes to none."""
+
+    def __init__(self, leg: LocalLeg) -> None:
+        self.uri = leg.uri
+        self.path = leg.uri
+        self._leg = leg
+
+    def open(self) -> None:
+        """QEMU has its end already."""
+
+    async def accept(self) -> socket.socket:
+        """Our end."""
+        await trio.lowlevel.checkpoint()
+        return socket.socket(fileno=self._leg.detach())
+
+    def refuse(self) -> None:
+        """Closes our end, if it was not taken."""
+        self._leg.close()
+
+    close = refuse
+
+
 async def lay(monitor: Executes) -> LocalLeg:
     """The same for a destination that is to wait on it. QEMU holds our end as well: before 8.2 it does not
     survive the end of one that it waits on, and a kill of refault ends it.

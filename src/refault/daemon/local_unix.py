@@ -15,8 +15,10 @@ import os
 import secrets
 import shutil
 import socket
+import stat
 import struct
-from dataclasses import dataclass, field
+from contextlib import suppress
+from dataclasses import dataclass
 from pathlib import Path
 
 import trio
@@ -72,23 +74,42 @@ class PrivateSockets:
         """A path that was not used before."""
         return str(self.directory / (name or secrets.token_hex(4)))
 
+    def make_if_missing(self) -> None:
+        """Makes it where it is not there, or not as it is to be. Raises as `make` does."""
+        try:
+            there = os.lstat(self.directory)
+        except FileNotFoundError:
+            self.make()
+            return
+        if stat.S_IMODE(there.st_mode) != 0o700 or self.qemu.uid not in (None, there.st_uid):
+            self.make()
+
     def remove(self) -> None:
         """The migration has ended."""
         shutil.rmtree(self.directory, ignore_errors=True)
 
-    def listen(self) -> Listening:
-        """A socket at which QEMU is to connect. Raises OSError."""
+    def remove_if_empty(self) -> None:
+        """The same, where no other migration of this VM has a socket there."""
+        with suppress(OSError):
+            self.directory.rmdir()
+
+    def listen(self, *, shut: bool = False) -> Listening:
+        """A socket at which QEMU is to connect, and with `shut` waits in connect(2) until it is opened.
+
+        Raises OSError.
+        """
         path = self.path()
         sock = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM | socket.SOCK_NONBLOCK)
         try:
             sock.bind(path)
             if self.qemu.uid is not None and self.qemu.uid != os.getuid():
                 os.chown(path, self.qemu.uid, -1)
-            sock.listen(_BACKLOG)
+            sock.listen(0 if shut else _BACKLOG)
+            filler = _fill_queue(path) if shut else None
         except BaseException:
             sock.close()
             raise
-        return Listening(path, trio.socket.from_stdlib_socket(sock), self.qemu)
+        return Listening(path, trio.socket.from_stdlib_socket(sock), self.qemu, filler)
 
     async def connect(self, path: str) -> socket.socket:
         """Connects to where QEMU listens and waits until it has accepted.
@@ -122,7 +143,21 @@ class Listening:
     path: str
     sock: trio.socket.SocketType
     qemu: Peer
-    _open: bool = field(default=True, init=False)
+    _filler: socket.socket | None = None
+    """What fills its queue, while it is shut."""
+
+    @property
+    def uri(self) -> str:
+        """The address by which QEMU uses it."""
+        return f"unix:{self.path}"
+
+    def open(self) -> None:
+        """Lets those in who wait in connect(2)."""
+        if self._filler is not None:
+            with socket.socket(fileno=os.dup(self.sock.fileno())) as queue:
+                queue.accept()[0].close()
+            self._no_filler()
+            self.sock.listen(_BACKLOG)  # which wakes them (net/unix/af_unix.c, unix_listen)
 
     async def accept(self) -> socket.socket:
         """The next connection of our QEMU; strangers are turned away."""
@@ -136,12 +171,31 @@ class Listening:
             )
             connection.close()
 
+    def refuse(self) -> None:
+        """Closes it; who waits in connect(2) is told that the connection is refused."""
+        self.sock.close()
+        self._no_filler()
+
+    def _no_filler(self) -> None:
+        if self._filler is not None:
+            self._filler.close()
+            self._filler = None
+
     def close(self) -> None:
-        """Removes the path; what was accepted stays."""
-        if self._open:
-            self._open = False
-            self.sock.close()
-            Path(self.path).unlink(missing_ok=True)
+        """Closes it and removes the path; what was accepted stays."""
+        self.refuse()
+        Path(self.path).unlink(missing_ok=True)
+
+
+def _fill_queue(path: str) -> socket.socket:
+    """Takes the one place in a queue of length 0 (net/unix/af_unix.c, unix_recvq_full)."""
+    filler = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM | socket.SOCK_NONBLOCK)
+    try:
+        filler.connect(path)
+    except BaseException:
+        filler.close()
+        raise
+    return filler
 
 
 def may_be(peer: Peer, qemu: Peer) -> bool:

@@ -292,10 +292,14 @@ class Migration:
         except (QmpError, MonitorLost, trio.TooSlowError, OSError) as error:
             log.warning("%s: could not take back what was laid with QEMU: %s", self.name, words(error))
 
-    async def retire(self) -> None:
-        """Another one takes its place."""
+    def gives_way(self) -> None:
+        """Another one takes its place: from now on the record is that one's."""
         self._remembers = False
         self.attempts.cancel()
+
+    async def retire(self) -> None:
+        """Another one takes its place."""
+        self.gives_way()
         await self.procedure.clean_up()
         self.close()
 

@@ -6,6 +6,7 @@ import logging
 from collections import deque
 from collections.abc import Sequence
 
+import msgspec
 import trio
 
 from refault.daemon import ping
@@ -13,13 +14,14 @@ from refault.daemon.attempts import NotPausedYet
 from refault.daemon.channels import AttemptFailed, Channels
 from refault.daemon.dialling import DIALS, Dialling, resume
 from refault.daemon.doubt import TAKE_BACK, decide
-from refault.daemon.far_dial import REDIAL_TIMEOUT, connect_any, dial_in_course, outlast
-from refault.daemon.local import hand_over, take_back
+from refault.daemon.far_dial import REDIAL_TIMEOUT, connect_any, dial_in_course, outlast, reached
+from refault.daemon.local import Pair, hand_over, take_back
+from refault.daemon.local_unix import Listening
 from refault.daemon.migration import Migration, inet_of, is_error
 from refault.daemon.monitor import Answer, Forward, QmpError, WatchedCommand, words
-from refault.daemon.source_lanes import Opening
+from refault.daemon.source_lanes import DIAL_ADVICE, Opening
 from refault.daemon.vm_state import QUERY_TIMEOUT
-from refault.migration.endpoint import Endpoint, Inet, endpoint_of, with_uri
+from refault.migration.endpoint import Endpoint, Inet, endpoint_of, is_refused, with_uri
 from refault.migration.phase import Role
 from refault.migration.recovery import Event, State
 from refault.migration.relayable import has_virtio_mem
@@ -29,7 +31,6 @@ log = logging.getLogger("refault.migration")
 
 CONNECT_TIMEOUT = 5.0
 HANDSHAKE_TIMEOUT = 10.0
-DIAL_ADVICE = "look whether refault runs for this VM on the other host, and at the route and firewall to it"
 HANDSHAKE_ADVICE = "look at refault and QEMU of this VM on the other host: whoever accepted says nothing"
 PAUSE_TOLD_WITHIN = 0.01
 
@@ -46,39 +47,40 @@ class Source:
         self._dialling = Dialling(migration)
 
     async def set_up(self, command: WatchedCommand) -> Forward | Answer:
-        """A client's `migrate`: joined to the relay where it can be, else passed as it came."""
+        """A client's `migrate`: QEMU gets it with an address of ours, where the relay can carry it, and the
+        other host is dialled once QEMU has taken it (source_lanes.py); else it passes as it came."""
         migration = self._migration
-        if migration.channels is not None:
+        channels = migration.channels
+        if channels is not None:
             try:
-                endpoint = inet_of(migration.endpoint)
-                if (reason := await self._why_not()) is not None:
-                    await migration.go_unrelayed(reason)
-                    return Forward(on_reply=self._watch_reply)
                 if await self._may_receive_unsent():
-                    migration.channels.relay.trust_bitmaps()
-                uri = await self._join(migration.channels, [endpoint], recovered=False)
-            except (AttemptFailed, OSError) as error:
-                log.warning("%s: migrate refused: %s", migration.name, error)
-                migration.refused()
-                return Answer(error=("GenericError", str(error)))
-            except (QmpError, trio.TooSlowError) as error:
+                    channels.relay.trust_bitmaps()
+                near = await self._near()
+            except (OSError, QmpError, trio.TooSlowError) as error:
                 await migration.go_unrelayed(f"no local leg could be made: {words(error)}")
             else:
-                return Forward(with_uri(command.arguments, uri), on_reply=self._watch_reply)
+                self._opening = Opening(
+                    migration, channels, near, inet_of(migration.endpoint), deque(), recovered=False
+                )
+                return Forward(with_uri(command.arguments, near.uri), on_reply=self._watch_reply)
         return Forward(on_reply=self._watch_reply)
 
-    async def _why_not(self) -> str | None:
-        """Why the other host is not to be dialled: QEMU will refuse the command, and a destination without a
-        refault ends with a connection on which nothing comes; or no socket can be had for the lanes."""
-        reply = await self._migration.vm.query("query-migrate")
-        if reply.get("blocked-reasons") or reply.get("blocked"):  # since 6.0, and before
-            return "QEMU does not migrate this guest now"
-        if self._migration.lanes.count:
-            try:
-                self._migration.vm.sockets.make()
-            except OSError as error:
-                return f"no local leg could be made: {error}"
-        return None
+    async def _near(self) -> Listening | Pair:
+        """What QEMU is to be told of. Raises OSError, and what `execute` raises."""
+        migration = self._migration
+        vm = migration.vm
+        try:
+            if await vm.comes_to_sockets():
+                vm.sockets.make_if_missing()
+                return vm.sockets.listen(shut=True)
+            reason = f"QEMU does not come to a socket in {vm.sockets.directory}"
+        except OSError as error:
+            reason = str(error)
+        if migration.lanes.count or vm.encrypted:
+            # A pair has one connection; and QEMU's monitor stands while a TLS handshake waits on one.
+            raise OSError(reason)
+        log.info("%s: %s; it gets a descriptor, and begins before the other host is reached", vm.name, reason)
+        return Pair(await hand_over(vm.monitor, Role.SOURCE))
 
     async def _may_receive_unsent(self) -> bool:
         """Whether the destination may rightly have pages that were never sent (cext/tracker.h)."""
@@ -93,30 +95,26 @@ class Source:
         channels: Channels,
         endpoints: Sequence[Inet],
         *,
-        recovered: bool,
         course: trio.CancelScope | None = None,
         asks: bool = False,
     ) -> str:
-        """Makes both legs and joins them, where it `asks` only when there is an answer; the address at which
-        QEMU finds its end.
+        """Makes both legs of a recovered channel and joins them, where it `asks` only when there is an
+        answer; the address at which QEMU finds its end.
 
         Dialled last and joined at once: a connection to a QEMU that listens for a recovery must not be given
         up. Raises OSError, AttemptFailed, and what `execute` raises.
         """
-        patience = REDIAL_TIMEOUT if recovered else CONNECT_TIMEOUT
         if self._migration.lanes.count:
-            return await self._open(
-                channels, endpoints, patience, recovered=recovered, course=course, asks=asks
-            )
+            return await self._open(channels, endpoints, course=course, asks=asks)
         monitor = self._migration.vm.monitor
         local = await hand_over(monitor, Role.SOURCE)
         try:
-            connection, endpoint = await dial_in_course(endpoints, patience, course)
+            connection, endpoint = await dial_in_course(endpoints, REDIAL_TIMEOUT, course)
             with connection:
                 self._migration.addresses.tried(endpoint)
                 if course is not None and asks:
                     await self._ask(connection, endpoint, course)
-                channels.join(local, connection, recovered=recovered)
+                channels.join(local, connection, recovered=True)
         except BaseException:
             local.close()
             with trio.CancelScope(shield=True):
@@ -128,9 +126,7 @@ class Source:
         self,
         channels: Channels,
         endpoints: Sequence[Inet],
-        patience: float,
         *,
-        recovered: bool,
         course: trio.CancelScope | None,
         asks: bool,
     ) -> str:
@@ -145,16 +141,16 @@ class Source:
             await self._opening.over.wait()
         channels.check_room()
         sockets = migration.vm.sockets
-        if not sockets.directory.exists():  # set_up makes it anew
-            sockets.make()
+        sockets.make_if_missing()
         at_once = migration.lanes.preempt and not abilities(migration.vm.version).preempt_comes_late
         listening = sockets.listen()
         connections: deque[trio.socket.SocketType] = deque()
         try:
-            connection, endpoint = await dial_in_course(endpoints, patience, course)
+            connection, endpoint = await dial_in_course(endpoints, REDIAL_TIMEOUT, course)
             connections.append(connection)
+            there = reached(connection, endpoint)
             if at_once:
-                connections.append((await connect_any([endpoint], patience))[0])
+                connections.append((await connect_any([there], REDIAL_TIMEOUT))[0])
             if course is not None and asks:
                 await self._ask(connection, endpoint, course)
         except BaseException:
@@ -163,7 +159,7 @@ class Source:
                 connection.close()
             raise
         migration.addresses.tried(endpoint)
-        self._opening = Opening(migration, channels, listening, endpoint, connections, recovered=recovered)
+        self._opening = Opening(migration, channels, listening, there, connections, recovered=True)
         migration.vm.start_soon(self._opening.run)
         return self._opening.uri
 
@@ -200,8 +196,19 @@ class Source:
             self._migration.refused()
         else:
             self._migration.accepted()
-            if self._migration.channels is not None:
-                self._migration.channels.answered()
+            if self._opening is not None:
+                self._migration.vm.start_soon(self._opening.run)
+        return reply
+
+    def show_failure(self, reply: bytes) -> bytes:
+        """Makes query-migrate say why the other host was not reached: QEMU knows of our socket alone."""
+        failure = self._opening.failure if self._opening is not None else None
+        if self._opening is None or failure is None or b"error-desc" not in reply:
+            return reply
+        decoded = msgspec.json.decode(reply)
+        match decoded:
+            case {"return": {"error-desc": str(error)} as answer} if self._opening.is_meant(error):
+                return msgspec.json.encode({**decoded, "return": {**answer, "error-desc": failure}})
         return reply
 
     def path_changed(self) -> bool:
@@ -217,7 +224,7 @@ class Source:
         if command.arguments.get("uri") == TAKE_BACK:
             why_not = decide(migration)
             return Answer(error=("GenericError", why_not)) if why_not else Answer()
-        if not migration.under_way:
+        if not migration.under_way or is_refused(command.arguments, migration.vm.version):
             return Forward()  # which QEMU refuses
         log.info("%s: a client recovers the source by hand", migration.name)
         if await self._dialling.goes_on():
@@ -240,7 +247,7 @@ class Source:
         if not isinstance(endpoint, Inet):
             return Forward(on_reply=migration.watch_recovery)
         try:
-            uri = await self._join(channels, [endpoint], recovered=True)
+            uri = await self._join(channels, [endpoint])
         except (AttemptFailed, OSError) as error:
             migration.feed(Event.ATTEMPT_FAILED)
             return Answer(error=("GenericError", str(error)))
@@ -321,7 +328,7 @@ class Source:
         # Under TLS nothing of ours can be said, and a handshake that nobody answers leaves QEMU paused.
         asks = not (abilities(vm.version).pauses_again_in_handshake or vm.encrypted)
         try:
-            uri = await self._join(channels, endpoints, recovered=True, course=course, asks=asks)
+            uri = await self._join(channels, endpoints, course=course, asks=asks)
         except OSError as error:
             raise AttemptFailed(f"{error} ({DIAL_ADVICE})") from None
         channel = channels.channel
@@ -379,12 +386,12 @@ class Source:
 
     async def clean_up(self) -> None:
         """Takes back from QEMU what it held for the migration's last moments."""
+        if self._opening is not None:
+            self._opening.clear()
+            self._migration.vm.sockets.remove_if_empty()
         await take_back(self._migration.vm.monitor, *self._migration.kept_before)
         if self._migration.channels is not None:
             await self._migration.channels.kept.let_go()
-        if self._opening is not None:
-            self._opening.cancel()
-            self._migration.vm.sockets.remove()
 
     async def cancel(self, command: WatchedCommand) -> Forward | Answer:
         """`migrate_cancel` in postcopy: answered as QEMU 10.0 does (qmp_migrate_cancel).
@@ -393,11 +400,17 @@ class Source:
         """
         vm = self._migration.vm
         if abilities(vm.version).refuses_cancel_in_postcopy:
-            return Forward()
+            return Forward(on_reply=self._watch_cancel)
         try:
             status = (await vm.query("query-migrate")).get("status")
         except (QmpError, trio.TooSlowError):
             status = self._migration.status
         if not str(status).startswith("postcopy-"):
-            return Forward()
+            return Forward(on_reply=self._watch_cancel)
         return Answer(error=("GenericError", "Postcopy migration in progress, cannot cancel."))
+
+    def _watch_cancel(self, reply: bytes) -> bytes:
+        """A QEMU that is cancelled while it connects waits for the end of that."""
+        if self._opening is not None and not self._opening.joined.is_set() and not is_error(reply):
+            self._opening.cancel()
+        return reply

@@ -1,9 +1,17 @@
-"""A source's channel with lanes: QEMU connects at a private socket, the main connection first, and each is
-completed to the other host before the next is taken."""
+"""A source's channel as QEMU opens it: QEMU connects at a private socket, the main connection first, and each
+is completed to the other host before the next is taken.
+
+The first channel of a migration begins with QEMU. It is told of a socket that is shut, so that it checks the
+client's command, answers it, and stays in `setup`, as while it dials by itself. Only then the other host is
+dialled, as QEMU does it, and QEMU let in; or refused, which it takes as it takes its own failure to connect.
+"""
 
 from __future__ import annotations
 
+import contextlib
+import errno
 import logging
+import os
 import socket
 from collections import deque
 from typing import TYPE_CHECKING
@@ -11,9 +19,11 @@ from typing import TYPE_CHECKING
 import trio
 
 from refault.daemon.channels import AttemptFailed, Channels
-from refault.daemon.far_dial import connect_any
-from refault.daemon.local import LocalLeg
+from refault.daemon.far_dial import connect_any, connect_as_qemu, reached
+from refault.daemon.local import LocalLeg, Pair
 from refault.daemon.local_unix import Listening, peer_inode_now
+from refault.daemon.monitor import MonitorLost, QmpError
+from refault.daemon.short_queue import shorten
 from refault.migration.endpoint import Inet
 
 if TYPE_CHECKING:
@@ -25,30 +35,35 @@ QEMU_CONNECTS_WITHIN = 10.0
 LANE_TIMEOUT = 10.0
 """How long the other host is dialled for a lane before the channel counts as lost."""
 _REDIAL_AFTER = 0.1
+_ASKED_EVERY = 0.05
+DIAL_ADVICE = "look whether refault runs for this VM on the other host, and at the route and firewall to it"
 
 
 class Opening:
-    """One channel on its way. It owns `connections`, the far ones that were dialled ahead, main first."""
+    """One channel on its way. It owns `connections`, the far ones that were dialled ahead, main first;
+    without any the other host is yet to be dialled."""
 
     def __init__(
         self,
         migration: Migration,
         channels: Channels,
-        listening: Listening,
+        near: Listening | Pair,
         endpoint: Inet,
         connections: deque[trio.socket.SocketType],
         *,
         recovered: bool,
     ) -> None:
-        self.uri = f"unix:{listening.path}"
+        self.uri = near.uri
         """What QEMU's `migrate` is given."""
         self.joined = trio.Event()
         """Set once QEMU's main connection is joined to the other host."""
         self.over = trio.Event()
         """Set when no more connections are taken."""
+        self.failure: str | None = None
+        """Why the other host was not reached, as QEMU would say it."""
         self._migration = migration
         self._channels = channels
-        self._listening = listening
+        self._near = near
         self._endpoint = endpoint
         self._connections = connections
         self._recovered = recovered
@@ -56,33 +71,71 @@ class Opening:
 
     def cancel(self) -> None:
         """Takes no more connections; what is joined stays."""
+        if not (self._recovered or self._connections or self.joined.is_set() or self.failure):
+            where = f"{self._endpoint.host}:{self._endpoint.port}"
+            self.failure = f"Failed to connect to '{where}': {os.strerror(errno.ECANCELED)}"
         self._scope.cancel()
+
+    def is_meant(self, error: str) -> bool:
+        """Whether QEMU's error is about what it was to connect to."""
+        return isinstance(self._near, Pair) or self._near.path in error
+
+    def clear(self) -> None:
+        """Removes what QEMU was to connect to: the migration is over, or the command was not taken."""
+        self.cancel()
+        self._near.close()
 
     async def run(self) -> None:
         """Serves until all connections are there, or the channel is lost."""
         try:
             with self._scope:
+                if not self._connections:
+                    await self._dial_first()
+                self._near.open()
                 await self._take_main()
+        except _NotReached as error:
+            self.failure = str(error)
+            log.warning(
+                "%s: the other host is not reached: %s (%s)", self._migration.name, error, DIAL_ADVICE
+            )
         finally:
-            self._listening.close()
+            if self.failure is not None:
+                self._near.refuse()  # the path stays, or QEMU would say that it does not exist
+            else:
+                self._near.close()
             for connection in self._connections:
                 connection.close()
             self.over.set()
 
+    async def _dial_first(self) -> None:
+        """QEMU has taken the command. Raises _NotReached."""
+        migration = self._migration
+        with contextlib.suppress(QmpError, MonitorLost, trio.TooSlowError):
+            migration.lanes = await migration.vm.ask_lanes()  # from here on they stay as they are
+            migration.remember()
+        try:
+            connection = await connect_as_qemu(self._endpoint)
+        except OSError as error:
+            raise _NotReached(str(error)) from None
+        self._connections.append(connection)
+        self._endpoint = reached(connection, self._endpoint)
+
     async def _take_main(self) -> None:
         local = None
         with trio.move_on_after(QEMU_CONNECTS_WITHIN):
-            local = await self._listening.accept()
+            local = await self._near.accept()
         if local is None:
             log.warning(
                 "%s: QEMU was told to migrate but did not connect to %s in %g s: if SELinux or AppArmor"
                 " forbids it that, use --relay off",
                 self._migration.name,
-                self._listening.path,
+                self._near.path,
                 QEMU_CONNECTS_WITHIN,
             )
             return
-        leg = LocalLeg(self._listening.path, local, peer_inode_now(local))
+        leg = LocalLeg(self._near.path, local, peer_inode_now(local))
+        if not self._migration.lanes.count:
+            shorten(self._migration.vm.qemu_pid, leg.peer_inode)
         try:
             self._channels.join(leg, self._connections.popleft(), recovered=self._recovered)
         except AttemptFailed as error:
@@ -91,11 +144,25 @@ class Opening:
             return
         self.joined.set()
         channel = self._channels.channel
+        if not self._recovered:
+            self._migration.vm.start_soon(self._tell_answered, channel)
         async with trio.open_nursery() as nursery:
             nursery.start_soon(self._cancel_when_lost, channel)
             for _ in range(self._migration.lanes.count):
                 await self._take_lane(channel)
             nursery.cancel_scope.cancel()
+
+    async def _tell_answered(self, channel: int) -> None:
+        """QEMU answered long ago; that it has come through the TLS handshake its status tells."""
+        migration, channels = self._migration, self._channels
+        while migration.vm.encrypted and migration.status in (None, "setup") and channels.lives(channel):
+            with contextlib.suppress(QmpError, MonitorLost, trio.TooSlowError):  # it may answer nobody then
+                status = (await migration.vm.query("query-migrate")).get("status")
+                if isinstance(status, str):
+                    migration.on_status(status)
+            await trio.sleep(_ASKED_EVERY)
+        if channels.lives(channel):
+            channels.answered()
 
     async def _cancel_when_lost(self, channel: int) -> None:
         while self._channels.lives(channel):
@@ -103,7 +170,7 @@ class Opening:
         self.cancel()
 
     async def _take_lane(self, channel: int) -> None:
-        local = await self._listening.accept()
+        local = await self._near.accept()
         try:
             connection = self._connections.popleft() if self._connections else await self._dial()
         except OSError as error:
@@ -126,6 +193,10 @@ class Opening:
                 if trio.current_time() + _REDIAL_AFTER >= deadline:
                     raise
             await trio.sleep(_REDIAL_AFTER)
+
+
+class _NotReached(Exception):  # noqa: N818 - it says what happened
+    """The other host could not be dialled."""
 
 
 async def _until_cancelled_with(local: socket.socket) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import math
 from collections.abc import Callable, Collection, Mapping
+from dataclasses import replace
 
 import msgspec
 import trio
@@ -99,6 +100,8 @@ class Vm:
         """Whether the daemon is about to end: then a lost monitor is no news."""
         self._last_info: QemuInfo | None = None
         self._one_set_up = trio.Lock()
+        self._pending: Migration | None = None
+        """One whose command QEMU has yet to answer: it takes the last one's place once QEMU has taken it."""
         self._shuts_down = False
         """Whether QEMU has said that it ends."""
 
@@ -111,6 +114,8 @@ class Vm:
                 self.state.start_soon(routes.watch, self._path_changed)
                 task_status.started()
         finally:
+            if self._pending is not None:
+                self._pending.close()
             if self.migration is not None:
                 self.migration.say_what_stopping_costs()
                 self.migration.close()
@@ -157,19 +162,52 @@ class Vm:
                 return Forward()
             endpoint = endpoint_of(command.arguments)
             reason, lanes = await self.state.judge(endpoint, role.role)
+            if role is Destination and isinstance(self._procedure, Destination):
+                await self._retire_last()  # it may stand at the address
+            migration = self._pending = Migration(self.state, role, endpoint, lanes)
             try:
                 try:
-                    migration = await self._replace(role, endpoint, reason, lanes, answered=False)
+                    migration.begin(reason)
                 except OSError as error:
-                    reason = f"no relay could be made: {error}"
-                    migration = await self._replace(role, endpoint, reason, lanes, answered=False)
+                    migration.begin(f"no relay could be made: {error}")
                 verdict = await migration.procedure.set_up(command)
                 self._must_be(info)
             except BaseException:
-                if self.migration is not None:
-                    self.migration.settled.set()
+                self._drop_pending()
                 raise
+            return self._settle(migration, verdict)
+
+    def _settle(self, migration: Migration, verdict: Forward | Answer) -> Forward | Answer:
+        """Has QEMU's answer, which may be there already, decide whether the pending migration is one."""
+        if isinstance(verdict, Answer):
+            self._pending = None
+            if verdict.error is None:
+                self._install(migration)
             return verdict
+        heard = verdict.on_reply
+
+        def settle(reply: bytes) -> bytes:
+            if self._pending is migration:
+                self._pending = None
+                if is_error(reply):
+                    log.info("%s: QEMU refuses the command", self.name)
+                else:
+                    self._install(migration)
+            return heard(reply) if heard is not None else reply
+
+        return replace(verdict, on_reply=settle)
+
+    def _install(self, migration: Migration) -> None:
+        """QEMU has taken the command that sets `migration` up."""
+        last, self.migration = self.migration, migration
+        if last is not None:
+            last.gives_way()
+            self.state.start_soon(last.retire)
+
+    def _drop_pending(self) -> None:
+        pending, self._pending = self._pending, None
+        if pending is not None:
+            pending.refused()
 
     def _must_be(self, info: QemuInfo | None) -> None:
         """Raises MonitorLost where a command that came for `info` goes to no QEMU any more."""
@@ -178,8 +216,8 @@ class Vm:
 
     async def _answered(self) -> None:
         """Waits while QEMU has the command that sets a migration up, so that it is not under way yet."""
-        if self.migration is not None:
-            await self.migration.settled.wait()
+        if self._pending is not None:
+            await self._pending.settled.wait()
 
     async def _replace(
         self,
@@ -188,20 +226,17 @@ class Vm:
         reason: str | None,
         lanes: Lanes,
         met: MigrationRecord | None = None,
-        *,
-        answered: bool = True,
     ) -> Migration:
-        """A new migration in the last one's place; `reason` and `met` as for `Migration.begin`.
-
-        Not `answered`: QEMU has the command yet to answer that sets it up.
-        """
-        if self.migration is not None:
-            await self.migration.retire()
+        """A new migration in the last one's place; `reason` and `met` as for `Migration.begin`."""
+        await self._retire_last()
         self.migration = Migration(self.state, role, endpoint, lanes)
-        if answered:
-            self.migration.settled.set()
+        self.migration.settled.set()
         self.migration.begin(reason, met)
         return self.migration
+
+    async def _retire_last(self) -> None:
+        if self.migration is not None:
+            await self.migration.retire()
 
     @property
     def _procedure(self) -> RoleProcedure | None:
@@ -253,6 +288,8 @@ class Vm:
 
     async def _query_migrate(self, command: WatchedCommand) -> Forward | Answer:
         procedure = self._procedure
+        if isinstance(procedure, Source):
+            return Forward(on_reply=procedure.show_failure)
         show = procedure.show_address() if isinstance(procedure, Destination) else None
         return Forward(on_reply=show)
 
@@ -264,6 +301,8 @@ class Vm:
         self._shuts_down |= name == "SHUTDOWN" and data.get("guest") is not True
         if name == "MIGRATION":
             self._meet_unseen(status)
+            if self._pending is not None:
+                return  # what its command did before it was answered
         if self.migration is None:
             return
         if name == "MIGRATION" and isinstance(status, str):
@@ -275,9 +314,9 @@ class Vm:
 
     def _meet_unseen(self, status: object) -> None:
         """Takes over what no client's command set up here: `-incoming`, or `human-monitor-command`."""
-        set_up = self.migration is not None and not self.migration.settled.is_set()
+        set_up = self._pending is not None or self._under_way
         info = self.monitor.qemu
-        if info is not None and status in _UNDER_WAY - {"setup"} and not (set_up or self._under_way):
+        if info is not None and status in _UNDER_WAY - {"setup"} and not set_up:
             self.state.start_soon(self._meet, info)
 
     async def _on_connect(self, info: QemuInfo) -> None:
@@ -303,8 +342,8 @@ class Vm:
         return status not in (None, "none", "setup")
 
     def _on_disconnect(self) -> None:
+        self._drop_pending()  # what QEMU had not answered it never does
         if self.migration is not None:
-            self.migration.settled.set()  # what QEMU had not answered it never does
             self.migration.client_pauses = False
         if self.stopping:
             return

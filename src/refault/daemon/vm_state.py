@@ -16,6 +16,7 @@ from refault.daemon.local import give_back
 from refault.daemon.local_unix import PrivateSockets
 from refault.daemon.monitor import MonitorLost, QmpError, words
 from refault.daemon.options import Patience
+from refault.daemon.reach import comes, takes_descriptor
 from refault.daemon.state_file import MigrationRecord, StateFile, process_started
 from refault.migration.endpoint import Endpoint, parse_uri
 from refault.migration.phase import Role
@@ -29,11 +30,15 @@ from refault.migration.relayable import (
 )
 
 if TYPE_CHECKING:
-    from refault.daemon.monitor import Monitor
+    from refault.daemon.monitor import Monitor, QemuInfo
 
 log = logging.getLogger("refault.migration")
 
 QUERY_TIMEOUT = 5.0
+NO_DESCRIPTORS = (
+    "descriptors do not reach QEMU: what forwards its monitor does not pass them, or a security module"
+    " (SELinux, AppArmor) keeps them away"
+)
 
 
 @dataclass
@@ -74,6 +79,8 @@ class VmState:
         self.encrypted = False
         """Whether QEMU's channels speak TLS, as it was last asked."""
         self._relay_allowed = relay_allowed
+        self._reached: dict[str, tuple[QemuInfo | None, bool]] = {}
+        """What reaches QEMU, and of which QEMU that was found."""
         self._nursery: trio.Nursery | None = None
         self._not_given: list[socket.socket] = []
         """Ends that QEMU did not take back: they stay open for as long as refault runs."""
@@ -166,7 +173,31 @@ class VmState:
         reason = why_not(
             endpoint, capabilities, parameters, role=role, version=self.version, process_is_seen=seen
         )
+        if reason is None and not await self.takes_descriptors():
+            reason = NO_DESCRIPTORS
+            log.warning("%s: %s: a loss is recovered over QMP alone, by its address", self.name, reason)
         return reason, lanes_of(capabilities, parameters)
+
+    async def ask_lanes(self) -> Lanes:
+        """The lanes that QEMU's next channel has. Raises what `execute` raises."""
+        return lanes_of(*await self.ask_settings())
+
+    async def takes_descriptors(self) -> bool:
+        """Whether descriptors that are passed to QEMU reach it. Raises MonitorLost and trio.TooSlowError."""
+        return await self._reaches("descriptors", lambda: takes_descriptor(self.monitor))
+
+    async def comes_to_sockets(self) -> bool:
+        """Whether QEMU can connect to the sockets made for it. Raises OSError where none can be made, and as
+        `takes_descriptors`."""
+        return await self._reaches("sockets", lambda: comes(self.monitor, self.sockets))
+
+    async def _reaches(self, what: str, ask: Callable[[], Awaitable[bool]]) -> bool:
+        qemu, answer = self._reached.get(what, (None, False))
+        if qemu is None or qemu is not self.monitor.qemu:
+            qemu = self.monitor.qemu
+            answer = await ask()
+            self._reached[what] = qemu, answer
+        return answer
 
     @property
     def sockets(self) -> PrivateSockets:

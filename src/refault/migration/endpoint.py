@@ -10,6 +10,8 @@ import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 
+from refault.migration.versions import Version
+
 
 @dataclass(frozen=True)
 class Inet:
@@ -67,7 +69,7 @@ def endpoint_of(arguments: Mapping[str, object]) -> Endpoint | None:
     """The endpoint in a command's arguments (`uri`, or the one main channel of `channels`); None where there
     is none."""
     uri = arguments.get("uri")
-    if uri is not None:
+    if "uri" in arguments:
         return parse_uri(uri) if isinstance(uri, str) else None
     channels = arguments.get("channels")
     match channels:
@@ -109,6 +111,30 @@ def _spelt(addr: Mapping[str, object]) -> str | None:
         case "file", {"filename": str(name), "offset": int(offset)}:
             return f"file:{name},offset={offset}"
     return None
+
+
+_MIGRATE: dict[str, tuple[type, Version | None, Version | None]] = {
+    "uri": (str, None, None),
+    "channels": (list, (8, 2, 0), None),
+    "blk": (bool, None, (9, 1, 0)),
+    "inc": (bool, None, (9, 1, 0)),
+    "detach": (bool, None, None),
+    "resume": (bool, None, None),
+}
+"""What `migrate` takes (qapi/migration.json): its type, since when, and until when."""
+
+
+def is_refused(arguments: Mapping[str, object], version: Version) -> bool:
+    """Whether QEMU refuses a `migrate` for its arguments, whatever it is at."""
+    if ("uri" in arguments) == ("channels" in arguments):
+        return True
+    for name, value in arguments.items():
+        kind, since, until = _MIGRATE.get(name, (None, None, None))
+        if kind is None or not isinstance(value, kind):
+            return True
+        if (since is not None and version < since) or (until is not None and version >= until):
+            return True
+    return False
 
 
 def with_uri(arguments: Mapping[str, object], uri: str) -> dict[str, object]:

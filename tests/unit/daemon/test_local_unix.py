@@ -69,6 +69,68 @@ async def test_a_stranger_at_our_socket_is_turned_away(sockets: PrivateSockets) 
     assert not list(sockets.directory.iterdir())
 
 
+def connecting(path: str) -> socket.socket:
+    connection = socket.socket(socket.AF_UNIX)
+    try:
+        connection.connect(path)
+    except BaseException:
+        connection.close()
+        raise
+    return connection
+
+
+async def waiting(path: str, told: list[object]) -> None:
+    try:
+        told.append(await trio.to_thread.run_sync(connecting, path))
+    except OSError as error:
+        told.append(error)
+
+
+@pytest.mark.parametrize("let_in", [True, False])
+async def test_who_comes_to_one_that_is_shut_waits_until_it_is_opened_or_refuses(
+    sockets: PrivateSockets, let_in: bool
+) -> None:
+    listening = sockets.listen(shut=True)
+    told: list[object] = []
+    with trio.fail_after(10):
+        async with trio.open_nursery() as nursery:
+            for _ in range(3):
+                nursery.start_soon(waiting, listening.path, told)
+            await trio.sleep(0.2)
+            assert not told
+            if let_in:
+                listening.open()
+                accepted = [await listening.accept() for _ in range(3)]
+            else:
+                listening.refuse()
+                accepted = []
+    for end in told:
+        if let_in:
+            assert isinstance(end, socket.socket)
+            end.close()
+        else:
+            assert isinstance(end, ConnectionRefusedError)
+    for connection in accepted:
+        connection.close()
+    listening.close()
+    sockets.remove_if_empty()
+    assert not sockets.directory.exists()
+
+
+def test_the_directory_is_made_anew_only_where_it_is_not_as_it_must_be(sockets: PrivateSockets) -> None:
+    kept = Path(sockets.path("kept"))
+    kept.touch()
+    sockets.make_if_missing()
+    sockets.remove_if_empty()
+    assert kept.exists()
+    sockets.directory.chmod(0o755)
+    sockets.make_if_missing()
+    assert not kept.exists()
+    sockets.remove()
+    sockets.make_if_missing()
+    assert sockets.directory.exists()
+
+
 @pytest.mark.parametrize("short", [False, True])
 async def test_connecting_waits_until_it_is_accepted(
     sockets: PrivateSockets, short: bool, monkeypatch: pytest.MonkeyPatch

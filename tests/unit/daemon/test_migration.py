@@ -32,6 +32,7 @@ def migration(tmp_path: Path) -> Migration:
         patience=Patience(),
         monitor=SimpleNamespace(qemu=SimpleNamespace(pid=os.getpid())),
         qemu_pid=os.getpid(),
+        version=(7, 2, 0),
         state_file=StateFile(tmp_path, "vm"),
         start_soon=lambda *_: None,
     )

@@ -23,6 +23,7 @@ from refault.migration.endpoint import Inet
 from refault.migration.recovery import Event, State
 
 OK = b'{"return": {}}'
+REFUSED = b'{"error": {"class": "GenericError", "desc": "no"}}'
 
 
 class Qemu:
@@ -33,9 +34,12 @@ class Qemu:
         self.asked: list[str] = []
         self.says: dict[str, object] = {"query-migrate-capabilities": []}
 
-    async def execute(self, command: str, *_: object, **__: object) -> object:
+    async def execute(self, command: str, arguments: Any = None, **_: object) -> object:
         await trio.lowlevel.checkpoint()
         self.asked.append(command)
+        if command == "chardev-add":
+            with socket.socket(socket.AF_UNIX) as connection:
+                connection.connect(arguments["backend"]["data"]["addr"]["data"]["path"])
         said = self.says.get(command, {})
         if isinstance(said, Exception):
             raise said
@@ -114,22 +118,23 @@ async def test_a_migrate_from_before_the_monitor_was_lost_does_the_next_no_harm(
             assert lost == [MonitorLost]
 
 
-async def test_a_migrate_during_which_the_monitor_is_lost_does_the_next_no_harm(tmp_path: Path) -> None:
+async def test_a_migrate_during_which_the_monitor_is_lost_does_the_next_no_harm(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     async with fronted(tmp_path) as (qemu, vm):
         answer(await vm._migrate(migrate("unix:/run/x")), OK)
         vm._on_event("MIGRATION", {"status": "failed"})
-        first = vm.migration
-        assert first is not None
-        retire = first.retire
+        execute = qemu.execute
 
-        async def retire_slowly() -> None:
-            await retire()
+        async def is_lost(command: str, *more: object, **named: Any) -> object:
             vm._on_disconnect()
             qemu.qemu = QemuInfo(os.getpid(), 0, "10.0.0", (10, 0, 0), "", True)
+            return await execute(command, *more, **named)
 
-        first.retire = retire_slowly  # type: ignore[method-assign]
-        with pytest.raises(MonitorLost):
-            await vm._migrate(migrate("unix:/run/x"))
+        with monkeypatch.context() as patch:
+            patch.setattr(qemu, "execute", is_lost)
+            with pytest.raises(MonitorLost):
+                await vm._migrate(migrate("unix:/run/x"))
         with trio.fail_after(5):
             answer(await vm._migrate(migrate("unix:/run/x")), OK)
 
@@ -149,15 +154,22 @@ async def test_a_migrate_that_goes_to_qemu_unwatched_delays_no_other(
             answer(await vm._migrate(migrate("unix:/run/x")), OK)
 
 
-async def test_a_migrate_that_qemu_will_refuse_does_not_reach_the_other_host(tmp_path: Path) -> None:
-    """A bare QEMU that listens there ends with a connection on which nothing comes."""
+async def test_a_migrate_that_qemu_refuses_is_as_if_it_had_never_been(tmp_path: Path) -> None:
+    """A bare QEMU that listens there ends with a connection on which nothing comes; and what the migration
+    before has left is not touched."""
     with socket.create_server(("127.0.0.1", 0)) as far:
         far.setblocking(False)
-        async with fronted(tmp_path) as (qemu, vm):
-            qemu.says["query-migrate"] = {"blocked-reasons": ["non-migratable device: nvme"]}
-            verdict = await vm._migrate(migrate(f"tcp:127.0.0.1:{far.getsockname()[1]}"))
-            assert isinstance(verdict, Forward)
-            assert verdict.arguments is None
+        uri = f"tcp:127.0.0.1:{far.getsockname()[1]}"
+        async with fronted(tmp_path) as (_, vm):
+            answer(await vm._migrate(migrate("unix:/run/x")), OK)
+            before = vm.migration
+            vm._on_event("MIGRATION", {"status": "completed"})
+            answer(await vm._migrate(migrate(uri)), REFUSED)
+            await trio.testing.wait_all_tasks_blocked(0.01)
+            assert vm.migration is before
+            assert not vm.state.sockets.directory.exists()
+            answer(await vm._migrate(migrate("unix:/run/x")), OK)
+            assert vm.migration is not before
         with pytest.raises(BlockingIOError):
             far.accept()
 
@@ -182,7 +194,8 @@ async def test_a_resume_without_a_migration_does_not_reach_the_other_host(tmp_pa
         uri = f"tcp:127.0.0.1:{far.getsockname()[1]}"
         async with fronted(tmp_path) as (_, vm):
             answer(await vm._migrate(migrate(uri)), OK)
-            far.accept()[0].close()
+            with trio.fail_after(5):
+                (await trio.to_thread.run_sync(far.accept))[0].close()
             vm._on_event("MIGRATION", {"status": "failed"})
             far.setblocking(False)
             command = WatchedCommand("migrate", False, {"uri": uri, "resume": True}, None, 1)
@@ -200,6 +213,7 @@ async def test_a_connection_for_an_unrelayed_recovery_outlasts_a_monitor_that_is
             assert vm.migration is not None
             vm.migration.addresses.moved(Inet("127.0.0.1", far.getsockname()[1]))
             qemu.says["query-migrate"] = {"status": "postcopy-paused"}
+            assert await vm.state.takes_descriptors()
             qemu.says["getfd"] = MonitorLost("the monitor was lost")
             vm._on_event("MIGRATION", {"status": "postcopy-paused"})
             with trio.fail_after(5):

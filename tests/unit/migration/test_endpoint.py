@@ -5,6 +5,7 @@ from refault.migration.endpoint import (
     Other,
     endpoint_of,
     is_of_no_address,
+    is_refused,
     parse_uri,
     with_no_address,
     with_uri,
@@ -120,3 +121,24 @@ def test_a_command_without_an_address_is_known_by_qemus_answer() -> None:
     assert is_of_no_address(unknown)
     assert is_of_no_address("Channel list must have only one entry, for type 'main'")
     assert not is_of_no_address("'-incoming' was not specified on the command line")
+
+
+def test_what_qemu_refuses_for_its_arguments_alone() -> None:
+    refused: tuple[dict[str, object], ...] = (
+        {},
+        {"resume": True},
+        {"uri": "tcp:h:1", "bogus": 1},
+        {"uri": "tcp:h:1", "detach": 1},
+        {"uri": 4},
+        {"uri": "tcp:h:1", "channels": []},
+        {"channels": {}},
+    )
+    for arguments in refused:
+        assert all(is_refused(arguments, version) for version in ((7, 2, 0), (10, 0, 0)))
+    since: tuple[tuple[dict[str, object], bool, bool], ...] = (
+        ({"uri": "tcp:h:1", "resume": True, "detach": False}, False, False),
+        ({"uri": "tcp:h:1", "blk": True, "inc": False}, False, True),
+        ({"channels": []}, True, False),
+    )
+    for arguments, old, new in since:
+        assert (is_refused(arguments, (7, 2, 0)), is_refused(arguments, (10, 0, 0))) == (old, new)
