@@ -144,6 +144,12 @@ async def test_multifd_goes_through_the_relay_and_arrives_whole(tmp_path: Path, 
             await driver.destination.wait_migration("completed")
         assert all(vm.channel.bytes_forward > 0 for vm in await driver.statuses())
         await pair.destination.wait_progress()
+        with trio.fail_after(10):
+            while any(vm.migration.status != "completed" for vm in await driver.statuses()):
+                await trio.sleep(0.05)
+        assert [vm.recovery.losses for vm in await driver.statuses()] == [0, 0]
+        for process in driver.processes:
+            assert "lost" not in process.tail()
         verdict = await compare(GUEST, pair.destination.qmp, pair.source.qmp)
         assert verdict.right, verdict
 

@@ -83,7 +83,12 @@ class Channels:
     def phase(self) -> Phase:
         """The phase, as far as it is known."""
         migration = self._migration
-        told = Told(migration.status, self.relay.runs_told, self.word.much_left(ASKED_EVERY))
+        told = Told(
+            migration.status,
+            self.relay.runs_told,
+            never_postcopy=migration.never_postcopy,
+            much_left=self.word.much_left(ASKED_EVERY),
+        )
         return phase_of(self.relay.passed(), migration.role, told)
 
     @property

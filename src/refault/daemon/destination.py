@@ -327,6 +327,7 @@ class Destination:
             capabilities, parameters = await migration.vm.ask_settings()
         except (QmpError, MonitorLost, trio.TooSlowError):
             return
+        migration.never_postcopy = not capabilities & {"postcopy-ram", "dirty-bitmaps"}
         lanes = lanes_of(capabilities, parameters)
         vm = migration.vm
         reason = why_not_relayed(

@@ -98,7 +98,7 @@ class Losses:
         """Whether QEMU must say what phase it is, for what has passed does not."""
         channels = self._channels
         if self._migration.role is Role.DESTINATION:
-            return channels.unread and channels.phase is not Phase.POSTCOPY
+            return channels.unread and channels.phase not in (Phase.POSTCOPY, Phase.DONE)
         if channels.phase is Phase.SWITCHOVER and not channels.unread:
             return channels.relay.passed().packaged_passed  # before that it cannot complete
         return channels.unread or channels.phase is Phase.POSTCOPY
@@ -133,7 +133,8 @@ class Losses:
                     before = None
                     continue
             if now is not None:
-                phase = phase_after_loss(channels.relay.passed(), role, before, now)
+                never = self._migration.never_postcopy
+                phase = phase_after_loss(channels.relay.passed(), role, before, now, never_postcopy=never)
             if phase is not None:
                 status = now.status if now is not None else self._migration.status
                 self._judge(channels.relay.look(), phase, status)

@@ -100,6 +100,8 @@ class Migration:
         self.pause_told = trio.Event()
         """Set when QEMU has said that it paused, since the last channel was made."""
         self.postcopy_began = False
+        self.never_postcopy = False
+        """Of a destination: whether it is known not to switch to postcopy."""
         self.kept_before: tuple[str, ...] = ()
         """The names of our ends that QEMU holds since an earlier refault."""
         self.client_pauses = False

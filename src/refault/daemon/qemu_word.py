@@ -54,7 +54,8 @@ class QemuWord:
 
     def tell_pump(self) -> None:
         """The pump cannot read that the destination runs, and from when on it is to mind silence."""
-        if self._relay.runs_told and self.wanted and not self._told_pump:
+        in_postcopy = self._relay.runs_told and not self._migration.never_postcopy
+        if in_postcopy and self.wanted and not self._told_pump:
             with contextlib.suppress(OSError):  # another time, then
                 self._relay.in_postcopy()
                 self._told_pump = True

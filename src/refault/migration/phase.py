@@ -71,6 +71,8 @@ class Told:
     """query-migrate's word."""
     runs: bool = False
     """A destination: RUN has been carried out."""
+    never_postcopy: bool = False
+    """A destination: postcopy-ram was off when its channel began, so that it runs once it has all."""
     much_left: bool = False
     """A source: so much is left to send that it is not about to complete."""
 
@@ -102,7 +104,7 @@ def phase_of(passed: Passed, role: Role = Role.DESTINATION, told: Told | None = 
     read = next((phase for holds, phase in _PHASES if holds(passed)), Phase.PRECOPY)
     if not passed.opaque or read in (Phase.DONE, Phase.COMPLETING):
         return read
-    if told.status == "completed":
+    if told.status == "completed" or (told.runs and told.never_postcopy):
         return Phase.DONE
     if told.status == "postcopy-active" or (told.runs and not passed.resumed):
         return _unread_postcopy(passed, role, told)

@@ -65,9 +65,13 @@ def _number(mapping: object, key: str) -> float:
     return float(value) if isinstance(value, int | float) else 0.0
 
 
-def phase_after_loss(passed: Passed, role: Role, before: Word | None, now: Word) -> Phase | None:
+def phase_after_loss(
+    passed: Passed, role: Role, before: Word | None, now: Word, *, never_postcopy: bool = False
+) -> Phase | None:
     """The phase of a channel whose far side is lost, from answers `LOOK_AGAIN` apart; None: ask again."""
-    read = phase_of(passed, role, Told(now.status, now.runs))
+    read = phase_of(passed, role, Told(now.status, now.runs, never_postcopy))
+    if read is Phase.DONE and never_postcopy:
+        return read
     again = before is not None and before.status == now.status
     if role is Role.SOURCE and now.status == "postcopy-active":
         if read is Phase.DONE:

@@ -41,6 +41,8 @@ MUCH_LEFT = Told("postcopy-active", much_left=True)
         (Passed(), RUNS, Phase.COMPLETING, Phase.POSTCOPY),
         # RESUME was told, though query-migrate could not be asked since.
         (Passed(), Told("active", runs=True), Phase.COMPLETING, Phase.POSTCOPY),
+        (Passed(), Told("active", runs=True, never_postcopy=True), Phase.DONE, Phase.DONE),
+        (Passed(), Told("active", never_postcopy=True), Phase.PRECOPY, Phase.PRECOPY),
         (Passed(running=True), ACTIVE, Phase.COMPLETING, Phase.POSTCOPY),
         (Passed(packaged_begun=True), Told("active"), Phase.SWITCHOVER, Phase.SWITCHOVER),
         (Passed(), Told("postcopy-recover"), Phase.RECOVERY_HANDSHAKE, Phase.RECOVERY_HANDSHAKE),
