@@ -32,7 +32,7 @@ if TYPE_CHECKING:
 log = logging.getLogger("refault.migration")
 
 ALL_WITHIN = 10.0
-"""How long the other connections of a channel may be behind its main one."""
+"""How long the other connections of a channel may be behind its main one, and each behind the one before."""
 OTHER_HOST_AFTER = 0.5
 """How long a preempt channel is expected from the main one's host before one from elsewhere is taken: a peer
 may have several addresses, but who says nothing may be anybody."""
@@ -189,15 +189,19 @@ class Gathering:
         lanes = self._migration.lanes
         if lanes.multifd:
             await self._ask_uuid()
-        began = trio.current_time()
+        began = last = trio.current_time()
+        came = 0
         self._mains.append(main)
         try:
             while len(others) < lanes.count:
+                before, came = came, len(others) or len(self._found(main))
+                if came > before:
+                    last = trio.current_time()
                 waits = ALL_WITHIN if alive(main.connection) else ENDED_WITHIN
-                if trio.current_time() > began + waits:
+                if trio.current_time() > last + waits:
                     log.warning(
                         "%s: closed a channel from %s: of its %d further connections %d came",
-                        self._migration.name, main.peer, lanes.count, len(others) or len(self._found(main)),
+                        self._migration.name, main.peer, lanes.count, came,
                     )  # fmt: skip
                     return False
                 changed = self._came if lanes.multifd else self._room.changed
