@@ -4,18 +4,21 @@ from __future__ import annotations
 
 import contextlib
 import signal
+import socket
 import struct
 import sys
 from collections.abc import AsyncIterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 import trio
+from tests.integration.beside import listens
 from tests.integration.qemus import BINARIES
 from tests.integration.test_main_job import GUEST, begin_postcopy, fronted
 
 from refault.lab import bare, qmp_client
-from refault.lab.channel import Channel
+from refault.lab.channel import Channel, free_port
 from refault.lab.driver import RefaultDriver
 from refault.lab.memory import compare
 from refault.lab.qemu import Pair, Qemu, start_qemu
@@ -156,6 +159,45 @@ async def test_a_second_migration_is_qemus_to_refuse_and_harms_nothing(tmp_path:
                 await driver.source.execute("migrate", {"uri": channel.uri, "resume": True})
         for vm in await driver.statuses():
             assert (vm.migration.relay, vm.recovery.losses) == ("tracking", 0)
+        await all_ends_well(pair, driver)
+
+
+async def refused(client: QmpClient, arguments: dict[str, Any], match: str) -> None:
+    with pytest.raises(QmpError, match=match):
+        await client.execute("migrate-recover", arguments, oob=True)
+
+
+async def test_a_recover_that_qemu_refuses_leaves_nothing_bound(tmp_path: Path) -> None:
+    port = free_port()
+    right = {"uri": f"tcp:127.0.0.1:{port}"}
+    async with fronted(tmp_path) as (pair, channel, driver):
+        await begin_postcopy(channel, driver)
+        client = driver.destination
+        with trio.fail_after(30), socket.create_server(("127.0.0.1", 0)) as taken:
+            in_use = {"uri": f"tcp:127.0.0.1:{taken.getsockname()[1]}"}
+            for arguments in (right, in_use):
+                await refused(client, arguments, "when postcopy is paused")
+                assert not listens(port)
+            since = len(client.events)
+            await channel.retarget()  # the source does not find it
+            await client.execute("migrate-pause", oob=True)  # and refault waits for the client
+            await client.wait_migration("postcopy-paused", since=since)
+            await bare.wait_status(driver.source, "postcopy-paused")
+            await refused(client, {**right, "more": 1}, "more")
+            await refused(client, {"uri": 5}, "uri")
+            await refused(client, {}, "uri")
+            await refused(client, in_use, "Failed to find an available port: Address already in use")
+            await refused(
+                client, {"uri": "tcp:nobody.invalid:1"}, "address resolution failed for nobody.invalid"
+            )
+            assert not listens(port)
+            await client.execute("migrate-recover", right, oob=True)
+            assert listens(port)
+            await refused(client, {**right, "more": 1}, "more")
+            await client.execute("migrate-recover", right, oob=True)  # once more, as QEMU takes it
+            await channel.retarget(port)
+            await is_active(pair)
+            await refused(client, right, "when postcopy is paused")
         await all_ends_well(pair, driver)
 
 
