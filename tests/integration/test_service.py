@@ -265,9 +265,11 @@ def test_a_migration_outlives_its_tcp_monitor_but_not_its_qemu(tmp_path: Path) -
             eventually(lambda: not connected(), running.output)
             with carried(port, monitor):
                 eventually(connected, running.output)
+                eventually(
+                    lambda: running.status()["migration"]["status"] == "pre-switchover", running.output
+                )
                 time.sleep(0.5)
                 assert record.exists()
-                assert running.status()["migration"]["status"] == "pre-switchover"
         with qemu(monitor), carried(port, monitor), client_of(listen) as client:
             eventually(lambda: not record.exists(), running.output)
             migrate(client)

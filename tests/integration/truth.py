@@ -70,11 +70,11 @@ class Pause:
 
 
 async def _still(log: Path) -> Traced:
-    """The log, when nothing has been added to it for 50 ms."""
+    """The log, when nothing has been added to it for 0.2 s."""
     size = -1
     with trio.fail_after(5):
         while size != (size := (await trio.Path(log).stat()).st_size):
-            await trio.sleep(0.05)
+            await trio.sleep(0.2)
     return Traced.read(log)
 
 
