@@ -320,12 +320,18 @@ async def test_an_event_before_the_greeting(caplog: pytest.LogCaptureFixture) ->
 async def test_events_and_no_greeting(
     caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("refault.daemon.upstream._GREETING_TIMEOUT", 0.1)
+    monkeypatch.setattr("refault.daemon.upstream._GREETING_TIMEOUT", 0.5)
     with directory() as path, listening(path / "qemu") as other:
-        async with refault(path / "qemu", path / "front"):
+
+        async def tick() -> None:
             connection, _ = await trio.to_thread.run_sync(other.accept)
             with connection:
                 connection.sendall(b'{"event": "tick"}\r\n')
+                await until(lambda: caplog.messages)
+
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(tick)
+            async with refault(path / "qemu", path / "front"):
                 await until(lambda: caplog.messages)
     assert caplog.messages[0].endswith("""is no QMP monitor: it sent b'{"event": "tick"}' and no greeting""")
 

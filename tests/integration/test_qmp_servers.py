@@ -16,6 +16,7 @@ from tests.integration.qmp_tools import Client, directory, negotiated, qemu_proc
 
 from refault.daemon.address import Address
 from refault.daemon.options import RunOptions
+from refault.daemon.unix_diag import listens
 from refault.daemon.vm import Vm
 from refault.daemon.vm_state import VmState
 
@@ -50,10 +51,11 @@ async def until(condition: Callable[[], object]) -> None:
 @asynccontextmanager
 async def fronted(path: Path, name: str) -> AsyncIterator[Vm]:
     """refault in this process, before the QMP server at `path`/NAME, for clients of `path`/NAME.front."""
+    qemu = Address(str(path / name))
     vm = Vm(
         RunOptions(
             name,
-            Address(str(path / name)),
+            qemu,
             (Address(str(path / f"{name}.front"), server=True),),
             "auto",
             (),
@@ -63,7 +65,7 @@ async def fronted(path: Path, name: str) -> AsyncIterator[Vm]:
             path,
         )
     )
-    await until((path / name).exists)
+    await until(lambda: listens(qemu))
     async with trio.open_nursery() as nursery:
         await nursery.start(vm.run)
         yield vm

@@ -13,7 +13,7 @@ from dataclasses import dataclass, replace
 
 import trio
 
-from refault.daemon.address import Address, host_port
+from refault.daemon.address import Address
 from refault.daemon.errors import OperatorError
 from refault.daemon.unix_diag import listens
 
@@ -317,9 +317,10 @@ def _bind_all(address: Address, where: Sequence[_Where], ports: Sequence[int]) -
         for port in ports:
             socks, missed = _try_port(address, where, port)
             if socks and (partly or not any(e.errno == errno.EADDRINUSE for e in missed.values())):
-                for sockaddr, error in missed.items():
-                    log.warning("%s: not at %s of it: %s", address, host_port(sockaddr, port), error.strerror)
-                return Bound(tuple(socks), replace(address, port=socks[0].getsockname()[1], to=0))
+                bound = replace(address, port=socks[0].getsockname()[1], to=0)
+                for host, error in missed.items():
+                    log.warning("%s: not at %s of it: %s", bound, host, error.strerror)
+                return Bound(tuple(socks), bound)
             for sock in socks:
                 sock.close()
             trouble = next(iter(missed.values()), trouble)
