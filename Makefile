@@ -133,7 +133,7 @@ lint: build $(VENV)/.dev
 
 bench: build $(VENV)/.dev
 	$(BOOTSTRAP) test
-	set -e; for bench in tests/bench/bench_*.py; do echo "== $$bench"; tests/tools/with-userfaultfd $(BIN)/python "$$bench" $(BENCH); done
+	set -e; for bench in tests/bench/bench_*.py; do echo "== $$bench"; tests/tools/with-userfaultfd $(BIN)/python -m tests.bench.$$(basename "$$bench" .py) $(BENCH); done
 
 fuzz: build
 	$(BOOTSTRAP) fuzz

@@ -9,6 +9,7 @@
 #define NONE UINT32_MAX
 /* Behind all RAM_DISCARDs (tracker.h). */
 #define PING_BEFORE_PACKAGED 2
+#define PING_BEHIND_DEVICE_STATE 3
 
 /* A decoder of pages, and which of the page map's blocks its own are. */
 struct pages {
@@ -223,16 +224,12 @@ static void declare(struct rf_tracker *tracker, const struct rf_forward_event *e
 
 static void command(struct rf_tracker *tracker, const struct rf_forward_event *event) {
     switch (event->code) {
-    case RF_COMMAND_OPEN_RETURN_PATH:
-        note(tracker, RF_FACT_RP_OPENED);
-        break;
     case RF_COMMAND_PING:
         if (event->value == PING_BEFORE_PACKAGED && (get(&tracker->facts) & RF_FACT_WHOLE_STREAM_SEEN) != 0) {
             rf_pagemap_ping_passed(tracker->map);
         }
         break;
     case RF_COMMAND_POSTCOPY_ADVISE:
-        note(tracker, RF_FACT_POSTCOPY_ADVISE);
         rf_pagemap_set_target_page_bits(tracker->map, rf_forward_target_page_bits(tracker->main.decoder));
         break;
     case RF_COMMAND_RAM_DISCARD:
@@ -410,7 +407,6 @@ static bool another_vms(const struct rf_tracker *tracker) {
 
 static void bitmap_end(struct rf_tracker *tracker) {
     struct rf_bitmap_report report;
-    note(tracker, RF_FACT_RECV_BITMAP_SENT);
     if (another_vms(tracker)) {
         note(tracker, RF_FACT_FOREIGN_PAGES);
         rf_pagemap_bitmap_disown(tracker->map);
@@ -426,10 +422,9 @@ static void return_event(struct rf_tracker *tracker, const struct rf_returnpath_
     switch (event->type) {
     case RF_RETURN_REQUEST:
         rf_pagemap_request(tracker->map, event->name, event->name_length, event->start, event->length, now);
-        note(tracker, RF_FACT_REQUEST_SEEN);
         break;
     case RF_RETURN_PONG:
-        note(tracker, event->value == 3 ? RF_FACT_PONG_3 : event->value == 4 ? RF_FACT_PONG_4 : 0);
+        note(tracker, event->value == PING_BEHIND_DEVICE_STATE ? RF_FACT_PONG_3 : 0);
         if (event->value == PING_BEFORE_PACKAGED) {
             rf_pagemap_pong_passed(tracker->map);
         }
@@ -451,7 +446,7 @@ static void return_event(struct rf_tracker *tracker, const struct rf_returnpath_
         rf_pagemap_handshake_over(tracker->map);
         break;
     case RF_RETURN_SHUT:
-        note(tracker, RF_FACT_SHUT_PASSED | (event->value != 0 ? (uint32_t)RF_FACT_SHUT_ERROR : 0));
+        note(tracker, RF_FACT_SHUT_PASSED);
         break;
     case RF_RETURN_UNKNOWN:
     case RF_RETURN_BAD:

@@ -28,35 +28,28 @@
 
 /* cffi: begin */
 enum rf_fact {
-    RF_FACT_RP_OPENED = 1,             /* OPEN_RETURN_PATH passed */
-    RF_FACT_POSTCOPY_ADVISE = 2,       /* the source may turn to postcopy */
-    RF_FACT_POSTCOPY_DISCARD_SEEN = 4, /* it does: the first RAM_DISCARD passed */
-    RF_FACT_PACKAGED_BEGUN = 8,        /* the switchover: PACKAGED's header passed */
-    RF_FACT_PACKAGED_PASSED = 16,      /* and its last byte */
-    RF_FACT_PONG_3 = 32,               /* the destination has loaded its device state */
-    RF_FACT_PONG_4 = 64,
-    RF_FACT_EOF_PASSED = 128,        /* QEMU_VM_EOF: the source has sent all */
-    RF_FACT_SHUT_PASSED = 256,       /* the destination has said good-bye */
-    RF_FACT_RECV_BITMAP_ASKED = 512, /* recovery handshake, in this order */
-    RF_FACT_RECV_BITMAP_SENT = 1024,
-    RF_FACT_RESUME_SENT = 2048,
-    RF_FACT_RESUME_ACK_PASSED = 4096,
-    RF_FACT_SHUT_ERROR = 8192,      /* SHUT carried an error */
-    RF_FACT_REQUEST_SEEN = 16384,   /* a page request passed */
-    RF_FACT_RAM_DECLARED = 32768,   /* the block list passed */
-    RF_FACT_FOREIGN_PAGES = 65536,  /* a received bitmap claims pages that were never forwarded, and the whole
-                                       stream was seen, or lacks some that are known to be loaded: it is
-                                       another VM's */
-    RF_FACT_IGNORE_SHARED = 131072, /* the configuration lists x-ignore-shared */
-    RF_FACT_MULTIFD = 262144,       /* pages go over channels of their own */
-    RF_FACT_COMPLETION_BEGUN = 1048576, /* the first section END in postcopy: from here on a source does not
-                                           pause, whatever happens */
-    RF_FACT_WHOLE_STREAM_SEEN =
-        524288, /* of the migration, not of a channel; cleared when it ends to be so */
+    RF_FACT_POSTCOPY_DISCARD_SEEN = 1, /* the source turns to postcopy: the first RAM_DISCARD passed */
+    RF_FACT_PACKAGED_BEGUN = 2,        /* the switchover: PACKAGED's header passed */
+    RF_FACT_PACKAGED_PASSED = 4,       /* and its last byte */
+    RF_FACT_PONG_3 = 8,                /* the destination has loaded its device state */
+    RF_FACT_COMPLETION_BEGUN = 16,     /* the first section END in postcopy: from here on a source does not
+                                          pause, whatever happens */
+    RF_FACT_EOF_PASSED = 32,           /* QEMU_VM_EOF: the source has sent all */
+    RF_FACT_SHUT_PASSED = 64,          /* the destination has said good-bye */
+    RF_FACT_RECV_BITMAP_ASKED = 128,   /* recovery handshake, in this order */
+    RF_FACT_RESUME_SENT = 256,
+    RF_FACT_RESUME_ACK_PASSED = 512,
+    RF_FACT_RAM_DECLARED = 1024,  /* the block list passed */
+    RF_FACT_IGNORE_SHARED = 2048, /* the configuration lists x-ignore-shared */
+    RF_FACT_MULTIFD = 4096,       /* pages go over channels of their own */
+    RF_FACT_FOREIGN_PAGES = 8192, /* a received bitmap claims pages that were never forwarded, and the whole
+                                     stream was seen, or lacks some that are known to be loaded: it is
+                                     another VM's */
+    RF_FACT_WHOLE_STREAM_SEEN = 16384, /* of the migration, not of a channel; cleared when it ends to be so */
     /* Of a recovered channel, by the first page behind RESUME: it begins where its host page does, or inside
      * it (replay.h). */
-    RF_FACT_HOST_PAGE_BEGUN = 2097152,
-    RF_FACT_HOST_PAGE_CUT = 4194304,
+    RF_FACT_HOST_PAGE_BEGUN = 32768,
+    RF_FACT_HOST_PAGE_CUT = 65536,
 };
 
 struct rf_tracker;

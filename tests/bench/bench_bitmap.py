@@ -13,7 +13,7 @@ to read these bytes once, by memchr, which no and-not that needs most of their c
 
 "set", "test" and "clear" are single calls from Python and mostly measure the call; the relay makes them in C.
 
-Run: python tests/bench/bench_bitmap.py [--rounds N] [--json]
+Run: python -m tests.bench.bench_bitmap [--rounds N] [--json]
 """
 
 from __future__ import annotations
@@ -28,8 +28,7 @@ from collections.abc import Callable, Sequence
 
 import bitarray
 import pyroaring
-
-from refault.channel.bitmap import Bitmap
+from tests.support.bitmap import Bitmap
 
 BITS = 1 << 28
 COUNTS = (10, 1_000, 10_000, 100_000, 1_000_000)

@@ -3,7 +3,7 @@
 It is fed as the relay feeds it, in pieces, all of it in C (rf_tracker_forward: the decoder and what follows
 from its events). Page bodies are passed by their length and never read, so the rate is that of the frames.
 
-Run: python tests/bench/bench_decoder.py [--rounds N] [--json]
+Run: python -m tests.bench.bench_decoder [--rounds N] [--json]
 """
 
 from __future__ import annotations

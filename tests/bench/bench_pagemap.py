@@ -4,7 +4,7 @@ The pump does nothing else meanwhile, so the longest step is what a table that g
 then. Times are of this thread's CPU, so that other work on the machine does not count; a call from Python is
 in them (the first line tells what that takes).
 
-Run: python tests/bench/bench_pagemap.py [--rounds N] [--json]
+Run: python -m tests.bench.bench_pagemap [--rounds N] [--json]
 """
 
 from __future__ import annotations

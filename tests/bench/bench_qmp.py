@@ -4,7 +4,7 @@ One QEMU has one monitor for each way: directly, and through refault, socat, a b
 proxy written with the qemu.qmp library. The ways take turns in small rounds, so that what else the machine
 does meets all alike.
 
-Run: python tests/bench/bench_qmp.py [--qemu QEMU] [--rounds N] [--json]
+Run: python -m tests.bench.bench_qmp [--qemu QEMU] [--rounds N] [--json]
 """
 
 from __future__ import annotations

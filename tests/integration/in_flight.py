@@ -7,10 +7,10 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import trio
+from tests.support.returnpath import Kind as ReturnKind
+from tests.support.returnpath import ReturnPathDecoder
 
 from refault.channel.forward import Event, ForwardDecoder, Kind, Mode
-from refault.channel.returnpath import Kind as ReturnKind
-from refault.channel.returnpath import ReturnPathDecoder
 from refault.channel.tracker import Fact
 from refault.lab import bare
 from refault.lab.channel import Loss, free_port, start_channel

@@ -6,8 +6,8 @@ from pathlib import Path
 
 import trio
 from refault.channel._channel import lib
+from tests.support.pagemap import Request, walk
 
-from refault.channel.pagemap import Request, walk
 from refault.channel.relay import LegState, Relay
 from refault.lab.channel import Channel, Loss, Lost
 from refault.migration.phase import Role

@@ -9,8 +9,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 import trio
+from tests.support.tracker import Tracker
 
-from refault.channel.tracker import Tracker
 from refault.lab.channel import Channel
 
 _READ = 32 << 10

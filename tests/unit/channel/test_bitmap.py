@@ -9,8 +9,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, rule
-
-from refault.channel.bitmap import Bitmap
+from tests.support.bitmap import Bitmap
 
 SIZES = st.sampled_from([1, 63, 64, 65, 4095, 4096, 65535, 65537, 300_000, (1 << 22) + 5, 20_000_000])
 # Near the edges of words, leaves and middles, and anywhere.

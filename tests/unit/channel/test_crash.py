@@ -16,10 +16,11 @@ from functools import partial
 
 import pytest
 from refault.channel._channel import ffi, lib
+from tests.support.tracker import Tracker
 
 from refault.channel.forward import reason_text
 from refault.channel.relay import Relay
-from refault.channel.tracker import Fact, Restored, StateFds, Tracker
+from refault.channel.tracker import Fact, Restored, StateFds
 from refault.migration.phase import Role
 
 from . import streams as s

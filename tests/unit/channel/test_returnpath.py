@@ -7,9 +7,9 @@ import struct
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from tests.support.returnpath import Kind, ReturnEvent, ReturnPathDecoder, encode_request
 
 from refault.channel.forward import reason_text
-from refault.channel.returnpath import Kind, ReturnEvent, ReturnPathDecoder, encode_request
 
 from .streams import chunks, counted, fed, message, received, request
 

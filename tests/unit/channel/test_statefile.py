@@ -17,9 +17,10 @@ from functools import partial
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from tests.support.tracker import Tracker
 
 from refault.channel.forward import reason_text
-from refault.channel.tracker import Fact, Kept, Restored, StateFds, Tracker
+from refault.channel.tracker import Fact, Kept, Restored, StateFds
 
 from . import streams as s
 from .streams import PAGE

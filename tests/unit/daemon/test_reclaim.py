@@ -7,9 +7,9 @@ from typing import Any, cast
 
 import pytest
 import trio
+from tests.support.returnpath import Kind, ReturnPathDecoder
 from tests.unit.channel import streams
 
-from refault.channel.returnpath import Kind, ReturnPathDecoder
 from refault.daemon.channels import AttemptFailed
 from refault.daemon.doubt import decide
 from refault.daemon.failing_destination import fail_as_destination

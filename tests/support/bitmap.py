@@ -1,4 +1,4 @@
-"""Sparse bitmap over target pages (cext/bitmap.h)."""
+"""A sparse bitmap of one's own (cext/bitmap.h): what the page map in C stands on."""
 
 from __future__ import annotations
 
