@@ -11,16 +11,39 @@ import argparse
 import importlib
 import sys
 from collections.abc import Callable, Sequence
-from typing import NoReturn
+from typing import Any, NoReturn
 
 from refault import __version__
+from refault.cli import streams
 from refault.daemon.errors import operator_errors
 
 COMMANDS: tuple[str, ...] = ("demo", "inspect", "run", "status")
 
 
+class _Once(argparse.Action):
+    """Stores the value of an option that is good for one: of two that differ one would be lost unseen."""
+
+    def __call__(
+        self,
+        parser: argparse.ArgumentParser,
+        namespace: argparse.Namespace,
+        values: object,
+        option_string: str | None = None,
+    ) -> None:
+        given = namespace.__dict__.setdefault("_given", set())
+        if self.dest in given:
+            raise argparse.ArgumentError(self, "given more than once")
+        given.add(self.dest)
+        setattr(namespace, self.dest, values)
+
+
 class _Parser(argparse.ArgumentParser):
-    """Tells a usage error in one line."""
+    """Tells a usage error in one line, and takes no option for another: they are to be written out."""
+
+    def __init__(self, *arguments: Any, **keywords: Any) -> None:
+        super().__init__(*arguments, **keywords)
+        self.allow_abbrev = False
+        self.register("action", None, _Once)
 
     def error(self, message: str) -> NoReturn:
         self.exit(2, f"{self.prog}: {message} (see {self.prog} --help)\n")
@@ -38,24 +61,30 @@ def build_parser(arguments: Sequence[str]) -> argparse.ArgumentParser:
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Runs a command and returns its exit status: 0, 1 for an error of the operator's, 2 for wrong usage.
+    """Runs a command and returns its exit status: 0, 1 for an error of the operator's, 2 for wrong usage, and
+    what the command itself has beside these.
 
     Raises `SystemExit` from argparse for ``--help``, ``--version`` and wrong usage.
     """
-    arguments = sys.argv[1:] if arguments is None else arguments
-    options = build_parser(arguments).parse_args(arguments)
-    execute: Callable[[argparse.Namespace], int] = options.execute
+    streams.prepare()
     try:
-        return execute(options)
-    except BrokenPipeError:  # whoever read our output has gone: `refault status | head -1`
-        sys.stderr.close()
-        return 1
+        try:
+            return _execute(sys.argv[1:] if arguments is None else arguments)
+        finally:
+            sys.stdout.flush()
     except KeyboardInterrupt:
         return 130
     except BaseException as error:
         told = operator_errors(error)
         if not told:
             raise
-        for line in told:
-            print(f"refault: {line}", file=sys.stderr)
+        for each in told:
+            if not (isinstance(each, streams.OutputLost) and each.quiet):
+                print(f"refault: {each}", file=sys.stderr)
         return 1
+
+
+def _execute(arguments: Sequence[str]) -> int:
+    options = build_parser(arguments).parse_args(arguments)
+    execute: Callable[[argparse.Namespace], int] = options.execute
+    return execute(options)

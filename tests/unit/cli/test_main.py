@@ -2,16 +2,25 @@
 
 from __future__ import annotations
 
+import contextlib
+import os
+import shlex
+import socket
 import subprocess
 import sys
+import threading
+from collections.abc import Iterator
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
+from tests.unit.daemon.pictures import BUSY
 
 import refault
 from refault.cli import main as main_module
 from refault.cli.main import main
 from refault.daemon.errors import OperatorError
+from refault.daemon.snapshot import Status, encode
 
 
 def usage_error(arguments: list[str], capsys: pytest.CaptureFixture[str]) -> str:
@@ -39,6 +48,10 @@ def test_version(capsys: pytest.CaptureFixture[str]) -> None:
         (["--frobnicate"], "required: COMMAND"),
         (["status", "--frobnicate"], "unrecognized arguments: --frobnicate"),
         (["status", "--control"], "--control: expected one argument"),
+        (["status", "--js"], "unrecognized arguments: --js"),
+        (["--ver"], "required: COMMAND"),
+        (["status", "--control", "/a", "--control", "/b"], "--control: given more than once"),
+        (["demo", "--losses", "1", "--losses", "1"], "--losses: given more than once"),
     ],
 )
 def test_wrong_usage_is_one_line_and_status_2(
@@ -60,6 +73,68 @@ def test_every_command_has_help(command: str, capsys: pytest.CaptureFixture[str]
         main([command, "--help"])
     assert ended.value.code == 0
     assert capsys.readouterr().out.startswith(f"usage: refault {command} ")
+
+
+FULL = "refault: cannot write to standard output: No space left on device\n"
+CLOSED = "refault: cannot write to standard output: Bad file descriptor\n"
+
+
+@pytest.mark.parametrize(
+    ("command", "streams", "status", "told"),
+    [
+        ("status --control $0/control", "> /dev/full", 1, FULL),
+        ("status --control $0/control", ">&-", 1, CLOSED),
+        ("status --control $0/control", "<&- >&- 2>&-", 1, ""),
+        ("status --control $0/control", "> $1 2>&-", 0, ""),
+        ("status --control $0/control", "> $1 2> /dev/full", 0, ""),
+        ("inspect $0/stream", "> /dev/full", 1, FULL),
+        ("inspect $0/stream", ">&-", 1, CLOSED),
+        ("inspect $0/none", "> /dev/full 2> /dev/full", 1, ""),
+        ("--version", "> /dev/full", 1, FULL),
+        ("run --help", ">&-", 1, CLOSED),
+        ("run", "<&- >&- 2>&-", 2, ""),
+        ("status --control $0/control", "> no-reader", 1, ""),
+        ("inspect $0/stream", "> no-reader", 1, ""),
+        ("--help", "> no-reader", 1, ""),
+    ],
+)
+def test_output_that_cannot_be_written_is_a_line_at_most(
+    command: str, streams: str, status: int, told: str, tmp_path: Path
+) -> None:
+    (tmp_path / "stream").write_bytes(bytes(64))
+    reader, writer = os.pipe()
+    os.close(reader)
+    script = f"{shlex.quote(sys.executable)} -m refault {command} {streams.replace('> no-reader', '')}"
+    with answering(tmp_path / "control"):
+        done = subprocess.run(
+            ["sh", "-c", script, tmp_path, os.devnull],
+            stdout=writer,
+            stderr=subprocess.PIPE,
+            text=True,
+            timeout=60,
+            check=False,
+        )
+    os.close(writer)
+    assert done.stderr == told
+    assert done.returncode == status
+
+
+@contextlib.contextmanager
+def answering(path: Path) -> Iterator[Path]:
+    """A daemon that tells one peer a status."""
+
+    def serve() -> None:
+        with contextlib.suppress(OSError), server.accept()[0] as peer:
+            peer.sendall(encode(Status(vms=(BUSY,))))
+
+    with socket.socket(socket.AF_UNIX) as server:
+        server.bind(str(path))
+        server.listen()
+        thread = threading.Thread(target=serve)
+        thread.start()
+        yield path
+        server.shutdown(socket.SHUT_RDWR)
+        thread.join()
 
 
 def raising(error: BaseException, monkeypatch: pytest.MonkeyPatch) -> int:
