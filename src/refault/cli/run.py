@@ -5,7 +5,6 @@ from __future__ import annotations
 import argparse
 import os
 import re
-import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -150,7 +149,7 @@ def execute(arguments: argparse.Namespace) -> int:
     import trio
 
     from refault.daemon.app import serve
-    from refault.daemon.log import setup_logging
+    from refault.daemon.log import AS_IT_IS, setup_logging
 
     setup_logging(logging.DEBUG if arguments.verbose else logging.INFO)
     try:
@@ -165,7 +164,7 @@ def execute(arguments: argparse.Namespace) -> int:
         if not told:
             raise
         for line in told:
-            print(f"refault: {options.name}: {line}", file=sys.stderr)
+            logging.getLogger("refault").error("refault: %s: %s", options.name, line, extra=AS_IT_IS)
         return 1
     return 0
 

@@ -68,12 +68,18 @@ def join(answers: Sequence[Status]) -> Status:
     """One status of several daemons', the VMs in the order of the answers; one alone stays as it is."""
     if len(answers) == 1:
         return answers[0]
-    return Status(vms=tuple(vm for status in answers for vm in status.vms))
+    return Status(
+        log_lines_dropped=sum(status.log_lines_dropped for status in answers),
+        vms=tuple(vm for status in answers for vm in status.vms),
+    )
 
 
 def render(status: Status, width: int) -> str:
     """The status for people, in lines of at most `width` columns where the words allow it."""
-    return "\n".join("".join(f"{_printable(line)}\n" for line in _vm_lines(vm, width)) for vm in status.vms)
+    told = [_vm_lines(vm, width) for vm in status.vms]
+    if status.log_lines_dropped:
+        told.append([f"{status.log_lines_dropped} lines of the log are lost: not read, or a full disk"])
+    return "\n".join("".join(f"{_printable(line)}\n" for line in lines) for lines in told)
 
 
 def _vm_lines(vm: VmStatus, width: int) -> list[str]:

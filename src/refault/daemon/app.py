@@ -9,6 +9,7 @@ from collections.abc import AsyncIterator
 import trio
 
 from refault.daemon.control import serve_control
+from refault.daemon.log import lines_dropped
 from refault.daemon.notify import Notifier
 from refault.daemon.options import RunOptions
 from refault.daemon.repeats import repeats
@@ -36,7 +37,8 @@ class Publisher:
     def publish(self) -> Status:
         """Makes a new picture, or keeps the last where that fails; call it in the trio thread."""
         try:
-            self._status = Status(vms=tuple(vm.status() for vm in self._vms))
+            vms = tuple(vm.status() for vm in self._vms)
+            self._status = Status(log_lines_dropped=lines_dropped(), vms=vms)
         except Exception as error:  # a picture is not worth the end of every leg
             log.exception(
                 "internal error in the status: the last one is told", extra=repeats("status", repr(error))

@@ -58,7 +58,9 @@ def families(status: Status) -> list[Metric]:
     """The metric families of one picture, each with a sample for each VM."""
     info = InfoMetricFamily("refault", "The running refault")
     info.add_metric([], {"version": status.version})
-    collected: list[Metric] = [info]
+    dropped = CounterMetricFamily("refault_log_lines_dropped", "Lines of the log that nobody will read")
+    dropped.add_metric([], status.log_lines_dropped)
+    collected: list[Metric] = [info, dropped]
 
     def gauge(name: str, text: str, *labels: str) -> GaugeMetricFamily:
         family = GaugeMetricFamily(f"refault_{name}", text, labels=["vm", *labels])

@@ -172,6 +172,8 @@ class Status(msgspec.Struct, frozen=True, kw_only=True):
 
     version: str = __version__
     """refault's."""
+    log_lines_dropped: int = 0
+    """Lines of the log that nobody will read, since the daemon started."""
     vms: tuple[VmStatus, ...] = ()
 
 

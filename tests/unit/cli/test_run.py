@@ -145,11 +145,11 @@ def test_what_is_logged_and_where_state_goes_is_settled_before_anything_listens(
     level: int,
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
-    capsys: pytest.CaptureFixture[str],
+    caplog: pytest.LogCaptureFixture,
 ) -> None:
     levels: list[int] = []
     monkeypatch.setattr("refault.daemon.log.setup_logging", levels.append)
     there = ["--control", str(tmp_path / "c"), "--state-dir", str(tmp_path / "missing")]
     assert main([*MINIMAL, *there, *option]) == 1
     assert levels == [level]
-    assert capsys.readouterr().err.startswith(f"refault: vm1: cannot keep state in {tmp_path}/missing: ")
+    assert caplog.messages[-1].startswith(f"refault: vm1: cannot keep state in {tmp_path}/missing: ")

@@ -104,7 +104,10 @@ def test_what_is_not_known_has_no_sample() -> None:
 
 
 def test_no_vm_is_no_error() -> None:
-    assert samples(exposition(Status(version="1"))) == {("refault_info", frozenset({("version", "1")})): 1}
+    assert samples(exposition(Status(version="1"))) == {
+        ("refault_info", frozenset({("version", "1")})): 1,
+        ("refault_log_lines_dropped_total", frozenset()): 0,
+    }
 
 
 def scrape(port: int) -> str:

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import msgspec
 import pytest
-from hypothesis import given
+from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from refault.daemon import snapshot
@@ -80,6 +80,7 @@ vms = st.builds(
 )
 
 
+@settings(suppress_health_check=[HealthCheck.too_slow])  # so it is on a busy machine
 @given(st.lists(vms, max_size=3))
 def test_document_is_one_line_and_reads_back(listed: list[VmStatus]) -> None:
     status = Status(vms=tuple(listed))
