@@ -16,6 +16,7 @@ import trio
 from rich.console import Console
 
 from refault import __version__
+from refault.cli.arguments import path
 from refault.daemon.errors import OperatorError
 from refault.lab.host_check import Finding, check_host
 from refault.lab.live_view import show_findings, show_outcome, showing
@@ -55,7 +56,7 @@ def add_parser(subparsers: Any) -> None:
         "--qemu", default=DEFAULT_BINARY, metavar="PROGRAM", help=f"QEMU (default: {DEFAULT_BINARY})"
     )
     parser.add_argument("--json", action="store_true", help="the result as one JSON document")
-    parser.add_argument("--report", type=Path, metavar="FILE.html", help="write the run as one HTML page")
+    parser.add_argument("--report", type=path, metavar="FILE.html", help="write the run as one HTML page")
     parser.set_defaults(execute=execute)
 
 
@@ -76,7 +77,10 @@ def execute(arguments: argparse.Namespace) -> int:
         return 130
     show_outcome(console, story)
     if arguments.report is not None:
-        arguments.report.write_text(report(story, findings))
+        try:
+            arguments.report.write_text(report(story, findings))
+        except OSError as error:
+            raise OperatorError(f"--report {arguments.report}: {error.strerror}") from error
         console.print(f"report: {arguments.report}", highlight=False)
     if arguments.json:
         print(json.dumps(_document(story, findings, options)))

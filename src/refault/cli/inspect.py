@@ -8,6 +8,7 @@ from typing import Any
 
 from refault.channel.forward import ForwardDecoder
 from refault.channel.inspect import Summary, guess_mode, render
+from refault.cli.arguments import path
 from refault.daemon.errors import OperatorError
 
 _READ = 1 << 20
@@ -22,11 +23,11 @@ def add_parser(subparsers: Any) -> None:
         "commands, and where and why it can no longer be read. Save one with QEMU's `migrate` to "
         "exec:cat>FILE.",
     )
-    parser.add_argument("file", type=Path, metavar="FILE")
+    parser.add_argument("file", type=path, metavar="FILE")
     parser.set_defaults(execute=lambda options: inspect(options.file))
 
 
-def inspect(path: Path) -> int:
+def inspect(saved: Path) -> int:
     """Prints what is in the stream; 0 also where it cannot be read to its end, for the output says so.
 
     Raises `OperatorError` if the file cannot be read.
@@ -35,7 +36,7 @@ def inspect(path: Path) -> int:
     size = 0
     decoder: ForwardDecoder | None = None
     try:
-        with path.open("rb") as file:
+        with saved.open("rb") as file:
             while data := file.read(_READ):
                 size += len(data)
                 if decoder is None:
@@ -43,8 +44,8 @@ def inspect(path: Path) -> int:
                 for event in decoder.feed(data):
                     summary.add(event)
     except OSError as error:
-        raise OperatorError(f"{path} cannot be read: {error.strerror}") from error
+        raise OperatorError(f"{saved} cannot be read: {error.strerror}") from error
     if size == 0:
-        raise OperatorError(f"{path} is empty; save a stream with QEMU's migrate to exec:cat>{path}")
+        raise OperatorError(f"{saved} is empty; save a stream with QEMU's migrate to exec:cat>{saved}")
     print("\n".join(render(summary, size)))
     return 0

@@ -9,16 +9,11 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from refault.cli.arguments import path, vm_name
 from refault.daemon.address import SUN_PATH, Address, host_port, parse_address, place_of
 from refault.daemon.errors import OperatorError, operator_errors
 from refault.daemon.options import Patience, RunOptions
-from refault.daemon.paths import (
-    control_socket,
-    make_default_directory,
-    must_be_writable,
-    runtime_directory,
-    state_directory,
-)
+from refault.daemon.paths import control_socket, runtime_directory, state_directory
 from refault.migration.endpoint import Inet, parse_uri
 
 _WEEK = 7 * 24 * 3600
@@ -43,7 +38,7 @@ def add_parser(subparsers: Any) -> None:
         action="append",
         help="where QMP clients come; may be given more than once",
     )
-    parser.add_argument("--name", type=_name, help="the VM's name; default: the last part of --qemu")
+    parser.add_argument("--name", type=vm_name, help="the VM's name; default: the last part of --qemu")
     parser.add_argument(
         "--relay",
         choices=("auto", "off"),
@@ -72,12 +67,12 @@ def add_parser(subparsers: Any) -> None:
     )
     parser.add_argument(
         "--control",
-        type=Path,
+        type=path,
         metavar="PATH",
         help=f"status socket; default: {runtime_directory()}/NAME.control",
     )
     parser.add_argument(
-        "--state-dir", type=Path, metavar="DIR", help=f"state files, on a tmpfs; default: {state_directory()}"
+        "--state-dir", type=path, metavar="DIR", help=f"state files, on a tmpfs; default: {state_directory()}"
     )
     parser.add_argument(
         "--verbose",
@@ -90,9 +85,12 @@ def add_parser(subparsers: Any) -> None:
 def run_options(arguments: argparse.Namespace) -> RunOptions:
     """The parsed command line as the daemon takes it. Raises `ValueError` with one clear line."""
     try:
-        name = arguments.name or _name(_last_part(arguments.qemu))
+        name = arguments.name or vm_name(_last_part(arguments.qemu))
     except argparse.ArgumentTypeError as error:
         raise ValueError(f"--qemu gives no usable name ({error}); add --name") from error
+    uris = arguments.recover_uri
+    if repeated := {uri for uri in uris if uris.count(uri) > 1}:
+        raise ValueError(f"--recover-uri {min(repeated)}: given more than once")
     control: Path = arguments.control or control_socket(name)
     length = len(os.fsencode(control))
     if length >= SUN_PATH:
@@ -105,7 +103,7 @@ def run_options(arguments: argparse.Namespace) -> RunOptions:
         qemu=arguments.qemu,
         listen=tuple(arguments.listen),
         relay=arguments.relay,
-        recover_uris=tuple(arguments.recover_uri),
+        recover_uris=tuple(uris),
         incoming=arguments.incoming,
         metrics=arguments.metrics,
         control=control,
@@ -152,12 +150,8 @@ def execute(arguments: argparse.Namespace) -> int:
     from refault.daemon.log import AS_IT_IS, setup_logging
 
     setup_logging(logging.DEBUG if arguments.verbose else logging.INFO)
+    os.umask(0o077)  # what is for others has its mode set
     try:
-        if arguments.control is None:
-            make_default_directory(options.control.parent)
-        if arguments.state_dir is None:
-            make_default_directory(options.state_dir)
-        must_be_writable(options.state_dir)
         trio.run(serve, options)
     except (OperatorError, BaseExceptionGroup) as error:
         told = operator_errors(error)
@@ -197,15 +191,6 @@ def _not_a_directory(address: Address) -> Address:
 
 def _last_part(address: Address) -> str:
     return Path(address.path).name if address.path is not None else f"{address.host}:{address.port}"
-
-
-def _name(text: str) -> str:
-    """A name that can be part of a file's: refault puts sockets and state under it."""
-    if not text or text in (".", "..") or "/" in text or not text.isprintable():
-        raise argparse.ArgumentTypeError(f"{text!r} is not a name: it must be printable, without '/'")
-    if len(text.encode()) > 64:
-        raise argparse.ArgumentTypeError(f"{text!r} is too long for a name: at most 64 bytes")
-    return text
 
 
 def _uri(text: str) -> str:

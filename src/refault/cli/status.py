@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import os
 import shutil
 import sys
 import textwrap
@@ -10,58 +11,123 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import msgspec
+
+from refault.cli.arguments import path, vm_name
 from refault.daemon import snapshot
-from refault.daemon.control import query
+from refault.daemon.control import NoAnswer, NoDaemon, NotPermitted, query
 from refault.daemon.errors import OperatorError
-from refault.daemon.paths import CONTROL_SUFFIX, runtime_directory
+from refault.daemon.paths import CONTROL_SUFFIX, runtime_directories, short_name
 from refault.daemon.snapshot import ListenerStatus, Status, VmStatus
 
 _ANSWER_SECONDS = 5.0
 _LABEL_WIDTH = 11
 
 
+NO_DAEMON, NOT_PERMITTED, NO_ANSWER, NO_QEMU = 3, 4, 5, 6
+"""Exit statuses: of several that hold the lowest."""
+_EXIT_STATUS: tuple[tuple[type[OperatorError], int], ...] = (
+    (NoDaemon, NO_DAEMON),
+    (NotPermitted, NOT_PERMITTED),
+    (NoAnswer, NO_ANSWER),
+    (OperatorError, 1),
+)
+
+
 def add_parser(subparsers: Any) -> None:
     """Adds the command to argparse's `subparsers`."""
+    where = " and ".join(map(str, runtime_directories()))
     parser: argparse.ArgumentParser = subparsers.add_parser(
-        "status", help="what refault knows about each VM", description="What refault knows about each VM."
+        "status",
+        help="what refault knows about each VM",
+        description="What refault knows about each VM.",
+        epilog=f"Exit status: 0 when all is well, {NO_DAEMON} where there is no daemon, {NOT_PERMITTED} where"
+        f" it may not be asked, {NO_ANSWER} where it does not answer, {NO_QEMU} where a VM has no QEMU.",
     )
+    parser.add_argument("name", nargs="?", type=vm_name, metavar="NAME", help="of this VM alone")
     parser.add_argument(
         "--control",
-        type=Path,
+        type=path,
         metavar="PATH",
-        help=f"ask the daemon at this socket; default: all *{CONTROL_SUFFIX} in {runtime_directory()} and the"
-        " directories in it",
+        help=f"ask the daemon at this socket; default: all *{CONTROL_SUFFIX} in {where} and the directories"
+        " in it",
     )
     parser.add_argument("--json", action="store_true", help="one JSON document (docs/status.md)")
     parser.set_defaults(execute=execute)
 
 
 def execute(options: argparse.Namespace) -> int:
-    """Prints the status of the daemons asked; 1 if one does not answer, after what the others said."""
-    paths = [options.control] if options.control else _control_sockets(runtime_directory())
+    """Prints the status of the daemons asked, and the errors of those that did not answer."""
     answers: list[Status] = []
-    failed = False
-    for path in paths:
+    errors: list[OperatorError] = []
+    for socket in [options.control] if options.control else _control_sockets(options.name, errors):
         try:
-            answers.append(query(path, _ANSWER_SECONDS))
+            answers.append(query(socket, _ANSWER_SECONDS))
         except OperatorError as error:
-            failed = True
-            print(f"refault: {error}", file=sys.stderr)
+            errors.append(error)
+    if options.name is not None:
+        answers = [_of_vm(status, options.name) for status in answers]
+        answers = [status for status in answers if status.vms]
+        if answers:
+            errors.clear()  # of others' daemons
+        elif not errors:
+            where = f"the daemon at {options.control} has no" if options.control else "no daemon has a"
+            errors.append(NoDaemon(f"{where} VM {options.name}; is `refault run` running for it?"))
+    for told in errors:
+        print(f"refault: {told}", file=sys.stderr)
     if answers:
         status = join(answers)
         if options.json:
             sys.stdout.write(snapshot.encode(status).decode())
         else:
             sys.stdout.write(render(status, shutil.get_terminal_size().columns))
-    return 1 if failed else 0
+    gone = [NO_QEMU for status in answers for vm in status.vms if not vm.qemu.connected]
+    return min([*map(_exit_status, errors), *gone], default=0)
 
 
-def _control_sockets(directory: Path) -> list[Path]:
-    # refault@.service gives each instance a directory of its own below the common one.
-    paths = sorted({*directory.glob(f"*{CONTROL_SUFFIX}"), *directory.glob(f"*/*{CONTROL_SUFFIX}")})
-    if not paths:
-        raise OperatorError(f"no daemon found in {directory}; start one, or name its socket with --control")
-    return paths
+def _exit_status(error: OperatorError) -> int:
+    return next(status for kind, status in _EXIT_STATUS if isinstance(error, kind))
+
+
+def _of_vm(status: Status, name: str) -> Status:
+    return msgspec.structs.replace(status, vms=tuple(vm for vm in status.vms if vm.name == name))
+
+
+def _control_sockets(name: str | None, errors: list[OperatorError]) -> list[Path]:
+    """The sockets to ask: those that the VM `name` has by default where there is one, else all.
+
+    Where there is none at all `errors` gets the reason.
+    """
+    directories = runtime_directories()
+    refused: list[OSError] = []
+    found = [_sockets_in(directory, refused) for directory in directories]
+    everywhere = [path for paths in found for path in paths]
+    if name is not None:
+        # refault@.service gives each instance a directory of its own below the common one.
+        homes = [home for directory in directories for home in (directory, directory / name)]
+        called = {home / short_name(home, name, CONTROL_SUFFIX) for home in homes}
+        return [path for path in everywhere if path in called] or everywhere
+    for error in refused if not everywhere else ():
+        errors.append(NotPermitted(f"{error.filename} may not be looked into: {error.strerror}; be root"))
+    if not everywhere and not refused:
+        where = " or ".join(map(str, directories))
+        errors.append(NoDaemon(f"no daemon found in {where}; start one, or name its socket with --control"))
+    return next(filter(None, found), [])
+
+
+def _sockets_in(directory: Path, refused: list[OSError]) -> list[Path]:
+    found = []
+    try:
+        for entry in os.scandir(directory):
+            if entry.name.endswith(CONTROL_SUFFIX):
+                found.append(Path(entry.path))
+            elif directory in runtime_directories() and entry.is_dir():
+                found += _sockets_in(Path(entry.path), refused)
+    except (FileNotFoundError, NotADirectoryError):
+        pass
+    except OSError as error:
+        refused.append(error)
+    return sorted(found)
 
 
 def join(answers: Sequence[Status]) -> Status:
@@ -69,6 +135,7 @@ def join(answers: Sequence[Status]) -> Status:
     if len(answers) == 1:
         return answers[0]
     return Status(
+        troubles=tuple(trouble for status in answers for trouble in status.troubles),
         log_lines_dropped=sum(status.log_lines_dropped for status in answers),
         vms=tuple(vm for status in answers for vm in status.vms),
     )
@@ -77,6 +144,8 @@ def join(answers: Sequence[Status]) -> Status:
 def render(status: Status, width: int) -> str:
     """The status for people, in lines of at most `width` columns where the words allow it."""
     told = [_vm_lines(vm, width) for vm in status.vms]
+    if status.troubles:
+        told.append([f"TROUBLE      {trouble}" for trouble in status.troubles])
     if status.log_lines_dropped:
         told.append([f"{status.log_lines_dropped} lines of the log are lost: not read, or a full disk"])
     return "\n".join("".join(f"{_printable(line)}\n" for line in lines) for lines in told)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import signal
 from collections.abc import AsyncIterator
+from functools import partial
 
 import trio
 
@@ -12,8 +13,10 @@ from refault.daemon.control import serve_control
 from refault.daemon.log import lines_dropped
 from refault.daemon.notify import Notifier
 from refault.daemon.options import RunOptions
+from refault.daemon.own_needs import Troubles
 from refault.daemon.repeats import repeats
 from refault.daemon.snapshot import Status
+from refault.daemon.state_lock import StateLock
 from refault.daemon.vm import Vm
 
 log = logging.getLogger("refault")
@@ -26,19 +29,43 @@ EXTENSION = 15.0
 STOP_POLL = 0.05
 
 
+_ENDS = (signal.SIGTERM, signal.SIGINT, signal.SIGQUIT)
+_NOT_FOR_US = frozenset(
+    {
+        signal.SIGHUP,  # a terminal that closed, a habit of log rotation
+        signal.SIGTSTP,  # a stopped refault is a lost channel
+        signal.SIGUSR1,
+        signal.SIGUSR2,
+        signal.SIGALRM,
+        signal.SIGVTALRM,
+        signal.SIGPROF,
+        signal.SIGIO,
+        signal.SIGPWR,
+        signal.SIGSTKFLT,
+        *(number for number in signal.valid_signals() if number >= signal.SIGRTMIN),
+    }
+)
+"""Signals whose default is the end, or to stand still, without care for any guest."""
+
+
 class Publisher:
     """Holds the last picture of all VMs, for readers in any thread."""
 
-    def __init__(self, vms: list[Vm]) -> None:
+    def __init__(self, vms: list[Vm], troubles: Troubles) -> None:
         self._vms = vms
+        self._troubles = troubles
         self._status = Status(vms=())
         self.publish()
 
     def publish(self) -> Status:
         """Makes a new picture, or keeps the last where that fails; call it in the trio thread."""
         try:
-            vms = tuple(vm.status() for vm in self._vms)
-            self._status = Status(log_lines_dropped=lines_dropped(), vms=vms)
+            vms = self._vms
+            self._status = Status(
+                log_lines_dropped=lines_dropped(),
+                troubles=self._troubles.tell(),
+                vms=tuple(vm.status() for vm in vms),
+            )
         except Exception as error:  # a picture is not worth the end of every leg
             log.exception(
                 "internal error in the status: the last one is told", extra=repeats("status", repr(error))
@@ -57,31 +84,65 @@ class Publisher:
 
 
 async def serve(options: RunOptions) -> None:
-    """Serves until SIGTERM or SIGINT. Raises OperatorError where something outside is not as it must be."""
-    vm = Vm(options)
-    publisher = Publisher([vm])
-    notifier = Notifier()
-    with trio.open_signal_receiver(signal.SIGTERM, signal.SIGINT) as signals:
-        async with trio.open_nursery() as nursery:
-            await nursery.start(serve_control, options.control, publisher.publish)
-            if options.metrics is not None:
-                from refault.daemon.metrics import serve_metrics  # what is not needed delays a restart
+    """Serves until SIGTERM, SIGINT or SIGQUIT.
 
-                await nursery.start(serve_metrics, *options.metrics, publisher.status)
-            await nursery.start(vm.run)
-            nursery.start_soon(publisher.run)
-            notifier.ready(f"serving {options.qemu}")
-            at = [*(front.address for front in vm.monitor.fronts), *vm.monitor.managers]
-            log.info("%s: serving %s on %s", options.name, options.qemu, ", ".join(map(str, at)))
-            async for number in signals:
-                log.info("%s: %s, ending", options.name, signal.Signals(number).name)
-                notifier.stopping("ending")
-                break
-            vm.stopping = True
-            with trio.move_on_after(STOP_PATIENCE):
-                nursery.start_soon(_second_signal, signals, nursery.cancel_scope)
-                await _until_stopping_is_safe(vm, notifier)
-            nursery.cancel_scope.cancel()
+    Raises OperatorError where clients or QEMU cannot be listened to, or another refault has the VM's state.
+    What else cannot be had is told, and tried again.
+    """
+    for number in (signal.SIGTTIN, signal.SIGTTOU):  # a terminal that it is in the background of
+        signal.signal(number, signal.SIG_IGN)
+    with trio.open_signal_receiver(*_ENDS) as ends, trio.open_signal_receiver(*_NOT_FOR_US) as others:
+        lock = StateLock(options.state_dir, options.name)
+        await lock.claim()
+        try:
+            await _serve(options, lock, ends, others)
+        finally:
+            lock.release()
+
+
+async def _serve(
+    options: RunOptions, lock: StateLock, ends: AsyncIterator[int], others: AsyncIterator[int]
+) -> None:
+    vm = Vm(options, lock)
+    troubles = Troubles()
+    publisher = Publisher([vm], troubles)
+    notifier = Notifier()
+    async with trio.open_nursery() as nursery:
+        nursery.start_soon(_say_not_for_us, options.name, others)
+        await nursery.start(vm.run)
+        await nursery.start(troubles.keep, f"{options.name}: state", lock.keep)
+        control = partial(serve_control, options.control, publisher.publish)
+        await nursery.start(troubles.keep, f"{options.name}: control socket", control)
+        if options.metrics is not None:
+            from refault.daemon.metrics import serve_metrics  # what is not needed delays a restart
+
+            metrics = partial(serve_metrics, *options.metrics, publisher.status)
+            nursery.start_soon(troubles.keep, f"{options.name}: metrics", metrics)
+        nursery.start_soon(publisher.run)
+        notifier.ready(f"serving {options.qemu}")
+        at = [*(front.address for front in vm.monitor.fronts), *vm.monitor.managers]
+        log.info("%s: serving %s on %s", options.name, options.qemu, ", ".join(map(str, at)))
+        async for number in ends:
+            log.info("%s: %s, ending", options.name, signal.Signals(number).name)
+            notifier.stopping("ending")
+            break
+        vm.stopping = True
+        with trio.move_on_after(STOP_PATIENCE):
+            nursery.start_soon(_second_signal, ends, nursery.cancel_scope)
+            await _until_stopping_is_safe(vm, notifier)
+        nursery.cancel_scope.cancel()
+
+
+async def _say_not_for_us(name: str, signals: AsyncIterator[int]) -> None:
+    async for number in signals:
+        said = signal.strsignal(number) or "?"
+        log.warning(
+            "%s: signal %d (%s) is nothing that refault knows: it goes on, and SIGTERM ends it",
+            name,
+            number,
+            said,
+            extra=repeats((name, "signal"), number),
+        )
 
 
 async def _second_signal(signals: AsyncIterator[int], scope: trio.CancelScope) -> None:

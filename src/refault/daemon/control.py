@@ -8,6 +8,7 @@ from __future__ import annotations
 import logging
 import os
 import socket
+import time
 from pathlib import Path
 
 import trio
@@ -17,12 +18,15 @@ from refault.daemon.address import Address
 from refault.daemon.dial import peer_of
 from refault.daemon.errors import OperatorError
 from refault.daemon.listener import ListenError, bind_unix
+from refault.daemon.paths import make_if_default
 from refault.daemon.snapshot import Snapshot, Status
 
 _log = logging.getLogger(__name__)
 
 _ANSWER_SECONDS = 5.0
 """How long a peer may take to read the document."""
+_LOOK_SECONDS = 5.0
+"""Between looks whether the socket's file is still there."""
 
 
 async def serve_control(
@@ -33,8 +37,10 @@ async def serve_control(
 ) -> None:
     """Answers on the unix socket `path` until cancelled, then removes it; started when it listens.
 
-    A socket file that nobody listens on is replaced. Raises `OperatorError` where the path cannot be bound.
+    A socket file that nobody listens on is replaced. Raises `OperatorError` where the path cannot be bound,
+    or its file has been removed.
     """
+    make_if_default(path.parent)
     try:
         bound = bind_unix(Address(str(path)))
     except ListenError as error:
@@ -45,7 +51,12 @@ async def serve_control(
 
     try:
         listener = trio.SocketListener(trio.socket.from_stdlib_socket(bound.sock))
-        await trio.serve_listeners(answer, [listener], task_status=task_status)
+        async with trio.open_nursery() as nursery:
+            await nursery.start(trio.serve_listeners, answer, [listener])
+            task_status.started([listener])
+            while bound.in_place:  # noqa: ASYNC110 - nothing tells of it
+                await trio.sleep(_LOOK_SECONDS)
+            raise OperatorError(f"{path} was removed or replaced; leave it, `refault status` asks there")
     finally:
         bound.close()
 
@@ -63,27 +74,52 @@ async def _answer(stream: trio.SocketStream, snapshot: Snapshot) -> None:
                 _log.debug("control: process %s went away before it had read the status", peer.pid)
 
 
-def query(path: Path, timeout: float) -> Status:
-    """The status that the daemon behind `path` tells; each read takes at most `timeout` seconds.
+class NoDaemon(OperatorError):  # noqa: N818 - it says what is
+    """Nobody listens."""
 
-    Raises `OperatorError` where none answers, or something else does.
+
+class NotPermitted(OperatorError):  # noqa: N818
+    """The daemon, or the directory of its socket, is not for this user."""
+
+
+class NoAnswer(OperatorError):  # noqa: N818
+    """There is a daemon, which does not answer."""
+
+
+def query(path: Path, timeout: float) -> Status:
+    """The status that the daemon behind `path` tells, within `timeout` seconds.
+
+    Raises NoDaemon, NotPermitted, NoAnswer, and OperatorError where something else answers.
     """
+    until = time.monotonic() + timeout
+    document = bytearray()
     try:
         with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as connection:
             connection.settimeout(timeout)
             connection.connect(str(path))
-            document = bytearray()
             while chunk := connection.recv(65536):
                 document += chunk
-    except TimeoutError as error:
-        raise OperatorError(f"{path} gave no answer in {timeout:g} s; look at the daemon's log") from error
-    except OSError as error:
-        raise OperatorError(
-            f"no daemon answers at {path}: {error.strerror or error}; is `refault run` running?"
+                connection.settimeout(max(until - time.monotonic(), 0.001))
+    except (TimeoutError, BlockingIOError) as error:  # a stopped one, or one whose queue is full
+        raise NoAnswer(
+            f"the daemon at {path} gave no answer in {timeout:g} s: it is stopped, or hangs; look at its"
+            " process and its log"
         ) from error
+    except PermissionError as error:
+        raise NotPermitted(f"{path}: {error.strerror}; be root or the daemon's user") from error
+    except ConnectionResetError as error:
+        raise NoAnswer(f"the daemon at {path} went away before it had answered; ask again") from error
+    except OSError as error:
+        raise NoDaemon(f"no daemon answers at {path}: {_why_not(path, error)}") from error
     if not document:
-        raise OperatorError(f"{path} told nothing; be root or the daemon's user")
+        raise NotPermitted(f"the daemon at {path} told nothing; be root or the daemon's user")
     try:
         return status_document.decode(bytes(document))
     except status_document.DecodeError as error:
         raise OperatorError(f"{path} told no status ({error}); is it a refault's?") from error
+
+
+def _why_not(path: Path, error: OSError) -> str:
+    if path.exists() and not path.is_socket():
+        return "it is no socket; name a daemon's with --control"
+    return f"{error.strerror or error}; is `refault run` running?"

@@ -38,6 +38,9 @@ from refault.daemon.unix_diag import (
 
 log = logging.getLogger("refault.local")
 
+_NAME_BYTES = 8
+PATH_BYTES = 1 + _NAME_BYTES
+"""By how much a socket's path is longer than its directory's."""
 _BACKLOG = 256
 _LOOK = 0.002
 _PATIENCE = 5.0
@@ -55,16 +58,20 @@ class PrivateSockets:
 
     directory: Path
     qemu: Peer
+    usable: bool = True
+    """Whether the directory is this VM's, or is another's that has its name."""
 
     def make(self) -> None:
         """Makes the directory anew, empty. Raises OSError, also where QEMU's user cannot be given it, or the
         kernel does not tell what `connect` must know.
         """
+        if not self.usable:
+            raise OSError("there is no place for sockets, for the state directory is not ours")
         shutil.rmtree(self.directory, ignore_errors=True)
         self.directory.mkdir(mode=0o700)
         if self.qemu.uid is not None and self.qemu.uid != os.getuid():
             os.chown(self.directory, self.qemu.uid, -1)
-        if len(os.fsencode(self.path("x" * 8))) >= SUN_PATH:
+        if len(os.fsencode(self.directory)) + PATH_BYTES >= SUN_PATH:
             raise OSError(f"{self.directory} is too long a path for a unix socket")
         one, other = socket.socketpair()
         with one, other:
@@ -72,7 +79,7 @@ class PrivateSockets:
 
     def path(self, name: str | None = None) -> str:
         """A path that was not used before."""
-        return str(self.directory / (name or secrets.token_hex(4)))
+        return str(self.directory / (name or secrets.token_hex(_NAME_BYTES // 2)))
 
     def make_if_missing(self) -> None:
         """Makes it where it is not there, or not as it is to be. Raises as `make` does."""

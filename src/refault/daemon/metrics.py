@@ -60,7 +60,9 @@ def families(status: Status) -> list[Metric]:
     info.add_metric([], {"version": status.version})
     dropped = CounterMetricFamily("refault_log_lines_dropped", "Lines of the log that nobody will read")
     dropped.add_metric([], status.log_lines_dropped)
-    collected: list[Metric] = [info, dropped]
+    troubles = GaugeMetricFamily("refault_troubles", "Things refault itself cannot have now and tries to get")
+    troubles.add_metric([], len(status.troubles))
+    collected: list[Metric] = [info, dropped, troubles]
 
     def gauge(name: str, text: str, *labels: str) -> GaugeMetricFamily:
         family = GaugeMetricFamily(f"refault_{name}", text, labels=["vm", *labels])
@@ -240,7 +242,8 @@ async def serve_metrics(
 ) -> None:
     """Serves the metrics on `host`:`port` until cancelled; started with the port, chosen where that is 0.
 
-    `snapshot` is called in the server's threads. Raises `OperatorError` where the address cannot be bound.
+    `snapshot` is called in the server's threads. Raises `OperatorError` where the address cannot be bound,
+    and what the server fails with.
     """
     where = host_port(host, port)
     try:
@@ -250,12 +253,22 @@ async def serve_metrics(
             f"cannot serve metrics on {where}: {error.reason}; choose another --metrics"
         ) from error
     server = _server(bound.socks, snapshot)
-    thread = threading.Thread(target=server.serve_forever, args=(_LOOK_SECONDS,), name="metrics", daemon=True)
-    thread.start()
+    ended, token = trio.Event(), trio.lowlevel.current_trio_token()
+    failures: list[Exception] = []
+
+    def serve() -> None:
+        try:
+            server.serve_forever(_LOOK_SECONDS)
+        except Exception as error:
+            failures.append(error)
+            token.run_sync_soon(ended.set)
+
+    threading.Thread(target=serve, name="metrics", daemon=True).start()
     try:
         _log.info("metrics on http://%s/metrics", host_port(host, server.server_port))
         task_status.started(server.server_port)
-        await trio.sleep_forever()
+        await ended.wait()
+        raise failures[0]
     finally:
         server.shutdown()  # waits for one look of the thread
         server.server_close()

@@ -7,6 +7,7 @@ ties them together.
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import secrets
 from collections.abc import Callable
@@ -186,8 +187,10 @@ class Migration:
             return
         self._remembers = met is not None
         self._generation = met.generation if met else secrets.token_hex(8)
-        pages = self.vm.state_file.pages
-        with pages.opened(self._record().key(self.name), take_over=met is not None) as state:
+        record, files = self._record(), self.vm.state_file
+        pages, usable = files.pages, files.usable(record.qemu_pid)
+        opened = pages.opened(record.key(self.name), take_over=met is not None)
+        with opened if usable else contextlib.nullcontext() as state:
             relay = Relay(self.role, state=state, dead_after=self.vm.patience.dead_after)
         try:
             pages.tell(relay)

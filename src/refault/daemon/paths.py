@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import contextlib
+import hashlib
 import os
 import tempfile
 from collections.abc import Mapping
 from pathlib import Path
 
+from refault.daemon.address import SUN_PATH
 from refault.daemon.errors import OperatorError
 
 CONTROL_SUFFIX = ".control"
@@ -27,9 +29,27 @@ def runtime_directory(environment: Mapping[str, str] = os.environ, uid: int | No
     return Path(environment.get("XDG_RUNTIME_DIR") or f"/run/user/{uid}") / "refault"
 
 
+def runtime_directories(environment: Mapping[str, str] = os.environ, uid: int | None = None) -> list[Path]:
+    """Where daemons are looked for: our own runtime directory, and unless it was told, root's."""
+    own = runtime_directory(environment, uid)
+    common = [] if environment.get("RUNTIME_DIRECTORY") else [Path("/run/refault")]
+    return list(dict.fromkeys([own, *common]))
+
+
 def control_socket(name: str, environment: Mapping[str, str] = os.environ, uid: int | None = None) -> Path:
     """The default control socket of the VM `name`."""
-    return runtime_directory(environment, uid) / f"{name}{CONTROL_SUFFIX}"
+    directory = runtime_directory(environment, uid)
+    return directory / short_name(directory, name, CONTROL_SUFFIX)
+
+
+def short_name(directory: Path, name: str, suffix: str, behind: int = 0) -> str:
+    """`name` and `suffix`, where a socket's path has room for them in `directory` and `behind` bytes more;
+    else a digest in the name's place, by which it is found again.
+    """
+    room = SUN_PATH - 1 - len(os.fsencode(directory / suffix)) - behind
+    if len(os.fsencode(name)) <= room:
+        return f"{name}{suffix}"
+    return f"{hashlib.sha256(os.fsencode(name)).hexdigest()[:8]}{suffix}"
 
 
 def state_directory(environment: Mapping[str, str] = os.environ, uid: int | None = None) -> Path:
@@ -39,13 +59,24 @@ def state_directory(environment: Mapping[str, str] = os.environ, uid: int | None
     return runtime_directory(environment, uid)
 
 
+def make_if_default(path: Path) -> None:
+    """Makes `path` if it is the runtime directory and not there. Raises `OperatorError`."""
+    if path == runtime_directory():
+        make_default_directory(path)
+
+
 def make_default_directory(path: Path) -> None:
     """Makes the runtime directory where no service manager has, with mode 0755 for root and 0700 for others.
 
     Raises `OperatorError`.
     """
+    if path.is_dir():
+        return
     try:
-        path.mkdir(mode=_mode(), exist_ok=True)
+        path.mkdir(mode=_mode())
+        path.chmod(_mode())  # whatever the umask
+    except FileExistsError:
+        return
     except OSError as error:
         raise OperatorError(
             f"cannot make {path}: {error.strerror}; make it, or name --control and --state-dir"
@@ -76,3 +107,4 @@ def make_again(path: Path) -> None:
     if not path.exists():
         with contextlib.suppress(OSError):
             path.mkdir(mode=_mode())
+            path.chmod(_mode())

@@ -174,6 +174,8 @@ class Status(msgspec.Struct, frozen=True, kw_only=True):
     """refault's."""
     log_lines_dropped: int = 0
     """Lines of the log that nobody will read, since the daemon started."""
+    troubles: tuple[str, ...] = ()
+    """What refault itself cannot have now and tries again to get, a line for each."""
     vms: tuple[VmStatus, ...] = ()
 
 

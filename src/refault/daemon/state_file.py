@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import logging
 import os
+from collections.abc import Callable
 from pathlib import Path
 
 import msgspec
@@ -60,9 +61,13 @@ def process_started(pid: int | None) -> int | None:
 class StateFile:
     """The record of one VM, replaced as a whole or removed."""
 
-    def __init__(self, directory: Path, vm: str) -> None:
+    def __init__(self, directory: Path, vm: str, is_ours: Callable[[], bool] = lambda: True) -> None:
+        """`is_ours` tells whether the files are this process's to look at and to write (state_lock.py)."""
         self._vm = vm
+        self._is_ours = is_ours
         self.directory = directory
+        self._not_ours = False
+        """Whether they were another's when that was looked at last."""
         self._path = directory / f"{vm}.migration.json"
         self.troubles = StateTroubles()
         self._record: MigrationRecord | None = None
@@ -72,6 +77,8 @@ class StateFile:
     def save(self, record: MigrationRecord) -> None:
         """Writes the record. Where that fails, a restarted refault cannot recover; nothing else is lost."""
         self._record = record
+        if not self.usable(record.qemu_pid):
+            return
         temporary = self._path.with_suffix(".new")
         try:
             make_again(self.directory)
@@ -90,20 +97,42 @@ class StateFile:
 
     def look(self) -> None:
         """Writes again what has gone away since it was written, and tells of what cannot be written again."""
-        if self._record is not None and not self._path.exists():
+        if self._record is not None and (self._not_ours or not self._path.exists()):
             self.save(self._record)
         self.pages.look()
 
     def of_a_running_qemu(self) -> bool:
         """Whether there is a record, and the QEMU that it is of still runs, as far as can be told."""
-        try:
-            record = msgspec.json.decode(self._path.read_bytes(), type=MigrationRecord)
-        except (OSError, msgspec.DecodeError):
-            return False
-        return record.qemu_started == process_started(record.qemu_pid)
+        record = self._read()
+        return record is not None and record.qemu_started == process_started(record.qemu_pid)
+
+    def usable(self, pid: int | None) -> bool:
+        """Whether the files may be used for the QEMU process `pid`: not while another refault has them, nor
+        if they are of another QEMU that runs.
+        """
+        told = "the state directory is not usable" if not self._is_ours() else self._why_another(pid)
+        self._not_ours = told is not None
+        if told is not None and self._record is not None:
+            self.troubles.add(_FILE, f"{told}; a restarted refault could not recover the migration")
+        return told is None
+
+    def _why_another(self, pid: int | None) -> str | None:
+        record = self._read()
+        if record is None or record.qemu_pid in (None, pid) or record.qemu_started is None:
+            return None
+        if process_started(record.qemu_pid) != record.qemu_started:
+            return None
+        told = (
+            f"{self._path} is of QEMU process {record.qemu_pid}, which still runs, so nothing is kept for"
+            " this one: give this VM another --name or --state-dir, or end that QEMU"
+        )
+        log.error("%s: %s", self._vm, told, extra=repeats((self._vm, "another"), told))
+        return told
 
     def load(self, pid: int | None) -> MigrationRecord | None:
         """The record, if it is of the QEMU process `pid`; a stale, torn or foreign one is None."""
+        if not self.usable(pid):
+            return None
         try:
             record = msgspec.json.decode(self._path.read_bytes(), type=MigrationRecord)
         except FileNotFoundError:
@@ -113,16 +142,23 @@ class StateFile:
             log.warning("%s: ignoring %s: %s", self._vm, self._path, error)
             return None
         if record.qemu_pid != pid or record.qemu_started != process_started(pid):
-            log.info("%s: %s is of another QEMU process; removed", self._vm, self._path)
+            log.info("%s: %s is of a QEMU process that has ended; removed", self._vm, self._path)
             self.remove()
             return None
         return record
+
+    def _read(self) -> MigrationRecord | None:
+        with contextlib.suppress(OSError, msgspec.DecodeError):
+            return msgspec.json.decode(self._path.read_bytes(), type=MigrationRecord)
+        return None
 
     def remove(self) -> None:
         """The migration has ended. What cannot be removed does no harm, for it names a process."""
         self._record = None
         self.troubles.over(_FILE)
         self.pages.end()
+        if self._not_ours or not self._is_ours():
+            return
         for path in (self._path, self.pages.path):
             try:
                 path.unlink(missing_ok=True)

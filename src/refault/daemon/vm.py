@@ -31,6 +31,7 @@ from refault.daemon.repeats import repeats
 from refault.daemon.snapshot import VmStatus
 from refault.daemon.source import Source
 from refault.daemon.state_file import MigrationRecord, StateFile, process_started
+from refault.daemon.state_lock import StateLock
 from refault.daemon.vm_state import QUERY_TIMEOUT, VmState
 from refault.migration.endpoint import Endpoint, Inet, endpoint_of, parse_uri
 from refault.migration.phase import Role
@@ -65,10 +66,10 @@ SENT_ALL = (
 class Vm:
     """Serves one QEMU for as long as `run` is not cancelled."""
 
-    def __init__(self, options: RunOptions) -> None:
+    def __init__(self, options: RunOptions, lock: StateLock | None = None) -> None:
         self.options = options
         self.name = options.name
-        state_file = StateFile(options.state_dir, options.name)
+        state_file = StateFile(options.state_dir, options.name, lambda: lock is None or lock.held)
         self.monitor = Monitor(
             options.name,
             options.qemu,

@@ -13,9 +13,10 @@ import trio
 
 from refault.daemon.dial import Peer
 from refault.daemon.local import give_back
-from refault.daemon.local_unix import PrivateSockets
+from refault.daemon.local_unix import PATH_BYTES, PrivateSockets
 from refault.daemon.monitor import MonitorLost, QmpError, words
 from refault.daemon.options import Patience
+from refault.daemon.paths import short_name
 from refault.daemon.reach import comes, takes_descriptor
 from refault.daemon.state_file import MigrationRecord, StateFile, process_started
 from refault.migration.endpoint import Endpoint, parse_uri
@@ -204,7 +205,9 @@ class VmState:
         """Where sockets for this QEMU may lie."""
         info = self.monitor.qemu
         qemu = Peer(info.pid, info.uid) if info is not None else Peer(self.qemu_pid, None)
-        return PrivateSockets(self.state_file.directory / f"{self.name}.legs", qemu)
+        files = self.state_file
+        directory = files.directory / short_name(files.directory, self.name, ".legs", PATH_BYTES)
+        return PrivateSockets(directory, qemu, files.usable(self.qemu_pid))
 
     def record(self) -> MigrationRecord | None:
         """What the state file says of a migration of this QEMU."""

@@ -11,7 +11,8 @@ import pytest
 
 from refault.cli.main import build_parser, main
 from refault.cli.run import run_options
-from refault.daemon.address import parse_address
+from refault.daemon.address import SUN_PATH, parse_address
+from refault.daemon.errors import OperatorError
 from refault.daemon.options import Patience, RunOptions
 from refault.migration.endpoint import Inet
 
@@ -61,6 +62,21 @@ def test_everything_given() -> None:
         state_dir=Path("/s"),
         patience=Patience(client_wait=30, give_up_after=86400),
     )
+
+
+def test_a_tilde_that_the_shell_has_left_is_a_home_directory(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HOME", "/home/admin")
+    options = parsed([*MINIMAL, "--control=~/c", "--state-dir=~/s"])
+    assert (options.control, options.state_dir) == (Path("/home/admin/c"), Path("/home/admin/s"))
+
+
+def test_every_name_fits_the_directory_of_the_unit(monkeypatch: pytest.MonkeyPatch) -> None:
+    for length in range(1, 65):
+        name = "n" * length
+        monkeypatch.setenv("RUNTIME_DIRECTORY", f"/run/refault/{name}")
+        control = parsed([*MINIMAL, "--name", name]).control
+        assert len(bytes(control)) < SUN_PATH
+        assert control.name == f"{name}.control" or length > 42
 
 
 def test_state_directory_of_the_service_manager_is_taken(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -119,6 +135,15 @@ def test_a_tcp_monitor_gives_a_name_too() -> None:
         ([*MINIMAL, "--control", "/" + "x" * 108], "at most 107 bytes"),
         (["run", "--qemu", "/" + "x" * 80, "--listen", "/l"], "add --name"),
         ([*MINIMAL, "extra"], "unrecognized arguments: extra"),
+        ([*MINIMAL, "--state", "/s"], "unrecognized arguments: --state /s"),
+        ([*MINIMAL, "--name", "a", "--name", "b"], "--name: given more than once"),
+        ([*MINIMAL, "--qemu", "/other"], "--qemu: given more than once"),
+        ([*MINIMAL, "--control", ""], "'' is no path"),
+        ([*MINIMAL, "--state-dir", ""], "'' is no path"),
+        ([*MINIMAL, "--state-dir", "~nobody-of-this-name/s"], "~nobody-of-this-name"),
+        ([*MINIMAL, "--metrics", "http://127.0.0.1:9099"], "is not HOST:PORT"),
+        ([*MINIMAL, "--recover-uri", "tcp:b:1", "--recover-uri", "tcp:b:1"], "tcp:b:1: given more than once"),
+        ([*MINIMAL, "--dead-after", "nan"], "from 1 to 3600"),
     ],
 )
 def test_wrong_usage_is_one_line_and_status_2(
@@ -140,16 +165,19 @@ def test_the_daemon_carries_no_terminal_library() -> None:
 
 
 @pytest.mark.parametrize(("option", "level"), [([], logging.INFO), (["--verbose"], logging.DEBUG)])
-def test_what_is_logged_and_where_state_goes_is_settled_before_anything_listens(
+def test_what_the_daemon_ends_with_is_a_line_of_the_log(
     option: list[str],
     level: int,
-    tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
     caplog: pytest.LogCaptureFixture,
 ) -> None:
+    async def serve(options: RunOptions) -> None:
+        raise OperatorError("this; do that")
+
     levels: list[int] = []
     monkeypatch.setattr("refault.daemon.log.setup_logging", levels.append)
-    there = ["--control", str(tmp_path / "c"), "--state-dir", str(tmp_path / "missing")]
-    assert main([*MINIMAL, *there, *option]) == 1
+    monkeypatch.setattr("refault.daemon.app.serve", serve)
+    monkeypatch.setattr("os.umask", lambda _: 0)
+    assert main([*MINIMAL, *option]) == 1
     assert levels == [level]
-    assert caplog.messages[-1].startswith(f"refault: vm1: cannot keep state in {tmp_path}/missing: ")
+    assert caplog.messages == ["refault: vm1: this; do that"]

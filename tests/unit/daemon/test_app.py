@@ -6,6 +6,7 @@ import trio
 import trio.testing
 
 from refault.daemon.app import EXTENSION, Publisher, _until_stopping_is_safe
+from refault.daemon.own_needs import Troubles
 from refault.daemon.snapshot import VmStatus
 
 from .pictures import IDLE
@@ -52,7 +53,7 @@ def test_a_picture_that_cannot_be_made_leaves_the_last_one() -> None:
             return IDLE
 
     vm = Told()
-    publisher = Publisher([vm])  # type: ignore[list-item]
+    publisher = Publisher([vm], Troubles())  # type: ignore[list-item]
     vm.fails = True
     assert [each.name for each in publisher.publish().vms] == [IDLE.name]
     assert publisher.status() is publisher.publish()

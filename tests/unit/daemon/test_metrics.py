@@ -107,6 +107,7 @@ def test_no_vm_is_no_error() -> None:
     assert samples(exposition(Status(version="1"))) == {
         ("refault_info", frozenset({("version", "1")})): 1,
         ("refault_log_lines_dropped_total", frozenset()): 0,
+        ("refault_troubles", frozenset()): 0,
     }
 
 

@@ -7,12 +7,15 @@ from pathlib import Path
 
 import pytest
 
+from refault.daemon.address import SUN_PATH
 from refault.daemon.errors import OperatorError, operator_errors
 from refault.daemon.paths import (
     control_socket,
     make_default_directory,
     must_be_writable,
+    runtime_directories,
     runtime_directory,
+    short_name,
     state_directory,
 )
 
@@ -33,6 +36,38 @@ def test_runtime_directory(environment: dict[str, str], uid: int, expected: str)
     assert control_socket("vm", environment, uid) == Path(expected) / "vm.control"
     assert state_directory(environment, uid) == Path(expected)
     assert state_directory({**environment, "STATE_DIRECTORY": "/s:/t"}, uid) == Path("/s")
+
+
+def test_daemons_of_root_are_found_by_others_too() -> None:
+    own = {"XDG_RUNTIME_DIR": "/tmp/x"}
+    assert runtime_directories(own, 1000) == [Path("/tmp/x/refault"), Path("/run/refault")]
+    assert runtime_directories({}, 0) == [Path("/run/refault")]
+    assert runtime_directories({"RUNTIME_DIRECTORY": "/run/refault/vm1"}, 0) == [Path("/run/refault/vm1")]
+
+
+def test_a_name_that_does_not_fit_has_a_digest_in_its_place() -> None:
+    directory = Path("/run/refault") / ("n" * 64)
+    assert short_name(Path("/run/refault"), "n" * 64, ".control") == "n" * 64 + ".control"
+    short = short_name(directory, "n" * 64, ".control")
+    assert short == short_name(directory, "n" * 64, ".control")
+    assert short != short_name(directory, "n" * 63 + "m", ".control")
+    assert len(str(directory / short)) < SUN_PATH
+    # Each byte counts, and so does what is to come behind.
+    for length in range(20, 64):
+        for behind in (0, 9):
+            whole = str(directory / ("m" * length + ".legs")) + "x" * behind
+            kept = short_name(directory, "m" * length, ".legs", behind) == "m" * length + ".legs"
+            assert kept is (len(whole) < SUN_PATH)
+
+
+@pytest.mark.parametrize("mask", [0o000, 0o022, 0o777])
+def test_the_default_directory_has_its_mode_whatever_the_umask(tmp_path: Path, mask: int) -> None:
+    before = os.umask(mask)
+    try:
+        make_default_directory(tmp_path / "refault")
+    finally:
+        os.umask(before)
+    assert (tmp_path / "refault").stat().st_mode & 0o777 == (0o755 if os.getuid() == 0 else 0o700)
 
 
 def test_the_default_directory_is_made_once_and_kept(tmp_path: Path) -> None:

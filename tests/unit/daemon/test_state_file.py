@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import os
 import shutil
+import subprocess
 from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
@@ -17,7 +18,7 @@ from refault.channel.tracker import Kept, Restored, StateFds
 from refault.daemon import migration as migration_module
 from refault.daemon.migration import Migration
 from refault.daemon.options import Patience
-from refault.daemon.state_file import MigrationRecord, StateFile
+from refault.daemon.state_file import MigrationRecord, StateFile, process_started
 from refault.daemon.vm_state import Counters
 from refault.migration.endpoint import Inet
 from refault.migration.phase import Role
@@ -188,3 +189,54 @@ def test_torn_records_are_counted_and_said(directory: Path, caplog: pytest.LogCa
     assert "30 on record, 7 outstanding" in caplog.text
     assert "20 page requests more were torn" in caplog.text
     assert file.troubles.torn == 20
+
+
+def record(pid: int) -> MigrationRecord:
+    return MigrationRecord(
+        role=Role.SOURCE,
+        uri="tcp:127.0.0.1:1",
+        relayed=True,
+        qemu_pid=pid,
+        qemu_started=process_started(pid),
+    )
+
+
+def test_the_record_of_another_qemu_that_runs_is_not_touched(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """As where a VM was given the name of one whose refault was killed."""
+    with subprocess.Popen(["sleep", "60"]) as other:
+        theirs = record(other.pid)
+        StateFile(tmp_path, "vm1").save(theirs)
+        (tmp_path / "vm1.pages").touch()
+        file = StateFile(tmp_path, "vm1")
+        assert file.load(os.getpid()) is None
+        file.save(record(os.getpid()))
+        file.remove()
+        assert StateFile(tmp_path, "vm1").load(other.pid) == theirs
+        assert (tmp_path / "vm1.pages").exists()
+        file.save(record(os.getpid()))
+        assert f"is of QEMU process {other.pid}, which still runs" in str(file.troubles.error)
+        assert f"is of QEMU process {other.pid}, which still runs" in caplog.text
+        other.kill()
+    file.look()
+    assert file.troubles.error is None  # it ended
+    assert file.load(os.getpid()) == record(os.getpid())
+
+
+def test_nor_is_anything_while_another_refault_has_the_name(tmp_path: Path) -> None:
+    StateFile(tmp_path, "vm1").save(record(os.getpid()))
+    file = StateFile(tmp_path, "vm1", lambda: False)
+    assert file.load(os.getpid()) is None
+    file.save(record(1))
+    file.remove()
+    assert StateFile(tmp_path, "vm1").load(os.getpid()) == record(os.getpid())
+
+
+def test_the_record_of_a_qemu_that_has_ended_makes_room(tmp_path: Path) -> None:
+    with subprocess.Popen(["sleep", "60"]) as other:
+        StateFile(tmp_path, "vm1").save(record(other.pid))
+        other.kill()
+    file = StateFile(tmp_path, "vm1")
+    assert file.load(os.getpid()) is None
+    assert os.listdir(tmp_path) == []
