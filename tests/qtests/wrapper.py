@@ -20,8 +20,8 @@ import time
 from collections.abc import Sequence
 from pathlib import Path
 
-STARTS_WITHIN = 30.0
-"""Seconds until refault listens."""
+STARTS_WITHIN = 45.0
+"""Seconds until refault listens; libqtest waits 50 for its QEMU (SOCKET_TIMEOUT)."""
 ENDS_WITHIN = 20.0
 """Seconds from the end of its QEMU until refault has ended."""
 _MONITOR = "socket,path="
