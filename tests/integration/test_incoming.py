@@ -90,7 +90,7 @@ ADDRESSES = {
 }
 
 
-@pytest.mark.parametrize("binary", ALL_BINARIES)
+@pytest.mark.parametrize("binary", BINARIES)
 async def test_an_address_that_cannot_be_had_is_refused_as_by_qemu(tmp_path: Path, binary: str) -> None:
     port = free_port()
     with contextlib.ExitStack() as stack:

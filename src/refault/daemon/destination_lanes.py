@@ -36,8 +36,6 @@ ALL_WITHIN = 10.0
 OTHER_HOST_AFTER = 0.5
 """How long a preempt channel is expected from the main one's host before one from elsewhere is taken: a peer
 may have several addresses, but who says nothing may be anybody."""
-ENDED_WITHIN = 1.0
-"""So too, where the source has sent all and closed its end: what it had opened is here by then."""
 _LOOK = 0.1
 
 
@@ -197,8 +195,7 @@ class Gathering:
                 before, came = came, len(others) or len(self._found(main))
                 if came > before:
                     last = trio.current_time()
-                waits = ALL_WITHIN if alive(main.connection) else ENDED_WITHIN
-                if trio.current_time() > last + waits:
+                if self._is_void(main) or trio.current_time() > last + ALL_WITHIN:
                     log.warning(
                         "%s: closed a channel from %s: of its %d further connections %d came",
                         self._migration.name, main.peer, lanes.count, came,
@@ -215,6 +212,12 @@ class Gathering:
         finally:
             self._mains.remove(main)
         return True
+
+    def _is_void(self, main: Main) -> bool:
+        """Whether it broke, or its peer has begun anew. That it has ended tells nothing: the source of a
+        small guest may have sent all."""
+        anew = any(other.peer == main.peer and other.number > main.number for other in self._mains)
+        return anew or not is_whole(main.connection)
 
     async def _ask_uuid(self) -> None:
         try:

@@ -8,6 +8,7 @@ import gc
 import logging
 import os
 import socket
+import struct
 from collections.abc import AsyncIterator, Sequence
 from contextlib import asynccontextmanager
 from pathlib import Path
@@ -19,7 +20,7 @@ import trio.testing
 
 from refault.daemon import far
 from refault.daemon.destination import Destination
-from refault.daemon.destination_lanes import QemuListens
+from refault.daemon.destination_lanes import Gathered, QemuListens
 from refault.daemon.far import FarListener
 from refault.daemon.far_dial import connect
 from refault.daemon.migration import Migration
@@ -27,6 +28,8 @@ from refault.daemon.monitor import Answer, Forward, Monitor, MonitorLost, QemuIn
 from refault.daemon.state_file import MigrationRecord, StateFile
 from refault.daemon.vm_state import VmState
 from refault.migration.endpoint import Inet
+from refault.migration.messages import MultifdInit, multifd_init
+from refault.migration.relayable import Lanes
 
 INCOMING = WatchedCommand("migrate-incoming", False, {"uri": "tcp:127.0.0.1:0"}, None, 1)
 RECOVER = WatchedCommand("migrate-recover", True, {"uri": "tcp:127.0.0.1:0"}, None, 1)
@@ -46,7 +49,7 @@ class Qemu:
         self.ends: dict[str, socket.socket] = {}
 
     async def execute(
-        self, command: str, arguments: dict[str, Any], *, fd: int | None = None, **_: object
+        self, command: str, arguments: dict[str, Any] | None = None, *, fd: int | None = None, **_: object
     ) -> object:
         if not self.answers:
             raise MonitorLost("the monitor was lost")
@@ -55,12 +58,14 @@ class Qemu:
         if command == "query-uuid":
             return {"UUID": "00000000-0000-0000-0000-000000000000"}
         if command == "migrate-recover":
+            assert arguments is not None
             self.recovers.append(arguments["uri"])
             if self.lost_in_recover:
                 raise MonitorLost("the monitor was lost")
             if self.refuses is not None:
                 raise QmpError("GenericError", self.refuses)
         if fd is not None:
+            assert arguments is not None
             self.ends[arguments["fdname"]] = socket.socket(fileno=os.dup(fd))
         return {}
 
@@ -330,3 +335,79 @@ async def test_a_multifd_channel_that_stays_alone_is_not_kept(
             procedure._gathering._room.enter(connection)
             there.sendall(bytes.fromhex("11223344 00000001") + bytes(56))
             await procedure._gathering.offer_multifd(connection)
+
+
+class Comers:
+    """Connections that come to a destination, in a room of its own."""
+
+    def __init__(self, procedure: Destination) -> None:
+        self._gathering = procedure._gathering
+        self._listening = socket.create_server(("127.0.0.1", 0))
+        self._there = [self._listening]
+        self._came: list[trio.socket.SocketType] = []
+
+    def come(self, says: bytes, *, ends: bool = False) -> trio.socket.SocketType:
+        there = socket.create_connection(self._listening.getsockname())
+        here = trio.socket.from_stdlib_socket(self._listening.accept()[0])
+        self._came.append(here)
+        self._gathering._room.enter(here)
+        there.sendall(says)
+        if ends:
+            there.close()
+        self._there.append(there)
+        return here
+
+    def multifd(self, number: int, *, uuid: bytes = bytes(16), ends: bool = False) -> trio.socket.SocketType:
+        return self.come(struct.pack(">II16sB39x", 0x11223344, 1, uuid, number), ends=ends)
+
+    def close(self) -> None:
+        for there in self._there:
+            there.close()
+        for here in self._came:
+            here.close()
+
+
+async def test_a_source_that_has_sent_all_before_its_channel_was_gathered(tmp_path: Path) -> None:
+    async with destination(tmp_path, Inet("127.0.0.1", 0)) as (_, _, procedure):
+        procedure._migration.lanes = Lanes(multifd=2)
+        gathering = procedure._gathering
+        with contextlib.closing(Comers(procedure)) as comers, trio.fail_after(5):
+            async with trio.open_nursery() as nursery:
+                main = comers.come(b"QEVM", ends=True)
+                for connection in (
+                    comers.multifd(0, ends=True),
+                    comers.multifd(0, uuid=b"another VM".ljust(16)),
+                    comers.multifd(1, ends=True),
+                ):
+                    nursery.start_soon(gathering.offer_multifd, connection)
+                gathered = await gathering.gather(main)
+                nursery.cancel_scope.cancel()
+            assert gathered is not None
+            told = [multifd_init(await other.recv(64)) for other in gathered.others]
+            assert told == [MultifdInit(bytes(16), number) for number in range(2)]
+            gathered.close()
+
+
+async def test_a_peer_that_begins_anew_is_waited_for_no_longer_where_it_began_before(tmp_path: Path) -> None:
+    async with destination(tmp_path, Inet("127.0.0.1", 0)) as (_, _, procedure):
+        procedure._migration.lanes = Lanes(multifd=1)
+        gathering = procedure._gathering
+        gathered: dict[str, object] = {}
+
+        async def gather(name: str, main: trio.socket.SocketType) -> None:
+            gathered[name] = await gathering.gather(main)
+
+        with contextlib.closing(Comers(procedure)) as comers, trio.fail_after(5):
+            async with trio.open_nursery() as nursery:
+                first = comers.come(b"QEVM", ends=True)
+                nursery.start_soon(gather, "first", first)
+                await trio.testing.wait_all_tasks_blocked()
+                second = comers.come(b"QEVM")
+                nursery.start_soon(gather, "second", second)
+                while "first" not in gathered:
+                    await trio.sleep(0.01)
+                nursery.start_soon(gathering.offer_multifd, comers.multifd(0))
+        assert gathered["first"] is None
+        second_gathered = gathered["second"]
+        assert isinstance(second_gathered, Gathered)
+        second_gathered.close()
