@@ -305,7 +305,8 @@ async def test_where_qemu_connects_to_us_the_file_comes_back_too() -> None:
         async with refault(qemu, path / "front") as monitor:
             await until(lambda: (path / "qemu").exists())
             (path / "qemu").unlink()
-            argv = ["-chardev", f"socket,id=m,path={path}/qemu,reconnect=1", "-mon", "m,mode=control"]
+            await until((path / "qemu").exists)
+            argv = ["-chardev", f"socket,id=m,path={path}/qemu", "-mon", "m,mode=control"]
             with qemu_process(extra=argv) as process:
                 async with connected(path / "front"):
                     assert monitor.qemu
