@@ -174,15 +174,15 @@ class Migration:
         """It is being set up. `reason`: why it is not relayed, or None. `met`: what an earlier refault wrote
         of it.
 
-        Raises OSError where memory, descriptors or threads are short.
+        Raises OSError where memory, descriptors or threads are short; then nothing has begun.
         """
-        self.vm.start_soon(self._poll_status)
         if met is not None:
             self.postcopy_began = met.postcopy
             self.kept_before = met.kept
             for uri in met.further:
                 self.addresses.add(parse_uri(uri))
         if reason is not None:
+            self.vm.start_soon(self._poll_status)
             self._unrelayed(reason)
             return
         self._remembers = met is not None
@@ -199,6 +199,7 @@ class Migration:
         except BaseException:
             relay.close()
             raise
+        self.vm.start_soon(self._poll_status)
         self.vm.start_soon(self.channels.watch)
         where = self.endpoint.uri if self.endpoint else ""
         log.info("%s: relaying as the %s, %s", self.name, self.role, where)
@@ -238,6 +239,7 @@ class Migration:
             relayed=self.channels is not None,
             qemu_pid=pid,
             qemu_started=process_started(pid),
+            qemu_threads=self.vm.qemu_threads,
             generation=self._generation,
             preempt=self.lanes.preempt,
             postcopy=self.postcopy_began,

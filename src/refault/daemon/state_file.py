@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import logging
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from pathlib import Path
 
 import msgspec
@@ -32,6 +32,9 @@ class MigrationRecord(msgspec.Struct, frozen=True, kw_only=True):
     """Its start time in clock ticks since boot (/proc/PID/stat, field 22), for pids are used again."""
     preempt: bool = False
     """Whether its channels have a preempt lane."""
+    qemu_threads: tuple[int, ...] = ()
+    """Where the process is not known, for it is behind TCP or in a pid namespace beside ours: the threads of
+    its vCPUs, by its own word (query-cpus-fast). Another QEMU has others."""
     generation: str = ""
     """Of all migrations of this process, which one: the page map's file is of the same."""
     postcopy: bool = False
@@ -129,8 +132,11 @@ class StateFile:
         log.error("%s: %s", self._vm, told, extra=repeats((self._vm, "another"), told))
         return told
 
-    def load(self, pid: int | None) -> MigrationRecord | None:
-        """The record, if it is of the QEMU process `pid`; a stale, torn or foreign one is None."""
+    def load(self, pid: int | None, threads: Collection[int] = ()) -> MigrationRecord | None:
+        """The record, if it is of the QEMU process `pid`; a stale, torn or foreign one is None.
+
+        `threads`: those of its vCPUs, where the process is not known. vCPUs are plugged and unplugged.
+        """
         if not self.usable(pid):
             return None
         try:
@@ -141,8 +147,10 @@ class StateFile:
             self.troubles.count += 1
             log.warning("%s: ignoring %s: %s", self._vm, self._path, error)
             return None
-        if record.qemu_pid != pid or record.qemu_started != process_started(pid):
-            log.info("%s: %s is of a QEMU process that has ended; removed", self._vm, self._path)
+        known = set(record.qemu_threads) & set(threads) if pid is None else pid
+        if record.qemu_pid != pid or record.qemu_started != process_started(pid) or not known:
+            whose = "another QEMU" if pid is None else "a QEMU process that has ended"
+            log.info("%s: %s is of %s; removed", self._vm, self._path, whose)
             self.remove()
             return None
         return record

@@ -163,6 +163,7 @@ class Vm:
                 return Forward()
             endpoint = endpoint_of(command.arguments)
             reason, lanes = await self.state.judge(endpoint, role.role)
+            await self.state.ask_threads()
             if role is Destination and isinstance(self._procedure, Destination):
                 await self._retire_last()  # it may stand at the address
             migration = self._pending = Migration(self.state, role, endpoint, lanes)
@@ -230,6 +231,7 @@ class Vm:
     ) -> Migration:
         """A new migration in the last one's place; `reason` and `met` as for `Migration.begin`."""
         await self._retire_last()
+        await self.state.ask_threads()
         self.migration = Migration(self.state, role, endpoint, lanes)
         self.migration.settled.set()
         self.migration.begin(reason, met)
@@ -427,7 +429,7 @@ class Vm:
         status = reply.get("status")
         if status in (None, "none", "setup") and await self._listens(reply):
             return
-        record = self.state.record()
+        record = await self.state.record()
         # A source that has failed meanwhile may run the guest a second time.
         failed = status in ("failing", "failed") and record is not None and record.role is Role.SOURCE
         if not isinstance(status, str) or (status not in _UNDER_WAY and not failed):

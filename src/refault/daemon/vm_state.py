@@ -3,6 +3,7 @@ that its QEMU may still listen on."""
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import socket
 from collections.abc import Awaitable, Callable, Mapping, Sequence
@@ -77,6 +78,8 @@ class VmState:
         self.patience = patience or Patience()
         self.qemu_pid: int | None = None
         """The process behind the monitor, also while the monitor is lost; None where it is not known."""
+        self.qemu_threads: tuple[int, ...] = ()
+        """The threads of its vCPUs, as it was last asked; none where the process is known."""
         self.encrypted = False
         """Whether QEMU's channels speak TLS, as it was last asked."""
         self._relay_allowed = relay_allowed
@@ -209,10 +212,22 @@ class VmState:
         directory = files.directory / short_name(files.directory, self.name, ".legs", PATH_BYTES)
         return PrivateSockets(directory, qemu, files.usable(self.qemu_pid))
 
-    def record(self) -> MigrationRecord | None:
+    async def record(self) -> MigrationRecord | None:
         """What the state file says of a migration of this QEMU."""
+        await self.ask_threads()
         info = self.monitor.qemu
-        return self.state_file.load(info.pid if info else None)
+        return self.state_file.load(info.pid if info else None, self.qemu_threads)
+
+    async def ask_threads(self) -> None:
+        """Has QEMU name the threads of its vCPUs, where nothing else tells its process from another."""
+        self.qemu_threads = ()
+        if self.monitor.qemu is None or self.monitor.qemu.pid is not None:
+            return
+        with contextlib.suppress(QmpError, MonitorLost, trio.TooSlowError):
+            match await self.monitor.execute("query-cpus-fast", timeout=QUERY_TIMEOUT):
+                case [*cpus]:
+                    told = (cpu.get("thread-id") for cpu in cpus if isinstance(cpu, Mapping))
+                    self.qemu_threads = tuple(thread for thread in told if isinstance(thread, int))
 
     async def let_go(self, end: socket.socket) -> bool:
         """Closes our end of a pair on which QEMU may listen, once QEMU holds both; False if it stays open."""

@@ -252,6 +252,7 @@ async def test_where_a_client_recovered_the_next_refault_listens_too(tmp_path: P
     free.close()
     command = WatchedCommand("migrate-recover", True, {"uri": free.endpoint.uri}, None, 1)
     async with destination(tmp_path, Inet("127.0.0.1", 0)) as (_, vm, procedure):
+        vm.qemu_threads = (41,)  # its process is not known
         procedure._migration.accepted()
         forward = await procedure.migrate_recover(command)
         assert isinstance(forward, Forward)
@@ -259,7 +260,7 @@ async def test_where_a_client_recovered_the_next_refault_listens_too(tmp_path: P
         with pytest.raises(OSError, match="refused"):
             await connect(free.endpoint, 5)  # QEMU has not taken the command
         forward.on_reply(b'{"return": {}}')
-        record = vm.state_file.load(None)
+        record = vm.state_file.load(None, vm.qemu_threads)
     assert record is not None
     async with (
         destination(tmp_path, Inet("127.0.0.1", 0), met=record) as (_, vm, procedure),

@@ -33,6 +33,7 @@ def migration(tmp_path: Path) -> Migration:
         monitor=SimpleNamespace(qemu=SimpleNamespace(pid=os.getpid())),
         qemu_pid=os.getpid(),
         version=(7, 2, 0),
+        qemu_threads=(),
         state_file=StateFile(tmp_path, "vm"),
         start_soon=lambda *_: None,
     )

@@ -11,6 +11,7 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, cast
 
+import msgspec
 import pytest
 
 from refault.channel.relay import Relay
@@ -56,7 +57,7 @@ def directory(tmp_path: Path) -> Path:
     return made
 
 
-def begun(directory: Path) -> Migration:
+def begun(directory: Path, tasks: list[Any] | None = None) -> Migration:
     vm = SimpleNamespace(
         name="vm",
         counters=Counters(),
@@ -64,8 +65,9 @@ def begun(directory: Path) -> Migration:
         patience=Patience(),
         monitor=SimpleNamespace(qemu=SimpleNamespace(pid=os.getpid())),
         qemu_pid=os.getpid(),
+        qemu_threads=(),
         state_file=StateFile(directory, "vm"),
-        start_soon=lambda *_: None,
+        start_soon=lambda task, *_: tasks.append(task) if tasks is not None else None,
     )
     made = Migration(cast(Any, vm), lambda _: cast(Any, SimpleNamespace(role=Role.SOURCE)), Inet("h", 1))
     made.begin(None)
@@ -100,8 +102,10 @@ def test_a_relay_that_cannot_be_made_leaves_no_file(directory: Path, monkeypatch
 
     monkeypatch.setattr(migration_module, "Relay", no_relay)
     before = descriptors_and_threads()
+    tasks: list[Any] = []
     with pytest.raises(OSError, match="no threads"):
-        begun(directory)
+        begun(directory, tasks)
+    assert tasks == []
     assert descriptors_and_threads() == before
     assert list(directory.iterdir()) == []
 
@@ -171,6 +175,28 @@ def test_what_can_be_removed_is_removed_at_the_end(directory: Path, caplog: pyte
     assert not (directory / "vm.pages").exists()
     assert "cannot remove" in caplog.text
     assert (file.troubles.count, file.troubles.error) == (1, None)
+
+
+@pytest.mark.parametrize(
+    ("threads", "fits"),
+    [((41, 42), True), ((42, 43, 44), True), ((42,), True), ((141, 142), False), ((), False)],
+)
+def test_without_a_process_a_record_is_of_the_qemu_with_its_threads(
+    directory: Path, threads: tuple[int, ...], fits: bool, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Behind TCP, say. vCPUs are plugged and unplugged meanwhile."""
+    caplog.set_level(logging.INFO)
+    file = StateFile(directory, "vm")
+    record = msgspec.structs.replace(RECORD, qemu_pid=None, qemu_started=None, qemu_threads=(41, 42))
+    file.save(record)
+    assert file.load(None, threads) == (record if fits else None)
+    assert ("is of another QEMU" in caplog.text) is not fits
+
+
+def test_a_record_that_names_no_qemu_is_of_none(directory: Path) -> None:
+    file = StateFile(directory, "vm")
+    file.save(msgspec.structs.replace(RECORD, qemu_pid=None, qemu_started=None))
+    assert file.load(None, (41,)) is None
 
 
 class Found:

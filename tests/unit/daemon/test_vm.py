@@ -91,7 +91,7 @@ async def test_a_second_migrate_does_the_first_no_harm(tmp_path: Path) -> None:
             assert vm.migration is not None
             assert vm.migration.channels is not None
             assert vm.migration.under_way
-            assert vm.state.record() is not None
+            assert await vm.state.record() is not None
 
 
 async def test_a_migrate_from_before_the_monitor_was_lost_does_the_next_no_harm(tmp_path: Path) -> None:

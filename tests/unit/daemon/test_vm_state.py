@@ -79,3 +79,43 @@ async def test_two_queries_are_on_their_way_at_once(tmp_path: Path) -> None:
     _, vm = state()
     with trio.fail_after(5), pytest.raises(QmpError):
         await vm.query_both("query-a", "query-bad")
+
+
+class Tells:
+    """A monitor behind which QEMU answers as 7.2 does."""
+
+    def __init__(self, pid: int | None, reply: object) -> None:
+        self.qemu = QemuInfo(pid, 0, "7.2.0", (7, 2, 0), "", True)
+        self._reply = reply
+
+    async def execute(self, command: str, **_: object) -> object:
+        assert command == "query-cpus-fast"
+        return self._reply
+
+
+CPUS = [{"cpu-index": 0, "thread-id": 41}, {"cpu-index": 1, "thread-id": 42}]
+
+
+@pytest.mark.parametrize(
+    ("pid", "reply", "threads"),
+    [
+        (None, CPUS, (41, 42)),
+        (7, CPUS, ()),
+        (None, [], ()),
+        (None, {}, ()),
+        (None, [{"thread-id": "41"}], ()),
+    ],
+)
+async def test_a_qemu_whose_process_is_not_known_is_known_by_its_threads(
+    tmp_path: Path, pid: int | None, reply: object, threads: tuple[int, ...]
+) -> None:
+    file = StateFile(tmp_path, "vm")
+    vm = VmState(
+        "vm",
+        cast("Monitor", Tells(pid, reply)),
+        relay_allowed=True,
+        recover_uris=(),
+        state_file=file,
+    )
+    await vm.ask_threads()
+    assert vm.qemu_threads == threads
