@@ -312,7 +312,7 @@ def test_a_request_that_the_destination_repeats_is_not_replayed() -> None:
 
 
 def test_a_long_replay_takes_no_longer_for_each_request_than_a_short_one() -> None:
-    pages = 50_000
+    pages = 20_000
     page_map = PageMap()
     page_map.declare(b"pc.ram", pages * PAGE)
     for page in range(pages):

@@ -9,7 +9,9 @@ import mmap
 import os
 import random
 import signal
+import socket
 import struct
+import threading
 import time
 from collections.abc import Callable, Iterator
 from functools import partial
@@ -20,7 +22,9 @@ from hypothesis import strategies as st
 from tests.support.tracker import Tracker
 
 from refault.channel.forward import reason_text
+from refault.channel.relay import Relay
 from refault.channel.tracker import Fact, Kept, Restored, StateFds
+from refault.migration.phase import Role
 
 from . import streams as s
 from .streams import PAGE
@@ -317,16 +321,34 @@ def test_the_first_records_are_kept_where_there_is_room_for_no_more(fd: int) -> 
 
 
 def test_a_million_requests_are_kept_and_one_more_is_not(fd: int) -> None:
+    """By a pump, which takes them in C."""
     pages = (1 << 20) + 1
-    tracker = Tracker(state=StateFds(fd, KEY))
-    tracker.channel_begin(recovered=False, now=0)
-    tracker.forward(s.postcopy_stream(length=pages * PAGE)[:-1], 1)
-    named = s.request(0, PAGE, RAM)
-    tracker.backward(named + b"".join(s.request(page * PAGE, PAGE) for page in range(1, pages - 1)), 5)
-    assert tracker.kept is Kept.ALL
-    tracker.backward(s.request((pages - 1) * PAGE, PAGE), 5)
-    assert (tracker.kept, tracker.stats().recorded) == (Kept.PART, pages)
-    assert os.fstat(fd).st_size < 48 << 20
+    relay = Relay(Role.SOURCE, state=StateFds(fd, KEY))
+    local, qemu = socket.socketpair()
+    far, host = socket.socketpair()
+    relay.attach(local.detach(), far.detach(), recovered=False, may_replay=True)
+
+    def asked(requests: bytes) -> None:
+        sending = threading.Thread(target=host.sendall, args=(requests,))
+        sending.start()
+        left = len(requests)
+        while left > 0:
+            left -= len(qemu.recv(1 << 20))
+        sending.join()
+
+    with contextlib.closing(relay), qemu, host:
+        stream = s.postcopy_stream(length=pages * PAGE)[:-1]
+        qemu.sendall(stream)
+        assert len(host.recv(len(stream), socket.MSG_WAITALL)) == len(stream)
+        unnamed = struct.Struct(">HHQI")
+        asked(
+            s.request(0, PAGE, RAM)
+            + b"".join(unnamed.pack(4, 12, page * PAGE, PAGE) for page in range(1, pages - 1))
+        )
+        assert relay.kept is Kept.ALL
+        asked(s.request((pages - 1) * PAGE, PAGE))
+        assert (relay.kept, relay.pages().recorded) == (Kept.PART, pages)
+        assert os.fstat(fd).st_size < 48 << 20
     with reopened(fd) as after:
         assert after.stats().recorded == 1 << 20
 
