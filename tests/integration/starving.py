@@ -30,6 +30,9 @@ from refault.cli.main import main
 sys.exit(main())
 """
 
+WOKEN = 8.0
+"""Seconds in which those run again whose request is replayed. How soon they do: make campaign-starvation."""
+
 
 def refault_command(replay: bool) -> Sequence[str]:
     """What starts a refault that replays lost requests, or one that only recovers."""

@@ -16,7 +16,7 @@ from refault.lab.memory import compare
 
 from . import starving_back_end
 from .qemus import BINARIES
-from .starving import Case, Recovered, build_no_repeat, lose_a_request
+from .starving import WOKEN, Case, Recovered, build_no_repeat, lose_a_request
 from .starving_back_end import lose_a_back_ends_request
 
 pytestmark = [pytest.mark.qemu, pytest.mark.timeout(90)]
@@ -27,8 +27,6 @@ kvm = pytest.mark.skipif(
 GUEST = Guest(vcpus=4, log_pages=12, tick_ns=2_000_000)
 BACKGROUND = 256 << 10
 """Bytes a second: slow enough that the background copy does not come to a lost page by itself soon."""
-
-
 MOSTLY_BACK_END = Guest(vcpus=1, log_pages=15, tick_ns=1_000_000_000)
 
 
@@ -53,7 +51,7 @@ async def replayed(recovered: Recovered | starving_back_end.Recovered) -> int:
 @kvm
 async def test_the_replay_wakes_the_vcpus_that_wait(tmp_path: Path, no_repeat: Path) -> None:
     async with lose_a_request(Case(GUEST, BACKGROUND, True, no_repeat), tmp_path) as recovered:
-        assert await recovered.run_again(2.0) == set()
+        assert await recovered.run_again(WOKEN) == set()
         assert await replayed(recovered) > 0
         await memory_is_right(recovered)
 
@@ -69,7 +67,7 @@ async def test_without_the_replay_they_starve(tmp_path: Path, no_repeat: Path) -
 async def test_the_replay_wakes_a_vhost_user_back_end(tmp_path: Path, binary: str) -> None:
     case = Case(MOSTLY_BACK_END, BACKGROUND, True, None, binary)
     async with lose_a_back_ends_request(case, tmp_path) as recovered:
-        assert await recovered.run_again(2.0) is not None
+        assert await recovered.run_again(WOKEN) is not None
         assert await replayed(recovered) > 0
         await memory_is_right(recovered)
 

@@ -15,7 +15,7 @@ import pytest
 import trio
 from tests.campaign.losses import EOF
 from tests.integration.qemus import BINARIES, qemus
-from tests.integration.starving import Case, Recovered, build_no_repeat, lose_a_request
+from tests.integration.starving import WOKEN, Case, Recovered, build_no_repeat, lose_a_request
 
 from refault.lab import bare
 from refault.lab.channel import Cut, Loss, free_port, start_channel
@@ -64,7 +64,7 @@ async def test_what_a_killed_refault_had_on_record_is_replayed_by_the_next(
 ) -> None:
     case = Case(GUEST, BACKGROUND, True, no_repeat, binary, killed)
     async with lose_a_request(case, tmp_path) as recovered:
-        assert await recovered.run_again(3.0) == set()
+        assert await recovered.run_again(WOKEN) == set()
         replayed = {vm.migration.role: vm.pages.replayed for vm in await recovered.driver.statuses()}
         assert replayed["destination"] > 0
         await memory_is_right(recovered)
