@@ -8,16 +8,21 @@ enum {
     BACKWARD_CHUNK = 4 * 1024,
 };
 
-struct rf_lane *rf_lane_new(enum rf_lane_kind kind, bool source_side, int local_fd, int far_fd) {
+struct rf_lane *rf_lane_new(enum rf_lane_kind kind, bool source_side) {
     struct rf_lane *lane = calloc(1, sizeof(*lane));
 
     if (lane != NULL) {
         lane->kind = kind;
         lane->source_side = source_side;
-        rf_leg_adopt(&lane->local, local_fd);
-        rf_leg_adopt(&lane->far, far_fd);
+        rf_leg_init(&lane->local);
+        rf_leg_init(&lane->far);
     }
     return lane;
+}
+
+void rf_lane_join(struct rf_lane *lane, int local_fd, int far_fd) {
+    rf_leg_adopt(&lane->local, local_fd);
+    rf_leg_adopt(&lane->far, far_fd);
 }
 
 void rf_lane_free(struct rf_lane *lane) {
@@ -44,6 +49,20 @@ static const struct rf_pipe *outward(const struct rf_lane *lane) {
     return lane->source_side ? &lane->forward : &lane->backward;
 }
 
+enum rf_flow rf_lane_flow(const struct rf_lane *lane) {
+    const struct rf_leg *from = lane->source_side ? &lane->local : &lane->far;
+    const struct rf_leg *to = lane->source_side ? &lane->far : &lane->local;
+
+    return rf_pipe_flow(&lane->forward, RF_FORWARD, from, to, false);
+}
+
+static enum rf_flow backward_flow(const struct rf_lane *lane) {
+    const struct rf_leg *from = lane->source_side ? &lane->far : &lane->local;
+    const struct rf_leg *to = lane->source_side ? &lane->local : &lane->far;
+
+    return rf_pipe_flow(&lane->backward, RF_RETURN, from, to, false);
+}
+
 void rf_lane_want(const struct rf_lane *lane, struct pollfd *polls) {
     const struct rf_leg *from = lane->source_side ? &lane->local : &lane->far;
     const struct rf_leg *to = lane->source_side ? &lane->far : &lane->local;
@@ -51,10 +70,37 @@ void rf_lane_want(const struct rf_lane *lane, struct pollfd *polls) {
     struct pollfd *to_poll = &polls[lane->source_side ? RF_LANE_FAR : RF_LANE_LOCAL];
 
     polls[RF_LANE_LOCAL] = polls[RF_LANE_FAR] = (struct pollfd){.fd = -1};
-    rf_pipe_want(&lane->forward, from, to, from_poll, to_poll);
-    rf_pipe_want(&lane->backward, to, from, to_poll, from_poll);
-    if (lane->far.state != RF_LEG_OPEN && lane->local.state == RF_LEG_OPEN) {
-        rf_leg_want(&lane->local, 0, &polls[RF_LANE_LOCAL]); /* not read, but its end must show */
+    rf_flow_want(RF_FORWARD, rf_lane_flow(lane), from, to, from_poll, to_poll);
+    rf_flow_want(RF_RETURN, backward_flow(lane), to, from, to_poll, from_poll);
+}
+
+static uint64_t move_forward(struct rf_lane *lane, struct rf_tracker *tracker, uint64_t now_ns) {
+    if (!rf_pipe_pending(&lane->forward)) {
+        size_t most = lane->kind == RF_LANE_PREEMPT ? PREEMPT_CHUNK : MULTIFD_CHUNK;
+        size_t n = rf_pipe_read(&lane->forward, forward_from(lane), forward_to(lane), most);
+
+        if (n > 0 && lane->kind == RF_LANE_PREEMPT) {
+            rf_tracker_preempt_forward(tracker, lane->forward.data, n, now_ns);
+        }
+    }
+    return rf_pipe_pending(&lane->forward) ? rf_pipe_write(&lane->forward, forward_to(lane)) : 0;
+}
+
+static void move_backward(struct rf_lane *lane, enum rf_flow flow) {
+    struct rf_pipe *pipe = &lane->backward;
+    struct rf_leg *from = forward_to(lane);
+    struct rf_leg *to = forward_from(lane);
+
+    if (flow == RF_FLOW_DROP) {
+        (void)rf_leg_read(from, pipe->data, BACKWARD_CHUNK);
+        rf_pipe_clear(pipe);
+        return;
+    }
+    if (!rf_pipe_pending(pipe)) {
+        (void)rf_pipe_read(pipe, from, to, BACKWARD_CHUNK);
+    }
+    if (rf_pipe_pending(pipe)) {
+        (void)rf_pipe_write(pipe, to);
     }
 }
 
@@ -64,54 +110,46 @@ uint64_t rf_lane_move(struct rf_lane *lane, const struct pollfd *polls, struct r
     struct rf_leg *to = forward_to(lane);
     short from_events = rf_leg_events(from, &polls[lane->source_side ? RF_LANE_LOCAL : RF_LANE_FAR]);
     short to_events = rf_leg_events(to, &polls[lane->source_side ? RF_LANE_FAR : RF_LANE_LOCAL]);
+    enum rf_flow backward = backward_flow(lane);
     uint64_t passed = 0;
 
-    if (rf_pipe_ready(&lane->forward, to, from_events, to_events)) {
-        if (!rf_pipe_pending(&lane->forward)) {
-            size_t most = lane->kind == RF_LANE_PREEMPT ? PREEMPT_CHUNK : MULTIFD_CHUNK;
-            size_t n = rf_pipe_read(&lane->forward, from, to, most);
-
-            if (n > 0 && lane->kind == RF_LANE_PREEMPT) {
-                rf_tracker_preempt_forward(tracker, lane->forward.data, n, now_ns);
-            }
-        }
-        passed = rf_pipe_pending(&lane->forward) ? rf_pipe_write(&lane->forward, to) : 0;
+    if (rf_flow_due(RF_FORWARD, rf_lane_flow(lane), from, from_events, to_events)) {
+        passed = move_forward(lane, tracker, now_ns);
     }
-    if (rf_pipe_ready(&lane->backward, from, to_events, from_events)) {
-        if (!rf_pipe_pending(&lane->backward)) {
-            (void)rf_pipe_read(&lane->backward, to, from, BACKWARD_CHUNK);
-        }
-        if (rf_pipe_pending(&lane->backward)) {
-            (void)rf_pipe_write(&lane->backward, from);
-        }
-    }
-    if (lane->far.state != RF_LEG_OPEN && !rf_pipe_pending(inward(lane))) {
-        (void)rf_leg_hung_up(&lane->local, rf_leg_events(&lane->local, &polls[RF_LANE_LOCAL]));
+    if (rf_flow_due(RF_RETURN, backward, to, to_events, from_events)) {
+        move_backward(lane, backward);
     }
     return passed;
 }
 
-void rf_lane_pass_end(struct rf_lane *lane) {
+void rf_lane_settle(struct rf_lane *lane) {
+    rf_leg_see_failed_write(&lane->far);
     if (rf_leg_lost(&lane->local)) {
-        rf_leg_close(&lane->local);
-        if (!rf_pipe_pending(outward(lane))) {
+        bool out = !lane->local.may_read;
+
+        if (out || lane->source_side) { /* a source's is read for as long as the far leg takes it */
+            rf_leg_close(&lane->local);
+        }
+        if (out && !rf_pipe_pending(outward(lane))) {
             rf_leg_end_writing(&lane->far);
+            if (!lane->source_side) {
+                rf_leg_close(&lane->far); /* as QEMU's own would, so that the source notices */
+            }
         }
     }
-    if (lane->kind == RF_LANE_MULTIFD && lane->far.state == RF_LEG_ENDED && !rf_pipe_pending(inward(lane))) {
-        rf_leg_end_writing(&lane->local);
+    if (rf_leg_lost(&lane->far) && !lane->far.may_read && lane->far_dealt_with) {
+        if (lane->passes_far_end && !rf_pipe_pending(inward(lane))) {
+            rf_leg_end_writing(&lane->local);
+        }
+        rf_leg_close(&lane->far);
     }
 }
 
-bool rf_lane_drained(const struct rf_lane *lane) {
-    bool may_bring_more = lane->kind == RF_LANE_MULTIFD && lane->far.state == RF_LEG_OPEN;
-
-    return !may_bring_more && !rf_pipe_pending(inward(lane));
+void rf_lane_shut_far(struct rf_lane *lane) {
+    rf_leg_shut(&lane->far);
+    lane->far_dealt_with = true;
 }
 
-uint64_t rf_lane_offer(struct rf_lane *lane) {
-    if (lane->source_side || !rf_pipe_pending(&lane->forward)) {
-        return 0;
-    }
-    return rf_pipe_write(&lane->forward, &lane->local);
+bool rf_lane_unsent(const struct rf_lane *lane) {
+    return lane->far.may_write && (rf_pipe_pending(&lane->forward) || rf_leg_unread(&lane->local) > 0);
 }

@@ -33,10 +33,15 @@ struct rf_lane {
     struct rf_leg far;
     struct rf_pipe forward;
     struct rf_pipe backward;
+    bool far_dealt_with; /* what its far leg's end does is decided */
+    bool passes_far_end; /* it is passed on to QEMU */
 };
 
-/* Takes ownership of both descriptors. NULL without memory: then they are still the caller's. */
-struct rf_lane *rf_lane_new(enum rf_lane_kind kind, bool source_side, int local_fd, int far_fd);
+/* NULL without memory. */
+struct rf_lane *rf_lane_new(enum rf_lane_kind kind, bool source_side);
+
+/* Takes ownership of both descriptors. */
+void rf_lane_join(struct rf_lane *lane, int local_fd, int far_fd);
 
 /* Frees it; both legs are closed. */
 void rf_lane_free(struct rf_lane *lane);
@@ -51,16 +56,17 @@ void rf_lane_want(const struct rf_lane *lane, struct pollfd *polls);
 uint64_t rf_lane_move(struct rf_lane *lane, const struct pollfd *polls, struct rf_tracker *tracker,
                       uint64_t now_ns);
 
-/*
- * Passes on, behind all that was written before it, the end of the local leg (which is closed then) and that
- * of a multifd lane's far leg.
- */
-void rf_lane_pass_end(struct rf_lane *lane);
+/* What the direction towards the destination does now. */
+enum rf_flow rf_lane_flow(const struct rf_lane *lane);
 
-/* Whether QEMU has been given all that the other host sent, and no more will come. */
-bool rf_lane_drained(const struct rf_lane *lane);
+/* Passes on the end of the local leg, and of the far one where it is to be, behind all that was written
+ * before it; closes what is read out. */
+void rf_lane_settle(struct rf_lane *lane);
 
-/* Offers QEMU what it holds once more, and returns the bytes that it took. */
-uint64_t rf_lane_offer(struct rf_lane *lane);
+/* We end the far leg, and that does nothing more. */
+void rf_lane_shut_far(struct rf_lane *lane);
+
+/* Whether QEMU, the source's, has written what has not been written to the far leg. */
+bool rf_lane_unsent(const struct rf_lane *lane);
 
 #endif

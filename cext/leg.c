@@ -1,7 +1,6 @@
 #include "leg.h"
 
 #include <errno.h>
-#include <fcntl.h>
 #include <linux/sockios.h>
 #include <netinet/in.h>
 #include <netinet/tcp.h>
@@ -19,14 +18,8 @@ void rf_leg_init(struct rf_leg *leg) { *leg = (struct rf_leg){.fd = -1, .state =
 void rf_leg_adopt(struct rf_leg *leg, int fd) {
     int domain = AF_UNSPEC;
     socklen_t size = sizeof(domain);
-    int flags = fcntl(fd, F_GETFL);
 
-    *leg = (struct rf_leg){.fd = fd, .state = RF_LEG_OPEN};
-    if (flags < 0 || fcntl(fd, F_SETFL, flags | O_NONBLOCK) < 0) {
-        leg->state = RF_LEG_FAILED;
-        leg->error = errno;
-        return;
-    }
+    *leg = (struct rf_leg){.fd = fd, .state = RF_LEG_OPEN, .may_read = true, .may_write = true};
     if (getsockopt(fd, SOL_SOCKET, SO_DOMAIN, &domain, &size) == 0 &&
         (domain == AF_INET || domain == AF_INET6)) {
         const int on = 1;
@@ -39,27 +32,33 @@ void rf_leg_adopt(struct rf_leg *leg, int fd) {
     }
 }
 
-static void leg_broke(struct rf_leg *leg, int error) {
-    leg->state = RF_LEG_FAILED;
-    leg->error = error;
+static void take_note(struct rf_leg *leg, enum rf_leg_state state, int error) {
+    if (leg->state == RF_LEG_OPEN) {
+        leg->state = state;
+        leg->error = error;
+    }
 }
+
+static bool is_later(int error) { return error == EAGAIN || error == EWOULDBLOCK; }
 
 size_t rf_leg_read(struct rf_leg *leg, uint8_t *buf, size_t len) {
     ssize_t n;
 
-    if (leg->state != RF_LEG_OPEN) {
+    if (!leg->may_read) {
         return 0;
     }
     do {
-        n = recv(leg->fd, buf, len, 0);
+        n = recv(leg->fd, buf, len, MSG_DONTWAIT);
     } while (n < 0 && errno == EINTR);
     if (n > 0) {
         return (size_t)n;
     }
     if (n == 0) {
-        leg->state = RF_LEG_ENDED;
-    } else if (errno != EAGAIN && errno != EWOULDBLOCK) {
-        leg_broke(leg, errno);
+        leg->may_read = false;
+        take_note(leg, RF_LEG_ENDED, 0);
+    } else if (!is_later(errno)) {
+        leg->may_read = false;
+        take_note(leg, RF_LEG_FAILED, errno);
     }
     return 0;
 }
@@ -67,18 +66,19 @@ size_t rf_leg_read(struct rf_leg *leg, uint8_t *buf, size_t len) {
 size_t rf_leg_write(struct rf_leg *leg, const uint8_t *buf, size_t len) {
     ssize_t n;
 
-    if (leg->state != RF_LEG_OPEN || leg->write_ended) {
+    if (!leg->may_write) {
         return 0;
     }
     do {
-        n = send(leg->fd, buf, len, MSG_NOSIGNAL);
+        n = send(leg->fd, buf, len, MSG_NOSIGNAL | MSG_DONTWAIT);
     } while (n < 0 && errno == EINTR);
     if (n >= 0) {
         leg->sent += (uint64_t)n;
         return (size_t)n;
     }
-    if (errno != EAGAIN && errno != EWOULDBLOCK) {
-        leg_broke(leg, errno);
+    if (!is_later(errno)) {
+        leg->may_write = false;
+        leg->write_error = errno;
     }
     return 0;
 }
@@ -98,19 +98,23 @@ short rf_leg_events(const struct rf_leg *leg, const struct pollfd *one) {
     return one->fd >= 0 && one->fd == leg->fd ? one->revents : 0;
 }
 
-bool rf_leg_hung_up(struct rf_leg *leg, short events) {
+void rf_leg_see_end(struct rf_leg *leg, short events) {
     int error = 0;
     socklen_t size = sizeof(error);
 
     if (leg->state != RF_LEG_OPEN || !(events & (POLLRDHUP | POLLHUP | POLLERR | POLLNVAL))) {
-        return false;
+        return;
     }
-    if (getsockopt(leg->fd, SOL_SOCKET, SO_ERROR, &error, &size) == 0 && error != 0) {
-        leg_broke(leg, error);
-    } else {
-        leg->state = RF_LEG_ENDED;
+    if (getsockopt(leg->fd, SOL_SOCKET, SO_ERROR, &error, &size) < 0) {
+        error = errno;
     }
-    return true;
+    take_note(leg, error != 0 ? RF_LEG_FAILED : RF_LEG_ENDED, error);
+}
+
+void rf_leg_see_failed_write(struct rf_leg *leg) {
+    if (leg->write_error != 0) {
+        take_note(leg, RF_LEG_FAILED, leg->write_error);
+    }
 }
 
 bool rf_leg_writable(const struct rf_leg *leg) {
@@ -149,39 +153,44 @@ void rf_leg_check_silence(struct rf_leg *leg, unsigned dead_after_s) {
     bool sent_again = info.tcpi_retransmits > 0 || info.tcpi_backoff > 0;
     if (info.tcpi_last_ack_recv > dead_after_s * 1000u &&
         ((info.tcpi_unacked > 0 && sent_again) || info.tcpi_probes >= UNANSWERED_PROBES)) {
-        leg_broke(leg, ETIMEDOUT);
+        rf_leg_break(leg, ETIMEDOUT);
     }
 }
 
 void rf_leg_end_writing(struct rf_leg *leg) {
-    if (leg->fd >= 0 && !leg->write_ended) {
+    if (leg->may_write) {
         (void)shutdown(leg->fd, SHUT_WR); /* fails only where the peer is gone, which is what it would tell */
-        leg->write_ended = true;
+        leg->may_write = false;
     }
 }
 
-uint64_t rf_leg_confirmed(const struct rf_leg *leg) {
-    int queued = 0;
+void rf_leg_shut(struct rf_leg *leg) {
+    if (leg->fd >= 0) {
+        (void)shutdown(leg->fd, SHUT_RDWR); /* likewise */
+        leg->may_write = false;
+    }
+}
 
-    if (leg->fd < 0 || ioctl(leg->fd, SIOCOUTQ, &queued) < 0 || queued < 0) {
+void rf_leg_break(struct rf_leg *leg, int error) {
+    take_note(leg, RF_LEG_FAILED, error);
+    rf_leg_shut(leg);
+}
+
+static size_t queued(const struct rf_leg *leg, unsigned long what) {
+    int count = 0;
+
+    if (leg->fd < 0 || ioctl(leg->fd, what, &count) < 0 || count < 0) {
         return 0;
     }
-    return (uint64_t)queued > leg->sent ? 0 : leg->sent - (uint64_t)queued;
+    return (size_t)count;
 }
 
-size_t rf_leg_end_reading(struct rf_leg *leg) {
-    int unread = 0;
+size_t rf_leg_unread(const struct rf_leg *leg) { return leg->may_read ? queued(leg, SIOCINQ) : 0; }
 
-    if (leg->state != RF_LEG_OPEN || shutdown(leg->fd, SHUT_RD) < 0 || ioctl(leg->fd, SIOCINQ, &unread) < 0) {
-        return 0;
-    }
-    return unread > 0 ? (size_t)unread : 0;
-}
+size_t rf_leg_unconfirmed(const struct rf_leg *leg) { return queued(leg, SIOCOUTQ); }
 
 void rf_leg_close(struct rf_leg *leg) {
-    if (leg->fd >= 0) {
-        (void)shutdown(leg->fd, SHUT_RDWR); /* fails only where the peer is gone already */
-    }
+    rf_leg_shut(leg);
     rf_leg_let_go(leg);
 }
 
@@ -189,8 +198,7 @@ void rf_leg_let_go(struct rf_leg *leg) {
     if (leg->fd >= 0) {
         close(leg->fd);
         leg->fd = -1;
-        if (leg->state == RF_LEG_OPEN) {
-            leg->state = RF_LEG_CLOSED;
-        }
+        leg->may_read = leg->may_write = false;
+        take_note(leg, RF_LEG_CLOSED, 0);
     }
 }

@@ -1,7 +1,11 @@
 /*
  * A leg: one end of what the relay joins. The local leg is the socketpair or unix socket that the relay
- * shares with its own QEMU; the far leg is the connection to the other host. Non-blocking, owned and closed
- * by the pump alone.
+ * shares with its own QEMU; the far leg is the connection to the other host. Owned and closed by the pump
+ * alone, and never waited for, though QEMU makes a duplicate that it is passed blocking, and so ours
+ * (io/channel-socket.c, qio_channel_socket_copy_fds).
+ *
+ * Its two directions end each on its own (ends.h): a write that failed ends only writing, and what the kernel
+ * holds for us is read on.
  */
 #ifndef RF_LEG_H
 #define RF_LEG_H
@@ -15,7 +19,7 @@
 /* cffi: begin */
 enum rf_leg_state {
     RF_LEG_NONE = 0,    /* never attached */
-    RF_LEG_OPEN = 1,    /* both directions live */
+    RF_LEG_OPEN = 1,    /* no end of it has shown itself */
     RF_LEG_ENDED = 2,   /* the peer closed it in order (end of file) */
     RF_LEG_FAILED = 3,  /* it broke; its error says how */
     RF_LEG_CLOSED = 4,  /* we closed it */
@@ -24,10 +28,12 @@ enum rf_leg_state {
 /* cffi: end */
 
 struct rf_leg {
-    int fd; /* -1 when closed */
-    enum rf_leg_state state;
-    int error;        /* errno that broke it, 0 for end of file */
-    bool write_ended; /* shutdown(SHUT_WR) done */
+    int fd;                  /* -1 when closed */
+    enum rf_leg_state state; /* by what it was lost first */
+    int error;               /* errno that broke it, 0 for end of file */
+    bool may_read;           /* it has not been read to its end */
+    bool may_write;          /* no write has failed, nor has the direction been ended */
+    int write_error;         /* errno of the write that failed, 0 for none */
     bool is_tcp;
     uint64_t sent; /* bytes that the kernel took from us */
 };
@@ -35,16 +41,16 @@ struct rf_leg {
 void rf_leg_init(struct rf_leg *leg);
 
 /*
- * Takes ownership of the descriptor, makes it non-blocking and, on TCP, sets TCP_NODELAY and
- * TCP_NOTSENT_LOWAT, so that what waits unsent in the kernel stays small.
+ * Takes ownership of the descriptor and, on TCP, sets TCP_NODELAY and TCP_NOTSENT_LOWAT, so that what waits
+ * unsent in the kernel stays small.
  */
 void rf_leg_adopt(struct rf_leg *leg, int fd);
 
-/* Reads at most `len` bytes. Returns the count; 0 when nothing is there now or the leg is no longer open. */
+/* Reads at most `len` bytes. Returns the count; 0 when nothing is there now, or nothing will be. */
 size_t rf_leg_read(struct rf_leg *leg, uint8_t *buf, size_t len);
 
-/* Writes what the kernel takes of `len` bytes and returns the count; the leg is FAILED when it took none for
- * good. */
+/* Writes what the kernel takes of `len` bytes and returns the count; 0 when it takes none now, or none any
+ * more. */
 size_t rf_leg_write(struct rf_leg *leg, const uint8_t *buf, size_t len);
 
 /* Whether the peer has ended it, it broke, or what is behind it was refused. */
@@ -56,8 +62,11 @@ void rf_leg_want(const struct rf_leg *leg, short events, struct pollfd *one);
 /* What poll said of it; 0 where it was not asked, or is another descriptor by now. */
 short rf_leg_events(const struct rf_leg *leg, const struct pollfd *one);
 
-/* Whether the peer ended it though it is not being read: ENDED or FAILED then. */
-bool rf_leg_hung_up(struct rf_leg *leg, short events);
+/* Takes note that the peer ended it though it is not being read: ENDED or FAILED then. It may be read on. */
+void rf_leg_see_end(struct rf_leg *leg, short events);
+
+/* Takes note that it cannot be written any more: FAILED, unless its end has shown itself before. */
+void rf_leg_see_failed_write(struct rf_leg *leg);
 
 /* True where the kernel would take bytes now (or would tell that it never will). */
 bool rf_leg_writable(const struct rf_leg *leg);
@@ -80,17 +89,22 @@ void rf_leg_check_silence(struct rf_leg *leg, unsigned dead_after_s);
 void rf_leg_end_writing(struct rf_leg *leg);
 
 /*
- * Refuses what the peer would write from now on (on a unix socket), and tells how many bytes that it has
- * written before are still to be read; 0 when the leg is no longer open.
+ * Ends both directions: the peer reads end of file, and what it has not written yet does not come any more;
+ * what the kernel holds may be read to its end.
  */
-size_t rf_leg_end_reading(struct rf_leg *leg);
+void rf_leg_shut(struct rf_leg *leg);
+
+/* The same, as FAILED by `error`, unless its end has shown itself before. */
+void rf_leg_break(struct rf_leg *leg, int error);
+
+/* Bytes that the kernel holds for us. */
+size_t rf_leg_unread(const struct rf_leg *leg);
 
 /*
- * Bytes of `sent` that the peer's kernel has acknowledged (TCP), or that its process has read (unix: a lower
- * bound, for the kernel counts its overhead as queued). What lies between this and `sent` may be lost with
- * the leg.
+ * Bytes, or more than none, that the peer's kernel has not acknowledged (TCP; the end of our writing counts
+ * as one), or that its process has not read (unix). They may be lost with the leg.
  */
-uint64_t rf_leg_confirmed(const struct rf_leg *leg);
+size_t rf_leg_unconfirmed(const struct rf_leg *leg);
 
 /*
  * Ends both directions and closes the descriptor: the peer reads end of file even where the socket has been

@@ -31,19 +31,35 @@ size_t rf_pipe_read(struct rf_pipe *pipe, struct rf_leg *from, const struct rf_l
     return n;
 }
 
-void rf_pipe_want(const struct rf_pipe *pipe, const struct rf_leg *from, const struct rf_leg *to,
-                  struct pollfd *from_poll, struct pollfd *to_poll) {
-    if (rf_pipe_pending(pipe) || pipe->waits) {
-        rf_leg_want(to, POLLOUT, to_poll);
-    } else if (to->state == RF_LEG_OPEN && from->state == RF_LEG_OPEN) {
+enum rf_flow rf_pipe_flow(const struct rf_pipe *pipe, enum rf_direction direction, const struct rf_leg *from,
+                          const struct rf_leg *to, bool gated) {
+    enum rf_taker taker = !to->may_write ? RF_TAKER_GONE
+                          : gated        ? RF_TAKER_GATED
+                          : pipe->waits  ? RF_TAKER_FULL
+                                         : RF_TAKER_READY;
+
+    return rf_ends_flow(direction, from->may_read, rf_pipe_pending(pipe), taker);
+}
+
+void rf_flow_want(enum rf_direction direction, enum rf_flow flow, const struct rf_leg *from,
+                  const struct rf_leg *to, struct pollfd *from_poll, struct pollfd *to_poll) {
+    if (flow == RF_FLOW_READ || flow == RF_FLOW_DROP) {
         rf_leg_want(from, POLLIN, from_poll);
+    } else if (flow == RF_FLOW_WRITE) {
+        rf_leg_want(to, POLLOUT, to_poll);
+    }
+    if (rf_ends_watched(direction, flow) && from->state == RF_LEG_OPEN) {
+        rf_leg_want(from, POLLRDHUP, from_poll);
     }
 }
 
-bool rf_pipe_ready(const struct rf_pipe *pipe, const struct rf_leg *to, short from_events, short to_events) {
-    if (rf_pipe_pending(pipe)) {
-        return to_events & (POLLOUT | GONE);
+bool rf_flow_due(enum rf_direction direction, enum rf_flow flow, struct rf_leg *from, short from_events,
+                 short to_events) {
+    if (rf_ends_watched(direction, flow)) {
+        rf_leg_see_end(from, from_events);
     }
-    return to->state == RF_LEG_OPEN &&
-           ((from_events & (POLLIN | GONE)) || (pipe->waits && to_events & (POLLOUT | GONE)));
+    if (flow == RF_FLOW_READ || flow == RF_FLOW_DROP) {
+        return from_events & (POLLIN | GONE);
+    }
+    return flow == RF_FLOW_WRITE && to_events & (POLLOUT | GONE);
 }

@@ -12,6 +12,7 @@
 #include <stddef.h>
 #include <stdint.h>
 
+#include "ends.h"
 #include "leg.h"
 
 enum { RF_PIPE_ROOM = 64 * 1024 };
@@ -35,11 +36,17 @@ size_t rf_pipe_write(struct rf_pipe *pipe, struct rf_leg *to);
  */
 size_t rf_pipe_read(struct rf_pipe *pipe, struct rf_leg *from, const struct rf_leg *to, size_t most);
 
-/* What it waits for. A leg that nothing is wanted of stays out, for poll tells of a hang-up unasked. */
-void rf_pipe_want(const struct rf_pipe *pipe, const struct rf_leg *from, const struct rf_leg *to,
-                  struct pollfd *from_poll, struct pollfd *to_poll);
+/* What it does now. `gated`: what it holds is not to be written yet. */
+enum rf_flow rf_pipe_flow(const struct rf_pipe *pipe, enum rf_direction direction, const struct rf_leg *from,
+                          const struct rf_leg *to, bool gated);
 
-/* Whether the chunk can be written now, or, with none pending, the next be read. */
-bool rf_pipe_ready(const struct rf_pipe *pipe, const struct rf_leg *to, short from_events, short to_events);
+/* What a direction that flows so waits for. A leg that nothing is wanted of stays out, for poll tells of a
+ * hang-up unasked. */
+void rf_flow_want(enum rf_direction direction, enum rf_flow flow, const struct rf_leg *from,
+                  const struct rf_leg *to, struct pollfd *from_poll, struct pollfd *to_poll);
+
+/* Whether what it waits for has come; takes note of an end that has shown itself. */
+bool rf_flow_due(enum rf_direction direction, enum rf_flow flow, struct rf_leg *from, short from_events,
+                 short to_events);
 
 #endif

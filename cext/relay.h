@@ -1,15 +1,6 @@
 /*
  * The relay pump: one thread a migration that joins the local leg (our QEMU) and the far leg (the other
- * host).
- *
- *     source's side                                        destination's side
- *
- *     local leg ──▶ forward pipe ──▶ far leg     ═TCP═     far leg ──▶ forward pipe ──▶ local leg
- *                       │ tracker                                          │ tracker
- *     local leg ◀── replay ◀── return pipe ◀── far leg     far leg ◀── replay ◀── return pipe ◀── local leg
- *
- * Each direction holds one chunk at the most: it is read only when the other leg can be sent to, so that a
- * requested page never waits behind what we have buffered. The two directions never wait for each other.
+ * host), channel after channel (channel.h).
  *
  * With postcopy-preempt or multifd a channel has lanes beside the main connection (lane.h), which are added
  * one by one. QEMU takes no harm only if it has all or none:
@@ -17,16 +8,14 @@
  *    them before its preempt channel would wait for that in a thread that nothing can wake
  *    (migration/savevm.c, loadvm_postcopy_handle_resume; migration/postcopy-ram.c, postcopy_preempt_thread).
  *    A stream that cannot be read is not held back;
- *  - a lane whose far leg is lost is the channel's loss, and all far legs are closed at once. Only what is
- *    lost after EOF, or ends where EOF cannot be read, does not count: a destination closes its lanes before
- *    it says SHUT;
- *  - a source's end waits until QEMU has been given what is on the lanes. Where it may as well have been cut
- *    off, and nothing moves, the main local leg's writing direction is ended, no more.
+ *  - a lane whose far leg is lost is the channel's loss, with exceptions (ends.h), and all far legs end at
+ * once;
+ *  - a source's end waits until QEMU has been given what is on the lanes.
  *
- * The pump alone reads, writes and closes its descriptors. It gets commands by a ring and an eventfd and
- * tells of what happens by another eventfd and by atomic words; it calls nobody. When one leg is lost it
- * closes the other one only if that is the far leg: a local leg stays open until the pump is told to close
- * it, for when a close kills a QEMU is decided elsewhere (src/refault/migration/legs.py).
+ * The pump alone reads, writes and closes its descriptors. It gets orders by a queue (order.h) and tells
+ * of what happens by an eventfd and by atomic words; it calls nobody. When one leg is lost it closes the
+ * other one only if that is the far leg: a local leg stays open until the pump is told to close it, for when
+ * a close kills a QEMU is decided elsewhere (src/refault/migration/legs.py).
  */
 #ifndef RF_RELAY_H
 #define RF_RELAY_H
@@ -80,12 +69,13 @@ struct rf_tracker *rf_relay_tracker(struct rf_relay *relay);
 /* A consistent picture; false when the pump kept writing through all retries (look again later). */
 bool rf_relay_look(const struct rf_relay *relay, struct rf_relay_view *view);
 
+/* Each of these gives -1 with errno ENOMEM when memory is short: then nothing of it happens. */
+
 /*
  * Joins two stream sockets as the next channel and takes ownership of both. `recovered`: it resumes a lost
  * channel. `may_replay`: outstanding page requests are replayed after RESUME_ACK. `lanes`: how many are to be
  * added before the device state or RESUME may pass.
- * What is left of the channel before is closed. 0, or -1 with errno (EAGAIN: the ring is full); then the
- * descriptors are still the caller's.
+ * What is left of the channel before is closed. 0, or -1; then the descriptors are still the caller's.
  */
 int rf_relay_attach(struct rf_relay *relay, int local_fd, int far_fd, bool recovered, bool may_replay,
                     unsigned lanes);
@@ -93,26 +83,32 @@ int rf_relay_attach(struct rf_relay *relay, int local_fd, int far_fd, bool recov
 /*
  * Joins two stream sockets as a further lane of `channel` and takes ownership of both. Where that is no
  * longer the one attached last, or has all its lanes, both are closed; where its far leg is lost, the lane's
- * is too. 0, or -1 with errno as above.
+ * is ended too. 0, or -1 as above.
  */
 int rf_relay_add_lane(struct rf_relay *relay, uint64_t channel, int kind, int local_fd, int far_fd);
 
-/* The other host cannot be had whole: the far legs of `channel` are closed as if one had broken with `error`.
- */
+/* The other host cannot be had whole: the far legs of `channel` end as if one had broken with `error`. */
 int rf_relay_lose(struct rf_relay *relay, uint64_t channel, int error);
 
-/* The destination runs the guest; for a stream that cannot be read, which does not show it. 0, or -1 with
- * errno. */
+/*
+ * Says `length` bytes, one message or more and 64 at the most, to the QEMU of a source on the return path of
+ * `channel`, between two messages; not where it cannot hear any more. A duplicate of the leg must not be
+ * written: the pump may be in the midst of a message.
+ */
+int rf_relay_say(struct rf_relay *relay, uint64_t channel, const uint8_t *bytes, size_t length);
+
+/* The destination runs the guest; for a stream that cannot be read, which does not show it. */
 int rf_relay_in_postcopy(struct rf_relay *relay);
 
-/* Closes what is open of `channel`, if that is still the one attached last. 0, or -1 with errno. */
+/* Closes what is open of `channel`, if that is still the one attached last. */
 int rf_relay_close_channel(struct rf_relay *relay, uint64_t channel);
 
-/* The migration has ended: nothing is outstanding any more. 0, or -1 with errno. */
+/* The migration has ended: nothing is outstanding any more. */
 int rf_relay_complete(struct rf_relay *relay);
 
 /*
- * Ends the thread, closes both legs after what they hold has been offered to the kernel, and frees all.
+ * Ends the thread, closes both legs after what they hold has been offered to the kernel, and frees all. Waits
+ * for that no longer than 20 ms; a thread that takes longer frees all itself.
  * `keep_local`: the local leg's socket has been duplicated, and QEMU is not to see it end.
  */
 void rf_relay_stop(struct rf_relay *relay, bool keep_local);

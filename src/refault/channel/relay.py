@@ -3,10 +3,11 @@ for it."""
 
 from __future__ import annotations
 
+import contextlib
 import enum
-import errno
 import os
 import time
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -103,6 +104,16 @@ def _loss(state: LegState, error: int) -> str:
             return state.name.lower()
 
 
+@contextlib.contextmanager
+def _closed_on_error(*descriptors: int) -> Iterator[None]:
+    try:
+        yield
+    except (OSError, ValueError):
+        for descriptor in descriptors:
+            os.close(descriptor)
+        raise
+
+
 class Relay:
     """One migration's pump and tracker; `close` ends it.
 
@@ -125,8 +136,6 @@ class Relay:
         )
         if self._relay == ffi.NULL:
             raise OSError(ffi.errno, os.strerror(ffi.errno))
-        self.notify_fd = int(lib.rf_relay_notify_fd(self._relay))
-        """An eventfd, readable when something changed; read it, then look."""
         self._tracker = lib.rf_relay_tracker(self._relay)
         self._map = lib.rf_tracker_pagemap(self._tracker)
         self._last: RelayView | None = None
@@ -138,6 +147,16 @@ class Relay:
         self._resumed = False
         self.restored = Restored(lib.rf_tracker_restored(self._tracker))
         """What was found in the old state file."""
+
+    def __del__(self) -> None:
+        # One that nobody can close any more: neither its thread nor its descriptors stay.
+        if getattr(self, "_relay", ffi.NULL) != ffi.NULL:
+            self.close()
+
+    @property
+    def notify_fd(self) -> int:
+        """An eventfd, readable when something changed; read it, then look."""
+        return int(lib.rf_relay_notify_fd(self._open()))
 
     @property
     def kept(self) -> Kept:
@@ -198,15 +217,18 @@ class Relay:
     @property
     def host_page_cut(self) -> bool:
         """Whether the source goes on with a host page in its midst, which the destination will refuse."""
+        self._open()
         return Fact.HOST_PAGE_CUT in Fact(lib.rf_tracker_channel_facts(self._tracker))
 
     def guest_runs(self) -> None:
         """The destination's QEMU has said so: an event RESUME."""
+        self._open()
         self._runs_told = True
 
     @property
     def runs_told(self) -> bool:
         """Whether it was said that the destination runs."""
+        self._open()
         return self._runs_told
 
     def _runs(self, facts: Fact) -> bool:
@@ -255,14 +277,11 @@ class Relay:
     ) -> None:
         """Joins two stream sockets as the next channel, to which `lanes` more connections belong.
 
-        Both descriptors are the pump's from now on, also on error. Raises OSError where the pump takes no
-        commands any more.
+        Both descriptors are the pump's from now on, and closed on an error. Raises OSError where memory is
+        short.
         """
-        self._give(
-            lib.rf_relay_attach(self._open(), local_fd, far_fd, recovered, may_replay, lanes),
-            local_fd,
-            far_fd,
-        )
+        with _closed_on_error(local_fd, far_fd):
+            self._give(lib.rf_relay_attach(self._open(), local_fd, far_fd, recovered, may_replay, lanes))
         self._resumed = recovered
 
     def add_lane(self, channel: int, kind: Lane, local_fd: int, far_fd: int) -> None:
@@ -270,46 +289,44 @@ class Relay:
 
         As for `attach`.
         """
-        self._give(
-            lib.rf_relay_add_lane(self._open(), channel, int(kind), local_fd, far_fd), local_fd, far_fd
-        )
+        with _closed_on_error(local_fd, far_fd):
+            self._give(lib.rf_relay_add_lane(self._open(), channel, int(kind), local_fd, far_fd))
 
-    def _give(self, result: int, *descriptors: int) -> None:
+    def _give(self, result: int) -> None:
         if result < 0:
-            error = ffi.errno
-            for descriptor in descriptors:
-                os.close(descriptor)
-            raise OSError(error, os.strerror(error))
+            raise OSError(ffi.errno, os.strerror(ffi.errno))
 
     def lose(self, channel: int, error: int) -> None:
-        """Closes the far legs of `channel`, if it is the one attached last, as if one had broken with
-        `error`, an errno. Raises OSError where the pump takes no commands any more.
+        """Ends the far legs of `channel`, if it is the one attached last, as if one had broken with `error`,
+        an errno. Raises OSError where memory is short.
         """
-        if lib.rf_relay_lose(self._open(), channel, error) < 0:
-            raise OSError(errno.EAGAIN, "the relay's command ring is full")
+        self._give(lib.rf_relay_lose(self._open(), channel, error))
+
+    def say(self, channel: int, message: bytes) -> None:
+        """Says a message, of at most 64 bytes, to the QEMU of a source on the return path of `channel`,
+        between two others; nothing where it does not hear. Raises OSError where memory is short.
+        """
+        self._give(lib.rf_relay_say(self._open(), channel, message, len(message)))
 
     def in_postcopy(self) -> None:
         """The destination runs, by QEMU's word, for the stream cannot be read: queues are short from here
-        on, and silence is a loss. Raises OSError where the pump takes no commands any more.
+        on, and silence is a loss. Raises as `lose` does.
         """
-        if lib.rf_relay_in_postcopy(self._open()) < 0:
-            raise OSError(errno.EAGAIN, "the relay's command ring is full")
+        self._give(lib.rf_relay_in_postcopy(self._open()))
 
     def close_channel(self, channel: int) -> None:
         """Closes both legs of `channel`, if it is still the one attached last. Raises as `lose` does."""
-        if lib.rf_relay_close_channel(self._open(), channel) < 0:
-            raise OSError(errno.EAGAIN, "the relay's command ring is full")
+        self._give(lib.rf_relay_close_channel(self._open(), channel))
 
     def complete(self) -> None:
         """Tells the tracker that the migration has ended, so that nothing is outstanding any more.
 
         Raises as `lose` does.
         """
-        if lib.rf_relay_complete(self._open()) < 0:
-            raise OSError(errno.EAGAIN, "the relay's command ring is full")
+        self._give(lib.rf_relay_complete(self._open()))
 
     def close(self, *, keep_local: bool = False) -> None:
-        """Ends the thread and closes both legs; the object is of no more use.
+        """Ends the thread and closes both legs, within 20 ms or behind this; the object is of no more use.
 
         `keep_local`: QEMU holds our end of the local leg too by now, and must not see it end.
         """

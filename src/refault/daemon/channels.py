@@ -141,7 +141,11 @@ class Channels:
         if channel == self.channel:
             self.kept.add(local)
         kind = Lane.PREEMPT if self._migration.lanes.preempt else Lane.MULTIFD
-        self.relay.add_lane(channel, kind, local.detach(), far.detach())
+        try:
+            self.relay.add_lane(channel, kind, local.detach(), far.detach())
+        except OSError as error:  # QEMU sees no end of it before the channel's, for that is kept
+            log.error("%s: a further connection cannot be joined: %s", self._migration.name, error)
+            self.lose(channel, error)
 
     def lose(self, channel: int, error: OSError) -> None:
         """A connection of `channel` cannot be had: the far side of all is lost."""

@@ -129,10 +129,11 @@ class Closing:
         if self._kept.main is None or channel != self._channel:
             await trio.sleep(seconds)
             return
+        if say and self._said_to != channel and not self._relay.closed:
+            self._said_to = channel
+            with contextlib.suppress(OSError):
+                self._relay.say(channel, PONG_LOADED)
         with trio.socket.from_stdlib_socket(self._kept.main.dup()) as leg, contextlib.suppress(OSError):
-            if say and self._said_to != channel:
-                self._said_to = channel
-                await leg.send(PONG_LOADED)
             with trio.move_on_after(seconds):
                 # In the midst of a write it takes note of nothing (migration_iteration_run). No more is read
                 # than need be: one that has sent all is in its completion.

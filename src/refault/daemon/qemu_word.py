@@ -44,7 +44,7 @@ class QemuWord:
         second = "query-migrate-parameters" if source else "query-status"
         migrate, more = await vm.query_both("query-migrate", second)
         left = not source and more.get("status") not in (None, "inmigrate")
-        runs = self._relay.runs_told or left
+        runs = left or (not self._relay.closed and self._relay.runs_told)
         word = word_of(migrate, more if source else {}, runs=runs)
         self.last, self._asked_at = word, trio.current_time()
         if (runs or word.requests > 0) and not self._relay.closed:
@@ -54,8 +54,8 @@ class QemuWord:
 
     def tell_pump(self) -> None:
         """The pump cannot read that the destination runs, and from when on it is to mind silence."""
-        in_postcopy = self._relay.runs_told and not self._migration.never_postcopy
-        if in_postcopy and self.wanted and not self._told_pump:
+        in_postcopy = self.wanted and self._relay.runs_told and not self._migration.never_postcopy
+        if in_postcopy and not self._told_pump:
             with contextlib.suppress(OSError):  # another time, then
                 self._relay.in_postcopy()
                 self._told_pump = True

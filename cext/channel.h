@@ -1,0 +1,108 @@
+/*
+ * One channel of a relay: its two legs, its lanes, and how bytes move between them.
+ *
+ *     source's side                                        destination's side
+ *
+ *     local leg ──▶ forward pipe ──▶ far leg     ═TCP═     far leg ──▶ forward pipe ──▶ local leg
+ *                       │ tracker                                          │ tracker
+ *     local leg ◀── replay ◀── return pipe ◀── far leg     far leg ◀── replay ◀── return pipe ◀── local leg
+ *
+ * Each direction holds one chunk at the most: it is read only when the other leg can be sent to, so that a
+ * requested page never waits behind what we have buffered. The two directions never wait for each other. How
+ * they end is in ends.h, from which what is polled and what is moved follow.
+ */
+#ifndef RF_CHANNEL_H
+#define RF_CHANNEL_H
+
+#include <poll.h>
+#include <stdbool.h>
+#include <stdint.h>
+
+#include "ends.h"
+#include "lane.h"
+#include "leg.h"
+#include "pipe.h"
+#include "replay.h"
+#include "tracker.h"
+
+enum {
+    RF_RETURN_CHUNK = 4 * 1024,
+    RF_LANES_MAX = 255 + 1, /* multifd-channels (qapi/migration.json), and one for preempt */
+    RF_SAY_MAX = 64,
+};
+
+enum {
+    RF_POLL_LOCAL,
+    RF_POLL_FAR,
+    RF_POLL_LANES,
+    RF_CHANNEL_POLLS = RF_POLL_LANES + RF_LANES_MAX * RF_LANE_POLLS
+};
+
+struct rf_channel {
+    bool source_side;
+    enum rf_stage stage;
+    unsigned dead_after_s;
+    struct rf_tracker *tracker;
+    struct rf_replay replay;
+    struct rf_leg local;
+    struct rf_leg far;
+    struct rf_lane *lanes[RF_LANES_MAX];
+    unsigned lane_count;
+    unsigned lanes_wanted;
+    bool in_postcopy;         /* as told, for a stream that cannot be read */
+    bool probing;             /* postcopy: the far leg's silence counts */
+    bool return_waits;        /* there is something to read, but no room to send it */
+    uint64_t next_silence_ns; /* when to look at it again */
+    uint64_t lost_ns;         /* when the first leg was told to be lost; 0 for not */
+    uint64_t still_from_ns;   /* nothing has moved since, in DRAINING or UNACKED; 0 for not */
+    uint64_t still_at;        /* what it was measured by */
+    uint64_t missed_from_ns;  /* QEMU has more for a lane that is missed; 0 for not */
+    uint64_t forward_bytes;   /* passed on, over all channels */
+    uint64_t return_bytes;    /* likewise */
+    struct rf_pipe forward;
+    uint8_t backward[RF_RETURN_CHUNK];
+    uint8_t say[RF_SAY_MAX]; /* to be said to a source between two messages of the return path */
+    size_t say_length;
+};
+
+/* False when memory is short; then rf_channel_free frees what there is. */
+bool rf_channel_init(struct rf_channel *channel, struct rf_tracker *tracker, bool source_side,
+                     unsigned dead_after_s);
+void rf_channel_free(struct rf_channel *channel);
+
+/* Joins two legs as the next channel. What is left of the one before is closed. */
+void rf_channel_begin(struct rf_channel *channel, int local_fd, int far_fd, bool recovered, bool may_replay,
+                      unsigned lanes);
+
+/* Takes the lane, whose legs are to be joined; where it is not of this channel (`its_own`), or that has all
+ * or is closed, both are closed. */
+void rf_channel_add_lane(struct rf_channel *channel, struct rf_lane *lane, int local_fd, int far_fd,
+                         bool its_own);
+
+/* Says at most RF_SAY_MAX bytes to a source's QEMU, between two messages of its return path, if it hears. */
+void rf_channel_say(struct rf_channel *channel, const uint8_t *bytes, size_t length);
+
+/* The other host cannot be had whole: the far legs end as if one had broken with `error`. */
+void rf_channel_lose(struct rf_channel *channel, int error);
+
+/*
+ * Closes what is open. Before that what the kernels take and hold at this moment is passed on, and the return
+ * path is put on record to its end. `keep_local`: QEMU is not to see its legs end.
+ */
+void rf_channel_close(struct rf_channel *channel, bool keep_local);
+
+/* What it waits for, RF_CHANNEL_POLLS entries at the most; the count. */
+unsigned rf_channel_want(const struct rf_channel *channel, struct pollfd *polls);
+int rf_channel_timeout_ms(const struct rf_channel *channel);
+
+/* Moves what can be moved, and lets end what has ended. */
+void rf_channel_move(struct rf_channel *channel, const struct pollfd *polls);
+
+/* What is to be told of the legs (ends.h). */
+enum rf_leg_state rf_channel_local_state(const struct rf_channel *channel);
+enum rf_leg_state rf_channel_far_state(const struct rf_channel *channel);
+
+/* Whether the lanes must be added as soon as they come. */
+bool rf_channel_lanes_due(const struct rf_channel *channel);
+
+#endif
