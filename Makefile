@@ -13,6 +13,7 @@ CAMPAIGN ?=
 MATRIX ?=
 QTESTS ?=
 NIGHTLY ?=
+ENDS ?=
 TEST ?= tests/unit tests/integration
 SECONDS ?= 60
 # Other QEMUs than the machine's own, as make qemus unpacks them: .qemus/qemu-10 and so on.
@@ -29,15 +30,15 @@ TMPFILESDIR ?= $(PREFIX)/lib/tmpfiles.d
 LIBDIR := $(PREFIX)/lib/refault
 
 CEXT := $(wildcard cext/*.c cext/*.h)
-C_FILES := $(wildcard cext/*.c tests/fuzz/*.c tests/tsan/*.c)
-C_AND_HEADERS := $(CEXT) $(wildcard tests/fuzz/*.c tests/fuzz/*.h tests/tsan/*.c)
+C_FILES := $(wildcard cext/*.c tests/fuzz/*.c tests/tsan/*.c tests/unit/channel/*.c)
+C_AND_HEADERS := $(CEXT) $(wildcard tests/fuzz/*.c tests/fuzz/*.h tests/tsan/*.c tests/unit/channel/*.c)
 C_WARNINGS := -std=c11 -D_GNU_SOURCE -Wall -Wextra -Wno-unused-parameter -Werror -Icext -fsyntax-only
 
 # Each has a module of its own in tests/campaign.
 CAMPAIGNS := starvation truth floor strays silence patience huge_pages
 
 .PHONY: help build demo picture qemus analyzers prometheus analyze matrix qtests test campaign campaign-kill \
-        campaign-preempt $(CAMPAIGNS:%=campaign-%) lint bench fuzz tsan nightly dist install clean
+        campaign-preempt $(CAMPAIGNS:%=campaign-%) lint bench fuzz tsan ends nightly dist install clean
 .NOTPARALLEL:
 
 help:
@@ -53,6 +54,7 @@ help:
 	@echo 'make lint     ruff, mypy, clang-format, gcc and clang'
 	@echo 'make bench    benchmarks'
 	@echo 'make fuzz     fuzz targets under sanitizers (SECONDS=600 each)'
+	@echo 'make ends     random ends of legs and lanes, beside plain sockets (ENDS="--steps 1000000 --seed 1")'
 	@echo 'make tsan     the pump and its readers under the thread sanitizer and others (SECONDS=60 each)'
 	@echo 'make campaign-preempt  make campaign with postcopy-preempt on'
 	@echo 'make campaign-starvation  lost requests: how soon their vCPUs run again, and that they do not without replay'
@@ -138,6 +140,9 @@ bench: build $(VENV)/.dev
 fuzz: build
 	$(BOOTSTRAP) fuzz
 	tests/fuzz/run.sh $(SECONDS)
+
+ends: build $(VENV)/.dev
+	$(BIN)/python -m tests.model.ends $(ENDS)
 
 tsan:
 	$(BOOTSTRAP) fuzz

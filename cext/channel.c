@@ -424,7 +424,7 @@ static void settle_local(struct rf_channel *channel) {
         go(channel, RF_ACKED);
     }
     if (channel->stage == RF_STAGE_LEFT) {
-        shut_far_legs(channel);
+        rf_leg_shut(&channel->far); /* the lanes end on their own, each behind what QEMU wrote on it */
         if (!channel->source_side) {
             rf_leg_close(&channel->far); /* nobody takes what is left of it */
         }
@@ -481,6 +481,9 @@ static void mind_silence(struct rf_channel *channel) {
         rf_leg_check_silence(&channel->far, channel->dead_after_s);
         for (unsigned i = 0; i < channel->lane_count; i++) {
             rf_leg_check_silence(&channel->lanes[i]->far, channel->dead_after_s);
+        }
+        if (channel->far.state == RF_LEG_FAILED) {
+            shut_far_legs(channel);
         }
     }
 }
@@ -617,8 +620,9 @@ void rf_channel_say(struct rf_channel *channel, const uint8_t *bytes, size_t len
 }
 
 void rf_channel_lose(struct rf_channel *channel, int error) {
-    if (channel->far.state == RF_LEG_OPEN) {
+    if (channel->stage == RF_STAGE_JOINED || channel->stage == RF_STAGE_DRAINING) {
         rf_leg_break(&channel->far, error);
+        shut_far_legs(channel);
         settle(channel);
     }
 }

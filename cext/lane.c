@@ -141,7 +141,9 @@ void rf_lane_settle(struct rf_lane *lane) {
         if (lane->passes_far_end && !rf_pipe_pending(inward(lane))) {
             rf_leg_end_writing(&lane->local);
         }
-        rf_leg_close(&lane->far);
+        if (!lane->passes_far_end || !lane->far.may_write) { /* else it has only ended its writing */
+            rf_leg_close(&lane->far);
+        }
     }
 }
 

@@ -1,0 +1,30 @@
+/* Preloaded: every other poll(2) outside the main thread fails for want of memory, and so does what asks for
+ * as much at once as a lane takes. */
+#include <errno.h>
+#include <poll.h>
+#include <stdatomic.h>
+#include <stddef.h>
+#include <sys/syscall.h>
+#include <unistd.h>
+
+enum { LANE_AT_LEAST = 128 * 1024, LANE_AT_MOST = 160 * 1024 };
+
+void *__libc_calloc(size_t count, size_t size);
+
+int poll(struct pollfd *polls, nfds_t count, int timeout) {
+    static atomic_uint calls;
+
+    if (gettid() != getpid() && timeout != 0 && atomic_fetch_add(&calls, 1) % 2 == 0) {
+        errno = ENOMEM;
+        return -1;
+    }
+    return (int)syscall(SYS_poll, polls, count, timeout);
+}
+
+void *calloc(size_t count, size_t size) {
+    if (count == 1 && size >= LANE_AT_LEAST && size <= LANE_AT_MOST) {
+        errno = ENOMEM;
+        return NULL;
+    }
+    return __libc_calloc(count, size);
+}
