@@ -1,0 +1,104 @@
+"""How a precopy that comes to nothing ends: at both QEMUs as where there is nothing between them."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Awaitable, Callable
+from pathlib import Path
+
+import pytest
+import trio
+from tests.integration.beside import SMALL, End, end, listens
+from tests.integration.qemus import BINARIES
+
+from refault.lab import bare
+from refault.lab.channel import free_port
+from refault.lab.guest import Guest
+from refault.lab.qmp_client import QmpClosed
+
+pytestmark = [pytest.mark.qemu, pytest.mark.timeout(120)]
+
+CAPABILITIES = {
+    "one": ("events",),
+    "return path": ("events", "return-path"),
+}
+BIGGER = Guest(vcpus=1, log_pages=10, tick_ns=1_000_000)
+
+
+async def cancel(src: End, _: End) -> None:
+    await src.client.execute("migrate_cancel")
+
+
+async def kill_source(src: End, _: End) -> None:
+    src.qemu.process.kill()
+
+
+async def quit_source(src: End, _: End) -> None:
+    with contextlib.suppress(QmpClosed):
+        await src.client.execute("quit")
+
+
+async def kill_destination(_: End, dst: End) -> None:
+    dst.qemu.process.kill()
+
+
+WAYS: dict[str, Callable[[End, End], Awaitable[None]]] = {
+    "cancelled": cancel,
+    "source killed": kill_source,
+    "source quits": quit_source,
+    "destination killed": kill_destination,
+}
+
+
+async def end_of(directory: Path, binary: str, what: str, how: str, relayed: bool) -> list[object]:
+    """The exit of the destination's QEMU, the source's status, and whether the guest goes on there."""
+    port = free_port()
+    refuses = how == "refused"
+    async with (
+        end(directory, "src", binary=binary, relayed=False) as src,
+        end(
+            directory,
+            "dst",
+            binary=binary,
+            incoming="defer",
+            relayed=relayed,
+            guest=BIGGER if refuses else SMALL,
+        ) as dst,
+    ):
+        for client in (src.client, dst.client):
+            await bare.set_capabilities(client, *CAPABILITIES[what])
+            await client.execute("migrate-set-parameters", {"multifd-channels": 16})
+        await src.client.execute("migrate-set-parameters", {"max-bandwidth": 128 << 10})
+        await dst.client.execute("migrate-incoming", {"uri": f"tcp:127.0.0.1:{port}"})
+        await src.client.execute("migrate", {"uri": f"tcp:127.0.0.1:{port}"})
+        with trio.fail_after(40):
+            if not refuses:
+                await dst.client.wait_migration("active")
+                await WAYS[how](src, dst)
+            code = await dst.qemu.process.wait()
+            while listens(port):
+                await trio.sleep(0.01)
+            if how in ("source killed", "source quits"):
+                return [code]
+            status = (await bare.wait_status(src.client, "failed", "cancelled", "completed"))["status"]
+            await src.qemu.wait_progress()
+        return [code, status]
+
+
+CASES = [(BINARIES[0], what, how) for what in CAPABILITIES for how in (*WAYS, "refused")]
+CASES += [
+    (binary, what, how)
+    for binary in BINARIES[1:]
+    for what in CAPABILITIES
+    for how in ("cancelled", "refused")
+]
+
+
+@pytest.mark.parametrize(("binary", "what", "how"), CASES)
+async def test_a_precopy_ends_as_without_a_relay(tmp_path: Path, binary: str, what: str, how: str) -> None:
+    ends = []
+    for relayed in (False, True):
+        directory = tmp_path / str(relayed)
+        directory.mkdir()
+        ends.append(await end_of(directory, binary, what, how, relayed))
+    assert ends[1] == ends[0]
