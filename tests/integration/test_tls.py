@@ -14,7 +14,7 @@ from tests.integration.qemus import BINARIES, qemus
 from tests.integration.test_addresses import active_again, lose, memory_is_right, set_up, to_postcopy
 from tests.integration.test_main_job import GUEST
 from tests.integration.test_reclaim import ONLY_11, take_back, wait_for_arrival
-from tests.integration.test_restart import sockets
+from tests.integration.test_restart import runs, sockets
 from tests.integration.waiting import nothing_moves
 
 from refault.daemon.app import PHASE_PATIENCE
@@ -244,10 +244,12 @@ async def test_an_encrypted_source_that_failed_while_refault_was_dead_is_stopped
 ) -> None:
     async with waits_for_arrival(tmp_path, credentials, binary) as (pair, _, driver):
         driver.processes[0].kill()
-        await bare.wait_status(pair.source.qmp, "failed")
-        driver.start_again(0)
         with trio.fail_after(20):
-            while (await pair.source.qmp.execute("query-status"))["running"]:
+            await bare.wait_status(pair.source.qmp, "failed")
+            while not await runs(pair.source):  # it says so first
+                await trio.sleep(0.02)
+            driver.start_again(0)
+            while await runs(pair.source):
                 await trio.sleep(0.05)
         pair.destination.process.kill()
 
