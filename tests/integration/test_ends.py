@@ -20,7 +20,9 @@ pytestmark = [pytest.mark.qemu, pytest.mark.timeout(120)]
 
 CAPABILITIES = {
     "one": ("events",),
+    "multifd": ("events", "multifd"),
     "return path": ("events", "return-path"),
+    "multifd and return path": ("events", "multifd", "return-path"),
 }
 BIGGER = Guest(vcpus=1, log_pages=10, tick_ns=1_000_000)
 
