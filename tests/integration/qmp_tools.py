@@ -125,12 +125,28 @@ async def dial(path: Path | tuple[str, int]) -> trio.SocketStream:
                 await trio.sleep(0.02)
 
 
+async def greeted(path: Path | tuple[str, int]) -> Client:
+    """Connects as soon as QEMU is there: before, there is the end of file in place of its greeting."""
+    with trio.fail_after(20):
+        while True:
+            client = Client(await dial(path))
+            try:
+                client.greeting = await client.receive()
+            except (EOFError, trio.BrokenResourceError):
+                await client.stream.aclose()
+                await trio.sleep(0.02)
+            except BaseException:
+                await trio.aclose_forcefully(client.stream)
+                raise
+            else:
+                return client
+
+
 @asynccontextmanager
 async def connected(path: Path | tuple[str, int]) -> AsyncIterator[Client]:
     """A client that has read the greeting."""
-    async with await dial(path) as stream:
-        client = Client(stream)
-        client.greeting = await client.receive()
+    client = await greeted(path)
+    async with client.stream:
         yield client
 
 

@@ -377,10 +377,9 @@ async def test_clients_that_are_refused_do_not_fill_the_log(caplog: pytest.LogCa
     try:
         with directory() as path, qemu_process(f"unix:{path}/qemu,server=on,wait=off"):
             async with (
-                refault(path / "qemu", path / "front", limits=Limits(clients=1)) as monitor,
-                await dial(path / "front"),
+                refault(path / "qemu", path / "front", limits=Limits(clients=1)),
+                connected(path / "front"),
             ):
-                await until(lambda: monitor.clients == 1)
                 for _ in range(20):
                     async with await dial(path / "front") as refused:
                         assert await refused.receive_some() == b""
@@ -391,13 +390,16 @@ async def test_clients_that_are_refused_do_not_fill_the_log(caplog: pytest.LogCa
 
 @pytest.mark.qemu
 async def test_a_monitor_that_another_client_holds() -> None:
-    """QEMU talks to one client at a time: refault waits for its turn, and gets it. Nobody comes before."""
+    """QEMU talks to one client at a time: refault waits for its turn, as its own clients do, and gets it."""
     with directory() as path, qemu_process(f"unix:{path}/qemu,server=on,wait=off"):
-        async with connected(path / "qemu") as holder, refault(path / "qemu", path / "front"):
-            assert not (path / "front").exists()
+        async with (
+            connected(path / "qemu") as holder,
+            refault(path / "qemu", path / "front") as monitor,
+            await dial(path / "front") as stream,
+        ):
+            await until(lambda: monitor.clients == 1)
             await holder.stream.aclose()
-            async with connected(path / "front") as client:
-                assert "QMP" in client.greeting
+            assert "QMP" in await Client(stream).receive()
 
 
 async def listen_error(address: str) -> str:
@@ -474,6 +476,8 @@ def test_everything_is_closed_however_it_ends() -> None:
         async def main(path):
             before = open_fds()
             with qemu_process(f"unix:{path}/qemu,server=on,wait=off"):
+                async with connected(path / "qemu"):
+                    pass
                 for _ in range(5):
                     async with refault(path / "qemu", path / "front"):
                         clients = [await dial(path / "front") for _ in range(5)]

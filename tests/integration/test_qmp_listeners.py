@@ -29,8 +29,10 @@ from tests.integration.qmp_tools import (
     until,
 )
 
+from refault.daemon import clients
 from refault.daemon.address import Address, parse_address
 from refault.daemon.monitor import Monitor
+from refault.daemon.unix_diag import listens
 from refault.lab.channel import free_port
 
 NOBODY = {"refused", "end"}
@@ -97,28 +99,32 @@ async def test_without_a_qemu_there_is_nobody(kind: str) -> None:
                 await until(lambda: not monitor.qemu)
                 assert await finds(bare) in NOBODY
                 assert await finds(front) in NOBODY
-                if kind == "unix":
-                    assert not (path / "front").exists()
 
         await ends(quit_=False)
         await ends(quit_=True)
 
 
 @pytest.mark.qemu
-async def test_who_waits_for_the_socket_file_meets_the_next_qemu() -> None:
-    """As a manager does that starts QEMU: it looks for the file, connects once, and reads."""
+@pytest.mark.parametrize("kind", ["unix", "tcp"])
+async def test_who_comes_right_behind_a_new_qemu_is_served(kind: str) -> None:
+    """As a manager does that starts QEMU: it looks for QEMU's socket, connects once, and reads."""
     with directory() as path:
-        async with refault(path / "qemu", path / "front") as monitor:
+        _, front = places(path, kind)
+        async with refault(path / "qemu", front) as monitor:
             for _ in range(5):
+                await trio.sleep(0.3)  # it is looked for less and less often
                 with qemu_process(f"unix:{path}/qemu,server=on,wait=off") as qemu:
-                    await until((path / "front").exists)
-                    assert await finds(monitor.fronts[0].address) == "greeting"
+                    await until(lambda: listens(Address(f"{path}/qemu")))
+                    assert await finds(front) == "greeting"
                     qemu.kill()
-                await until(lambda: not (path / "front").exists())
+                    await trio.to_thread.run_sync(qemu.wait)
+                await until(lambda: not monitor.qemu)
+                assert await finds(front) == "end"
 
 
-async def test_over_tcp_a_client_waits_for_a_qemu_that_is_being_connected_to() -> None:
-    """Not for long: it may be another client's, and never greet."""
+async def test_a_client_waits_for_a_qemu_that_is_being_connected_to(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Not for ever: it may be another client's, and never greet."""
+    monkeypatch.setattr(clients, "_GREETED_WITHIN", 1.0)
     with directory() as path, listening(path / "qemu") as qemu:
         front = Address(None, "127.0.0.1", 0, server=True)
         async with refault(path / "qemu", front) as monitor:
@@ -183,13 +189,13 @@ async def test_a_qemu_that_waits_is_let_go_on_by_the_first_client(kind: str) -> 
             await until(lambda: listens_at(path, qemu.port))
             async with refault(replace(qemu, server=False), front, other) as monitor:
                 await until(lambda: monitor.fronts[0].listening)
-                assert not monitor.fronts[1].listening
+                assert await finds(other) == "end"
                 await trio.sleep(0.5)
                 assert not (path / "second").exists()
                 async with negotiated(path / "front") as client:
                     assert await client.command("query-name") == {}
                     await until((path / "second").exists)
-                    await until(lambda: monitor.fronts[1].listening)
+                    assert await finds(other) == "greeting"
 
 
 @pytest.mark.qemu
@@ -225,14 +231,12 @@ async def test_each_new_qemu_waits_for_a_client_of_its_own() -> None:
         async with refault(path / "qemu", front) as monitor:
             for _ in range(2):
                 with waiting_qemu(path) as qemu:
-                    await until((path / "front").exists)
-                    await until((path / "qemu").exists)
+                    await until(lambda: listens(Address(f"{path}/qemu")))
                     assert not (path / "second").exists()
                     async with connected(path / "front"):
                         await until((path / "second").exists)
                     qemu.kill()
                 await until(lambda: not monitor.qemu)
-                await until(lambda: not (path / "front").exists())
                 assert await finds(front) in NOBODY
 
 
@@ -289,13 +293,13 @@ async def test_a_directory_that_is_not_there_yet_is_waited_for(caplog: pytest.Lo
 
 
 async def test_trouble_is_over_when_it_is_over() -> None:
-    """Also while there is no QEMU, so that nobody needs to listen."""
+    """Also while there is no QEMU."""
     with directory() as path:
         async with refault(path / "qemu", path / "run" / "front") as monitor:
             assert monitor.fronts[0].trouble
             (path / "run").mkdir()
             await until(lambda: monitor.fronts[0].trouble is None)
-            assert not (path / "run" / "front").exists()
+            assert await finds(monitor.fronts[0].address) == "end"
 
 
 @pytest.mark.qemu
@@ -309,6 +313,7 @@ async def test_where_qemu_connects_to_us_the_file_comes_back_too() -> None:
             argv = ["-chardev", f"socket,id=m,path={path}/qemu", "-mon", "m,mode=control"]
             with qemu_process(extra=argv) as process:
                 async with connected(path / "front"):
+                    await until(lambda: monitor.qemu)
                     assert monitor.qemu
                     assert monitor.qemu.pid == process.pid
 
@@ -321,14 +326,14 @@ async def test_what_somebody_changed_outlives_qemu_and_refault() -> None:
             return stat.S_IMODE((path / "front").stat().st_mode)
 
         async def comes(monitor: Monitor) -> None:
-            await until(lambda: monitor.fronts[0].listening)
+            await until(lambda: monitor.qemu)
 
         async with refault(path / "qemu", path / "front") as monitor:
             with qemu_process(f"unix:{path}/qemu,server=on,wait=off"):
                 await comes(monitor)
                 assert mode() == 0o600
                 (path / "front").chmod(0o660)
-            await until(lambda: not monitor.fronts[0].listening)
+            await until(lambda: not monitor.qemu)
             with qemu_process(f"unix:{path}/qemu,server=on,wait=off"):
                 await comes(monitor)
                 assert mode() == 0o660

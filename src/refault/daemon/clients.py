@@ -1,7 +1,7 @@
 """The clients of one QEMU's monitor: accepted or dialled, read from, sent to, and let go.
 
-Who comes while there is no QEMU is closed at once. While one is being connected to, clients wait for it to
-greet, but not for long; where wait=on asks for it, as long as it takes.
+Who comes while there is no QEMU has it looked for, and is closed at once if there is none. While one is
+being connected to, clients wait for it to greet; where wait=on asks for it, as long as it takes.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ _READ_MORE = 64 << 10
 """Bytes to read from a client at a time, and while it is in the midst of a longer message."""
 _ONE_FD = socket.CMSG_LEN(4)
 """Room for one descriptor: the kernel closes the others, as QEMU would."""
-_GREETED_WITHIN = 1.0
+_GREETED_WITHIN = 10.0
 _CLOSE_TIMEOUT = 5.0
 _FINISH_TIMEOUT = 0.3
 _HANG_UP_CHECK = 1.0
@@ -76,8 +76,7 @@ class Clients:
         """Where clients come to `address`."""
         if not _is_local(address):
             log.warning("%s: whoever can reach %s controls the VM; prefer a unix socket", self._name, address)
-        wanted = {Qemu.THERE, Qemu.DIALLED, Qemu.WAITING} if address.wait else {Qemu.THERE}
-        return Front(self._name, address, partial(self._take, address), wanted=wanted.__contains__)
+        return Front(self._name, address, partial(self._take, address))
 
     def flush(self) -> None:
         """Sends what goes at once of what the core has for clients; the rest waits for tasks."""
@@ -133,6 +132,7 @@ class Clients:
         self._flush_all()
 
     async def _take(self, address: Address, sock: socket.socket) -> None:
+        self._presence.seek()
         self._nursery.start_soon(self._serve, prepare(sock), address)
         if address.wait:
             self._first_client.came(address)

@@ -1,15 +1,9 @@
-"""Where others connect to us: one address, over the comings and goings of QEMU and of its file.
-
-TCP             listens all the time; who comes while there is no QEMU is closed at once (clients.py)
-a socket file   is there while a QEMU is, as QEMU's own: who connects before or after finds nobody
-wait=on         listens while a client is waited for, too (first_client.py)
-"""
+"""Where others connect to us: one address, over the comings and goings of its file."""
 
 from __future__ import annotations
 
 import errno
 import logging
-import math
 import socket
 from collections.abc import Awaitable, Callable
 from dataclasses import replace
@@ -26,7 +20,6 @@ from refault.daemon.listener import (
     bind_unix,
     check,
 )
-from refault.daemon.presence import Presence, Qemu
 from refault.daemon.repeats import repeats
 
 log = logging.getLogger("refault.qmp")
@@ -45,8 +38,6 @@ class Front:
         name: str,
         address: Address,
         take: Callable[[socket.socket], Awaitable[None]],
-        *,
-        wanted: Callable[[Qemu], bool],
     ) -> None:
         self.address = address
         """With the port that TCP really has."""
@@ -56,7 +47,6 @@ class Front:
         """Set as soon as it listens for the first time, or has had trouble with that."""
         self._name = name
         self._take = take
-        self._wanted = wanted
         self._bound: Bound | None = None
         self._access: Access | None = None
 
@@ -80,43 +70,8 @@ class Front:
         except NoDirectoryError as error:
             self._tell(error)
 
-    async def run(self, presence: Presence) -> None:
-        """Serves until cancelled, after `prepare`."""
-        try:
-            while True:
-                await self._until_wanted(presence)
-                async with trio.open_nursery() as nursery:
-                    nursery.start_soon(self._serve)
-                    await presence.until(lambda qemu: not self.is_wanted(qemu))
-                    nursery.cancel_scope.cancel()
-        finally:
-            self.close()
-
-    def close(self) -> None:
-        """Listens no more."""
-        bound, self._bound = self._bound, None
-        if bound is not None:
-            self._access = bound.close() or self._access
-
-    def is_wanted(self, qemu: Qemu) -> bool:
-        """Whether it is to listen while that is known of QEMU."""
-        return self.address.path is None or self._wanted(qemu)
-
-    async def _until_wanted(self, presence: Presence) -> None:
-        """Looks meanwhile whether what was in the way is over."""
-        while not self.is_wanted(presence.qemu):
-            with trio.move_on_after(LOOK if self.trouble else math.inf):
-                await presence.until(self.is_wanted)
-                return
-            try:
-                check(self.address)
-            except ListenError as error:
-                self._tell(error)
-            else:
-                self.trouble = None
-
-    async def _serve(self) -> None:
-        """Listens, and again when its file is gone, until cancelled."""
+    async def run(self) -> None:
+        """Listens, and again when its file is gone, until cancelled; after `prepare`."""
         try:
             while True:
                 bound = self._bound = self._bound or await self._bind()
@@ -130,6 +85,12 @@ class Front:
                 log.warning("%s: %s was removed or replaced: making it again", self._name, self.address)
         finally:
             self.close()
+
+    def close(self) -> None:
+        """Listens no more."""
+        bound, self._bound = self._bound, None
+        if bound is not None:
+            self._access = bound.close() or self._access
 
     async def _bind(self) -> Bound:
         while True:

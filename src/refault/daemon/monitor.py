@@ -156,7 +156,7 @@ class Monitor:
         self.fronts = [self._clients.front(address) for address in listen if address.server]
         """Where clients come, in the order of `listen`; then where QEMU does, if it is QEMU who connects."""
         if qemu.server:
-            self.fronts.append(Front(name, qemu, self._upstream.take, wanted=lambda _: True))
+            self.fronts.append(Front(name, qemu, self._upstream.take))
         self._nursery: trio.Nursery
 
     @property
@@ -185,13 +185,12 @@ class Monitor:
                 self._nursery = nursery
                 nursery.start_soon(self._clients.run, self.managers)
                 for front in self.fronts:
-                    nursery.start_soon(front.run, self._presence)
+                    nursery.start_soon(front.run)
                 nursery.start_soon(self._upstream.run)
                 with trio.move_on_after(FIRST_LOOK):
                     await self._presence.until(lambda qemu: qemu not in (Qemu.UNKNOWN, Qemu.DIALLED))
-                    for front in self.fronts:
-                        if front.is_wanted(self._presence.qemu):
-                            await front.settled.wait()
+                for front in self.fronts:
+                    await front.settled.wait()
                 task_status.started()
         finally:
             for front in self.fronts:

@@ -29,6 +29,7 @@ class Presence:
     def __init__(self) -> None:
         self.qemu = Qemu.UNKNOWN
         self._changed = trio.Event()
+        self._sought: trio.Event | None = None
 
     def set(self, qemu: Qemu) -> None:
         """Wakes those who wait, where it is another one."""
@@ -36,6 +37,19 @@ class Presence:
             self.qemu = qemu
             changed, self._changed = self._changed, trio.Event()
             changed.set()
+
+    async def pause(self, seconds: float) -> None:
+        """Between two looks for a QEMU that was not there: returns at once when it is sought."""
+        self._sought = trio.Event()
+        with trio.move_on_after(seconds):
+            await self._sought.wait()
+        self._sought = None
+
+    def seek(self) -> None:
+        """A client has come: a QEMU that was not there may have come right before, and is looked for now."""
+        if self._sought is not None and self.qemu is Qemu.AWAY:
+            self._sought.set()
+            self.set(Qemu.DIALLED)
 
     async def until(self, condition: Callable[[Qemu], bool]) -> None:
         """Waits until `condition` holds for the state."""

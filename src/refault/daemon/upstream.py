@@ -57,6 +57,7 @@ class Upstream:
         shortest, longest = pauses(self._address)
         delay = shortest
         while True:
+            pause = self._presence.pause
             try:
                 await self._first_client.wait()
                 sock = await self._reach()
@@ -64,16 +65,17 @@ class Upstream:
                 delay = shortest
             except NotQmpError as error:
                 self._complain(f"what answers at {self._address} is no QMP monitor: {error}")
-                delay = longest
+                delay, pause = longest, trio.sleep
             except trio.TooSlowError:
                 self._complain(
                     f"nothing answers at {self._address}: another client may hold the monitor; detach it,"
                     " or name a monitor of its own for refault"
                 )
+                pause = trio.sleep
             except OSError as error:
                 self._complain(f"no QEMU at {self._address} yet: {why(error)}")
             self._presence.set(self._nobody)
-            await trio.sleep(delay)
+            await pause(delay)
             delay = min(1.5 * delay, longest)
 
     async def take(self, sock: socket.socket) -> None:
