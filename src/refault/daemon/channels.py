@@ -35,6 +35,7 @@ log = logging.getLogger("refault.migration")
 
 REPLAY_DOUBT_SECONDS = 2.0
 """Two losses so soon after a replay, and the next recovery goes without: the replay may have caused them."""
+DELIVERY_LOOK, LONGEST_DELIVERY_LOOK = 0.05, 1.0
 STALL_LOOK = 0.25
 """Seconds between looks at a handshake that may stand still for many; its end is heard of by other ways."""
 HEARS_WITHIN = 50.0
@@ -192,6 +193,16 @@ class Channels:
             return view.far is LegState.OPEN and self.kept.main is not None and has_ended(self.kept.main)
         return view.far is LegState.ENDED or passed.ended
 
+    async def delivered(self) -> None:
+        """Waits until what a QEMU that has ended had sent is on its way, and the other host has seen the end.
+
+        Nobody would send it again: so for as long as the other host takes it.
+        """
+        pause = DELIVERY_LOOK
+        while not self.relay.closed and self.relay.look().far is LegState.OPEN:
+            await trio.sleep(pause)
+            pause = min(2 * pause, LONGEST_DELIVERY_LOOK)
+
     def answered(self) -> None:
         """QEMU has answered the command that named the newest channel."""
         self.word.answered(self.channel)
@@ -318,9 +329,9 @@ class Channels:
 
     def cost_of_stopping(self) -> tuple[bool, str] | None:
         """Whether QEMU survives a close of its leg now, and what it does then; None where none is open."""
-        if self.relay.closed or self.relay.look().local is not LegState.OPEN:
-            return None
         migration = self._migration
+        if self.relay.closed or migration.gone or self.relay.look().local is not LegState.OPEN:
+            return None
         allowed, rule = may_close(self.phase, migration.role, migration.vm.version, migration.status)
         return allowed, rule.effect
 

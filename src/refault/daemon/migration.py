@@ -113,6 +113,8 @@ class Migration:
         """Set once it is under way, or has come to nothing."""
         self.procedure = procedure(self)
         self.attempts = Attempts(self)
+        self.gone = False
+        """Whether its QEMU has ended: nothing of it is told any more."""
         self._generation = ""
         self._remembers = False
         """Whether the record is ours to write."""
@@ -303,6 +305,24 @@ class Migration:
         """Another one takes its place: from now on the record is that one's."""
         self._remembers = False
         self.attempts.cancel()
+
+    def qemu_ended(self) -> None:
+        """Nobody is left to recover it. What QEMU had sent is delivered yet; nothing else of it stays."""
+        if self.gone:
+            return
+        self.gone = True
+        self.feed(Event.QEMU_GONE)
+        self.counters.last_error = None
+        self.status = None
+        self._poller.cancel()
+        self._stall_watch.cancel()
+        if self.channels is not None:
+            self.vm.start_soon(self._close_when_delivered, self.channels)
+
+    async def _close_when_delivered(self, channels: Channels) -> None:
+        await channels.delivered()
+        if self.channels is channels:
+            self._close_channels()
 
     async def retire(self) -> None:
         """Another one takes its place."""

@@ -34,7 +34,10 @@ LATENCY_BOUNDS = (
 
 def picture(address: Address, info: QemuInfo | None, vm: VmState, migration: Migration | None) -> VmStatus:
     """The picture, as things stand now. Call it in the trio thread."""
-    relay = migration.channels.relay if migration is not None and migration.channels is not None else None
+    passing = migration.channels.relay if migration is not None and migration.channels is not None else None
+    if migration is not None and migration.gone:
+        migration = None
+    relay = passing if migration is not None else None
     monitor = vm.monitor
     counters, troubles = vm.counters, vm.state_file.troubles
     return VmStatus(
@@ -67,7 +70,7 @@ def picture(address: Address, info: QemuInfo | None, vm: VmState, migration: Mig
             last_error=counters.last_error,
             given_up=migration is not None and migration.policy.state is State.GIVEN_UP,
         ),
-        channel=_channel(counters, relay),
+        channel=_channel(counters, passing),
         state=StateStatus(error=troubles.error, errors=troubles.count, torn=troubles.torn),
     )
 

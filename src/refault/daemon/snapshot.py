@@ -29,7 +29,7 @@ class QemuStatus(msgspec.Struct, frozen=True, kw_only=True):
     pid: int | None = None
     """From the peer credentials of the monitor's socket; null over TCP or across pid namespaces."""
     version: str | None = None
-    """From the greeting, for example "7.2.0"; null until QEMU has greeted once."""
+    """From the greeting, for example "7.2.0"; null before the first, and when the process has ended."""
 
 
 class ListenerStatus(msgspec.Struct, frozen=True, kw_only=True):

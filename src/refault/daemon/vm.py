@@ -243,7 +243,7 @@ class Vm:
 
     @property
     def _procedure(self) -> RoleProcedure | None:
-        return self.migration.procedure if self.migration is not None else None
+        return self.migration.procedure if self.migration is not None and not self.migration.gone else None
 
     async def _busy(self) -> bool:
         """Whether a migration is under way, so that QEMU will refuse another and ours must not be touched."""
@@ -269,7 +269,7 @@ class Vm:
 
     async def _migrate_pause(self, command: WatchedCommand) -> Forward | Answer:
         migration = self.migration
-        if migration is None:
+        if migration is None or migration.gone:
             return Forward()
         migration.client_pauses = True
 
@@ -306,7 +306,7 @@ class Vm:
             self._meet_unseen(status)
             if self._pending is not None:
                 return  # what its command did before it was answered
-        if self.migration is None:
+        if self.migration is None or self.migration.gone:
             return
         if name == "MIGRATION" and isinstance(status, str):
             self.migration.on_status(status)
@@ -323,15 +323,19 @@ class Vm:
             self.state.start_soon(self._meet, info)
 
     async def _on_connect(self, info: QemuInfo) -> None:
-        same = self._last_info is not None and self._last_info.pid == info.pid
+        started = process_started(info.pid)
+        before = (self.state.qemu_pid, self.state.qemu_started)
+        same = self._last_info is not None and before == (info.pid, started)
         self._last_info = info
         self._shuts_down = False
-        self.state.qemu_pid = info.pid
-        if self.migration is not None and self.migration.under_way:
+        self.state.qemu_pid, self.state.qemu_started = info.pid, started
+        if self.migration is not None and not self.migration.gone:
             if same and (info.pid is not None or await self._goes_on()):
                 self.migration.look_soon()
-                return
-            self.migration.feed(Event.QEMU_GONE)
+                if self.migration.under_way:
+                    return
+            else:
+                self._forget(self.migration)
         self.state.start_soon(self._meet, info)
 
     async def _goes_on(self) -> bool:
@@ -370,8 +374,18 @@ class Vm:
                 )
                 expected = math.inf
             await trio.sleep(QUIT_LOOK)
+        if self.monitor.qemu is None:
+            self._last_info = None
+        self._forget(migration)
+
+    def _forget(self, migration: Migration | None) -> None:
+        """The QEMU of `migration` has ended: what is to be told from now on is the next one's."""
         if migration is not None:
-            migration.feed(Event.QEMU_GONE)
+            migration.qemu_ended()
+        self.state.start_soon(self._let_go)
+
+    async def _let_go(self) -> None:
+        await self.state.let_go_all()
 
     async def _meet(self, info: QemuInfo) -> None:
         """Takes over a migration that is under way; one that is paused is a lost channel like any other."""

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING
 import trio
 
 from refault.daemon.dial import Peer
-from refault.daemon.local import give_back
+from refault.daemon.local import give_back, has_ended
 from refault.daemon.local_unix import PATH_BYTES, PrivateSockets
 from refault.daemon.monitor import MonitorLost, QmpError, words
 from refault.daemon.options import Patience
@@ -80,6 +80,8 @@ class VmState:
         """The process behind the monitor, also while the monitor is lost; None where it is not known."""
         self.qemu_threads: tuple[int, ...] = ()
         """The threads of its vCPUs, as it was last asked; none where the process is known."""
+        self.qemu_started: int | None = None
+        """Since when it runs (state_file.process_started), for pids are used again."""
         self.encrypted = False
         """Whether QEMU's channels speak TLS, as it was last asked."""
         self._relay_allowed = relay_allowed
@@ -114,7 +116,9 @@ class VmState:
     @property
     def qemu_lives(self) -> bool:
         """Whether QEMU may still look at what it was given."""
-        return self.monitor.qemu is not None or process_started(self.qemu_pid) is not None
+        if self.monitor.qemu is not None:
+            return True
+        return self.qemu_started is not None and process_started(self.qemu_pid) == self.qemu_started
 
     async def query(self, command: str) -> Mapping[str, object]:
         """One of refault's own in-band queries; the empty mapping where QEMU does not answer with one."""
@@ -231,7 +235,8 @@ class VmState:
 
     async def let_go(self, end: socket.socket) -> bool:
         """Closes our end of a pair on which QEMU may listen, once QEMU holds both; False if it stays open."""
-        if not self.qemu_lives or await give_back(self.monitor, end):
+        # A QEMU that has ended has closed its end, though there may be another behind the monitor.
+        if has_ended(end) or not self.qemu_lives or await give_back(self.monitor, end):
             end.close()
             return True
         self._not_given.append(end)

@@ -49,7 +49,11 @@ def recover(channels: Channels) -> None:
 async def test_the_replay_is_doubted_when_two_channels_are_lost_right_after_theirs() -> None:
     pump = Pump()
     migration = SimpleNamespace(
-        name="vm", role=Role.SOURCE, lanes=SimpleNamespace(count=0), vm=SimpleNamespace(monitor=None)
+        name="vm",
+        gone=False,
+        role=Role.SOURCE,
+        lanes=SimpleNamespace(count=0),
+        vm=SimpleNamespace(monitor=None),
     )
     channels = Channels(cast(Any, migration), cast(Relay, pump))
     recover(channels)
@@ -71,7 +75,11 @@ async def test_an_error_in_one_look_does_not_end_the_watch(
 ) -> None:
     relay = Relay(Role.SOURCE)
     migration = SimpleNamespace(
-        name="vm", role=Role.SOURCE, lanes=SimpleNamespace(count=0), vm=SimpleNamespace(monitor=None)
+        name="vm",
+        gone=False,
+        role=Role.SOURCE,
+        lanes=SimpleNamespace(count=0),
+        vm=SimpleNamespace(monitor=None),
     )
     channels = Channels(cast(Any, migration), relay)
     looks = 0

@@ -16,7 +16,16 @@ import trio.testing
 from refault.daemon import migration as migration_module
 from refault.daemon.address import Address
 from refault.daemon.local_unix import PrivateSockets
-from refault.daemon.monitor import Answer, Forward, Monitor, MonitorLost, QemuInfo, QmpError, WatchedCommand
+from refault.daemon.monitor import (
+    Answer,
+    Counters,
+    Forward,
+    Monitor,
+    MonitorLost,
+    QemuInfo,
+    QmpError,
+    WatchedCommand,
+)
 from refault.daemon.options import Patience, RunOptions
 from refault.daemon.vm import Vm
 from refault.migration.endpoint import Inet
@@ -407,3 +416,26 @@ async def test_a_new_qemu_that_cannot_be_asked_is_not_at_the_last_ones_migration
         qemu.says["query-migrate"] = QmpError("GenericError", "permitted only after machine initialization")
         await vm._on_connect(qemu.qemu)
         assert not vm.migration.under_way
+
+
+async def test_a_leg_held_for_a_qemu_that_has_ended_is_held_no_more(tmp_path: Path) -> None:
+    """Nor is it told; and nothing of it goes to the QEMU that is behind the monitor by now."""
+    async with fronted(tmp_path) as (qemu, vm):
+        vars(qemu).update(fronts=(), clients=0, clients_total=0, counters=Counters())
+        answer(await vm._migrate(migrate("tcp:127.0.0.1:1")), OK)
+        assert vm.migration is not None
+        assert vm.migration.channels is not None
+        relay = vm.migration.channels.relay
+        vm.migration.channels.losses.held = "completing: it would run twice"
+        vm.state.counters.last_error = "no route"
+        assert vm.status().migration.held is not None
+        qemu.asked.clear()
+        vm._forget(vm.migration)
+        told = vm.status()
+        assert (told.migration.held, told.migration.status, told.migration.role) == (None, None, "none")
+        assert told.recovery.last_error is None
+        with trio.fail_after(5):
+            while not relay.closed:
+                await trio.sleep(0.01)
+        assert "getfd" not in qemu.asked
+        assert await vm.state.record() is None
