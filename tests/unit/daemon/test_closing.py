@@ -36,6 +36,8 @@ class Migration:
     postcopy_began: bool = True
     held_until_loaded: bool = False
     under_way: bool = True
+    never_postcopy: bool = False
+    gone: bool = False
     pause_told: trio.Event = field(default_factory=trio.Event)
     lanes: Any = field(default_factory=lambda: SimpleNamespace(count=1, preempt=True))
     policy: Any = field(default_factory=lambda: SimpleNamespace(state=State.HANDSHAKE))
