@@ -152,14 +152,13 @@ def test_a_service_from_start_to_end(tmp_path: Path) -> None:
     ]
     with daemon(tmp_path, *arguments) as running:
         running.wait_ready()  # before there is a QEMU
-        assert not listen.exists()
+        assert listen.is_socket()
         vm = running.status()
         assert vm["name"] == "vm1"
         assert vm["qemu"] == {"connected": False, "address": f"unix:{monitor}", "pid": None, "version": None}
         with qemu(monitor) as process:
             eventually(lambda: bool(running.status()["qemu"]["connected"]), running.output)
             assert running.status()["qemu"]["pid"] == process.pid
-            eventually(listen.is_socket, running.output)
             (reply,) = qmp(listen, "query-status")
             assert "return" in reply
             with urllib.request.urlopen(f"http://127.0.0.1:{port}/metrics", timeout=10) as response:
@@ -189,14 +188,26 @@ def answer(stream: Any) -> str:
 
 @contextlib.contextmanager
 def client_of(listen: Path) -> Iterator[Any]:
-    with socket.socket(socket.AF_UNIX) as connection:
-        connection.settimeout(20)
-        eventually(listen.is_socket, lambda: "no QEMU, for all that refault knows")
-        connection.connect(str(listen))
-        with connection.makefile("rw") as stream:
-            ask(stream, "qmp_capabilities")
-            assert answer(stream) == "return"
-            yield stream
+    """A client that has negotiated; it comes again until there is a QEMU."""
+    with contextlib.ExitStack() as stack:
+        streams: list[Any] = []
+
+        def greeted() -> bool:
+            connection = socket.socket(socket.AF_UNIX)
+            connection.settimeout(20)
+            connection.connect(str(listen))
+            stream = connection.makefile("rw")
+            connection.close()  # the stream keeps it
+            try:
+                streams.append(stack.enter_context(stream))
+                return "QMP" in stream.readline()
+            except ConnectionError:
+                return False
+
+        eventually(greeted, lambda: "no QEMU, for all that refault knows")
+        ask(streams[-1], "qmp_capabilities")
+        assert answer(streams[-1]) == "return"
+        yield streams[-1]
 
 
 @pytest.mark.qemu
