@@ -51,6 +51,16 @@ bool rf_channel_lanes_due(const struct rf_channel *channel) {
            (unread(channel) || (forward_gated(channel) && rf_pipe_pending(&channel->forward)));
 }
 
+/* Whether lanes are yet to be added that a source's QEMU has opened, or will. */
+static bool lanes_come(const struct rf_channel *channel) {
+    return channel->source_side && channel->stage == RF_STAGE_JOINED && !channel->no_more_lanes &&
+           channel->lane_count < channel->lanes_wanted;
+}
+
+bool rf_channel_last_lanes(const struct rf_channel *channel) {
+    return rf_leg_lost(&channel->local) && lanes_come(channel);
+}
+
 /* Behind device state, as every precopy migration ends, EOF cannot be read. */
 static enum rf_seen seen(const struct rf_channel *channel) {
     if (has_passed(channel, RF_FACT_EOF_PASSED)) {
@@ -353,11 +363,14 @@ static bool lanes_unsent(const struct rf_channel *channel) {
     return false;
 }
 
-/* Whether QEMU has ended its leg and all that it wrote has been taken from it. Multifd's lanes are a part of
- * that, for a source that has completed in precopy closes all, and nobody sends it again. */
+/* Whether QEMU has ended its leg and all that it wrote has been taken from it. Its lanes are a part of that,
+ * those too that it has opened and that are yet to be added: a source that has completed in precopy closes
+ * all, and nobody sends it again. */
 static bool local_is_over(const struct rf_channel *channel) {
-    return rf_leg_lost(&channel->local) &&
-           !(channel->source_side && channel->stage == RF_STAGE_JOINED && lanes_unsent(channel));
+    bool lanes_left = channel->source_side && channel->stage == RF_STAGE_JOINED &&
+                      (lanes_come(channel) || lanes_unsent(channel));
+
+    return rf_leg_lost(&channel->local) && !lanes_left;
 }
 
 static bool all_is_sent(const struct rf_channel *channel) {
@@ -582,6 +595,7 @@ void rf_channel_begin(struct rf_channel *channel, int local_fd, int far_fd, bool
     channel->stage = RF_STAGE_JOINED;
     channel->lost_ns = channel->still_from_ns = channel->missed_from_ns = 0;
     channel->lanes_wanted = lanes < RF_LANES_MAX ? lanes : RF_LANES_MAX;
+    channel->no_more_lanes = false;
     channel->probing = false;
     rf_tracker_channel_begin(channel->tracker, recovered, now_ns());
     rf_replay_channel(&channel->replay, recovered, may_replay, lanes > 0);
@@ -607,6 +621,11 @@ void rf_channel_add_lane(struct rf_channel *channel, struct rf_lane *lane, int l
     } else if (channel->probing) {
         rf_leg_probe(&lane->far, channel->dead_after_s);
     }
+}
+
+void rf_channel_no_more_lanes(struct rf_channel *channel) {
+    channel->no_more_lanes = true;
+    settle(channel);
 }
 
 void rf_channel_say(struct rf_channel *channel, const uint8_t *bytes, size_t length) {

@@ -49,6 +49,7 @@ struct rf_channel {
     struct rf_lane *lanes[RF_LANES_MAX];
     unsigned lane_count;
     unsigned lanes_wanted;
+    bool no_more_lanes;       /* as told: those that have not come never do */
     bool in_postcopy;         /* as told, for a stream that cannot be read */
     bool probing;             /* postcopy: the far leg's silence counts */
     bool return_waits;        /* there is something to read, but no room to send it */
@@ -95,6 +96,9 @@ void rf_channel_close(struct rf_channel *channel, bool keep_local);
 unsigned rf_channel_want(const struct rf_channel *channel, struct pollfd *polls);
 int rf_channel_timeout_ms(const struct rf_channel *channel);
 
+/* QEMU, the source's, opens no more lanes than have been added. */
+void rf_channel_no_more_lanes(struct rf_channel *channel);
+
 /* Moves what can be moved, and lets end what has ended. */
 void rf_channel_move(struct rf_channel *channel, const struct pollfd *polls);
 
@@ -104,5 +108,8 @@ enum rf_leg_state rf_channel_far_state(const struct rf_channel *channel);
 
 /* Whether the lanes must be added as soon as they come. */
 bool rf_channel_lanes_due(const struct rf_channel *channel);
+
+/* Whether QEMU, the source's, has ended its leg and what it had opened before is yet to be added. */
+bool rf_channel_last_lanes(const struct rf_channel *channel);
 
 #endif

@@ -14,6 +14,7 @@
 enum rf_order_kind {
     RF_ORDER_ATTACH,
     RF_ORDER_LANE,
+    RF_ORDER_NO_MORE_LANES,
     RF_ORDER_LOSE,
     RF_ORDER_SAY,
     RF_ORDER_CLOSE,

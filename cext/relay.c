@@ -32,6 +32,7 @@ struct told {
     uint64_t far_state;
     uint64_t lanes;
     uint64_t waiting;
+    uint64_t last_lanes;
 };
 
 enum { POLL_ORDERS, POLL_CHANNEL, POLL_MAX = POLL_CHANNEL + RF_CHANNEL_POLLS };
@@ -79,12 +80,14 @@ static bool has_news(struct rf_relay *relay, const uint64_t *words) {
         .far_state = words[2],
         .lanes = relay->view.lanes,
         .waiting = relay->view.waiting,
+        .last_lanes = relay->view.last_lanes,
     };
     bool news = now.facts != relay->told.facts || now.channel_facts != relay->told.channel_facts ||
                 now.forward_opaque != relay->told.forward_opaque ||
                 now.return_opaque != relay->told.return_opaque || now.channel != relay->told.channel ||
                 now.local_state != relay->told.local_state || now.far_state != relay->told.far_state ||
-                now.lanes != relay->told.lanes || now.waiting != relay->told.waiting;
+                now.lanes != relay->told.lanes || now.waiting != relay->told.waiting ||
+                now.last_lanes != relay->told.last_lanes;
 
     relay->told = now;
     return news;
@@ -107,6 +110,7 @@ static void publish(struct rf_relay *relay) {
     relay->view.lost_ns = channel->lost_ns;
     relay->view.lanes = channel->lane_count;
     relay->view.waiting = rf_channel_lanes_due(channel);
+    relay->view.last_lanes = rf_channel_last_lanes(channel);
     memcpy(words, &relay->view, sizeof(words));
 
     sequence = atomic_load_explicit(&relay->sequence, memory_order_relaxed);
@@ -152,6 +156,11 @@ static void carry_out(struct rf_relay *relay, struct rf_order *order) {
         break;
     case RF_ORDER_LANE:
         rf_channel_add_lane(channel, order->lane, order->local_fd, order->far_fd, current);
+        break;
+    case RF_ORDER_NO_MORE_LANES:
+        if (current) {
+            rf_channel_no_more_lanes(channel);
+        }
         break;
     case RF_ORDER_LOSE:
         if (current) {
@@ -378,6 +387,10 @@ int rf_relay_add_lane(struct rf_relay *relay, uint64_t channel, int kind, int lo
         return -1;
     }
     return 0;
+}
+
+int rf_relay_no_more_lanes(struct rf_relay *relay, uint64_t channel) {
+    return give(relay, &(struct rf_order){.kind = RF_ORDER_NO_MORE_LANES, .channel = channel});
 }
 
 int rf_relay_lose(struct rf_relay *relay, uint64_t channel, int error) {

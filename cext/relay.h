@@ -10,7 +10,8 @@
  *    A stream that cannot be read is not held back;
  *  - a lane whose far leg is lost is the channel's loss, with exceptions (ends.h), and all far legs end at
  * once;
- *  - a source's end waits until QEMU has been given what is on the lanes.
+ *  - a source's end waits until QEMU has been given what is on the lanes;
+ *  - on the source's side the end of QEMU's leg waits for the lanes that QEMU had opened before.
  *
  * The pump alone reads, writes and closes its descriptors. It gets orders by a queue (order.h) and tells
  * of what happens by an eventfd and by atomic words; it calls nobody. When one leg is lost it closes the
@@ -44,9 +45,11 @@ struct rf_relay_view {
     uint64_t replayed;       /* page requests written by the relay, over the whole migration */
     uint64_t held;           /* page requests held back until RESUME_ACK */
     uint64_t last_replay_ns; /* CLOCK_MONOTONIC; 0 for never */
-    uint64_t lost_ns; /* CLOCK_MONOTONIC, when the first leg of this channel was lost; 0 for not lost */
-    uint64_t lanes;   /* added to this channel */
-    uint64_t waiting; /* 1: the lanes are due: bytes are held back for them, or cannot be read */
+    uint64_t lost_ns;    /* CLOCK_MONOTONIC, when the first leg of this channel was lost; 0 for not lost */
+    uint64_t lanes;      /* added to this channel */
+    uint64_t waiting;    /* 1: the lanes are due: bytes are held back for them, or cannot be read */
+    uint64_t last_lanes; /* 1: QEMU, the source's, has ended its leg, which is not told before the lanes that
+                            it had opened are added, or rf_relay_no_more_lanes is called */
 };
 
 struct rf_relay;
@@ -86,6 +89,9 @@ int rf_relay_attach(struct rf_relay *relay, int local_fd, int far_fd, bool recov
  * is ended too. 0, or -1 as above.
  */
 int rf_relay_add_lane(struct rf_relay *relay, uint64_t channel, int kind, int local_fd, int far_fd);
+
+/* QEMU, the source's, opens no more lanes of `channel` than were added. */
+int rf_relay_no_more_lanes(struct rf_relay *relay, uint64_t channel);
 
 /* The other host cannot be had whole: the far legs of `channel` end as if one had broken with `error`. */
 int rf_relay_lose(struct rf_relay *relay, uint64_t channel, int error);

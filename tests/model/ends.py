@@ -288,6 +288,8 @@ class Course:
         if connection.lane is None:
             self.done.append("main")
         connection.qemu.close(reset=False)
+        if connection.lane is None and self.role is Role.SOURCE and self.waiting:
+            self.relay.no_more_lanes(self.number)
 
     def _lose(self) -> None:
         for connection in self.connections:

@@ -77,6 +77,8 @@ class RelayView:
     """Connections that were added beside the main one of this channel."""
     waiting: bool
     """Whether bytes are held back until all lanes are there."""
+    last_lanes: bool
+    """Whether a source's QEMU has ended its leg, and the lanes that it had opened are yet to be added."""
 
     @property
     def passed_bytes(self) -> int:
@@ -193,6 +195,7 @@ class Relay:
                 lost_ns=raw.lost_ns,
                 lanes=raw.lanes,
                 waiting=bool(raw.waiting),
+                last_lanes=bool(raw.last_lanes),
             )
         return self._last
 
@@ -295,6 +298,10 @@ class Relay:
     def _give(self, result: int) -> None:
         if result < 0:
             raise OSError(ffi.errno, os.strerror(ffi.errno))
+
+    def no_more_lanes(self, channel: int) -> None:
+        """A source's QEMU opens no more lanes of `channel` than were added. Raises as `lose` does."""
+        self._give(lib.rf_relay_no_more_lanes(self._open(), channel))
 
     def lose(self, channel: int, error: int) -> None:
         """Ends the far legs of `channel`, if it is the one attached last, as if one had broken with `error`,

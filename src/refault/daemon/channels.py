@@ -148,6 +148,11 @@ class Channels:
             log.error("%s: a further connection cannot be joined: %s", self._migration.name, error)
             self.lose(channel, error)
 
+    def no_more_lanes(self, channel: int) -> None:
+        """A source's QEMU opens no more connections of `channel`: the end of its leg waits for none."""
+        if not self.relay.closed:
+            self.relay.no_more_lanes(channel)
+
     def lose(self, channel: int, error: OSError) -> None:
         """A connection of `channel` cannot be had: the far side of all is lost."""
         self.relay.lose(channel, error.errno or errno.ECONNREFUSED)

@@ -112,10 +112,14 @@ class Pair:
     def open(self) -> None:
         """QEMU has its end already."""
 
-    async def accept(self) -> socket.socket:
+    def take(self) -> socket.socket:
         """Our end."""
-        await trio.lowlevel.checkpoint()
         return socket.socket(fileno=self._leg.detach())
+
+    async def accept(self) -> socket.socket:
+        """The same."""
+        await trio.lowlevel.checkpoint()
+        return self.take()
 
     def refuse(self) -> None:
         """Closes our end, if it was not taken."""

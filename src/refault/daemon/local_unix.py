@@ -166,17 +166,28 @@ class Listening:
             self._no_filler()
             self.sock.listen(_BACKLOG)  # which wakes them (net/unix/af_unix.c, unix_listen)
 
-    async def accept(self) -> socket.socket:
-        """The next connection of our QEMU; strangers are turned away."""
+    def take(self) -> socket.socket | None:
+        """The next connection of our QEMU, where one is there; strangers are turned away. Raises OSError."""
         while True:
-            connection, _ = await self.sock.accept()
+            try:
+                with socket.socket(fileno=os.dup(self.sock.fileno())) as queue:
+                    connection, _ = queue.accept()
+            except BlockingIOError:
+                return None
+            connection.setblocking(False)
             peer = peer_of(connection)
             if may_be(peer, self.qemu):
-                return socket.socket(fileno=connection.detach())
+                return connection
             log.warning(
                 "%s: closed a connection of pid %s, uid %s: not QEMU's", self.path, peer.pid, peer.uid
             )
             connection.close()
+
+    async def accept(self) -> socket.socket:
+        """The same, once one is there."""
+        while (connection := self.take()) is None:
+            await trio.lowlevel.wait_readable(self.sock)
+        return connection
 
     def refuse(self) -> None:
         """Closes it; who waits in connect(2) is told that the connection is refused."""

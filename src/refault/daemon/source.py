@@ -387,7 +387,7 @@ class Source:
     async def clean_up(self) -> None:
         """Takes back from QEMU what it held for the migration's last moments."""
         if self._opening is not None:
-            self._opening.clear()
+            await self._opening.clear()
             self._migration.vm.sockets.remove_if_empty()
         await take_back(self._migration.vm.monitor, *self._migration.kept_before)
         if self._migration.channels is not None:

@@ -4,6 +4,9 @@ is completed to the other host before the next is taken.
 The first channel of a migration begins with QEMU. It is told of a socket that is shut, so that it checks the
 client's command, answers it, and stays in `setup`, as while it dials by itself. Only then the other host is
 dialled, as QEMU does it, and QEMU let in; or refused, which it takes as it takes its own failure to connect.
+
+What QEMU has opened, written and closed its own kernel would deliver: it is taken and completed though QEMU
+has ended the main connection, the migration, or itself.
 """
 
 from __future__ import annotations
@@ -68,6 +71,12 @@ class Opening:
         self._connections = connections
         self._recovered = recovered
         self._scope = trio.CancelScope()
+        self._waits = trio.CancelScope()
+        """The wait for QEMU's next connection."""
+        self._opened = False
+        """Whether QEMU is let in."""
+        self._has_opened_all = False
+        """Whether QEMU opens nothing any more: what it opened is there."""
 
     def cancel(self) -> None:
         """Takes no more connections; what is joined stays."""
@@ -80,10 +89,19 @@ class Opening:
         """Whether QEMU's error is about what it was to connect to."""
         return isinstance(self._near, Pair) or self._near.path in error
 
-    def clear(self) -> None:
-        """Removes what QEMU was to connect to: the migration is over, or the command was not taken."""
-        self.cancel()
-        self._near.close()
+    async def clear(self) -> None:
+        """Removes what QEMU was to connect to, once what it has opened is completed: the migration is over,
+        or the command was not taken."""
+        if self._opened:
+            self._opens_no_more()
+            await self.over.wait()
+        else:
+            self.cancel()
+            self._near.close()
+
+    def _opens_no_more(self) -> None:
+        self._has_opened_all = True
+        self._waits.cancel()
 
     async def run(self) -> None:
         """Serves until all connections are there, or the channel is lost."""
@@ -92,6 +110,7 @@ class Opening:
                 if not self._connections:
                     await self._dial_first()
                 self._near.open()
+                self._opened = True
                 await self._take_main()
         except _NotReached as error:
             self.failure = str(error)
@@ -123,7 +142,9 @@ class Opening:
     async def _take_main(self) -> None:
         local = None
         with trio.move_on_after(QEMU_CONNECTS_WITHIN):
-            local = await self._near.accept()
+            local = await self._next()
+        if local is None and self._has_opened_all:
+            return
         if local is None:
             log.warning(
                 "%s: QEMU was told to migrate but did not connect to %s in %g s: if SELinux or AppArmor"
@@ -146,11 +167,23 @@ class Opening:
         channel = self._channels.channel
         if not self._recovered:
             self._migration.vm.start_soon(self._tell_answered, channel)
-        async with trio.open_nursery() as nursery:
-            nursery.start_soon(self._cancel_when_lost, channel)
-            for _ in range(self._migration.lanes.count):
-                await self._take_lane(channel)
-            nursery.cancel_scope.cancel()
+        try:
+            async with trio.open_nursery() as nursery:
+                nursery.start_soon(self._watch, channel)
+                for _ in range(self._migration.lanes.count):
+                    if not await self._take_lane(channel):
+                        break
+                nursery.cancel_scope.cancel()
+        finally:
+            self._channels.no_more_lanes(channel)
+
+    async def _next(self) -> socket.socket | None:
+        """QEMU's next connection; None where it has opened all."""
+        while True:
+            if (local := self._near.take()) is not None or self._has_opened_all:
+                return local
+            with trio.CancelScope() as self._waits:
+                return await self._near.accept()
 
     async def _tell_answered(self, channel: int) -> None:
         """QEMU answered long ago; that it has come through the TLS handshake its status tells."""
@@ -164,13 +197,20 @@ class Opening:
         if channels.lives(channel):
             channels.answered()
 
-    async def _cancel_when_lost(self, channel: int) -> None:
+    async def _watch(self, channel: int) -> None:
+        """Cancels when the channel is lost; once QEMU has ended it only what is there is taken."""
         while self._channels.lives(channel):
+            view = self._channels.relay.look()
+            if view.channel == channel and view.last_lanes:
+                self._opens_no_more()
             await self._channels.changed.wait()
         self.cancel()
 
-    async def _take_lane(self, channel: int) -> None:
-        local = await self._near.accept()
+    async def _take_lane(self, channel: int) -> bool:
+        """Joins QEMU's next connection; False where there are no more."""
+        local = await self._next()
+        if local is None:
+            return False
         try:
             connection = self._connections.popleft() if self._connections else await self._dial()
         except OSError as error:
@@ -182,6 +222,7 @@ class Opening:
             raise
         else:
             self._channels.add_lane(channel, local, connection)
+        return True
 
     async def _dial(self) -> trio.socket.SocketType:
         """Dials for as long as it makes sense: the main connection of this channel is made already."""

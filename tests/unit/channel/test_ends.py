@@ -407,6 +407,30 @@ def test_a_source_that_has_completed_is_told_to_have_ended_once_its_lanes_are_se
         assert host.recv(1) == ends.host.recv(1) == b""
 
 
+@pytest.mark.parametrize("opened", [0, 1, 2])
+def test_what_a_source_had_opened_when_it_ended_passes_before_its_end(opened: int) -> None:
+    data = b"\x11\x22\x33\x44" + os.urandom(100_000)
+    with relaying(Role.SOURCE) as ends:
+        ends.channel(lanes=2)
+        ends.qemu.sendall(BEGINNING)
+        ends.qemu.close()
+        assert read_exactly(ends.host, len(BEGINNING)) == BEGINNING
+        for _ in range(opened):
+            view = ends.until(lambda view: view.last_lanes)
+            assert view.local is LegState.OPEN
+            assert nothing_comes(ends.host)
+            lane, host = ends.lane(Lane.MULTIFD)
+            lane.sendall(data)
+            lane.close()
+            assert read_exactly(host, len(data)) == data
+            assert host.recv(1) == b""
+        if opened < 2:
+            ends.until(lambda view: view.last_lanes)
+            ends.relay.no_more_lanes(1)
+        ends.until(lambda view: view.local is LegState.ENDED and not view.last_lanes)
+        assert ends.host.recv(1) == b""
+
+
 def test_orders_are_not_refused_for_their_number() -> None:
     """QEMU opens as many as 255 multifd channels, and one for preempt."""
     with relaying(Role.DESTINATION) as ends:
@@ -493,6 +517,7 @@ def test_a_closed_relay_says_so_and_takes_no_descriptor() -> None:
     calls = {
         "attach": lambda: relay.attach(*_two_descriptors(), recovered=False, may_replay=False),
         "add_lane": lambda: relay.add_lane(1, Lane.MULTIFD, *_two_descriptors()),
+        "no_more_lanes": lambda: relay.no_more_lanes(1),
         "lose": lambda: relay.lose(1, errno.EIO),
         "say": lambda: relay.say(1, b""),
         "close_channel": lambda: relay.close_channel(1),

@@ -116,6 +116,9 @@ def test_an_end_is_seen_while_bytes_are_held_back(role: Role, source_ends: bool)
         forward(ends, role, DEVICE_STATE)
         costs_nothing_for(0.3)
         (ends.qemu if source_ends is (role is Role.SOURCE) else ends.host).close()
+        if source_ends and role is Role.SOURCE:
+            ends.until(lambda view: view.last_lanes)
+            ends.relay.no_more_lanes(1)
         ends.until(lambda view: view.local.lost or view.far.lost)
 
 
