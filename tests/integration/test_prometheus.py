@@ -30,7 +30,7 @@ pytestmark = [
 
 MONITORING = Path(__file__).parents[2] / "monitoring"
 RULES = (MONITORING / "refault.rules.yml").read_text()
-GUEST = Guest(vcpus=2, log_pages=11, tick_ns=1_000_000)
+GUEST = Guest(vcpus=4, log_pages=12, tick_ns=1_000_000)
 SOON = 20  # s
 
 

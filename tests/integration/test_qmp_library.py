@@ -53,16 +53,16 @@ async def use(path: str, file: Path) -> list[str]:
 async def test_library(tmp_path: Path) -> None:
     (tmp_path / "file").touch()
     with directory() as path, qemu_process(f"unix:{path}/qemu,server=on,wait=off"):
-        async with refault(path / "qemu", path / "front"):
-            await until((path / "front").exists)
+        async with refault(path / "qemu", path / "front") as monitor:
+            await until(lambda: monitor.qemu)
             events = await trio.to_thread.run_sync(asyncio.run, use(str(path / "front"), tmp_path / "file"))
     assert events == ["STOP", "RESUME", "SHUTDOWN"]
 
 
 async def test_shell() -> None:
     with directory() as path, qemu_process(f"unix:{path}/qemu,server=on,wait=off"):
-        async with refault(path / "qemu", path / "front"):
-            await until((path / "front").exists)
+        async with refault(path / "qemu", path / "front") as monitor:
+            await until(lambda: monitor.qemu)
             shell = [sys.executable, "-c", "from qemu.qmp.qmp_shell import main; main()", str(path / "front")]
             done = await trio.run_process(
                 shell,
