@@ -114,6 +114,7 @@ async def test_a_lost_channel_fires_and_its_recovery_clears(tmp_path: Path) -> N
                 ["promtool", "check", "metrics"], stdin=scrape, capture_stdout=True, capture_stderr=True
             )
             assert (checked.stdout, checked.stderr) == (b"", b"")
+            await driver.source.execute("migrate-set-parameters", {"downtime-limit": 1})
             await bare.start_postcopy(driver.source, driver.destination, channel, bandwidth=1 << 20)
             assert firing(server) == set()
             since = len(driver.destination.events)
