@@ -307,13 +307,14 @@ async def stay_in_shared_memory(directory: Path, binary: str = DEFAULT_BINARY) -
                 ):
                     await bare.set_capabilities(driver.destination, "events", "x-ignore-shared")
                     await _precopy(driver, channel, lost=name == "lost")
-                    for vm in await driver.statuses():
+                    # Of a destination whose QEMU has ended nothing is told any more.
+                    for vm in (await driver.statuses())[: 1 if name == "lost" else 2]:
                         relay = vm.migration.relay, vm.migration.relay_reason or ""
                         assert relay[0] == "tracking" or "a precopy migration ends" in relay[1], relay
-                    assert await _blocks_are_told(driver)
-                    if name == "lost":
+                    if name == "lost":  # the blocks had been told before
                         await source.wait_progress()
                         continue
+                    assert await _blocks_are_told(driver)
                     await destination.wait_progress()
                     verdict = await compare(guest, destination.qmp, source.qmp)
                     assert verdict.right, verdict
