@@ -66,7 +66,7 @@ help:
 	@echo 'make matrix   all checks on QEMU 5.2, 7.2, 10.0 and 11.1, as a table (MATRIX="--only truth")'
 	@echo 'make qtests   QEMU'"'"'s own migration-test of 7.2 and 10.0, through refault and without (QTESTS="--only postcopy")'
 	@echo 'make campaign-patience  slow migrations, a blocked main thread, a source that nobody answers'
-	@echo 'make nightly  all that is too long for CI, some ten hours; goes on where it was (NIGHTLY="fuzz qtests" for some steps)'
+	@echo 'make nightly  all that is too long for CI, for hours; goes on where it was (NIGHTLY="fuzz qtests" for some steps)'
 	@echo 'make dist     sdist and wheel, in dist/'
 	@echo 'make install  program, systemd unit and directories (DESTDIR, PREFIX)'
 	@echo 'make clean    removes what was built, .venv included'

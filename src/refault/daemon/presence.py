@@ -1,4 +1,4 @@
-"""Whether a QEMU is there, as clients are to see it: upstream.py knows, listeners and clients act on it."""
+"""Whether a QEMU is there, as clients are to see it: upstream.py knows, clients.py acts on it."""
 
 from __future__ import annotations
 
