@@ -104,6 +104,16 @@ async def test_without_a_qemu_there_is_nobody(kind: str) -> None:
         await ends(quit_=True)
 
 
+@pytest.mark.parametrize("kind", ["unix", "tcp"])
+async def test_of_many_who_come_in_vain_none_is_left_in_silence(kind: str) -> None:
+    """Each has QEMU looked for anew, and is turned away however soon that is over."""
+    with directory() as path:
+        _, front = places(path, kind)
+        async with refault(path / "qemu", front):
+            for _ in range(200):
+                assert await finds(front) == "end"
+
+
 @pytest.mark.qemu
 @pytest.mark.parametrize("kind", ["unix", "tcp"])
 async def test_who_comes_right_behind_a_new_qemu_is_served(kind: str) -> None:

@@ -153,8 +153,7 @@ class Clients:
                         scope.deadline = math.inf
                 elif not self._may_stay(waits=waits):
                     scope.cancel()
-            seen = self._presence.qemu
-            await self._presence.until(partial(operator.is_not, seen))
+            await self._presence.change()
 
     async def _dial_manager(self, address: Address) -> None:
         """Connects to a manager while there is a QEMU, as that would."""

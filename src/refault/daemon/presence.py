@@ -52,6 +52,10 @@ class Presence:
             self.set(Qemu.DIALLED)
 
     async def until(self, condition: Callable[[Qemu], bool]) -> None:
-        """Waits until `condition` holds for the state."""
+        """Waits until `condition` holds for the state. One that holds only for a moment may be missed."""
         while not condition(self.qemu):
             await self._changed.wait()
+
+    async def change(self) -> None:
+        """Waits for the next change, also one that the next undoes before the waiter has run."""
+        await self._changed.wait()
