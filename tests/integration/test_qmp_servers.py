@@ -15,7 +15,7 @@ from tests.integration.qemus import ALL_BINARIES
 from tests.integration.qmp_tools import Client, directory, negotiated, qemu_process
 
 from refault.daemon.address import Address
-from refault.daemon.options import RunOptions
+from refault.daemon.options import VmOptions
 from refault.daemon.unix_diag import listens
 from refault.daemon.vm import Vm
 from refault.daemon.vm_state import VmState
@@ -53,16 +53,11 @@ async def fronted(path: Path, name: str) -> AsyncIterator[Vm]:
     """refault in this process, before the QMP server at `path`/NAME, for clients of `path`/NAME.front."""
     qemu = Address(str(path / name))
     vm = Vm(
-        RunOptions(
-            name,
-            qemu,
-            (Address(str(path / f"{name}.front"), server=True),),
-            "auto",
-            (),
-            None,
-            None,
-            path / f"{name}.control",
-            path,
+        VmOptions(
+            name=name,
+            qemu=qemu,
+            listen=(Address(str(path / f"{name}.front"), server=True),),
+            state_dir=path,
         )
     )
     await until(lambda: listens(qemu))

@@ -1,25 +1,27 @@
-"""Values on command lines that more than one command takes. All raise `argparse.ArgumentTypeError`."""
+"""Values on command lines, read as they are in files. All raise `argparse.ArgumentTypeError`."""
 
 from __future__ import annotations
 
 import argparse
-from pathlib import Path
+from collections.abc import Callable
+from typing import TypeVar
+
+from refault.config import values
+
+T = TypeVar("T")
 
 
-def path(text: str) -> Path:
-    """A path; a ~ that the shell has left, as in ``--control=~/x``, is a home directory to it too."""
-    if not text or "\0" in text:
-        raise argparse.ArgumentTypeError(f"{text!r} is no path")
-    try:
-        return Path(text).expanduser()
-    except RuntimeError as error:
-        raise argparse.ArgumentTypeError(f"{text!r}: {error}") from error
+def checked(read: Callable[[str], T]) -> Callable[[str], T]:
+    """`read` for argparse, which tells the text of no ValueError."""
+
+    def convert(text: str) -> T:
+        try:
+            return read(text)
+        except ValueError as error:
+            raise argparse.ArgumentTypeError(str(error)) from error
+
+    return convert
 
 
-def vm_name(text: str) -> str:
-    """A name that can be part of a file's: refault puts sockets and state under it."""
-    if not text or text in (".", "..") or "/" in text or not text.isprintable():
-        raise argparse.ArgumentTypeError(f"{text!r} is not a name: it must be printable, without '/'")
-    if len(text.encode()) > 64:
-        raise argparse.ArgumentTypeError(f"{text!r} is too long for a name: at most 64 bytes")
-    return text
+path = checked(values.path)
+vm_name = checked(values.vm_name)

@@ -1,4 +1,4 @@
-"""What `refault run` was asked to do."""
+"""What the daemon was asked to do."""
 
 from __future__ import annotations
 
@@ -26,8 +26,8 @@ class Patience:
     """From a loss until no further attempt is made for it; infinite: there is no giving up."""
 
 
-@dataclass(frozen=True)
-class RunOptions:
+@dataclass(frozen=True, kw_only=True)
+class VmOptions:
     """One QEMU and how it is fronted."""
 
     name: str
@@ -36,15 +36,26 @@ class RunOptions:
     """QEMU's monitor."""
     listen: tuple[Address, ...]
     """Where clients come; at least one."""
-    relay: Literal["auto", "off"]
-    recover_uris: tuple[str, ...]
+    relay: Literal["auto", "off"] = "auto"
+    recover_uris: tuple[str, ...] = ()
     """Other addresses of the destination: it listens there, the source dials them, in this order."""
-    incoming: tuple[Inet, str] | None
+    incoming: tuple[Inet, str] | None = None
     """Where a destination is to be found by others, and the path at which its QEMU listens by its command
     line."""
-    metrics: tuple[str, int] | None
+    state_dir: Path
+    patience: Patience = Patience()
+
+
+@dataclass(frozen=True, kw_only=True)
+class HostOptions:
+    """What is one for all VMs."""
+
+    metrics: tuple[str, int] | None = None
     """Host and port."""
     control: Path
     """The unix socket that tells the status."""
-    state_dir: Path
-    patience: Patience = Patience()
+
+
+@dataclass(frozen=True, kw_only=True)
+class RunOptions(VmOptions, HostOptions):
+    """One VM, and a daemon for it alone."""

@@ -25,7 +25,7 @@ from refault.daemon.monitor import (
     WatchedCommand,
     words,
 )
-from refault.daemon.options import RunOptions
+from refault.daemon.options import VmOptions
 from refault.daemon.picture import picture
 from refault.daemon.repeats import repeats
 from refault.daemon.snapshot import VmStatus
@@ -66,7 +66,7 @@ SENT_ALL = (
 class Vm:
     """Serves one QEMU for as long as `run` is not cancelled."""
 
-    def __init__(self, options: RunOptions, lock: StateLock | None = None) -> None:
+    def __init__(self, options: VmOptions, lock: StateLock | None = None) -> None:
         self.options = options
         self.name = options.name
         state_file = StateFile(options.state_dir, options.name, lambda: lock is None or lock.held)

@@ -119,7 +119,7 @@ def test_a_tcp_monitor_gives_a_name_too() -> None:
         ([*MINIMAL, "--listen", "/l,server=on,reconnect=1"], "'reconnect' is for who connects"),
         (["run", "--qemu", "/proc", "--listen", "/l"], "unix:/proc is a directory"),
         ([*MINIMAL, "--listen", "/proc"], "unix:/proc is a directory"),
-        (["run", "--qemu", "/q,server=on,wait=on", "--listen", "/l"], "'wait=on' stands at --listen"),
+        (["run", "--qemu", "/q,server=on,wait=on", "--listen", "/l"], "'wait=on' stands at a listener"),
         ([*MINIMAL, "--client-wait", "0"], "from 1 to 3600"),
         ([*MINIMAL, "--give-up-after", "never"], "from 1 to 604800"),
         ([*MINIMAL, "--incoming", "tcp:0:4444"], "is not like tcp:"),

@@ -26,7 +26,7 @@ from refault.daemon.monitor import (
     QmpError,
     WatchedCommand,
 )
-from refault.daemon.options import Patience, RunOptions
+from refault.daemon.options import Patience, VmOptions
 from refault.daemon.vm import Vm
 from refault.migration.endpoint import Inet
 from refault.migration.recovery import Event, State
@@ -58,7 +58,7 @@ class Qemu:
 @asynccontextmanager
 async def fronted(directory: Path, pid: int | None = os.getpid()) -> AsyncIterator[tuple[Qemu, Vm]]:
     address = Address(str(directory / "qemu"))
-    vm = Vm(RunOptions("vm", address, (address,), "auto", (), None, None, directory / "control", directory))
+    vm = Vm(VmOptions(name="vm", qemu=address, listen=(address,), state_dir=directory))
     qemu = Qemu(pid)
     vm.monitor = vm.state.monitor = cast(Monitor, qemu)
     async with trio.open_nursery() as nursery:

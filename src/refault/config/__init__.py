@@ -1,0 +1,1 @@
+"""What an operator says: the options of a VM and of the daemon, on a command line or in files."""

@@ -1,0 +1,193 @@
+"""The options, each in one place: its name, what is written for it, how that is read, and its help.
+
+A field ``dead_after`` is ``dead_after`` in a file and ``--dead-after`` on the command line of `refault run`.
+"""
+
+from __future__ import annotations
+
+import types
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, fields
+from pathlib import Path
+from typing import Annotated, Any, Literal, Union, get_args, get_origin, get_type_hints
+
+import msgspec
+
+from refault.config import values
+from refault.daemon.options import Patience, VmOptions
+from refault.daemon.paths import runtime_directory, state_directory
+
+
+@dataclass(frozen=True)
+class Option:
+    """One option. `read` makes the daemon's value of what is written, or raises ValueError."""
+
+    help: str
+    read: Callable[[Any], object] = str
+    metavar: str | None = None
+
+
+class Common(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
+    """What may be said of several VMs at once: [defaults]."""
+
+    relay: Annotated[
+        Literal["auto", "off"] | None,
+        Option("carry the migration channel where that can be done (auto), or recover over QMP alone (off)"),
+    ] = None
+    dead_after: Annotated[
+        int | float | None,
+        Option(
+            "a relayed channel counts as lost after so much silence in postcopy; default: 5",
+            values.whole_seconds,
+            "SECONDS",
+        ),
+    ] = None
+    stall_after: Annotated[
+        int | float | None,
+        Option(
+            "without a relay, a postcopy that stands still for so long is paused; default: 15",
+            values.seconds,
+            "SECONDS",
+        ),
+    ] = None
+    client_wait: Annotated[
+        int | float | None,
+        Option(
+            "what a client that paused or recovers by hand is left before refault does it; default: 10",
+            values.seconds,
+            "SECONDS",
+        ),
+    ] = None
+    give_up_after: Annotated[
+        int | float | None,
+        Option(
+            "make no further attempt for a loss that is so old; default: never give up",
+            values.long_seconds,
+            "SECONDS",
+        ),
+    ] = None
+
+
+class VmTable(Common, frozen=True, kw_only=True, omit_defaults=True):
+    """What is said of one VM: [vm.NAME]."""
+
+    qemu: Annotated[str, Option("QEMU's monitor", values.qemu_address, "ADDR")]
+    listen: Annotated[
+        str | tuple[str, ...],
+        Option("where QMP clients come; may be given more than once", values.listen_address, "ADDR"),
+    ]
+    recover_uri: Annotated[
+        str | tuple[str, ...] | None,
+        Option(
+            "another address of the destination, at which the channel may be recovered; tried in turn",
+            values.migration_uri,
+            "URI",
+        ),
+    ] = None
+    incoming: Annotated[
+        str | None,
+        Option(
+            "serve a QEMU that was started with -incoming unix:PATH at this address",
+            values.incoming,
+            "tcp:HOST:PORT,unix:PATH",
+        ),
+    ] = None
+    state_dir: Annotated[
+        str | None,
+        Option(f"state files, on a tmpfs; default: {state_directory()}", values.path, "DIR"),
+    ] = None
+
+
+class WatchTable(Common, frozen=True, kw_only=True, omit_defaults=True):
+    """VMs found by where their QEMUs' sockets are: [[watch]]."""
+
+    qemu: Annotated[str, Option("a pattern of paths")]
+    listen: Annotated[str | tuple[str, ...], Option("where the clients of each come")]
+    name: Annotated[str, Option("the name of each")] = "{stem}"
+
+
+class DaemonTable(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
+    """What is said of the daemon: [daemon]."""
+
+    metrics: Annotated[str | None, Option("serve Prometheus metrics here", values.inet, "HOST:PORT")] = None
+    control: Annotated[
+        str | None,
+        Option(f"status socket; default: {runtime_directory()}/NAME.control", values.path, "PATH"),
+    ] = None
+    state_dir: Annotated[
+        str | None, Option("below which each VM has a directory of its name", values.path, "DIR")
+    ] = None
+    log_level: Annotated[
+        Literal["debug", "info", "warning"] | None, Option("what is logged, from this level on")
+    ] = None
+
+
+@dataclass(frozen=True)
+class Field:
+    """An option as it stands in a table."""
+
+    name: str
+    kind: Any
+    """What is written, without None."""
+    option: Option
+    required: bool
+
+    @property
+    def repeats(self) -> bool:
+        """Whether it may be given more than once."""
+        return any(get_origin(kind) is tuple for kind in get_args(self.kind))
+
+    @property
+    def choices(self) -> tuple[str, ...] | None:
+        """The words that are allowed, where there are only some."""
+        return get_args(self.kind) if get_origin(self.kind) is Literal else None
+
+    def read(self, written: Any) -> object:
+        """The daemon's value of what is written; where it repeats, a tuple. Raises ValueError."""
+        if not self.repeats:
+            return self.option.read(written)
+        return tuple(self.option.read(each) for each in ([written] if isinstance(written, str) else written))
+
+
+def fields_of(table: type[msgspec.Struct]) -> dict[str, Field]:
+    """The options of a table by their names, in the order of the class."""
+    hints = get_type_hints(table, include_extras=True)
+    found = {}
+    for field in msgspec.structs.fields(table):
+        annotated, option = get_args(hints[field.name])
+        found[field.name] = Field(field.name, _without_none(annotated), option, field.required)
+    return found
+
+
+def _without_none(kind: Any) -> Any:
+    if get_origin(kind) in (Union, types.UnionType):
+        rest = tuple(each for each in get_args(kind) if each is not type(None))
+        return Union[rest]  # noqa: UP007 - made at run time
+    return kind
+
+
+class WrongOptionError(ValueError):
+    """An option of `key` cannot be as it was given."""
+
+    def __init__(self, key: str, text: str) -> None:
+        super().__init__(f"{key}: {text}")
+        self.key = key
+        self.text = text
+
+
+def vm_options(name: str, given: Mapping[str, Any], state_dir: Path) -> VmOptions:
+    """The options of a VM from the values read, by the names of `VmTable`. Raises WrongOptionError."""
+    uris: tuple[str, ...] = given.get("recover_uri", ())
+    if repeated := {uri for uri in uris if uris.count(uri) > 1}:
+        raise WrongOptionError("recover_uri", f"{min(repeated)}: given more than once")
+    patience = {field.name: given[field.name] for field in fields(Patience) if field.name in given}
+    return VmOptions(
+        name=name,
+        qemu=given["qemu"],
+        listen=tuple(given["listen"]),
+        relay=given.get("relay", "auto"),
+        recover_uris=tuple(uris),
+        incoming=given.get("incoming"),
+        state_dir=given.get("state_dir", state_dir),
+        patience=Patience(**patience),
+    )

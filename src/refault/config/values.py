@@ -1,0 +1,116 @@
+"""Values as an operator writes them. All raise `ValueError`, which names the value and what is allowed."""
+
+from __future__ import annotations
+
+import os
+import re
+from pathlib import Path
+
+from refault.daemon.address import Address, parse_address
+from refault.migration.endpoint import Inet, parse_uri
+
+_WEEK = 7 * 24 * 3600
+_URI = re.compile(r"[a-z][a-z0-9+.-]*:.")
+
+
+def path(text: str) -> Path:
+    """A path; a ~ that the shell has left, as in ``--control=~/x``, is a home directory to it too."""
+    if not text or "\0" in text:
+        raise ValueError(f"{text!r} is no path")
+    try:
+        return Path(text).expanduser()
+    except RuntimeError as error:
+        raise ValueError(f"{text!r}: {error}") from error
+
+
+def vm_name(text: str) -> str:
+    """A name that can be part of a file's: refault puts sockets and state under it."""
+    if not text or text in (".", "..") or "/" in text or not text.isprintable():
+        raise ValueError(f"{text!r} is not a name: it must be printable, without '/'")
+    if len(text.encode()) > 64:
+        raise ValueError(f"{text!r} is too long for a name: at most 64 bytes")
+    return text
+
+
+def qemu_address(text: str) -> Address:
+    """QEMU's monitor."""
+    address = _not_a_directory(parse_address(text))
+    if address.wait:
+        raise ValueError(
+            f"address {text!r}: 'wait=on' stands at a listener, where the client comes that QEMU waits for"
+        )
+    return address
+
+
+def listen_address(text: str) -> Address:
+    """Where clients come."""
+    return _not_a_directory(parse_address(text, server=True))
+
+
+def _not_a_directory(address: Address) -> Address:
+    if address.path is not None and not address.abstract and os.path.isdir(address.path):
+        raise ValueError(f"{address} is a directory: name the socket in it")
+    return address
+
+
+def last_part(address: Address) -> str:
+    """What a VM is called that nobody has named."""
+    return Path(address.path).name if address.path is not None else f"{address.host}:{address.port}"
+
+
+def migration_uri(text: str) -> str:
+    """An address of QEMU's at which a migration can be recovered."""
+    if not _URI.match(text):
+        raise ValueError(f"{text!r} is not a migration URI such as tcp:0.0.0.0:4444")
+    if text.startswith("tcp://"):
+        raise ValueError(f"{text!r} is a URL: write tcp:HOST:PORT")
+    if text.startswith("tcp:") and "," not in text and not isinstance(parse_uri(text), Inet):
+        raise ValueError(f"{text!r} is not like tcp:0.0.0.0:4444")
+    if re.match(r"tcp:.*:0\Z", text):
+        raise ValueError(f"{text!r} leaves the port open, so the source could not know it")
+    return text
+
+
+def seconds(value: str | float, most: int = 3600) -> float:
+    """A time, from one second to `most`."""
+    try:
+        number = float(value)
+    except (ValueError, OverflowError):
+        number = 0.0
+    if not 1 <= number <= most:
+        raise ValueError(f"{value!r} is not a number of seconds from 1 to {most}")
+    return number
+
+
+def long_seconds(value: str | float) -> float:
+    """A time of up to a week."""
+    return seconds(value, _WEEK)
+
+
+def whole_seconds(value: str | float) -> int:
+    """A time that the kernel counts in seconds."""
+    number = seconds(value)
+    if number != int(number):
+        raise ValueError(f"{value!r} is not a whole number of seconds")
+    return int(number)
+
+
+def incoming(text: str) -> tuple[Inet, str]:
+    """Where others find a destination, and the path at which its QEMU listens."""
+    outside, _, inside = text.partition(",unix:")
+    endpoint = parse_uri(outside)
+    if outside.startswith("tcp://"):
+        raise ValueError(f"{text!r} has a URL: write tcp:HOST:PORT,unix:PATH")
+    if not isinstance(endpoint, Inet) or not inside:
+        raise ValueError(f"{text!r} is not like tcp:0.0.0.0:4444,unix:/run/qemu/vm1.incoming")
+    return endpoint, parse_address(f"unix:{inside}").path or inside
+
+
+def inet(text: str) -> tuple[str, int]:
+    """An address of TCP to be listened at."""
+    host, _, port = text.rpartition(":")
+    bare = host.removeprefix("[").removesuffix("]")
+    numbers = port.isascii() and port.isdigit() and int(port) <= 65535
+    if not bare or "/" in bare or (":" in bare and bare == host) or not numbers:
+        raise ValueError(f"{text!r} is not HOST:PORT such as 127.0.0.1:9099 or [::1]:9099")
+    return bare, int(port)
