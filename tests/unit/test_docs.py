@@ -15,6 +15,7 @@ import pytest
 from refault.cli import run
 from refault.cli.main import COMMANDS
 from refault.migration.legs import RULES, Verdict
+from refault.qmp.access import READS
 
 ROOT = Path(__file__).parents[2]
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
@@ -83,3 +84,9 @@ def _run_usage() -> str:
     run.add_parser(parser.add_subparsers())
     actions = next(action for action in parser._actions if isinstance(action, argparse._SubParsersAction))
     return str(actions.choices["run"].format_usage())
+
+
+def test_what_read_only_allows_is_in_access_md() -> None:
+    page = (ROOT / "docs" / "access.md").read_text()
+    allowed = page.partition("allows `query-*` and")[2].partition("and refuses all else")[0]
+    assert dict(re.findall(r"^\| `([\w-]+)` \| (.+) \|$", allowed, flags=re.MULTILINE)) == dict(READS)

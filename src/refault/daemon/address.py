@@ -13,8 +13,10 @@ import os
 import pwd
 import re
 import socket
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+
+from refault.qmp.access import ANYBODY, FREE, Callers, Rule, denied
 
 SUN_PATH = 108
 """sizeof(sockaddr_un.sun_path): a path has one byte less (man 7 unix), and so has an abstract name."""
@@ -48,6 +50,10 @@ class Address:
     owner: int | None = None
     group: int | None = None
     """What the socket file is to have; None: see `listener.bind_unix`."""
+    callers: Callers = ANYBODY
+    """Who may speak there, by peer credentials."""
+    rule: Rule = FREE
+    """What a client that comes there may say."""
 
     def __str__(self) -> str:
         if self.path is not None:
@@ -134,10 +140,17 @@ class _Options:
     """The options of one address, the last of a name winning; each is taken out as it is read."""
 
     def __init__(self, text: str, first: str | None) -> None:
-        self._values = dict(_split(text, first))
+        self._values: dict[str, list[str]] = {}
+        for name, value in _split(text, first):
+            self._values.setdefault(name, []).append(value)
+
+    def texts(self, name: str) -> list[str]:
+        """Of an option that may be said more than once, all that was."""
+        return self._values.pop(name, [])
 
     def text(self, name: str) -> str | None:
-        return self._values.pop(name, None)
+        values = self.texts(name)
+        return values[-1] if values else None
 
     def switch(self, name: str) -> bool | None:
         value = self.text(name)
@@ -208,7 +221,7 @@ def _value(text: str, at: int) -> tuple[str, int]:
 
 def parse_address(text: str, *, server: bool = False) -> Address:
     """Reads `unix:/path`, a bare `/path` or `tcp:HOST:PORT` (`tcp:[IPV6]:PORT`) with QEMU's options behind
-    it, and refault's own `mode=`, `owner=` and `group=`.
+    it, and refault's own: `mode=`, `owner=` and `group=`, and at a listener's those of `with_access`.
 
     `server` is what holds where nothing is said: False for QEMU's address, True for a listener's. Raises
     ValueError, with a text for the operator.
@@ -217,6 +230,54 @@ def parse_address(text: str, *, server: bool = False) -> Address:
         return _parse(text, server)
     except ValueError as error:
         raise ValueError(f"address {text!r}: {error}") from None
+
+
+def with_access(
+    address: Address,
+    *,
+    allow_users: Sequence[str | int] = (),
+    allow_groups: Sequence[str | int] = (),
+    read_only: bool = False,
+    deny: Sequence[str] = (),
+    audit: bool = False,
+) -> Address:
+    """A listener's address with rules of who may speak there, and what: names or numbers of users and groups,
+    and names of commands. Raises ValueError, with a text for the operator.
+
+    Where users or groups are named, and no mode, owner or group of the socket file, that is open to all
+    (0666): it is they who decide.
+    """
+    callers = Callers(
+        frozenset(_id_of(str(user), "user", _uid) for user in allow_users),
+        frozenset(_id_of(str(group), "group", _gid) for group in allow_groups),
+    )
+    if callers and address.path is None:
+        raise ValueError(
+            "allow-user and allow-group are for unix sockets: of who connects over TCP no user is known"
+        )
+    mode = address.mode
+    if callers and address.server and not address.abstract:
+        free = (address.mode, address.owner, address.group) == (None, None, None)
+        mode = 0o666 if free else mode
+    return replace(address, mode=mode, callers=callers, rule=Rule(read_only, denied(deny), audit))
+
+
+def _access(options: _Options, address: Address, *, listener: bool) -> Address:
+    """The address with the options of `with_access`."""
+    users, groups, deny = options.texts("allow-user"), options.texts("allow-group"), options.texts("deny")
+    read_only, audit = options.switch("read-only"), options.switch("audit")
+    if not listener and (users or groups or deny or read_only is not None or audit is not None):
+        raise ValueError(
+            "'allow-user', 'allow-group', 'read-only', 'deny' and 'audit' are for where clients come"
+        )
+    return with_access(
+        address,
+        allow_users=users,
+        allow_groups=groups,
+        read_only=bool(read_only),
+        deny=deny,
+        audit=bool(audit),
+    )
 
 
 def _parse(text: str, server: bool) -> Address:
@@ -269,6 +330,7 @@ def _port(text: str) -> int:
 
 def _inet(options: _Options, host: str, port_text: str, server: bool) -> Address:
     port = _port(port_text)
+    listener = server
     server, wait, reconnect = _direction(options, server)
     ipv4, ipv6 = options.switch("ipv4"), options.switch("ipv6")
     if ipv4 is False and ipv6 is False:
@@ -283,14 +345,17 @@ def _inet(options: _Options, host: str, port_text: str, server: bool) -> Address
     _none_of(options, ("path",), "'path' is a unix socket's")
     _none_of(options, ("abstract", "tight"), "'{}' is for unix sockets")
     _none_of(options, ("mode", "owner", "group"), "'{}' is for socket files, and TCP has none")
+    address = Address(None, host, port, server, wait, ipv4=ipv4, ipv6=ipv6, to=to, reconnect=reconnect)
+    address = _access(options, address, listener=listener)
     options.finish()
-    return Address(None, host, port, server, wait, ipv4=ipv4, ipv6=ipv6, to=to, reconnect=reconnect)
+    return address
 
 
 def _unix(options: _Options, server: bool, path: str | None = None) -> Address:
     path = options.text("path") or path
     if not path:
         raise ValueError(f"{_EXPECTED}; there is no path, or one with a '=', which is written path=/path")
+    listener = server
     server, wait, reconnect = _direction(options, server)
     abstract, tight = options.switch("abstract") or False, options.switch("tight")
     mode, owner, group = _mode(options), _id(options, "owner", _uid), _id(options, "group", _gid)
@@ -298,13 +363,12 @@ def _unix(options: _Options, server: bool, path: str | None = None) -> Address:
         raise ValueError("'mode', 'owner' and 'group' are for a socket file that refault makes")
     _none_of(options, ("host", "port"), "'{}' is for tcp:")
     _none_of(options, ("ipv4", "ipv6", "to"), "'{}' is for tcp:")
-    options.finish()
     if not abstract:
         path = _file(path)
     length = len(os.fsencode(path))
     if length >= SUN_PATH:
         raise ValueError(f"a unix socket's path has at most {SUN_PATH - 1} bytes, this has {length}")
-    return Address(
+    address = Address(
         path,
         server=server,
         wait=wait,
@@ -315,6 +379,9 @@ def _unix(options: _Options, server: bool, path: str | None = None) -> Address:
         owner=owner,
         group=group,
     )
+    address = _access(options, address, listener=listener)
+    options.finish()
+    return address
 
 
 def _file(path: str) -> str:
@@ -362,12 +429,20 @@ def _id(options: _Options, name: str, look_up: Callable[[str], int]) -> int | No
     text = options.text(name)
     if text is None:
         return None
+    try:
+        return _id_of(text, name, look_up)
+    except ValueError as error:
+        raise ValueError(f"'{name}={text}': {error}") from None
+
+
+def _id_of(text: str, what: str, look_up: Callable[[str], int]) -> int:
+    """The number of a user or a group, which may be its name."""
     if text.isascii() and text.isdigit() and int(text) < 2**32 - 1:
         return int(text)
     try:
         return look_up(text)
     except (KeyError, ValueError):
-        raise ValueError(f"'{name}={text}': this host has no such {name}") from None
+        raise ValueError(f"this host has no such {what}: {text!r}") from None
 
 
 def _uid(name: str) -> int:

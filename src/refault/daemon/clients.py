@@ -17,12 +17,15 @@ from functools import partial
 import trio
 
 from refault.daemon.address import Address
+from refault.daemon.audit import Recorded
+from refault.daemon.caller import caller_of, may_speak
 from refault.daemon.dial import CONNECT_TIMEOUT, dial, pauses, prepare, why
 from refault.daemon.first_client import FirstClient
 from refault.daemon.front import Front
 from refault.daemon.presence import Presence, Qemu
 from refault.daemon.repeats import repeats
 from refault.daemon.wire import Wire
+from refault.qmp.commands import Request
 from refault.qmp.multiplexer import Multiplexer
 from refault.qmp.session import Client, Limits
 
@@ -62,6 +65,7 @@ class Clients:
         self._early: dict[Client, bool] = {}
         """Who has not been greeted, and whether he came where wait=on is."""
         self._paused: set[Client] = set()
+        self._recorded: dict[Client, Recorded] = {}
         self._nursery: trio.Nursery
 
     async def run(self, managers: Sequence[Address]) -> None:
@@ -72,9 +76,13 @@ class Clients:
                 nursery.start_soon(self._dial_manager, address)
             await self._turn_away()
 
+    def audit(self, request: Request) -> None:
+        """A command of a client that is put on record."""
+        self._recorded[request.client].tell(request)
+
     def front(self, address: Address) -> Front:
         """Where clients come to `address`."""
-        if not _is_local(address):
+        if not _is_local(address) and not address.rule.read_only:
             log.warning("%s: whoever can reach %s controls the VM; prefer a unix socket", self._name, address)
         return Front(self._name, address, partial(self._take, address))
 
@@ -132,10 +140,26 @@ class Clients:
         self._flush_all()
 
     async def _take(self, address: Address, sock: socket.socket) -> None:
+        if not self._may_speak(address, sock):
+            sock.close()
+            return
         self._presence.seek()
         self._nursery.start_soon(self._serve, prepare(sock), address)
         if address.wait:
             self._first_client.came(address)
+
+    def _may_speak(self, address: Address, sock: socket.socket) -> bool:
+        if may_speak(sock, address.callers):
+            return True
+        caller = caller_of(sock)
+        log.warning(
+            "%s: who is at %s (%s) is not one of its allowed users and groups: closed",
+            self._name,
+            address,
+            caller,
+            extra=repeats((self._name, str(address), caller.uid), "not allowed"),
+        )
+        return False
 
     def _may_stay(self, *, waits: bool) -> bool:
         """Whether a client that has not been greeted is left to wait. `waits`: it came where wait=on is."""
@@ -171,8 +195,13 @@ class Clients:
                 await trio.sleep(delay)
                 delay = min(2 * delay, longest)
                 continue
-            delay, complained = shortest, False
-            await self._serve(sock, address)
+            complained = False
+            if self._may_speak(address, sock):
+                delay = shortest
+                await self._serve(sock, address)
+            else:
+                delay = longest
+                sock.close()
             await trio.sleep(delay)
 
     async def _serve(self, sock: socket.socket, address: Address) -> None:
@@ -189,8 +218,10 @@ class Clients:
                 )
                 return
             wire = Wire(sock, scope)
-            client = self._core.join(wire)
+            client = self._core.join(wire, address.rule)
             self.total += 1
+            if address.rule.audit:
+                self._recorded[client] = Recorded(self._name, address, caller_of(sock))
             if not client.greeted:
                 self._early[client] = address.wait
                 if not address.wait:
@@ -209,6 +240,7 @@ class Clients:
                     await self._finish(client, wire)
                 wire.broken = True
                 self._core.leave(client)
+                self._recorded.pop(client, None)
                 trio.lowlevel.notify_closing(sock)
                 self._flush_all()
 

@@ -146,6 +146,7 @@ class Monitor:
             discard=os.close,
             on_event=self._event,
             on_ready=self._ready,
+            audit=lambda request: self._clients.audit(request),
         )
         self._presence = Presence()
         first_client = FirstClient(name, qemu, listen, self._presence, over=gone_on)

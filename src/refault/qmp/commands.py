@@ -60,6 +60,7 @@ class Request:
         "prefixes",
         "read",
         "rebuilt",
+        "refusal",
         "size",
         "spelling",
     )
@@ -73,6 +74,8 @@ class Request:
         self.fd = -1
         self.read = 0
         """How many commands had been read from all clients, this one included."""
+        self.refusal: str | None = None
+        """Why the client's listener does not let it pass (`refault.qmp.access`)."""
         self.answer: bytes | None = None
         """The reply, without an id, if it is answered in QEMU's place."""
         self.cleared = False
@@ -168,5 +171,5 @@ def verb_name(message: Message) -> bytes:
     raw = message.raw[message.verb + 1 : message.verb_end - 1]
     if b"\\" in raw:
         text: str = decode(_strict(message, message.verb, message.verb_end))
-        return text.encode()
+        return text.encode(errors="replace")  # half of a surrogate pair, which no QEMU takes
     return raw

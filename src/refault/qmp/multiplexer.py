@@ -30,6 +30,7 @@ from dataclasses import dataclass
 import msgspec
 
 from refault.qmp import replies
+from refault.qmp.access import FREE, Rule, changes
 from refault.qmp.commands import Answer, Forward, Request, decode, decode_arguments, decode_members, verb_name
 from refault.qmp.fdnames import TAKES_FD, USES_NAMES, FdNames, rename
 from refault.qmp.fdsets import FdSets
@@ -96,6 +97,8 @@ class Multiplexer:
 
     `watch`: names of commands about which `ask` is called; it arranges that `answer` is. `discard` closes a
     descriptor. `on_event` gets each event's name and data; `on_ready` is called when commands can go to QEMU.
+    `audit` is told of each command that changes the VM, of clients whose rule asks for it: as it goes to QEMU
+    or to a watcher, or is refused.
     """
 
     def __init__(
@@ -107,6 +110,7 @@ class Multiplexer:
         discard: Callable[[int], None],
         on_event: Callable[[str, Mapping[str, object]], None],
         on_ready: Callable[[], None],
+        audit: Callable[[Request], None],
     ) -> None:
         self.limits = limits
         self._watch = frozenset(name.encode() for name in watch)
@@ -114,6 +118,7 @@ class Multiplexer:
         self.discard = discard
         self.on_event = on_event
         self.on_ready = on_ready
+        self.audit = audit
         self.counters = Counters()
         self.clients: dict[int, Client] = {}
         self.dirty: list[Client] = []
@@ -151,10 +156,10 @@ class Multiplexer:
 
     # clients
 
-    def join(self, transport: object = None) -> Client:
+    def join(self, transport: object = None, rule: Rule = FREE) -> Client:
         """A client connected. It is greeted as soon as QEMU has greeted."""
         self._last_client += 1
-        client = Client(self._last_client, self.limits, transport=transport)
+        client = Client(self._last_client, self.limits, transport=transport, rule=rule)
         self.clients[client.number] = client
         if self.greeting:
             self._greet(client, self.greeting)
@@ -230,15 +235,21 @@ class Multiplexer:
             request.answer = replies.NOT_OBJECT
         elif not shape & UNUSUAL and shape & VERB_MASK in (EXECUTE, EXEC_OOB):
             request.name = verb_name(message)
-        self._fd_sets.read(request)
+            request.refusal = client.rule.refusal(request.name.decode(errors="replace"), request.arguments)
+        if request.refusal is None:
+            self._fd_sets.read(request)
         return request
 
     def _hand_out(self, client: Client, requests: list[Request], fd: int, *, ends: bool) -> None:
-        """`ends`: the last of `requests` came with the last byte, so `fd` came no later than that."""
+        """`ends`: the last of `requests` came with the last byte, so `fd` came no later than that.
+
+        A command that is refused takes one whatever it is: none that came with it goes on to another.
+        """
         takes = [
             request
             for request in requests
-            if request.name in TAKES_FD and request.message.shape & VERB_MASK == EXECUTE
+            if request.refusal is not None
+            or (request.name in TAKES_FD and request.message.shape & VERB_MASK == EXECUTE)
         ]
         replaced = ends and fd >= 0 and len(takes) == 1 and takes[0] is requests[-1]
         if takes and client.fd >= 0 and not replaced:
@@ -305,8 +316,7 @@ class Multiplexer:
             else:
                 self._unqueue(client)
                 client.held = request
-                self._asked.add(request)
-                self.ask(request)
+                self._ask(request)
         if client.half_closed or client.closing:
             self._close_if_done(client)
 
@@ -318,6 +328,22 @@ class Multiplexer:
     def _is_watched(self, client: Client, request: Request) -> bool:
         return client is not self._own and request.name in self._watch
 
+    def _ask(self, request: Request) -> None:
+        self._on_record(request)
+        self._asked.add(request)
+        self.ask(request)
+
+    def _on_record(self, request: Request) -> None:
+        if request.client.rule.audit and changes(request.name.decode(errors="replace")):
+            self.audit(request)
+
+    def _refused(self, request: Request) -> bytes | None:
+        """The answer to a command that its client's listener does not let pass, or None."""
+        if request.refusal is None:
+            return None
+        self._on_record(request)
+        return replies.error(replies.GENERIC, request.refusal)
+
     def _own_answer(self, client: Client, request: Request) -> bytes | None:
         """The answer to a command that QEMU need not see, or None."""
         shape = request.message.shape
@@ -326,7 +352,7 @@ class Multiplexer:
             if error is not None:
                 return replies.error(replies.GENERIC, error)
         if client.negotiated:
-            return None
+            return self._refused(request)
         if request.name != _CAPABILITIES:
             return replies.NOT_NEGOTIATED
         return self._negotiate(client, request)
@@ -368,13 +394,14 @@ class Multiplexer:
             error = replies.shape_error(decode_members(request.message), oob=True)
             if error is not None:
                 request.answer = replies.error(replies.GENERIC, error)
+        if request.answer is None:
+            request.answer = self._refused(request)
         if request.answer is not None:
             self._answer_oob(request)
         elif not self.ready:
             self._early.append(request)
         elif self._is_watched(client, request):
-            self._asked.add(request)
-            self.ask(request)
+            self._ask(request)
         else:
             self._send(request)
 
@@ -482,6 +509,8 @@ class Multiplexer:
                 break
         self._last_id = number
         pending[number] = request
+        if not request.cleared:
+            self._on_record(request)
         if request.name in USES_NAMES:
             self._rename(request)
         fd = -1

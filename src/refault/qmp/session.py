@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections import deque
 from dataclasses import dataclass
 
+from refault.qmp.access import FREE, Rule
 from refault.qmp.commands import Request
 from refault.qmp.splitter import MAX_MESSAGE, Splitter
 
@@ -58,14 +59,17 @@ class Client:
         "queued",
         "queued_fds",
         "ready",
+        "rule",
         "splitter",
         "transport",
         "unsent",
     )
 
-    def __init__(self, number: int, limits: Limits, *, transport: object = None) -> None:
+    def __init__(self, number: int, limits: Limits, *, transport: object = None, rule: Rule = FREE) -> None:
         self.number = number
         self.limits = limits
+        self.rule = rule
+        """Of the listener where it came."""
         self.transport = transport
         self.splitter = Splitter(max_bytes=limits.message)
         self.connected = True

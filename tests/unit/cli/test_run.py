@@ -96,6 +96,7 @@ def test_a_tcp_monitor_gives_a_name_too() -> None:
         (["run", "--qemu", "nonsense", "--listen", "/l"], "argument --qemu: address 'nonsense'"),
         ([*MINIMAL, "--listen", "/" + "x" * 108], "at most 107 bytes"),
         ([*MINIMAL, "--listen", "tcp:host:99999"], "port up to 65535"),
+        ([*MINIMAL, "--listen", "tcp:h:1,allow-user=root"], "of who connects over TCP no user is known"),
         ([*MINIMAL, "--relay", "perhaps"], "invalid choice: 'perhaps'"),
         ([*MINIMAL, "--name", "a/b"], "is not a name"),
         ([*MINIMAL, "--name", ""], "is not a name"),

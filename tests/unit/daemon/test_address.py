@@ -5,7 +5,8 @@ import socket
 
 import pytest
 
-from refault.daemon.address import Address, parse_address
+from refault.daemon.address import Address, parse_address, with_access
+from refault.qmp.access import Callers, Rule
 
 
 @pytest.mark.parametrize(
@@ -123,8 +124,8 @@ def test_a_listener_listens_unless_told_otherwise() -> None:
         ("/s,mode=0660", "for a socket file that refault makes"),
         ("/s,server,mode=rw", "a mode is like 0660"),
         ("/s,server,mode=07777", "a mode is like 0660"),
-        ("/s,server,owner=no-such-user", "has no such owner"),
-        ("/s,server,group=no-such-group", "has no such group"),
+        ("/s,server,owner=no-such-user", "host has no such owner"),
+        ("/s,server,group=no-such-group", "host has no such group"),
         ("unix:/" + "x" * 107, "at most 107 bytes, this has 108"),
         ("unix:" + "x" * 108 + ",abstract", "at most 107 bytes, this has 108"),
         ("/a\0b", "zero bytes"),
@@ -184,3 +185,60 @@ def test_one_place_however_it_is_written(tmp_path: os.PathLike[str]) -> None:
     assert parse_address("tcp:[::1]:1").place == parse_address("tcp:[0:0::1]:1").place
     assert parse_address("tcp:Host:1").place == parse_address("tcp:host:1").place
     assert parse_address("unix:s,abstract").place != parse_address("unix:s").place
+
+
+def test_who_may_speak_and_what() -> None:
+    written = "/s,allow-user=0,allow-user=root,allow-group=4242,read-only,deny=quit,deny=device_add,audit=on"
+    address = parse_address(written, server=True)
+    assert address.callers == Callers(frozenset((0,)), frozenset((4242,)))
+    assert address.rule == Rule(read_only=True, deny=frozenset(("quit", "device-add")), audit=True)
+    assert address.mode == 0o666
+    assert address == with_access(
+        parse_address("/s", server=True),
+        allow_users=["root"],
+        allow_groups=[4242],
+        read_only=True,
+        deny=["device_add", "quit"],
+        audit=True,
+    )
+
+
+@pytest.mark.parametrize(
+    ("text", "mode"),
+    [
+        ("/s", None),
+        ("/s,read-only=on", None),
+        ("/s,allow-user=0,mode=0660", 0o660),
+        ("/s,allow-user=0,group=0", None),
+        ("/s,allow-group=0,server=off", None),
+        ("s,abstract,allow-group=0", None),
+    ],
+)
+def test_a_socket_file_is_open_where_its_callers_decide(text: str, mode: int | None) -> None:
+    assert parse_address(f"unix:{text}", server=True).mode == mode
+
+
+@pytest.mark.parametrize(
+    ("text", "server", "why"),
+    [
+        ("tcp:h:1,allow-user=0", True, "of who connects over TCP no user is known"),
+        ("tcp:h:1,allow-group=0", True, "of who connects over TCP no user is known"),
+        ("tcp:h:1,server=off,allow-user=0", True, "of who connects over TCP no user is known"),
+        ("/s,allow-user=no-such-user", True, "this host has no such user: 'no-such-user'"),
+        ("/s,allow-user=", True, "this host has no such user: ''"),
+        ("/s,allow-group=no-such-group", True, "this host has no such group: 'no-such-group'"),
+        ("/s,deny=", True, "'' is no command's name"),
+        ("/s,deny=quit;stop", True, "'quit;stop' is no command's name"),
+        ("/s,deny=qmp_capabilities", True, "it cannot be denied"),
+        ("/s,read-only=maybe", True, "read-only is on or off"),
+        ("/s,audit=maybe", True, "audit is on or off"),
+        ("/s,read-only=on", False, "are for where clients come"),
+        ("/s,server=on,allow-user=0", False, "are for where clients come"),
+        ("tcp:h:1,audit=off", False, "are for where clients come"),
+    ],
+)
+def test_what_is_no_rule(text: str, server: bool, why: str) -> None:
+    with pytest.raises(ValueError, match="address ") as caught:
+        parse_address(text, server=server)
+    assert why in str(caught.value)
+    assert "\n" not in str(caught.value)

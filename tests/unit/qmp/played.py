@@ -6,6 +6,7 @@ import json
 from collections.abc import Mapping
 from typing import Any
 
+from refault.qmp.access import FREE, Rule
 from refault.qmp.commands import Request
 from refault.qmp.multiplexer import Multiplexer
 from refault.qmp.session import Client, Limits
@@ -24,6 +25,7 @@ class Played:
         self, *, oob: bool = True, watch: tuple[str, ...] = (), limits: Limits | None = None
     ) -> None:
         self.asked: list[Request] = []
+        self.audited: list[Request] = []
         self.closed: list[int] = []
         self.events: list[tuple[str, Mapping[str, object]]] = []
         self.connects = 0
@@ -34,6 +36,7 @@ class Played:
             discard=self.closed.append,
             on_event=lambda name, data: self.events.append((name, data)),
             on_ready=lambda: None,
+            audit=self.audited.append,
         )
         self.splitter = Splitter()
         self.fds: list[int] = []
@@ -50,8 +53,8 @@ class Played:
         assert json.loads(sent)["arguments"] == {"enable": enable}
         self.core.receive_upstream(b'{"return": {}, "id": %s}\r\n' % self.negotiation)
 
-    def client(self, *enable: str) -> Client:
-        client = self.core.join()
+    def client(self, *enable: str, rule: Rule = FREE) -> Client:
+        client = self.core.join(rule=rule)
         command = {"execute": "qmp_capabilities", "arguments": {"enable": list(enable)}}
         self.core.receive(client, json.dumps(command).encode())
         greeting, reply = self.replies(client)
