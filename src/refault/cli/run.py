@@ -4,13 +4,12 @@ from __future__ import annotations
 
 import argparse
 import os
-from pathlib import Path
 from typing import Any
 
 from refault.cli.arguments import checked, vm_name
 from refault.config import uses, values
 from refault.config.options import DaemonTable, VmTable, WrongOptionError, fields_of, vm_options
-from refault.daemon.address import SUN_PATH
+from refault.daemon.address import SUN_PATH, Address
 from refault.daemon.errors import OperatorError, operator_errors
 from refault.daemon.options import RunOptions
 from refault.daemon.paths import control_socket, state_directory
@@ -63,12 +62,13 @@ def run_options(arguments: argparse.Namespace) -> RunOptions:
         vm = vm_options(name, given, state_directory())
     except WrongOptionError as error:
         raise ValueError(f"{_option(error.key)} {error.text}") from error
-    control: Path = arguments.control or control_socket(name)
-    length = len(os.fsencode(control))
-    if length >= SUN_PATH:
+    default = control_socket(name)
+    length = len(os.fsencode(default))
+    if length >= SUN_PATH and not arguments.control:
         raise ValueError(
-            f"--control {control}: a unix socket's path has at most {SUN_PATH - 1} bytes, this {length}"
+            f"--control {default}: a unix socket's path has at most {SUN_PATH - 1} bytes, this {length}"
         )
+    control: Address = arguments.control or Address(str(default), server=True)
     taken = [*uses.of_vm(name, vm), uses.of_control(name, control)]
     if arguments.metrics is not None:
         taken.append(uses.of_metrics(name, arguments.metrics))

@@ -35,7 +35,7 @@ from refault.config.options import (
 )
 from refault.config.tables import decode, key_as_written
 from refault.config.watch import Watch
-from refault.daemon.address import SUN_PATH
+from refault.daemon.address import Address
 from refault.daemon.options import HostOptions, VmOptions
 from refault.daemon.paths import control_socket, state_directory
 
@@ -107,7 +107,7 @@ class _Reader:
         for file, table in tables:
             self._read_vms(file, table.get("vm", {}))
             self._read_watches(file, table.get("watch", []))
-        control = self._daemon.get("control") or control_socket("refault")
+        control = self._daemon.get("control") or Address(str(control_socket("refault")), server=True)
         self._check_uses(control)
         if self._wrong:
             raise ConfigError([" ".join(line.splitlines()) for line in self._wrong])
@@ -156,14 +156,9 @@ class _Reader:
                 self._check_daemon(where, given)
 
     def _check_daemon(self, where: str, given: Mapping[str, Any]) -> None:
-        length = len(os.fsencode(given.get("control", "")))
-        if length >= SUN_PATH:
-            self._wrong.append(
-                f"{where} control: a unix socket's path has at most {SUN_PATH - 1} bytes, this has {length}"
-            )
-        for key in ("control", "state_dir"):
-            path = given.get(key)
-            if path is not None and not path.is_absolute():
+        paths = {key: given[key].path for key in ("control", "metrics") if key in given}
+        for key, path in {**paths, "state_dir": given.get("state_dir")}.items():
+            if path is not None and not os.path.isabs(path):
                 self._wrong.append(f"{where} {key}: {str(path)!r} is not a whole path: begin with /")
         if self._state_dir.exists() and not self._state_dir.is_dir():
             self._wrong.append(f"{where} state_dir: {self._state_dir} is not a directory")
@@ -222,7 +217,7 @@ class _Reader:
         self._wrong += [f"{where} {line}" for line in wrong]
         return None if wrong else given
 
-    def _check_uses(self, control: Path) -> None:
+    def _check_uses(self, control: Address) -> None:
         taken = [uses.of_control("[daemon]", control)]
         if (metrics := self._daemon.get("metrics")) is not None:
             taken.append(uses.of_metrics("[daemon]", metrics))
@@ -231,9 +226,10 @@ class _Reader:
             owner = f"[vm.{key_as_written(name)}]"
             files[owner] = file
             taken += uses.of_vm(owner, vm)
-            if control == vm.state_dir:
+            if control.path == str(vm.state_dir):
                 self._wrong.append(
-                    f"{file}: {owner}: the control socket's path is that of its state directory, {control}"
+                    f"{file}: {owner}: the control socket's path is that of its state directory,"
+                    f" {control.path}"
                 )
             if vm.state_dir.exists() and not vm.state_dir.is_dir():
                 self._wrong.append(f"{file}: {owner} state_dir: {vm.state_dir} is not a directory")

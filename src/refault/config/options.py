@@ -109,10 +109,12 @@ class WatchTable(Common, frozen=True, kw_only=True, omit_defaults=True):
 class DaemonTable(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
     """What is said of the daemon: [daemon]."""
 
-    metrics: Annotated[str | None, Option("serve Prometheus metrics here", values.inet, "HOST:PORT")] = None
+    metrics: Annotated[
+        str | None, Option("serve Prometheus metrics here", values.metrics, "HOST:PORT or unix:PATH")
+    ] = None
     control: Annotated[
         str | None,
-        Option(f"status socket; default: {runtime_directory()}/NAME.control", values.path, "PATH"),
+        Option(f"status socket; default: {runtime_directory()}/NAME.control", values.control, "PATH"),
     ] = None
     state_dir: Annotated[
         str | None, Option("below which each VM has a directory of its name", values.path, "DIR")

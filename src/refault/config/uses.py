@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
-from pathlib import Path
 
 from refault.daemon.address import Address, host_port, place_of
 from refault.daemon.options import VmOptions
@@ -39,14 +38,15 @@ def of_vm(owner: str, vm: VmOptions) -> list[Use]:
     return uses
 
 
-def of_control(owner: str, path: Path) -> Use:
+def of_control(owner: str, control: Address) -> Use:
     """The control socket's."""
-    return Use(owner, "control", str(path), place_of(path))
+    return Use(owner, "control", str(control.path), control.place)
 
 
-def of_metrics(owner: str, metrics: tuple[str, int]) -> Use:
+def of_metrics(owner: str, metrics: Address) -> Use:
     """The metrics'."""
-    return Use(owner, "metrics", host_port(*metrics), Address(None, *metrics).place)
+    written = host_port(metrics.host, metrics.port) if metrics.path is None else str(metrics)
+    return Use(owner, "metrics", written, metrics.place)
 
 
 def clashes(uses: Iterable[Use]) -> Iterator[tuple[Use, Use]]:

@@ -8,6 +8,7 @@ from pathlib import Path
 
 from refault.daemon.address import Address, parse_address
 from refault.migration.endpoint import Inet, parse_uri
+from refault.qmp.access import FREE
 
 _WEEK = 7 * 24 * 3600
 _URI = re.compile(r"[a-z][a-z0-9+.-]*:.")
@@ -106,11 +107,23 @@ def incoming(text: str) -> tuple[Inet, str]:
     return endpoint, parse_address(f"unix:{inside}").path or inside
 
 
-def inet(text: str) -> tuple[str, int]:
-    """An address of TCP to be listened at."""
+def control(text: str) -> Address:
+    """The path of a socket file to be listened at, with the options that such a listener has."""
+    address = parse_address(f"unix:{path(text.removeprefix('unix:'))}", server=True)
+    if address.abstract or not address.server or address.wait or address.rule != FREE:
+        raise ValueError(
+            f"{text!r}: behind such a path stand mode=, owner=, group=, allow-user= and allow-group= alone"
+        )
+    return address
+
+
+def metrics(text: str) -> Address:
+    """An address of TCP, or a socket file, to be listened at."""
+    if text.startswith("unix:"):
+        return control(text)
     host, _, port = text.rpartition(":")
     bare = host.removeprefix("[").removesuffix("]")
     numbers = port.isascii() and port.isdigit() and int(port) <= 65535
     if not bare or "/" in bare or (":" in bare and bare == host) or not numbers:
-        raise ValueError(f"{text!r} is not HOST:PORT such as 127.0.0.1:9099 or [::1]:9099")
-    return bare, int(port)
+        raise ValueError(f"{text!r} is not HOST:PORT such as 127.0.0.1:9099 or [::1]:9099, nor unix:/path")
+    return Address(None, bare, int(port), server=True)

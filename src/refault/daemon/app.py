@@ -116,7 +116,7 @@ async def _serve(
         if options.metrics is not None:
             from refault.daemon.metrics import serve_metrics  # what is not needed delays a restart
 
-            metrics = partial(serve_metrics, *options.metrics, publisher.status)
+            metrics = partial(serve_metrics, options.metrics, publisher.status)
             nursery.start_soon(troubles.keep, f"{options.name}: metrics", metrics)
         nursery.start_soon(publisher.run)
         notifier.ready(f"serving {options.qemu}")

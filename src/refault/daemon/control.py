@@ -1,6 +1,8 @@
 """The control socket: whoever connects and may is sent the status, one JSON document, and disconnected.
 
 The socket has mode 0600, and besides the peer's credentials decide: root and the daemon's user are answered.
+Where its address has users or groups these are answered too; where it has but a mode, an owner or a group of
+the socket file, whoever that lets in.
 """
 
 from __future__ import annotations
@@ -15,10 +17,11 @@ import trio
 
 from refault.daemon import snapshot as status_document
 from refault.daemon.address import Address
-from refault.daemon.dial import peer_of
+from refault.daemon.caller import caller_of, may_speak
 from refault.daemon.errors import OperatorError
 from refault.daemon.listener import ListenError, bind_unix
 from refault.daemon.paths import make_if_default
+from refault.daemon.repeats import repeats
 from refault.daemon.snapshot import Snapshot, Status
 
 _log = logging.getLogger(__name__)
@@ -30,24 +33,25 @@ _LOOK_SECONDS = 5.0
 
 
 async def serve_control(
-    path: Path,
+    address: Address,
     snapshot: Snapshot,
     *,
     task_status: trio.TaskStatus[list[trio.SocketListener]] = trio.TASK_STATUS_IGNORED,
 ) -> None:
-    """Answers on the unix socket `path` until cancelled, then removes it; started when it listens.
+    """Answers on the socket file at `address` until cancelled, then removes it; started when it listens.
 
     A socket file that nobody listens on is replaced. Raises `OperatorError` where the path cannot be bound,
     or its file has been removed.
     """
+    path = Path(address.path or "")
     make_if_default(path.parent)
     try:
-        bound = bind_unix(Address(str(path)))
+        bound = bind_unix(address)
     except ListenError as error:
         raise OperatorError(f"{error} (--control)") from error
 
     async def answer(stream: trio.SocketStream) -> None:
-        await _answer(stream, snapshot)
+        await _answer(stream, address, snapshot)
 
     try:
         listener = trio.SocketListener(trio.socket.from_stdlib_socket(bound.sock))
@@ -61,11 +65,23 @@ async def serve_control(
         bound.close()
 
 
-async def _answer(stream: trio.SocketStream, snapshot: Snapshot) -> None:
+def _may_ask(sock: trio.socket.SocketType, uid: int | None, address: Address) -> bool:
+    if uid in (0, os.getuid()):
+        return True
+    if address.callers:
+        return may_speak(sock, address.callers)
+    return (address.mode, address.owner, address.group) != (None, None, None)
+
+
+async def _answer(stream: trio.SocketStream, address: Address, snapshot: Snapshot) -> None:
     async with stream:
-        peer = peer_of(stream.socket)
-        if peer.uid not in (0, os.getuid()):
-            _log.warning("control: refused process %s of user %s: not root's, nor ours", peer.pid, peer.uid)
+        peer = caller_of(stream.socket)
+        if not _may_ask(stream.socket, peer.uid, address):
+            _log.warning(
+                "control: refused a process (%s): its user is not root, nor ours, nor allowed",
+                peer,
+                extra=repeats(("control", peer.uid), "refused"),
+            )
             return
         with trio.move_on_after(_ANSWER_SECONDS):
             try:
@@ -112,7 +128,7 @@ def query(path: Path, timeout: float) -> Status:
     except OSError as error:
         raise NoDaemon(f"no daemon answers at {path}: {_why_not(path, error)}") from error
     if not document:
-        raise NotPermitted(f"the daemon at {path} told nothing; be root or the daemon's user")
+        raise NotPermitted(f"the daemon at {path} told nothing; be root, the daemon's user, or one it allows")
     try:
         return status_document.decode(bytes(document))
     except status_document.DecodeError as error:

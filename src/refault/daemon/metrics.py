@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import logging
+import math
 import select
 import socket
 import sys
@@ -30,9 +31,12 @@ from prometheus_client.core import (
 from prometheus_client.registry import Collector
 
 from refault.daemon.address import Address, host_port
+from refault.daemon.caller import caller_of, may_speak
 from refault.daemon.errors import OperatorError
-from refault.daemon.listener import ListenError, bind_tcp
+from refault.daemon.listener import ListenError, bind
+from refault.daemon.repeats import repeats
 from refault.daemon.snapshot import LatencyStatus, Snapshot, Status, VmStatus
+from refault.qmp.access import Callers
 
 _log = logging.getLogger(__name__)
 
@@ -41,6 +45,8 @@ _REQUEST_SECONDS = 10.0
 _CONNECTIONS = 32
 """Scrapers at a time: each takes a thread and a descriptor, of which recovery needs some too."""
 _LOOK_SECONDS = 0.1
+_FILE_LOOK_SECONDS = 5.0
+"""Between looks whether a socket file is still there."""
 
 
 class StatusCollector(Collector):
@@ -158,8 +164,9 @@ class _Server(ThreadingMixIn, WSGIServer):
     daemon_threads = True
     block_on_close = False
 
-    def __init__(self, listeners: Sequence[socket.socket]) -> None:
-        """Serves at all of `listeners`: a host's name has addresses in both families."""
+    def __init__(self, listeners: Sequence[socket.socket], callers: Callers) -> None:
+        """Serves `callers` at all of `listeners`: a host's name has addresses in both families."""
+        self._callers = callers
         self._lock = threading.Lock()
         self._until: dict[Any, float] = {}
         """The open connections, of which none may be closed without the lock, and their deadlines."""
@@ -170,7 +177,9 @@ class _Server(ThreadingMixIn, WSGIServer):
         for listener in listeners:
             self._any.register(listener, select.EPOLLIN)
         # Without HTTPServer's look-up of its own host name, which can wait for a name server.
-        self.server_name, self.server_port = str(self.server_address[0]), int(self.server_address[1])
+        self.server_name, self.server_port = "localhost", 0
+        if listeners[0].family != socket.AF_UNIX:
+            self.server_name, self.server_port = str(self.server_address[0]), int(self.server_address[1])
         self.setup_environ()
 
     def fileno(self) -> int:
@@ -181,7 +190,8 @@ class _Server(ThreadingMixIn, WSGIServer):
         """The next connection. Where there is no descriptor for it, it waits as long as the next look."""
         for fd, _ in self._any.poll(0, 1):
             try:
-                return self._listeners[fd].accept()
+                request, where = self._listeners[fd].accept()
+                return request, where or ("unix", 0)  # who connects by a socket file has no address
             except BlockingIOError:
                 break
             except OSError:
@@ -196,7 +206,15 @@ class _Server(ThreadingMixIn, WSGIServer):
             listener.close()
 
     def verify_request(self, request: Any, client_address: Any) -> bool:
-        """Whether there is room for one more."""
+        """Whether he may ask, and there is room for one more."""
+        if not may_speak(request, self._callers):
+            caller = caller_of(request)
+            _log.warning(
+                "metrics: refused a process (%s): it is not one of the allowed users and groups",
+                caller,
+                extra=repeats(("metrics", caller.uid), "refused"),
+            )
+            return False
         with self._lock:
             if len(self._until) >= _CONNECTIONS:
                 return False
@@ -225,34 +243,33 @@ class _Server(ThreadingMixIn, WSGIServer):
         _log.log(level, "metrics: a scrape from %s failed: %s", client_address, error, exc_info=error)
 
 
-def _server(listeners: Sequence[socket.socket], snapshot: Snapshot) -> _Server:
+def _server(listeners: Sequence[socket.socket], callers: Callers, snapshot: Snapshot) -> _Server:
     registry = CollectorRegistry()
     registry.register(StatusCollector(snapshot))
-    server = _Server(listeners)
+    server = _Server(listeners, callers)
     server.set_app(make_wsgi_app(registry))
     return server
 
 
 async def serve_metrics(
-    host: str,
-    port: int,
+    address: Address,
     snapshot: Snapshot,
     *,
     task_status: trio.TaskStatus[int] = trio.TASK_STATUS_IGNORED,
 ) -> None:
-    """Serves the metrics on `host`:`port` until cancelled; started with the port, chosen where that is 0.
+    """Serves the metrics at `address` until cancelled; started with the port, chosen where that is 0.
 
-    `snapshot` is called in the server's threads. Raises `OperatorError` where the address cannot be bound,
-    and what the server fails with.
+    `snapshot` is called in the server's threads. Raises `OperatorError` where the address cannot be bound, or
+    its socket file has been removed, and what the server fails with.
     """
-    where = host_port(host, port)
+    where = str(address) if address.path is not None else host_port(address.host, address.port)
     try:
-        bound = await bind_tcp(Address(None, host, port, server=True))
+        bound = await bind(address)
     except ListenError as error:
         raise OperatorError(
             f"cannot serve metrics on {where}: {error.reason}; choose another --metrics"
         ) from error
-    server = _server(bound.socks, snapshot)
+    server = _server(bound.socks, address.callers, snapshot)
     ended, token = trio.Event(), trio.lowlevel.current_trio_token()
     failures: list[Exception] = []
 
@@ -265,10 +282,16 @@ async def serve_metrics(
 
     threading.Thread(target=serve, name="metrics", daemon=True).start()
     try:
-        _log.info("metrics on http://%s/metrics", host_port(host, server.server_port))
+        if address.path is None:
+            where = f"http://{host_port(address.host, server.server_port)}/metrics"
+        _log.info("metrics on %s", where)
         task_status.started(server.server_port)
-        await ended.wait()
-        raise failures[0]
+        while bound.in_place:
+            with trio.move_on_after(math.inf if bound.inode is None else _FILE_LOOK_SECONDS):
+                await ended.wait()
+                raise failures[0]
+        raise OperatorError(f"{where} was removed or replaced; leave it, the metrics are asked for there")
     finally:
         server.shutdown()  # waits for one look of the thread
+        bound.close()
         server.server_close()

@@ -50,10 +50,10 @@ class VmOptions:
 class HostOptions:
     """What is one for all VMs."""
 
-    metrics: tuple[str, int] | None = None
-    """Host and port."""
-    control: Path
-    """The unix socket that tells the status."""
+    metrics: Address | None = None
+    """Where the metrics are served."""
+    control: Address
+    """The socket file that tells the status."""
 
 
 @dataclass(frozen=True, kw_only=True)

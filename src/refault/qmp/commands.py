@@ -171,5 +171,5 @@ def verb_name(message: Message) -> bytes:
     raw = message.raw[message.verb + 1 : message.verb_end - 1]
     if b"\\" in raw:
         text: str = decode(_strict(message, message.verb, message.verb_end))
-        return text.encode(errors="replace")  # half of a surrogate pair, which no QEMU takes
+        return text.encode()
     return raw

@@ -11,7 +11,7 @@ import pytest
 
 from refault.cli.main import build_parser, main
 from refault.cli.run import run_options
-from refault.daemon.address import SUN_PATH, parse_address
+from refault.daemon.address import SUN_PATH, Address, parse_address
 from refault.daemon.errors import OperatorError
 from refault.daemon.options import Patience, RunOptions
 from refault.migration.endpoint import Inet
@@ -39,7 +39,7 @@ def test_defaults() -> None:
         recover_uris=(),
         incoming=None,
         metrics=None,
-        control=Path("/run/refault/vm1/vm1.control"),
+        control=Address("/run/refault/vm1/vm1.control", server=True),
         state_dir=Path("/run/refault/vm1"),
     )
 
@@ -57,8 +57,8 @@ def test_everything_given() -> None:
         relay="off",
         recover_uris=("tcp:0.0.0.0:5001", "unix:/run/r"),
         incoming=(Inet("0.0.0.0", 5000), "/run/qemu/i"),
-        metrics=("::1", 9099),
-        control=Path("/c"),
+        metrics=Address(None, "::1", 9099, server=True),
+        control=Address("/c", server=True),
         state_dir=Path("/s"),
         patience=Patience(client_wait=30, give_up_after=86400),
     )
@@ -67,7 +67,8 @@ def test_everything_given() -> None:
 def test_a_tilde_that_the_shell_has_left_is_a_home_directory(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("HOME", "/home/admin")
     options = parsed([*MINIMAL, "--control=~/c", "--state-dir=~/s"])
-    assert (options.control, options.state_dir) == (Path("/home/admin/c"), Path("/home/admin/s"))
+    assert options.control == Address("/home/admin/c", server=True)
+    assert options.state_dir == Path("/home/admin/s")
 
 
 def test_every_name_fits_the_directory_of_the_unit(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -75,8 +76,8 @@ def test_every_name_fits_the_directory_of_the_unit(monkeypatch: pytest.MonkeyPat
         name = "n" * length
         monkeypatch.setenv("RUNTIME_DIRECTORY", f"/run/refault/{name}")
         control = parsed([*MINIMAL, "--name", name]).control
-        assert len(bytes(control)) < SUN_PATH
-        assert control.name == f"{name}.control" or length > 42
+        assert len(control.path or "") < SUN_PATH
+        assert Path(control.path or "").name == f"{name}.control" or length > 42
 
 
 def test_state_directory_of_the_service_manager_is_taken(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -140,6 +141,12 @@ def test_a_tcp_monitor_gives_a_name_too() -> None:
         ([*MINIMAL, "--name", "a", "--name", "b"], "--name: given more than once"),
         ([*MINIMAL, "--qemu", "/other"], "--qemu: given more than once"),
         ([*MINIMAL, "--control", ""], "'' is no path"),
+        ([*MINIMAL, "--control", "/c,read-only=on"], "allow-user= and allow-group= alone"),
+        ([*MINIMAL, "--control", "/c,server=off"], "allow-user= and allow-group= alone"),
+        ([*MINIMAL, "--control", "c,abstract=on"], "allow-user= and allow-group= alone"),
+        ([*MINIMAL, "--control", "/c,allow-user=no-such-user"], "this host has no such user"),
+        ([*MINIMAL, "--metrics", "unix:/m,audit=on"], "allow-user= and allow-group= alone"),
+        ([*MINIMAL, "--metrics", "unix:/run/vm1.qmp"], "this address is that of --listen"),
         ([*MINIMAL, "--state-dir", ""], "'' is no path"),
         ([*MINIMAL, "--state-dir", "~nobody-of-this-name/s"], "~nobody-of-this-name"),
         ([*MINIMAL, "--metrics", "http://127.0.0.1:9099"], "is not HOST:PORT"),

@@ -20,6 +20,7 @@ from tests.unit.daemon.pictures import BUSY, IDLE, PICTURE
 
 from refault.cli.main import main
 from refault.cli.status import NO_ANSWER, NO_DAEMON, NO_QEMU, NOT_PERMITTED, render
+from refault.daemon.address import Address
 from refault.daemon.control import serve_control
 from refault.daemon.paths import short_name
 from refault.daemon.snapshot import Status, decode
@@ -34,7 +35,7 @@ async def daemons(directory: Path, **statuses: Status) -> AsyncIterator[None]:
     async with trio.open_nursery() as nursery:
         for name, status in statuses.items():
             path = directory / f"{name}.control"
-            await nursery.start(serve_control, path, partial(_same, status))
+            await nursery.start(serve_control, Address(str(path)), partial(_same, status))
         yield
         nursery.cancel_scope.cancel()
 

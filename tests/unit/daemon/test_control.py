@@ -17,14 +17,16 @@ import trio
 from tests.unit.daemon.pictures import BUSY, PICTURE
 
 from refault.daemon import control
+from refault.daemon.address import Address, parse_address
 from refault.daemon.errors import OperatorError
 from refault.daemon.snapshot import Status, encode
 
 
 @asynccontextmanager
-async def serving(path: Path, status: Status = PICTURE) -> AsyncIterator[None]:
+async def serving(path: Path, status: Status = PICTURE, options: str = "") -> AsyncIterator[None]:
+    address = parse_address(f"unix:{path}{options}", server=True)
     async with trio.open_nursery() as nursery:
-        await nursery.start(control.serve_control, path, lambda: status)
+        await nursery.start(control.serve_control, address, lambda: status)
         yield
         nursery.cancel_scope.cancel()
 
@@ -86,18 +88,32 @@ async def test_a_peer_that_leaves_at_once_does_no_harm(tmp_path: Path) -> None:
 
 
 @pytest.mark.skipif(os.getuid() != 0, reason="only root can start a process of another user")
-async def test_another_user_is_told_nothing(caplog: pytest.LogCaptureFixture) -> None:
+@pytest.mark.parametrize(
+    ("options", "mode", "may"),
+    [
+        ("", 0o600, False),
+        (",allow-user=4242", 0o666, False),
+        (",allow-user=65534", 0o666, True),
+        (",allow-group=65534", 0o666, True),
+        (",mode=0666", 0o666, True),
+        (",mode=0666,allow-group=4242", 0o666, False),
+    ],
+)
+async def test_which_other_users_are_told(
+    options: str, mode: int, may: bool, caplog: pytest.LogCaptureFixture
+) -> None:
     with tempfile.TemporaryDirectory() as directory:  # tmp_path lets no other user in
         path = Path(directory) / "vm.control"
         os.chmod(directory, 0o755)
-        async with serving(path):
+        async with serving(path, options=options):
+            assert stat.S_IMODE(path.stat().st_mode) == mode
             path.chmod(0o666)  # the credentials alone must do
             connect = ["socat", "-u", f"UNIX-CONNECT:{path}", "STDOUT"]
-            told = await trio.run_process(connect, user=65534, capture_stdout=True)
-            assert told.stdout == b""
+            told = await trio.run_process(connect, user=65534, group=65534, capture_stdout=True)
+            assert told.stdout == (encode(PICTURE) if may else b"")
             told = await trio.run_process(connect, capture_stdout=True)
             assert told.stdout == encode(PICTURE)
-    assert "of user 65534" in caplog.text
+    assert ("uid 65534" in caplog.text) == (not may)
 
 
 async def test_a_stale_socket_is_replaced(tmp_path: Path) -> None:
@@ -115,7 +131,7 @@ async def test_a_live_socket_is_not(tmp_path: Path, backlog: int) -> None:
     with listening(path, backlog=backlog), socket.socket(socket.AF_UNIX) as first:
         first.connect(str(path))  # with a backlog of 0 the queue is full now
         with pytest.raises(OperatorError, match="listens there already"):
-            await control.serve_control(path, lambda: PICTURE)
+            await control.serve_control(Address(str(path)), lambda: PICTURE)
         assert path.is_socket()
 
 
@@ -125,7 +141,7 @@ async def test_a_live_socket_is_not(tmp_path: Path, backlog: int) -> None:
 async def test_what_cannot_be_bound_is_one_line(tmp_path: Path, name: str) -> None:
     (tmp_path / "file").write_text("precious")
     with pytest.raises(OperatorError, match=r"\Acannot listen on [^\n]*--control\)\Z"):
-        await control.serve_control(tmp_path / name, lambda: PICTURE)
+        await control.serve_control(Address(str(tmp_path / name)), lambda: PICTURE)
     assert (tmp_path / "file").read_text() == "precious"
 
 

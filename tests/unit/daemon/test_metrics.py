@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import os
 import re
 import resource
 import socket
+import stat
+import subprocess
+import tempfile
 import threading
 import time
 import urllib.request
@@ -18,12 +22,15 @@ from prometheus_client.parser import text_string_to_metric_families
 from tests.unit.daemon.pictures import PICTURE
 
 from refault.daemon import metrics
+from refault.daemon.address import Address, parse_address
 from refault.daemon.errors import OperatorError
 from refault.daemon.metrics import StatusCollector, serve_metrics
 from refault.daemon.snapshot import Status
 
 DOCS = Path(__file__).parents[3] / "docs" / "metrics.md"
 SUFFIXES = {"counter": "_total", "gauge": "", "histogram": ""}
+
+LOCAL = Address(None, "127.0.0.1", server=True)
 
 
 def exposition(status: Status) -> str:
@@ -120,7 +127,7 @@ def scrape(port: int) -> str:
 async def test_server_serves_the_last_picture_and_frees_its_port() -> None:
     picture = Status(version="1")
     async with trio.open_nursery() as nursery:
-        port = await nursery.start(serve_metrics, "127.0.0.1", 0, lambda: picture)
+        port = await nursery.start(serve_metrics, LOCAL, lambda: picture)
         assert 'refault_info{version="1"}' in await trio.to_thread.run_sync(scrape, port)
         picture = Status(version="2")
         assert 'refault_info{version="2"}' in await trio.to_thread.run_sync(scrape, port)
@@ -132,7 +139,7 @@ async def test_server_serves_the_last_picture_and_frees_its_port() -> None:
 
 async def test_a_silent_connection_keeps_no_one_from_scraping() -> None:
     async with trio.open_nursery() as nursery:
-        port = await nursery.start(serve_metrics, "127.0.0.1", 0, lambda: PICTURE)
+        port = await nursery.start(serve_metrics, LOCAL, lambda: PICTURE)
         with socket.create_connection(("127.0.0.1", port)):
             assert "refault_info" in await trio.to_thread.run_sync(scrape, port)
         nursery.cancel_scope.cancel()
@@ -143,7 +150,7 @@ async def test_who_takes_too_long_over_a_request_is_closed(
 ) -> None:
     monkeypatch.setattr(metrics, "_REQUEST_SECONDS", 0.3)
     async with trio.open_nursery() as nursery:
-        port = await nursery.start(serve_metrics, "127.0.0.1", 0, lambda: PICTURE)
+        port = await nursery.start(serve_metrics, LOCAL, lambda: PICTURE)
         with trio.fail_after(5):
             async with await trio.open_tcp_stream("127.0.0.1", port) as slow:
                 with suppress(trio.BrokenResourceError):
@@ -160,7 +167,7 @@ async def test_who_takes_too_long_over_a_request_is_closed(
 async def test_scrapers_leave_the_daemon_its_descriptors(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(metrics, "_CONNECTIONS", 3)
     async with trio.open_nursery() as nursery:
-        port = await nursery.start(serve_metrics, "127.0.0.1", 0, lambda: PICTURE)
+        port = await nursery.start(serve_metrics, LOCAL, lambda: PICTURE)
         with trio.fail_after(5):
             async with AsyncExitStack() as stack:
                 for _ in range(4):
@@ -175,7 +182,7 @@ async def test_scrapers_leave_the_daemon_its_descriptors(monkeypatch: pytest.Mon
 
 async def test_a_scraper_for_whom_there_is_no_descriptor_costs_nothing() -> None:
     async with trio.open_nursery() as nursery:
-        port = await nursery.start(serve_metrics, "127.0.0.1", 0, lambda: PICTURE)
+        port = await nursery.start(serve_metrics, LOCAL, lambda: PICTURE)
         scraper = socket.socket()
         soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
         with scraper:
@@ -194,9 +201,63 @@ async def test_a_port_in_use_is_one_line_for_the_operator() -> None:
     with socket.create_server(("127.0.0.1", 0)) as taken:
         port = taken.getsockname()[1]
         with pytest.raises(OperatorError, match=rf"^cannot serve metrics on 127\.0\.0\.1:{port}: .*; .*$"):
-            await serve_metrics("127.0.0.1", port, lambda: PICTURE)
+            await serve_metrics(Address(None, "127.0.0.1", port, server=True), lambda: PICTURE)
 
 
 async def test_a_host_that_does_not_resolve_is_one_line_for_the_operator() -> None:
     with pytest.raises(OperatorError, match=r"^cannot serve metrics on no\.such\.host\.invalid:9: .*; .*$"):
-        await serve_metrics("no.such.host.invalid", 9, lambda: PICTURE)
+        await serve_metrics(Address(None, "no.such.host.invalid", 9, server=True), lambda: PICTURE)
+
+
+SCRAPE = b"GET /metrics HTTP/1.0\r\n\r\n"
+
+
+def asked(path: Path, user: int | None = None) -> bytes:
+    connect = ["socat", "-t5", "STDIO", f"UNIX-CONNECT:{path}"]
+    return subprocess.run(
+        connect, input=SCRAPE, user=user, group=user, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL
+    ).stdout
+
+
+async def test_on_a_socket_file(tmp_path: Path) -> None:
+    path = tmp_path / "metrics"
+    async with trio.open_nursery() as nursery:
+        await nursery.start(serve_metrics, parse_address(f"unix:{path}", server=True), lambda: PICTURE)
+        assert stat.S_IMODE(path.stat().st_mode) == 0o600
+        assert b"refault_info" in await trio.to_thread.run_sync(asked, path)
+        nursery.cancel_scope.cancel()
+    assert not path.exists()
+
+
+async def test_a_socket_file_that_was_removed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(metrics, "_FILE_LOOK_SECONDS", 0.02)
+    path = tmp_path / "metrics"
+    ended: list[OperatorError] = []
+
+    async def serve(*, task_status: trio.TaskStatus[int]) -> None:
+        address = parse_address(f"unix:{path}", server=True)
+        try:
+            await serve_metrics(address, lambda: PICTURE, task_status=task_status)
+        except OperatorError as error:
+            ended.append(error)
+
+    with trio.fail_after(10):
+        async with trio.open_nursery() as nursery:
+            await nursery.start(serve)
+            path.unlink()
+    assert "was removed or replaced" in str(ended)
+
+
+@pytest.mark.skipif(os.getuid() != 0, reason="only root can start a process of another user")
+async def test_to_whom_a_socket_file_tells_them(caplog: pytest.LogCaptureFixture) -> None:
+    with tempfile.TemporaryDirectory() as directory:  # tmp_path lets no other user in
+        os.chmod(directory, 0o755)
+        path = Path(directory) / "metrics"
+        address = parse_address(f"unix:{path},allow-user=65534", server=True)
+        async with trio.open_nursery() as nursery:
+            await nursery.start(serve_metrics, address, lambda: PICTURE)
+            assert b"refault_info" in await trio.to_thread.run_sync(asked, path, 65534)
+            assert await trio.to_thread.run_sync(asked, path, 4242) == b""
+            assert await trio.to_thread.run_sync(asked, path) == b""
+            nursery.cancel_scope.cancel()
+    assert "uid 4242" in caplog.text

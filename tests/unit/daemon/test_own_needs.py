@@ -13,6 +13,7 @@ import trio
 from tests.unit.daemon.pictures import PICTURE
 
 from refault.daemon import control, own_needs
+from refault.daemon.address import Address
 from refault.daemon.control import query, serve_control
 from refault.daemon.metrics import serve_metrics
 from refault.daemon.own_needs import Troubles
@@ -37,7 +38,7 @@ async def test_a_port_that_is_taken_is_waited_for(caplog: pytest.LogCaptureFixtu
     async with trio.open_nursery() as nursery:
         with socket.create_server(("127.0.0.1", 0)) as taken:
             port = taken.getsockname()[1]
-            metrics = partial(serve_metrics, "127.0.0.1", port, lambda: PICTURE)
+            metrics = partial(serve_metrics, Address(None, "127.0.0.1", port, server=True), lambda: PICTURE)
             await nursery.start(troubles.keep, "vm1: metrics", metrics)
             [told] = troubles.tell()
             assert told.startswith(f"vm1: metrics: cannot serve metrics on 127.0.0.1:{port}: something")
@@ -51,7 +52,7 @@ async def test_a_control_socket_is_made_when_it_can_be_and_made_again(tmp_path: 
     path = tmp_path / "run" / "vm1.control"
     troubles = Troubles()
     async with trio.open_nursery() as nursery:
-        serve = partial(serve_control, path, lambda: PICTURE)
+        serve = partial(serve_control, Address(str(path)), lambda: PICTURE)
         await nursery.start(troubles.keep, "vm1: control socket", serve)
         assert "directory does not exist" in troubles.tell()[0]
         path.parent.mkdir()
