@@ -99,6 +99,7 @@ struct rf_pagemap {
     enum proof proof;
 
     struct chunk **chunks;
+    uint32_t chunks_length; /* as many as there have ever been slots for */
     uint32_t chunks_room;
     uint32_t slots; /* in use or free; and so many hash buckets */
     uint32_t free_slot;
@@ -187,8 +188,8 @@ void rf_pagemap_free(struct rf_pagemap *map) {
         free_bitmaps(block_at(map, i));
         rf_budget_free(&map->budget, block_at(map, i), sizeof(struct block));
     }
-    for (uint32_t slot = 0; slot < map->slots; slot += RECORDS_CHUNK) {
-        rf_budget_free(&map->budget, map->chunks[slot / RECORDS_CHUNK], sizeof(struct chunk));
+    for (uint32_t i = 0; i < map->chunks_length; i++) {
+        rf_budget_free(&map->budget, map->chunks[i], sizeof(struct chunk));
     }
     rf_budget_free(&map->budget, map->chunks, map->chunks_room * sizeof(*map->chunks));
     rf_budget_free(NULL, map, sizeof(*map));
@@ -265,7 +266,7 @@ static void unchain_record(struct rf_pagemap *map, uint32_t slot) {
 }
 
 static bool add_chunk(struct rf_pagemap *map) {
-    uint32_t number = map->slots / RECORDS_CHUNK;
+    uint32_t number = map->chunks_length;
     if (number == map->chunks_room) {
         uint32_t room = number == 0 ? CHUNKS_FIRST : number * 2;
         struct chunk **chunks =
@@ -277,13 +278,14 @@ static bool add_chunk(struct rf_pagemap *map) {
         map->chunks_room = room;
     }
     map->chunks[number] = rf_budget_alloc(&map->budget, sizeof(struct chunk));
+    map->chunks_length += map->chunks[number] != NULL;
     return map->chunks[number] != NULL;
 }
 
 /* One slot more, and one hash bucket, so that the table grows by steps of one size. NONE without memory. */
 static uint32_t add_slot(struct rf_pagemap *map) {
     uint32_t added = map->slots;
-    if (added == RECORDS_MAX || (added % RECORDS_CHUNK == 0 && !add_chunk(map))) {
+    if (added == RECORDS_MAX || (added / RECORDS_CHUNK == map->chunks_length && !add_chunk(map))) {
         return NONE;
     }
     map->slots++;
@@ -1187,9 +1189,22 @@ int rf_pagemap_replayed(struct rf_pagemap *map, uint64_t id, uint64_t now) {
 
 void rf_pagemap_complete(struct rf_pagemap *map) {
     write_begin(map);
-    while (map->oldest != NONE) {
-        end_record(map, map->oldest);
+    rf_statefile_end_all(map->kept, map->last_id);
+    for (uint32_t i = 0; i < blocks_length(map); i++) {
+        struct block *block = block_at(map, i);
+        add(&block->arrived, get(&block->outstanding));
+        put(&block->outstanding, 0);
+        put(&block->recorded, 0);
+        if (block->missing != NULL) {
+            rf_bitmap_clear_all(block->missing);
+            rf_bitmap_clear_all(block->unconfirmed);
+        }
     }
+    add(&map->counters.arrived, get(&map->counters.outstanding));
+    put(&map->counters.outstanding, 0);
+    put(&map->counters.recorded, 0);
+    map->slots = map->irregular_length = 0; /* the chunks stay: to free millions of records takes long too */
+    map->free_slot = map->oldest = map->newest = map->cursor = NONE;
     write_end(map);
 }
 

@@ -172,7 +172,7 @@ int rf_pagemap_replay_next(struct rf_pagemap *map, uint64_t after, struct rf_req
 /* The record was written to the source. RF_OUT_OF_RANGE: no such record. */
 int rf_pagemap_replayed(struct rf_pagemap *map, uint64_t id, uint64_t now);
 
-/* The migration completed: every record ends, as answered. */
+/* The migration completed: every record ends, as answered. However many they are, it takes no longer. */
 void rf_pagemap_complete(struct rf_pagemap *map);
 
 /* From any thread. 1: a consistent picture; 0: the writer was too busy, counters may be a few events apart.

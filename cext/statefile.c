@@ -41,6 +41,8 @@ struct header {
     _Atomic uint64_t blocks_length;
     _Atomic uint64_t records_room; /* slots that are allocated: a shorter file has been cut */
     _Atomic uint64_t crashed;      /* enum rf_work */
+    /* With a checksum in it. */
+    _Atomic uint64_t ended; /* records with an id up to this one have ended; 0: none by this word */
 };
 
 struct file_block {
@@ -305,6 +307,12 @@ void rf_statefile_end(struct rf_statefile *file, uint32_t slot) {
     }
 }
 
+void rf_statefile_end_all(struct rf_statefile *file, uint64_t last) {
+    if (file != NULL && last != 0) {
+        put(&header_of(file)->ended, with_check(last & CHECKED_MASK));
+    }
+}
+
 /* Reading. */
 
 static bool read_all(int fd, void *out, size_t bytes, uint64_t at) {
@@ -345,6 +353,10 @@ static enum rf_restored load_header(int fd, uint64_t size, const uint8_t *key, s
         size < RECORDS_AT + records_room * sizeof(struct file_record)) {
         return RF_RESTORED_TORN;
     }
+    image->ended = word(&header.ended) & CHECKED_MASK;
+    if (word(&header.ended) != 0 && word(&header.ended) != with_check(image->ended)) {
+        return RF_RESTORED_TORN;
+    }
     image->crashed = (enum rf_work)crashed;
     return RF_RESTORED_WHOLE;
 }
@@ -380,7 +392,7 @@ static enum rf_restored load_blocks(int fd, struct rf_statefile_image *image) {
 
 static void take_record(struct rf_statefile_image *image, const struct file_record *record, uint32_t slot) {
     uint64_t state = word(&record->state);
-    if (state == 0) {
+    if (state == 0 || (state >> 1 != 0 && state >> 1 <= image->ended)) {
         return;
     }
     uint32_t block = (uint32_t)(record->length_and_block >> 32);

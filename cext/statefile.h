@@ -95,6 +95,8 @@ void rf_statefile_record(struct rf_statefile *file, uint32_t slot, const struct 
 /* Nothing where the slot holds no record. */
 void rf_statefile_outstanding(struct rf_statefile *file, uint32_t slot, bool outstanding);
 void rf_statefile_end(struct rf_statefile *file, uint32_t slot);
+/* All records up to the one with the id `last` end at once; ids grow. */
+void rf_statefile_end_all(struct rf_statefile *file, uint64_t last);
 
 /* A state file as it was read. What it says is whole, and no more than that: the reader checks what it means.
  */
@@ -110,6 +112,7 @@ struct rf_statefile_image {
     uint32_t facts;
     uint32_t page_bits;
     enum rf_work crashed; /* in what its writer died */
+    uint64_t ended;       /* records up to this id are left out */
     uint32_t blocks_length;
     struct rf_statefile_block *blocks;
     uint32_t records_length;

@@ -1,4 +1,5 @@
-"""What the record of page requests takes of the pump while it grows to 2^21 requests, each of another page.
+"""What the record of page requests takes of the pump while it grows to 2^21 requests, each of another page,
+and when all of them end with the migration.
 
 The pump does nothing else meanwhile, so the longest step is what a table that grows costs a page that passes
 then. Times are of this thread's CPU, so that other work on the machine does not count; a call from Python is
@@ -21,7 +22,8 @@ NAME = b"pc.ram"
 
 
 def a_round() -> dict[str, float]:
-    """Seconds of one step in the middle and of the longest, of a call alone, and the bytes of the table."""
+    """Seconds of one step in the middle and of the longest, of a call alone and of the end of all, and the
+    bytes of the table."""
     page_map = ffi.gc(lib.rf_pagemap_new(1 << 40, PAGE), lib.rf_pagemap_free)
     lib.rf_pagemap_declare(page_map, NAME, len(NAME), REQUESTS * PAGE, 0)
     request, now = lib.rf_pagemap_request, time.thread_time_ns
@@ -41,11 +43,15 @@ def a_round() -> dict[str, float]:
     lib.rf_pagemap_stats(page_map, stats)
     if stats.recorded != REQUESTS:
         raise AssertionError(f"{stats.recorded} requests of {REQUESTS}")
+    before = now()
+    lib.rf_pagemap_complete(page_map)
+    end = now() - before
     steps.sort()
     return {
         "call": sorted(calls)[500] / 1e9,
         "step": steps[REQUESTS // 2] / 1e9,
         "longest": steps[-1] / 1e9,
+        "end": end / 1e9,
         "bytes": int(stats.memory) / REQUESTS,
     }
 
@@ -65,6 +71,7 @@ def main() -> None:
         return
     print(f"a call alone: {best['call'] * 1e6:.2f} us")
     print(f"a request:    {best['step'] * 1e6:.2f} us, the longest {best['longest'] * 1e3:.2f} ms")
+    print(f"the end:      {best['end'] * 1e3:.2f} ms")
     print(f"memory:       {best['bytes']:.0f} bytes a request")
 
 

@@ -328,7 +328,7 @@ def test_a_long_replay_takes_no_longer_for_each_request_than_a_short_one() -> No
     assert times[-1] - times[-2000] < 5 * (times[1999] - times[0])
 
 
-def test_a_table_that_grows_does_not_stop_the_pump() -> None:
+def test_a_table_that_grows_or_ends_does_not_stop_the_pump() -> None:
     """In CPU time, but for one step, which an interrupt may have met; bench_pagemap.py goes on to 2^21."""
     requests = (1 << 18) + 1
     page_map = PageMap()
@@ -341,6 +341,14 @@ def test_a_table_that_grows_does_not_stop_the_pump() -> None:
         steps.append(time.thread_time_ns() - before)
     assert page_map.stats().recorded == requests
     assert sorted(steps)[-2] < 5_000_000
+    held, before = page_map.stats().memory, time.thread_time_ns()
+    page_map.complete()
+    assert time.thread_time_ns() - before < 5_000_000
+    assert page_map.stats().recorded == 0
+    for page in range(1000):  # in the room of those before
+        page_map.request(b"pc.ram", page * PAGE, PAGE, page)
+    assert [record.start for record in page_map.records()] == [page * PAGE for page in range(1000)]
+    assert page_map.stats().memory <= held
 
 
 def test_blocks_known_by_name_until_a_bitmap_tells_their_size() -> None:

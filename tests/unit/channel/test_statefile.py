@@ -236,6 +236,7 @@ DAMAGES: dict[str, tuple[Callable[[int], None], Restored]] = {
     "another version": (lambda fd: flip(fd, 8), Restored.VERSION),
     "a changed key": (lambda fd: flip(fd, 20), Restored.TORN),
     "changed facts": (lambda fd: flip(fd, FACTS_AT), Restored.TORN),
+    "a changed word of what has ended": (lambda fd: flip(fd, FACTS_AT + 5 * 8), Restored.TORN),
     "a changed block name": (lambda fd: flip(fd, 4096 + 2), Restored.TORN),
     "a changed block size": (lambda fd: flip(fd, 4096 + 264), Restored.TORN),
     "a file of 1 TiB": (lambda fd: os.truncate(fd, 1 << 40), Restored.TORN),
@@ -264,6 +265,16 @@ def test_a_torn_record_is_left_out(fd: int, at: int) -> None:
     with reopened(fd) as after:
         assert after.restored is Restored.WHOLE
         assert [row[1] for row in rows(after)] == [3 * PAGE]
+
+
+def test_records_that_have_ended_at_once_are_not_torn_though_their_slots_are_taken_again(fd: int) -> None:
+    tracker = writer(fd)
+    tracker.complete()
+    tracker.backward(s.request(5 * PAGE, PAGE, RAM), 9)
+    flip(fd, RECORDS_AT + 40 + 9)  # of the second, as one who is killed leaves it in its midst
+    with reopened(fd) as after:
+        assert [row[1] for row in rows(after)] == [5 * PAGE]
+        assert after.stats().torn == 0
 
 
 @pytest.mark.parametrize("key", [b"", KEY[:-1], KEY + b"x", b"another 42 1700 an-id"])
