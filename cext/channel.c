@@ -646,15 +646,28 @@ void rf_channel_lose(struct rf_channel *channel, int error) {
     }
 }
 
-/* What the kernels take and hold at this moment passes on as ever. */
+static void take_all(struct rf_channel *channel) {
+    rf_leg_take_all(&channel->local);
+    rf_leg_take_all(&channel->far);
+    for (unsigned i = 0; i < channel->lane_count; i++) {
+        rf_leg_take_all(&channel->lanes[i]->local);
+        rf_leg_take_all(&channel->lanes[i]->far);
+    }
+}
+
+/* What the kernels take and hold at this moment passes on as ever, but that room is tried for, not asked. */
 static void last_moves(struct rf_channel *channel) {
     struct pollfd polls[RF_CHANNEL_POLLS];
     uint64_t before;
 
+    take_all(channel);
     for (int round = 0; round < LAST_ROUNDS; round++) {
+        unsigned count = rf_channel_want(channel, polls);
+
         before = channel->forward_bytes + channel->return_bytes;
-        if (poll(polls, rf_channel_want(channel, polls), 0) <= 0) {
-            break;
+        (void)poll(polls, count, 0); /* without memory nothing is known of ends */
+        for (unsigned i = 0; i < count; i++) {
+            polls[i].revents |= polls[i].events & (POLLIN | POLLOUT);
         }
         rf_channel_move(channel, polls);
         if (before == channel->forward_bytes + channel->return_bytes) {

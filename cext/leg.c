@@ -120,7 +120,17 @@ void rf_leg_see_failed_write(struct rf_leg *leg) {
 bool rf_leg_writable(const struct rf_leg *leg) {
     struct pollfd one = {.fd = leg->fd, .events = POLLOUT};
 
-    return leg->fd >= 0 && poll(&one, 1, 0) > 0;
+    return leg->fd >= 0 && (leg->at_last || poll(&one, 1, 0) > 0);
+}
+
+void rf_leg_take_all(struct rf_leg *leg) {
+    leg->at_last = true;
+    if (leg->is_tcp && leg->fd >= 0) {
+        const unsigned no_limit = UINT32_MAX;
+
+        /* Where it fails a little less is taken. */
+        (void)setsockopt(leg->fd, IPPROTO_TCP, TCP_NOTSENT_LOWAT, &no_limit, sizeof(no_limit));
+    }
 }
 
 void rf_leg_probe(struct rf_leg *leg, unsigned dead_after_s) {

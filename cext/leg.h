@@ -35,6 +35,7 @@ struct rf_leg {
     bool may_write;          /* no write has failed, nor has the direction been ended */
     int write_error;         /* errno of the write that failed, 0 for none */
     bool is_tcp;
+    bool at_last;  /* rf_leg_take_all */
     uint64_t sent; /* bytes that the kernel took from us */
 };
 
@@ -68,8 +69,15 @@ void rf_leg_see_end(struct rf_leg *leg, short events);
 /* Takes note that it cannot be written any more: FAILED, unless its end has shown itself before. */
 void rf_leg_see_failed_write(struct rf_leg *leg);
 
-/* True where the kernel would take bytes now (or would tell that it never will). */
+/* True where the kernel would take bytes now (or would tell that it never will); at last, always. */
 bool rf_leg_writable(const struct rf_leg *leg);
+
+/*
+ * It is about to be closed: from now on the kernel is offered all that there is. It takes more than it says
+ * that it has room for: of a unix socket's buffer poll(2) tells while three quarters are free
+ * (net/unix/af_unix.c, unix_writable).
+ */
+void rf_leg_take_all(struct rf_leg *leg);
 
 /*
  * From now on the peer's silence counts: the kernel probes an idle connection, so that a host that is gone

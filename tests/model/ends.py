@@ -19,7 +19,6 @@ import contextlib
 import errno
 import fcntl
 import random
-import select
 import socket
 import struct
 import sys
@@ -51,6 +50,9 @@ BEGINNING = (
 SECTION = streams.part() + streams.zero(0, BLOCK) + streams.EOS + streams.footer()
 EOF = streams.part(kind=3) + streams.EOS + streams.footer() + streams.EOF
 RESET = struct.pack("ii", 1, 0)
+REQUEST = 4 + 8 + 4 + 1 + len(BLOCK)
+"""The length of a request."""
+_TCP_CLOSE = 7
 
 
 class NotAsPlain(Exception):  # noqa: N818 - it says what happened
@@ -113,16 +115,26 @@ class End:
         """Waits until the kernels beyond have all that was sent."""
         deadline = time.monotonic() + DEADLINE
         for end in (self.relayed, self.plain):
-            while end.family == socket.AF_INET and _unacknowledged(end) and time.monotonic() < deadline:
+            while under_way := _under_way(end):
+                if time.monotonic() > deadline:
+                    raise NotAsPlain(f"of {len(self.sent)} bytes {under_way} do not arrive")
                 time.sleep(0.0001)
 
+    def promises_what_arrived(self) -> int:
+        """What is under way reaches no end that is closed now. Gives the bytes that were not."""
+        there = len(self.sent) - _under_way(self.relayed)
+        self.promised = min(self.promised, there)
+        return there
 
-def _unacknowledged(end: socket.socket) -> int:
+
+def _under_way(end: socket.socket) -> int:
+    """Bytes that the kernel beyond does not have yet, and is going to."""
+    if end.family != socket.AF_INET:
+        return 0  # there is one kernel
     count = array.array("i", [0])
     fcntl.ioctl(end, termios.TIOCOUTQ, count)
-    return (
-        count[0] if not select.select([end], [], [], 0)[0] else 0
-    )  # one that was reset acknowledges nothing
+    was_reset = end.getsockopt(socket.IPPROTO_TCP, socket.TCP_INFO, 1)[0] == _TCP_CLOSE
+    return 0 if was_reset else count[0]
 
 
 @dataclass
@@ -241,7 +253,7 @@ class Course:
 
     def _ask(self) -> None:
         end = self._destination_end(self.main)
-        if not end.writes or len(end.sent) > MOST_REQUESTS * 23:
+        if not end.writes or len(end.sent) > MOST_REQUESTS * REQUEST:
             return
         before = len(end.sent)
         end.send(_request(self.page), promised=self._promises(self.main))
@@ -325,11 +337,16 @@ class Course:
                 "the loss is told",
                 read=True,
             )
-        if self.chance.random() < 0.5:
-            for connection in self.connections:
-                for end in (connection.host, connection.qemu):
-                    if end.open:
-                        end.arrived()
+        arrives = self.chance.random() < 0.5
+        for connection in self.connections:
+            host = connection.host
+            if not host.open:
+                continue
+            if arrives:
+                host.arrived()
+            there = host.promises_what_arrived()
+            if host is self._destination_end(self.main):
+                self.asked = min(self.asked, there // REQUEST)
         self.relay.close_channel(self.number)
         for connection in self.connections:
             if connection.host.open:

@@ -6,6 +6,7 @@ import contextlib
 import errno
 import fcntl
 import os
+import select
 import socket
 import struct
 import termios
@@ -119,6 +120,10 @@ def until(holds: object, what: str) -> None:
     while not holds():  # type: ignore[operator]
         assert time.monotonic() < deadline, what
         time.sleep(0.001)
+
+
+def until_passed(ends: Ends, count: int) -> None:
+    ends.until(lambda view: view.forward_bytes == count)
 
 
 @contextmanager
@@ -509,6 +514,37 @@ def test_what_the_kernel_holds_is_passed_on_before_a_relay_ends(role: Role, kept
         relay.close(keep_local=kept)
         assert read_exactly(qemu, len(PONG) * 1000) == PONG * 1000
         assert nothing_comes(qemu) is kept
+
+
+@pytest.mark.parametrize("lane", [None, *Lane])
+@pytest.mark.parametrize("role", list(Role))
+def test_a_channel_that_is_closed_passes_on_what_its_reader_has_room_for(
+    role: Role, lane: Lane | None
+) -> None:
+    """Of which poll(2) does not tell: it says that there is none while there is much."""
+    piece, behind = bytes(2000), bytes(30_000)
+    sent = 0
+    with relaying(role) as ends:
+        ends.channel(lanes=lane is not None)
+        local, qemu = socket.socketpair()
+        far, host = tcp_pair()
+        ends.others += [qemu, host]
+        into, writer, reader = (local, host, qemu) if role is Role.DESTINATION else (far, qemu, host)
+        with into.dup() as taker:
+            if lane is None:
+                ends.relay.attach(local.detach(), far.detach(), recovered=False, may_replay=True)
+                ends.until(lambda view: view.channel == 2)
+            else:
+                ends.relay.add_lane(1, lane, local.detach(), far.detach())
+            while select.select([], [taker], [], 0)[1]:
+                writer.sendall(piece)
+                sent += len(piece)
+                until_passed(ends, sent)
+        writer.sendall(behind)
+        if writer is host:
+            until(lambda: unacknowledged(host) == 0, "it has arrived")
+        ends.relay.close_channel(ends.relay.look().channel)
+        assert len(to_its_end(reader)) == sent + len(behind)
 
 
 def test_a_closed_relay_says_so_and_takes_no_descriptor() -> None:
