@@ -104,3 +104,20 @@ async def test_a_precopy_ends_as_without_a_relay(tmp_path: Path, binary: str, wh
         directory.mkdir()
         ends.append(await end_of(directory, binary, what, how, relayed))
     assert ends[1] == ends[0]
+
+
+@pytest.mark.parametrize("relayed", [False, True])
+async def test_a_source_that_has_gone_with_its_preempt_channel_is_no_stranger(
+    tmp_path: Path, relayed: bool
+) -> None:
+    """QEMU up to 7.2 begins when both connections are there, and so learns of the source's end."""
+    port = free_port()
+    async with end(tmp_path, "dst", incoming="defer", relayed=relayed) as dst:
+        await bare.set_capabilities(dst.client, "events", "postcopy-ram", "postcopy-preempt")
+        await dst.client.execute("migrate-incoming", {"uri": f"tcp:127.0.0.1:{port}"})
+        main, lane = [await trio.open_tcp_stream("127.0.0.1", port) for _ in range(2)]
+        await main.send_all(b"QEVM\0\0\0\3")
+        await lane.aclose()
+        await main.aclose()
+        with trio.fail_after(9):  # refault waits ten seconds for a lane
+            assert await dst.qemu.process.wait() == 1

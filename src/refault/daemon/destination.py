@@ -290,7 +290,7 @@ class Destination:
             return
         gathered = None
         if migration.lanes.count and isinstance(self._doors.first, QemuListens):
-            gathered = await self._gathering.gather(connection)
+            gathered = await self._gathering.gather(connection, recovered=False)
             if gathered is None:
                 return
             if self._doors.first is None:  # another source was faster
@@ -397,7 +397,7 @@ class Destination:
                     gathered = None
                     try:
                         if isinstance(door, QemuListens):
-                            gathered = await self._gathering.gather(connection)
+                            gathered = await self._gathering.gather(connection, recovered=True)
                             if gathered is None:
                                 self._doors.taken(door)
                                 return

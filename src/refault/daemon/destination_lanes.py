@@ -58,6 +58,7 @@ class Main:
     connection: trio.socket.SocketType
     number: int
     peer: str
+    recovered: bool
 
 
 @dataclass(frozen=True)
@@ -142,11 +143,11 @@ class Gathering:
         if arrival.taken is not None:
             arrival.handed = detached(connection)
 
-    async def gather(self, connection: trio.socket.SocketType) -> Gathered | None:
+    async def gather(self, connection: trio.socket.SocketType, *, recovered: bool) -> Gathered | None:
         """Waits for what belongs to a main connection that has come. None where it did not come."""
         migration = self._migration
         arrival = self._room.arrival_of(connection)
-        main = Main(connection, arrival.number, arrival.peer)
+        main = Main(connection, arrival.number, arrival.peer, recovered)
         late = migration.lanes.preempt and abilities(migration.vm.version).preempt_comes_late
         gathered = Gathered(main, [], late=late)
         if late or await self._gather(gathered.others, main):
@@ -205,7 +206,9 @@ class Gathering:
                 if lanes.multifd:
                     others += self._take_multifd(main)
                 else:
-                    others += await self._take_preempt(main, began)
+                    # A source that has gone has closed all: its QEMU is to see that, as it would by itself.
+                    gone = not main.recovered and not alive(main.connection)
+                    others += await self._take_preempt(main, began, ended=gone)
                 if len(others) < lanes.count:
                     with trio.move_on_after(_LOOK):
                         await changed.wait()
@@ -251,10 +254,12 @@ class Gathering:
             channel.taken.set()
         return [detached(channel.connection) for channel in chosen]
 
-    async def _take_preempt(self, main: Main, since: float) -> list[trio.socket.SocketType]:
-        arrival = self._room.preempt_after(main.number, main.peer)
+    async def _take_preempt(
+        self, main: Main, since: float, *, ended: bool = False
+    ) -> list[trio.socket.SocketType]:
+        arrival = self._room.preempt_after(main.number, main.peer, ended=ended)
         if arrival is None and trio.current_time() > since + OTHER_HOST_AFTER:
-            arrival = self._room.preempt_after(main.number)
+            arrival = self._room.preempt_after(main.number, ended=ended)
         return [await self._room.take(arrival)] if arrival is not None else []
 
     async def _bring_preempt(self, channels: Channels, channel: int, door: QemuListens, main: Main) -> None:

@@ -12,8 +12,8 @@ from collections.abc import Awaitable, Callable, Collection
 import trio
 
 from refault.daemon import lookups
-from refault.daemon.far_socket import alive, detached, growing_pauses, peek
-from refault.daemon.waiting_room import WaitingRoom
+from refault.daemon.far_socket import alive, detached, growing_pauses, is_whole, peek
+from refault.daemon.waiting_room import Arrival, WaitingRoom
 from refault.migration.endpoint import Inet, socket_address
 from refault.migration.messages import Kind, classify, recv_bitmaps
 
@@ -22,6 +22,7 @@ log = logging.getLogger("refault.far")
 FIRST_BYTES_TIMEOUT = 30.0
 BACKLOG = 128
 LONGEST_REQUEST = 6 + 255
+_LOOK = 0.1
 
 
 Offer = Callable[[trio.socket.SocketType, Kind], Awaitable[None]]
@@ -173,6 +174,8 @@ class FarListener:
                         first = await peek(connection)
                     if first is None and not self._room.may_stay(arrival):
                         break
+                if first == b"":
+                    await self._until_nobody_wants(arrival)
             arrival.silent = None
             if arrival.taken is not None:
                 arrival.handed = detached(connection)
@@ -190,6 +193,14 @@ class FarListener:
             self._room.leave(arrival)
             if arrival.taken is not None:
                 arrival.taken.set()
+
+    async def _until_nobody_wants(self, arrival: Arrival) -> None:
+        """One that ended without a word may be the preempt channel of a source that has gone since: it can be
+        taken for as long as a connection before it is here, and may wait for it."""
+        with trio.move_on_after(FIRST_BYTES_TIMEOUT):
+            # Nothing tells of it.
+            while self._room.is_behind_another(arrival) and is_whole(arrival.connection):  # noqa: ASYNC110
+                await trio.sleep(_LOOK)
 
     def close(self) -> None:
         """Frees the address."""

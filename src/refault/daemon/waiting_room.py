@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 
 import trio
 
-from refault.daemon.far_socket import alive
+from refault.daemon.far_socket import alive, is_whole
 
 
 @dataclass(eq=False)
@@ -19,7 +19,7 @@ class Arrival:
     peer: str
     number: int
     silent: trio.CancelScope | None = field(default_factory=trio.CancelScope)
-    """What ends the wait for its first bytes; None once they are there."""
+    """What ends the wait for its first bytes; None once they are there, or it is not waited for."""
     frames: bool = False
     """Whether they are those of a preempt channel that is in use already."""
     taken: trio.Event | None = None
@@ -93,22 +93,27 @@ class WaitingRoom:
         """Whether it may go on saying nothing."""
         return any(arrival.number > number for number, _ in self._patience)
 
+    def is_behind_another(self, arrival: Arrival) -> bool:
+        """Whether one is still there that came before it, to which it may belong."""
+        return any(other.number < arrival.number for other in self._arrivals)
+
     def _is_expected(self, arrival: Arrival) -> bool:
         return any(arrival.number > number and arrival.peer == peer for number, peer in self._patience)
 
-    def preempt_after(self, number: int, peer: str | None = None) -> Arrival | None:
+    def preempt_after(self, number: int, peer: str | None = None, *, ended: bool = False) -> Arrival | None:
         """The newest connection, of that host if one is named, that came after `number`, may be a preempt
-        channel, and lives."""
-        for arrival in reversed(self._arrivals):
-            if (
-                arrival.number > number
-                and peer in (None, arrival.peer)
-                and (arrival.silent is not None or arrival.frames)
-                and arrival.taken is None
-                and alive(arrival.connection)
-            ):
-                return arrival
-        return None
+        channel, and lives; where none lives and `ended` is said, one that its peer has closed in order."""
+        found = [
+            arrival
+            for arrival in reversed(self._arrivals)
+            if arrival.number > number
+            and peer in (None, arrival.peer)
+            and (arrival.silent is not None or arrival.frames)
+            and arrival.taken is None
+        ]
+        living = [arrival for arrival in found if alive(arrival.connection)]
+        closed = [arrival for arrival in found if ended and is_whole(arrival.connection)]
+        return next(iter(living + closed), None)
 
     async def take(self, arrival: Arrival) -> trio.socket.SocketType:
         """Takes a connection out of its wait; it is the caller's then.

@@ -381,7 +381,7 @@ async def test_a_source_that_has_sent_all_before_its_channel_was_gathered(tmp_pa
                     comers.multifd(1, ends=True),
                 ):
                     nursery.start_soon(gathering.offer_multifd, connection)
-                gathered = await gathering.gather(main)
+                gathered = await gathering.gather(main, recovered=False)
                 nursery.cancel_scope.cancel()
             assert gathered is not None
             told = [multifd_init(await other.recv(64)) for other in gathered.others]
@@ -396,7 +396,7 @@ async def test_a_peer_that_begins_anew_is_waited_for_no_longer_where_it_began_be
         gathered: dict[str, object] = {}
 
         async def gather(name: str, main: trio.socket.SocketType) -> None:
-            gathered[name] = await gathering.gather(main)
+            gathered[name] = await gathering.gather(main, recovered=False)
 
         with contextlib.closing(Comers(procedure)) as comers, trio.fail_after(5):
             async with trio.open_nursery() as nursery:

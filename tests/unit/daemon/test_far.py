@@ -384,3 +384,41 @@ async def test_who_said_nothing_can_be_taken_as_a_preempt_channel(nursery: trio.
     assert room.preempt_after(3, "127.0.0.1") is None
     for connection in (before, main, silent, taken):
         connection.close()
+
+
+async def test_one_that_ended_without_a_word_can_be_taken_while_another_may_wait_for_it(
+    nursery: trio.Nursery,
+) -> None:
+    async def offer(connection: trio.socket.SocketType, kind: Kind) -> None:
+        await main_may_go.wait()
+
+    main_may_go = trio.Event()
+    room = WaitingRoom()
+    listener = await FarListener.bind(ANY_PORT, room)
+    nursery.start_soon(listener.serve, offer)
+    main = await connect(listener.endpoint, 5)
+    await main.send(b"QEVM")
+    lane = await connect(listener.endpoint, 5)
+    lane.close()
+
+    async def found(number: int) -> waiting_room.Arrival:
+        while (arrival := room.preempt_after(1, ended=True)) is None or arrival.number != number:
+            await trio.sleep(0.001)
+        return arrival
+
+    with trio.fail_after(5):
+        arrival = await found(2)
+        assert room.preempt_after(1) is None  # where one is expected that lives
+        another = await connect(listener.endpoint, 5)
+        await found(3)
+        taken = await room.take(arrival)
+        assert await taken.recv(10) == b""
+        another.close()
+        while room.preempt_after(1) is not None:
+            await trio.sleep(0.001)
+        await found(3)
+        main_may_go.set()
+        while room.preempt_after(1, ended=True) is not None:  # nobody wants it any more
+            await trio.sleep(0.001)
+    for connection in (main, taken):
+        connection.close()
