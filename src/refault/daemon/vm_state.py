@@ -94,11 +94,16 @@ class VmState:
     async def run(self, *, task_status: trio.TaskStatus[None] = trio.TASK_STATUS_IGNORED) -> None:
         """Runs what `start_soon` is given, until cancelled."""
         async with trio.open_nursery() as self._nursery:
-            task_status.started()
-            await trio.sleep_forever()
+            try:
+                task_status.started()
+                await trio.sleep_forever()
+            finally:
+                self._nursery = None
 
     def start_soon(self, task: Callable[..., Awaitable[None]], *args: object) -> None:
-        """Runs a task for as long as this VM is served. Its failure is logged, and nothing else is lost."""
+        """Runs a task for as long as this VM is served; later, nothing. Its failure is logged, and nothing
+        else is lost.
+        """
         if self._nursery is not None:
             self._nursery.start_soon(self._guarded, task, *args)
 

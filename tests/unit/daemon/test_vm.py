@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import socket
 from collections.abc import AsyncIterator, Mapping
@@ -9,6 +10,7 @@ from contextlib import asynccontextmanager
 from pathlib import Path
 from typing import Any, cast
 
+import msgspec
 import pytest
 import trio
 import trio.testing
@@ -32,6 +34,10 @@ from refault.migration.endpoint import Inet
 from refault.migration.recovery import Event, State
 
 OK = b'{"return": {}}'
+GREETING = (
+    b'{"QMP": {"version": {"qemu": {"micro": 0, "minor": 0, "major": 10}, "package": ""},'
+    b' "capabilities": ["oob"]}}\r\n'
+)
 REFUSED = b'{"error": {"class": "GenericError", "desc": "no"}}'
 
 
@@ -351,6 +357,50 @@ async def test_what_was_begun_unseen_is_recovered(tmp_path: Path, is_source: boo
         assert vm.migration is not None
         assert vm.state.counters.losses == 1
         assert vm.migration.role == ("source" if is_source else "destination")
+
+
+async def test_a_vm_that_is_cancelled_while_its_qemu_is_there_ends_without_an_error(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    address = Address(str(tmp_path / "qemu"))
+    listen = Address(str(tmp_path / "listen"), server=True)
+    vm = Vm(VmOptions(name="vm", qemu=address, listen=(listen,), state_dir=tmp_path))
+
+    async def qemu(listening: trio.socket.SocketType) -> None:
+        connection, _ = await listening.accept()
+        async with trio.SocketStream(connection) as stream:
+            await stream.send_all(GREETING)
+            async for data in until_broken(stream):
+                for line in data.splitlines():
+                    reply = {"return": {}, "id": msgspec.json.decode(line)["id"]}
+                    await stream.send_all(msgspec.json.encode(reply) + b"\r\n")
+
+    with trio.socket.socket(socket.AF_UNIX) as listening, trio.fail_after(5):
+        await listening.bind(address.path)
+        listening.listen(1)
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(qemu, listening)
+            serving = await nursery.start(_serving, vm)
+            while vm.monitor.qemu is None:
+                await trio.sleep(0.001)
+            serving.cancel()
+            while vm.monitor.qemu is not None:
+                await trio.sleep(0.001)
+            nursery.cancel_scope.cancel()
+    assert [record.message for record in caplog.records if "internal error" in record.message] == []
+
+
+async def until_broken(stream: trio.SocketStream) -> AsyncIterator[bytes]:
+    with contextlib.suppress(trio.BrokenResourceError):
+        while data := await stream.receive_some():
+            yield data
+
+
+async def _serving(vm: Vm, task_status: trio.TaskStatus[trio.CancelScope]) -> None:
+    with trio.CancelScope() as scope:
+        async with trio.open_nursery() as nursery:
+            await nursery.start(vm.run)
+            task_status.started(scope)
 
 
 @pytest.mark.parametrize("knows", [True, False])
