@@ -14,6 +14,7 @@ from pathlib import Path
 
 import pytest
 import trio
+from tests.support.dashboard import expressions
 
 from refault.lab import bare
 from refault.lab.channel import Loss, free_port, start_channel
@@ -81,6 +82,20 @@ def value(server: str, query: str) -> float | None:
     return float(result[0]["value"][1]) if result else None
 
 
+def answered(server: str) -> set[str]:
+    """The expressions of the dashboard that have a value now; none may be an error, which `get` raises."""
+    variables = {"$vm": ".*", "$__rate_interval": "10s"}
+    found = set()
+    for expression in expressions():
+        query = expression
+        for name, filled in variables.items():
+            query = query.replace(name, filled)
+        assert "$" not in query
+        if value(server, query) is not None:
+            found.add(expression)
+    return found
+
+
 async def until_ready(server: str, process: Process) -> None:
     """Until it has scraped the refault in question."""
     with trio.fail_after(SOON):
@@ -122,12 +137,16 @@ async def test_a_lost_channel_fires_and_its_recovery_clears(tmp_path: Path) -> N
             driver.processes[1].signal(signal.SIGSTOP)
             await channel.lose(Loss.RESET)
             await until_firing(server, {("RefaultPostcopyPaused", "source")})
+            shown = answered(server)
             driver.processes[1].signal(signal.SIGCONT)
             with trio.fail_after(SOON):
                 await driver.destination.wait_migration("postcopy-active", since=since)
             await until_firing(server, set())
             with trio.fail_after(SOON):
                 while value(server, 'refault_recoveries_total{vm="source"}') != 1:
+                    await trio.sleep(0.1)
+                while shown != set(expressions()):
+                    shown |= answered(server)
                     await trio.sleep(0.1)
         await bare.finish(driver.source)
 
