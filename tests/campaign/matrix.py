@@ -41,6 +41,7 @@ from tests.integration.truth import compare_with_trace
 
 from refault.lab.channel import Loss
 from refault.lab.qemu import DEFAULT_BINARY
+from refault.lab.starving_back_end import BackEndCase
 
 SECONDS = 150.0
 """What a check may take at most."""
@@ -77,8 +78,8 @@ async def vcpus_starve(directory: Path, binary: str) -> str:
 
 async def back_end_starves(_: Path, binary: str) -> str:
     """The thread of a vhost-user back end whose request was lost."""
-    seconds = await time_to_run_back_end(Case(MOSTLY_BACK_END, BACKGROUND, True, None, binary))
-    stuck = await back_end_blocked(Case(VAST_MOSTLY_BACK_END, BACKGROUND, False, None, binary))
+    seconds = await time_to_run_back_end(BackEndCase(MOSTLY_BACK_END, BACKGROUND, True, binary))
+    stuck = await back_end_blocked(BackEndCase(VAST_MOSTLY_BACK_END, BACKGROUND, False, binary))
     assert stuck, "the back end is not blocked without the replay"
     return f"{seconds * 1000:.0f} ms; without blocked over {BLOCKED_SECONDS:g} s"
 

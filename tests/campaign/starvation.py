@@ -26,14 +26,13 @@ import tempfile
 from pathlib import Path
 
 import trio
-from tests.integration import starving, starving_back_end
-from tests.integration.starving import Case, build_no_repeat, lose_a_request
-from tests.integration.starving_back_end import lose_a_back_ends_request
+from tests.integration.starving import Case, Recovered, build_no_repeat, lose_a_request
 
 from refault.lab import bare
 from refault.lab.guest import Guest
 from refault.lab.memory import compare
 from refault.lab.qemu import DEFAULT_BINARY
+from refault.lab.starving_back_end import BackEndCase, BackEndMigration, start_with_back_ends
 
 GUEST = Guest(vcpus=4, log_pages=14, tick_ns=2_000_000)
 MOSTLY_BACK_END = Guest(vcpus=1, log_pages=16, tick_ns=1_000_000_000)
@@ -56,17 +55,19 @@ async def time_to_run(case: Case) -> float:
             return max(when - found.recovered for when in found.stood() if when is not None)
 
 
-async def time_to_run_back_end(case: Case) -> float:
+async def time_to_run_back_end(case: BackEndCase) -> float:
     """The same for the thread of a back end."""
     with tempfile.TemporaryDirectory(prefix="refault-") as directory:
-        async with lose_a_back_ends_request(case, Path(directory)) as found:
+        async with start_with_back_ends(case, Path(directory)) as found:
+            await found.start_postcopy()
+            await found.lose()
             if (seconds := await found.run_again(BLOCKED_SECONDS)) is None:
                 raise SystemExit(f"the back end is still blocked after {BLOCKED_SECONDS} s: {case}")
             await memory_is_right(found)
             return seconds
 
 
-async def memory_is_right(found: starving.Recovered | starving_back_end.Recovered) -> None:
+async def memory_is_right(found: Recovered | BackEndMigration) -> None:
     """Ends the migration and compares."""
     await bare.finish(found.driver.source)
     verdict = await compare(found.pair.source.guest, found.pair.destination.qmp, found.pair.source.qmp)
@@ -81,10 +82,12 @@ async def blocked(case: Case) -> int:
             return len(await found.run_again(BLOCKED_SECONDS))
 
 
-async def back_end_blocked(case: Case) -> bool:
+async def back_end_blocked(case: BackEndCase) -> bool:
     """Whether the back end's thread does not run within BLOCKED_SECONDS of the recovery."""
     with tempfile.TemporaryDirectory(prefix="refault-") as directory:
-        async with lose_a_back_ends_request(case, Path(directory)) as found:
+        async with start_with_back_ends(case, Path(directory)) as found:
+            await found.start_postcopy()
+            await found.lose()
             return await found.run_again(BLOCKED_SECONDS) is None
 
 
@@ -102,13 +105,13 @@ async def main(arguments: argparse.Namespace) -> int:
         replay = Case(GUEST, BACKGROUND, True, no_repeat, arguments.qemu)
         stock = Case(GUEST, BACKGROUND, False, None, arguments.qemu)
         neither = Case(VAST, BACKGROUND, False, no_repeat, arguments.qemu)
-        back_end = Case(MOSTLY_BACK_END, BACKGROUND, True, None, arguments.qemu)
+        back_end = BackEndCase(MOSTLY_BACK_END, BACKGROUND, True, arguments.qemu)
         for _ in range(arguments.runs):
             times["replay"].append(await time_to_run(replay))
             times["stock"].append(await time_to_run(stock))
             times["back end, replay"].append(await time_to_run_back_end(back_end))
         stuck = [await blocked(neither) for _ in range(arguments.neither)]
-        alone = Case(VAST_MOSTLY_BACK_END, BACKGROUND, False, None, arguments.qemu)
+        alone = BackEndCase(VAST_MOSTLY_BACK_END, BACKGROUND, False, arguments.qemu)
         stuck_back_ends = [await back_end_blocked(alone) for _ in range(arguments.neither)]
     print(f"QEMU {arguments.qemu}, background {BACKGROUND >> 20} MiB/s; from the recovery until all run:")
     for name, each in times.items():

@@ -6,9 +6,8 @@ from __future__ import annotations
 import contextlib
 import math
 import subprocess
-import sys
 import time
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncIterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -19,24 +18,11 @@ from refault.lab.channel import Channel, Lost, free_port, start_channel
 from refault.lab.driver import REFAULT, RefaultDriver, refault_driver
 from refault.lab.guest import Guest
 from refault.lab.qemu import DEFAULT_BINARY, Pair, PairOptions, start_pair
+from refault.lab.starving_back_end import WITHOUT_REPLAY
 from refault.lab.story import SIDES, Side
-
-_WITHOUT_REPLAY = """
-import sys
-from refault.channel.relay import Relay
-attach = Relay.attach
-Relay.attach = lambda self, local, far, **how: attach(self, local, far, **{**how, "may_replay": False})
-from refault.cli.main import main
-sys.exit(main())
-"""
 
 WOKEN = 8.0
 """Seconds in which those run again whose request is replayed. How soon they do: make campaign-starvation."""
-
-
-def refault_command(replay: bool) -> Sequence[str]:
-    """What starts a refault that replays lost requests, or one that only recovers."""
-    return REFAULT if replay else (sys.executable, "-c", _WITHOUT_REPLAY)
 
 
 def build_no_repeat(directory: Path) -> Path:
@@ -126,10 +112,11 @@ async def lose_a_request(case: Case, directory: Path) -> AsyncIterator[Recovered
     """Migrates, loses the channel with a request inside, and waits for refault's recovery."""
     prefix = ["env", f"LD_PRELOAD={case.no_repeat}"] if case.no_repeat else []
     options = PairOptions(case.binary, case.binary, destination_prefix=prefix)
+    command = REFAULT if case.replay else WITHOUT_REPLAY
     async with (
         start_pair(case.guest, directory, options) as pair,
         start_channel(directory, free_port()) as channel,
-        refault_driver(pair, channel, directory, command=refault_command(case.replay)) as driver,
+        refault_driver(pair, channel, directory, command=command) as driver,
         trio.open_nursery() as nursery,
     ):
         await bare.start_postcopy(driver.source, driver.destination, channel, bandwidth=case.background)

@@ -87,6 +87,19 @@ def test_refault_alone_recovers(tmp_path: Path, binary: str, relay: str) -> None
     assert not any(tmp_path.glob("refault-*"))
 
 
+def test_starve_shows_who_is_blocked_without_the_replay_and_runs_with_it() -> None:
+    done = subprocess.run(
+        [*DEMO, "--starve", "--json"], capture_output=True, text=True, timeout=140, check=False
+    )
+    assert done.returncode == 0, done.stderr
+    document = json.loads(done.stdout)
+    helped, left = document["migrations"]
+    assert (helped["replay"], left["replay"]) == (True, False)
+    assert helped["blocked_seconds"] < document["looked_seconds"] <= left["blocked_seconds"]
+    assert left["threads_waiting"] > 0  # a thread of another process, and still counted
+    assert helped["memory_right"] is left["memory_right"] is True
+
+
 def belonging_to(directory: Path) -> list[str]:
     """The command lines of processes that work in the directory."""
     found = []
@@ -136,6 +149,7 @@ def test_whatever_ends_the_demo_leaves_no_process_behind(tmp_path: Path, number:
         (["--memory", "3M"], 2, "'3M' is out of range: 16M to 2G"),
         (["--memory", "much"], 2, "'much' is not a size such as 64M or 1G"),
         (["--losses", "-1"], 2, "'-1' is not a number from 0 to 1000"),
+        (["--starve", "--losses", "2"], 2, "--losses is not for --starve"),
     ],
 )
 def test_what_cannot_be_is_one_clear_line(options: list[str], status: int, says: str) -> None:

@@ -1,4 +1,4 @@
-"""`refault demo`: the main job on two real QEMUs on this host, so that it is a self-check of the host too."""
+"""`refault demo`: the main job on real QEMUs on this host, so that it is a self-check of the host too."""
 
 from __future__ import annotations
 
@@ -9,6 +9,8 @@ import re
 import signal
 import sys
 import tempfile
+from collections.abc import Awaitable, Callable
+from contextlib import AbstractAsyncContextManager
 from pathlib import Path
 from typing import Any
 
@@ -18,18 +20,19 @@ from rich.console import Console
 from refault import __version__
 from refault.cli.arguments import path
 from refault.daemon.errors import OperatorError
+from refault.lab import live_view, side_by_side, side_by_side_view
 from refault.lab.host_check import Finding, check_host
-from refault.lab.live_view import show_findings, show_outcome, showing
 from refault.lab.process import ProcessFailed
 from refault.lab.qemu import DEFAULT_BINARY
 from refault.lab.qmp_client import QmpClosed, QmpError
 from refault.lab.report import report
 from refault.lab.scenario import Options, ScenarioFailed, run
-from refault.lab.story import Story
+from refault.lab.story import Notes, Story
 
 _UNITS = {"": 20, "K": 10, "M": 20, "G": 30}
 _SIZE = re.compile(r"(\d+)([KMG]?)(?:iB|B)?", re.IGNORECASE)
 _SMALLEST, _LARGEST = 16 << 20, 2 << 30
+_LOSSES, _MEMORY = 6, 256 << 20
 
 
 def add_parser(subparsers: Any) -> None:
@@ -41,41 +44,58 @@ def add_parser(subparsers: Any) -> None:
         "refault recover it, and compares every page of the guest's memory. Exit status 0: every loss was "
         "recovered and memory is right.",
     )
-    parser.add_argument("--losses", type=_losses, default=6, metavar="N", help="how often (default: 6)")
     parser.add_argument(
-        "--memory",
-        type=_size,
-        default=256 << 20,
-        metavar="SIZE",
-        help="what the guest writes to, as 64M or 1G (default: 256M)",
+        "--starve",
+        action="store_true",
+        help="instead, two migrations beside each other whose vhost-user back ends lose a page request, "
+        "which no QEMU repeats: one refault asks again, one does not",
+    )
+    parser.add_argument("--losses", type=_losses, metavar="N", help=f"how often (default: {_LOSSES})")
+    parser.add_argument(
+        "--memory", type=_size, metavar="SIZE", help="what the guest writes to, as 64M or 1G (default: 256M)"
     )
     parser.add_argument(
-        "--relay", choices=("auto", "off"), default="auto", help="off: recover over QMP alone (default: auto)"
+        "--relay", choices=("auto", "off"), help="off: recover over QMP alone (default: auto)"
     )
     parser.add_argument(
         "--qemu", default=DEFAULT_BINARY, metavar="PROGRAM", help=f"QEMU (default: {DEFAULT_BINARY})"
     )
     parser.add_argument("--json", action="store_true", help="the result as one JSON document")
     parser.add_argument("--report", type=path, metavar="FILE.html", help="write the run as one HTML page")
-    parser.set_defaults(execute=execute)
+    parser.set_defaults(execute=execute, usage_error=parser.error)
 
 
 def execute(arguments: argparse.Namespace) -> int:
-    """Runs the demo: 0 if every loss was recovered and memory is right, 1 if not, 130 when interrupted."""
+    """Runs the demo: 0 if all went as it should and memory is right, 1 if not, 130 when interrupted."""
+    if arguments.starve:
+        for option in ("losses", "memory", "relay", "report"):
+            if getattr(arguments, option) is not None:
+                arguments.usage_error(f"--{option} is not for --starve")
     console = Console(stderr=arguments.json)
     if arguments.report is not None and not arguments.report.parent.is_dir():
         raise OperatorError(f"--report {arguments.report}: there is no directory {arguments.report.parent}")
     findings, version = check_host(arguments.qemu)
-    show_findings(console, findings)
+    live_view.show_findings(console, findings)
     missing = [each for each in findings if each.grade == "missing"]
     if missing or version is None:
         raise OperatorError("the demo cannot run here: " + "; ".join(each.text for each in missing))
-    options = Options(arguments.losses, arguments.memory, arguments.relay, binary=arguments.qemu)
-    story = trio.run(functools.partial(_run, options, console))
+    show = _starve if arguments.starve else _lose
+    return show(arguments, console, findings)
+
+
+def _lose(arguments: argparse.Namespace, console: Console, findings: list[Finding]) -> int:
+    losses = _LOSSES if arguments.losses is None else arguments.losses
+    options = Options(losses, arguments.memory or _MEMORY, arguments.relay or "auto", binary=arguments.qemu)
+
+    async def tell() -> Story | None:
+        story = Story(options.losses, options.who)
+        shown = live_view.showing(console, story, live_view.view)
+        return story if await _run(story, shown, functools.partial(run, options, story)) else None
+
+    story = trio.run(tell)
     if story is None:
-        print("refault: interrupted; everything that was started has been ended", file=sys.stderr)
-        return 130
-    show_outcome(console, story)
+        return _interrupted()
+    live_view.show_outcome(console, story)
     if arguments.report is not None:
         try:
             arguments.report.write_text(report(story, findings))
@@ -87,9 +107,34 @@ def execute(arguments: argparse.Namespace) -> int:
     return 0 if story.ok else 1
 
 
-async def _run(options: Options, console: Console) -> Story | None:
-    """The run's story, whatever came of it; None when a signal ended it."""
-    story = Story(options.losses, options.who)
+def _starve(arguments: argparse.Namespace, console: Console, findings: list[Finding]) -> int:
+    async def tell() -> side_by_side.SideBySide | None:
+        story = side_by_side.SideBySide()
+        shown = live_view.showing(console, story, side_by_side_view.view)
+        go = functools.partial(side_by_side.run, story, binary=arguments.qemu)
+        return story if await _run(story, shown, go) else None
+
+    story = trio.run(tell)
+    if story is None:
+        return _interrupted()
+    side_by_side_view.show_outcome(console, story)
+    if arguments.json:
+        host = [each.document() for each in findings]
+        print(json.dumps({"version": __version__, "host": host, **story.document()}))
+    return 0 if story.ok else 1
+
+
+def _interrupted() -> int:
+    print("refault: interrupted; everything that was started has been ended", file=sys.stderr)
+    return 130
+
+
+async def _run(
+    story: Notes,
+    shown: AbstractAsyncContextManager[None],
+    go: Callable[[Path], Awaitable[None]],
+) -> bool:
+    """Runs it to its end, whatever comes of it; whether no signal ended it before."""
     interrupted = False
 
     async def watch_signals(task_status: trio.TaskStatus[None]) -> None:
@@ -103,16 +148,16 @@ async def _run(options: Options, console: Console) -> Story | None:
     with tempfile.TemporaryDirectory(prefix="refault-") as directory:
         async with trio.open_nursery() as nursery:
             await nursery.start(watch_signals)
-            async with showing(console, story):
-                story.failure = await _tell_failure(options, story, Path(directory))
+            async with shown:
+                story.failure = await _tell_failure(functools.partial(go, Path(directory)), Path(directory))
             nursery.cancel_scope.cancel()
-    return None if interrupted else story
+    return not interrupted
 
 
-async def _tell_failure(options: Options, story: Story, directory: Path) -> str | None:
+async def _tell_failure(go: Callable[[], Awaitable[None]], directory: Path) -> str | None:
     """Runs the scenario; gives what made it end early, and the end of refault's logs with it."""
     try:
-        await run(options, story, directory)
+        await go()
     except ProcessFailed as error:
         return str(error)
     except (ScenarioFailed, QmpError, QmpClosed) as error:
@@ -127,7 +172,7 @@ async def _tell_failure(options: Options, story: Story, directory: Path) -> str 
 def _last_words(directory: Path) -> str:
     """The end of refault's logs."""
     said = ""
-    for log in sorted(directory.glob("refault-*.log")):
+    for log in sorted(directory.rglob("refault-*.log")):
         lines = log.read_text(errors="replace").splitlines()[-15:]
         said += "".join(f"\n{log.stem}: {line}" for line in lines)
     return said

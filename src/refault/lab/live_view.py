@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import AsyncIterator, Iterable
+from collections.abc import AsyncIterator, Callable, Iterable
+from typing import TypeVar
 
 import trio
 from rich.box import SIMPLE_HEAD
@@ -14,7 +15,7 @@ from rich.table import Table
 from rich.text import Text
 
 from .host_check import Finding, Grade
-from .story import REPLAY, REQUESTS, SIDES, Story
+from .story import REPLAY, REQUESTS, SIDES, Notes, Story
 from .tasks import background
 
 _GRADES: dict[Grade, tuple[str, str]] = {
@@ -28,6 +29,9 @@ _REFRESH = 0.1
 _NOTES = 12
 
 
+_Told = TypeVar("_Told", bound=Notes)
+
+
 def show_findings(console: Console, findings: Iterable[Finding]) -> None:
     """Says what was found on the host."""
     table = Table.grid(padding=(0, 2))
@@ -38,8 +42,10 @@ def show_findings(console: Console, findings: Iterable[Finding]) -> None:
 
 
 @contextlib.asynccontextmanager
-async def showing(console: Console, story: Story) -> AsyncIterator[None]:
-    """Shows ``story`` on ``console`` while the block runs."""
+async def showing(
+    console: Console, story: _Told, view: Callable[[_Told, int], RenderableType]
+) -> AsyncIterator[None]:
+    """Shows ``story`` on ``console`` while the block runs: ``view`` draws it so many columns wide."""
     if not console.is_terminal:
         story.on_note = lambda when, text: console.print(
             f"{when:7.2f} s  {text}", highlight=False, soft_wrap=True
@@ -73,10 +79,15 @@ def view(story: Story, width: int) -> RenderableType:
     )
     states.add_row("waiting", Text(sparkline(story, min(width - 16, 60)), "cyan"))
     states.add_row("recovered", f"{story.recoveries} of {story.wanted_losses} losses")
+    return Group(states, Text(""), last_notes(story))
+
+
+def last_notes(story: Notes) -> RenderableType:
+    """What was said last."""
     notes = Table.grid(padding=(0, 1))
     for when, text in story.notes[-_NOTES:]:
         notes.add_row(Text(f"{when:7.2f} s", "dim"), Text(text))
-    return Group(states, Text(""), notes)
+    return notes
 
 
 def _status(status: str) -> Text:

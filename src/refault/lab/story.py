@@ -80,24 +80,15 @@ class LossResult:
         return ", ".join(f"{count} {words}" for count, words in counts if count is not None)
 
 
-@dataclass
-class Story:
-    """The run, from its beginning: filled by the scenario, read by the views while it goes on."""
+@dataclass(kw_only=True)
+class Notes:
+    """A run, from its beginning, and what is said of it: filled by a scenario, read by the views while it
+    goes on.
+    """
 
-    wanted_losses: int
-    recovered_by: str
     on_note: Callable[[float, str], None] = lambda when, text: None
     began: float = field(default_factory=trio.current_time)
-    facts: dict[str, str] = field(default_factory=dict)
     notes: list[tuple[float, str]] = field(default_factory=list)
-    statuses: dict[Side, list[tuple[float, str]]] = field(
-        default_factory=lambda: {side: [] for side in SIDES}
-    )
-    samples: list[Sample] = field(default_factory=list)
-    losses: list[LossResult] = field(default_factory=list)
-    total: int = 0
-    completed: float | None = None
-    verdict: Verdict | None = None
     failure: str | None = None
 
     def now(self) -> float:
@@ -109,6 +100,23 @@ class Story:
         when = self.now()
         self.notes.append((when, text))
         self.on_note(when, text)
+
+
+@dataclass
+class Story(Notes):
+    """A migration whose channel is lost again and again."""
+
+    wanted_losses: int
+    recovered_by: str
+    facts: dict[str, str] = field(default_factory=dict)
+    statuses: dict[Side, list[tuple[float, str]]] = field(
+        default_factory=lambda: {side: [] for side in SIDES}
+    )
+    samples: list[Sample] = field(default_factory=list)
+    losses: list[LossResult] = field(default_factory=list)
+    total: int = 0
+    completed: float | None = None
+    verdict: Verdict | None = None
 
     def status(self, side: Side) -> str:
         """The side's migration status, as far as it is known."""

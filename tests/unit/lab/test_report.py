@@ -11,7 +11,7 @@ from rich.console import Console
 from refault.lab.channel import Loss
 from refault.lab.guest import Mismatch, Progress
 from refault.lab.host_check import Finding
-from refault.lab.live_view import show_findings, show_outcome, showing, sparkline
+from refault.lab.live_view import show_findings, show_outcome, showing, sparkline, view
 from refault.lab.memory import Verdict
 from refault.lab.report import report
 from refault.lab.story import LossResult, Sample, Story
@@ -113,7 +113,7 @@ async def test_plain_lines_where_there_is_no_terminal() -> None:
     console = Console(file=out, width=80)
     story = Story(1, "refault")
     show_findings(console, FINDINGS)
-    async with showing(console, story):
+    async with showing(console, story, view):
         story.note("it begins")
     show_outcome(console, finished(WRONG))
     text = out.getvalue()
@@ -128,7 +128,7 @@ async def test_plain_lines_where_there_is_no_terminal() -> None:
 async def test_the_live_view_shows_the_story() -> None:
     out = io.StringIO()
     console = Console(file=out, width=100, force_terminal=True)
-    async with showing(console, finished()):
+    async with showing(console, finished(), view):
         pass
     assert "completed" in out.getvalue()
     assert "2 of 2 losses" in out.getvalue()

@@ -1,6 +1,6 @@
 """A vhost-user back end that does nothing but touch random pages of the guest's memory, in postcopy.
 
-    python -m tests.integration.vhost_user SOCKET STATE
+    python -m refault.lab.vhost_user SOCKET STATE
 
 It serves a vhost-user-blk device that has no disk: enough of the protocol (QEMU's
 docs/interop/vhost-user.rst) for it to be started and migrated. Where the guest arrives in postcopy it maps
@@ -144,7 +144,8 @@ class BackEnd:
         told = (_REGION.pack(each.guest, each.size, each.base + each.offset, each.offset) for each in regions)
         self._send(_SET_MEM_TABLE, _REGIONS.pack(count, 0) + b"".join(told))
         self._receive()
-        assert self._ufd is not None
+        if self._ufd is None:
+            raise RuntimeError("QEMU listens for postcopy without having advised it")
         for each in regions:
             what = struct.pack("=QQQQ", each.base, each.offset + each.size, _REGISTER_MISSING, 0)
             fcntl.ioctl(self._ufd, _UFFDIO_REGISTER, what)
@@ -158,7 +159,8 @@ class BackEnd:
         byte = ctypes.create_string_buffer(1)
         for count in itertools.count():
             STATE.pack_into(self._state, 0, count + 1, count)
-            _libc.memcpy(byte, start + random.randrange(size // _PAGE) * _PAGE, 1)
+            page = random.randrange(size // _PAGE)  # noqa: S311
+            _libc.memcpy(byte, start + page * _PAGE, 1)
             STATE.pack_into(self._state, 0, count + 1, count + 1)
             time.sleep(INTERVAL)
 
