@@ -19,6 +19,7 @@
 /* How far from the oldest record an answered one is looked for when room is needed. */
 #define EVICTION_REACH 256
 #define READ_RETRIES 64
+#define CELLS 64
 
 /* Written by one thread, read by any: relaxed atomics, bracketed by a sequence number. */
 struct counters {
@@ -52,6 +53,8 @@ struct block {
     _Atomic uint64_t recorded;
     _Atomic uint64_t replayed;
     _Atomic uint64_t forwarded_pages;
+    _Atomic uint64_t present; /* bytes of `forwarded` */
+    _Atomic uint32_t cells[CELLS];
     uint64_t unit;                 /* what one request covers: the page size, or as the first request says */
     uint32_t bitmap_channel;       /* the channel on which its received bitmap came whole */
     struct rf_bitmap *forwarded;   /* has passed towards the destination */
@@ -169,6 +172,11 @@ struct rf_pagemap *rf_pagemap_new(uint64_t ceiling, uint64_t host_page_size) {
     map->free_slot = map->oldest = map->newest = map->cursor = map->bitmap_block = NONE;
     put(&map->counters.memory, map->budget.used);
     return map;
+}
+
+/* After each change of `forwarded`. */
+static void tell_present(const struct rf_pagemap *map, struct block *block) {
+    put(&block->present, rf_bitmap_count(block->forwarded) << map->page_bits);
 }
 
 static void free_bitmaps(struct block *block) {
@@ -316,6 +324,18 @@ static uint64_t page_count(const struct rf_pagemap *map, const struct record *re
     return record->length >> map->page_bits;
 }
 
+/* Among those outstanding, by where in the block it is; not before the size is known. */
+static void count_in_cell(struct block *block, const struct record *record, bool more) {
+    uint64_t size = get(&block->used_length);
+    if (size == 0) {
+        return;
+    }
+    uint64_t cell = record->start / ((size + CELLS - 1) / CELLS);
+    _Atomic uint32_t *count = &block->cells[cell < CELLS ? cell : CELLS - 1];
+    uint32_t now = atomic_load_explicit(count, memory_order_relaxed);
+    atomic_store_explicit(count, more ? now + 1 : now - 1, memory_order_relaxed);
+}
+
 /* Between the two states of a request: requested is arrived + outstanding, always. */
 static void set_outstanding(struct rf_pagemap *map, uint32_t slot, bool outstanding) {
     struct record *record = record_at(map, slot);
@@ -325,6 +345,7 @@ static void set_outstanding(struct rf_pagemap *map, uint32_t slot, bool outstand
     }
     record->outstanding = outstanding;
     rf_statefile_outstanding(map->kept, slot, outstanding);
+    count_in_cell(block, record, outstanding);
     if (outstanding) {
         add(&map->counters.outstanding, 1);
         add(&block->outstanding, 1);
@@ -540,6 +561,9 @@ static int set_size(struct rf_pagemap *map, uint32_t index, uint64_t used_length
         struct record *record = record_at(map, slot);
         uint32_t next = record->next;
         if (record->block == index) {
+            if (record->outstanding) {
+                count_in_cell(block, record, true);
+            }
             bool inside = record->start <= used_length && record->length <= used_length - record->start;
             if (!inside || !note_pages(map, block, record)) {
                 refuse_record(map, slot);
@@ -782,6 +806,7 @@ static int arrived(struct rf_pagemap *map, uint32_t index, uint64_t offset, uint
         map->forward_seen = false;
         status = RF_NO_MEMORY;
     }
+    tell_present(map, block);
     add(&map->counters.forwarded, count);
     add(&block->forwarded_pages, count);
     if (rf_bitmap_count(block->missing) == 0) {
@@ -827,6 +852,7 @@ int rf_pagemap_discarded(struct rf_pagemap *map, uint32_t index, uint64_t start,
     int64_t taken =
         rf_bitmap_clear_range(block->forwarded, start >> map->page_bits, length >> map->page_bits);
     add(&map->counters.discarded, (uint64_t)taken);
+    tell_present(map, block);
     write_end(map);
     return RF_OK;
 }
@@ -839,7 +865,7 @@ void rf_pagemap_forward_unseen(struct rf_pagemap *map) {
 /* Losses and received bitmaps. */
 
 /* False without memory: then some of what has passed counts as never forwarded. */
-static bool put_back_in_flight(struct block *block) {
+static bool put_back_in_flight(const struct rf_pagemap *map, struct block *block) {
     uint64_t pages[256];
     size_t count;
     bool whole = true;
@@ -848,6 +874,7 @@ static bool put_back_in_flight(struct block *block) {
             whole = rf_bitmap_set(block->forwarded, pages[i]) >= 0 && whole;
         }
     }
+    tell_present(map, block);
     return whole;
 }
 
@@ -895,7 +922,7 @@ int rf_pagemap_channel_lost(struct rf_pagemap *map, uint64_t now) {
     }
     for (uint32_t i = 0; i < blocks_length(map); i++) {
         struct block *block = block_at(map, i);
-        if (block->in_flight != NULL && !put_back_in_flight(block)) {
+        if (block->in_flight != NULL && !put_back_in_flight(map, block)) {
             status = RF_NO_MEMORY;
         }
         forget_in_flight(block);
@@ -995,6 +1022,7 @@ int rf_pagemap_bitmap_data(struct rf_pagemap *map, uint64_t offset, const uint8_
     int status =
         only_forwarded > 0 && !keep_in_flight(map, block, offset, dense, bytes) ? RF_NO_MEMORY : RF_OK;
     rf_bitmap_and(block->forwarded, offset, dense, bytes); /* what was in flight will be sent again */
+    tell_present(map, block);
     return status;
 }
 
@@ -1258,6 +1286,10 @@ int rf_pagemap_block_stats(const struct rf_pagemap *map, uint32_t index, struct 
     out->recorded = get(&block->recorded);
     out->replayed = get(&block->replayed);
     out->forwarded = get(&block->forwarded_pages);
+    out->present = get(&block->present);
+    for (uint32_t i = 0; i < CELLS; i++) {
+        out->cells[i] = atomic_load_explicit(&block->cells[i], memory_order_relaxed);
+    }
     return RF_OK;
 }
 

@@ -57,6 +57,8 @@ struct rf_pagemap_block_stats {
     uint64_t recorded;
     uint64_t replayed;
     uint64_t forwarded; /* target pages passed, doubles included */
+    uint64_t present;   /* bytes passed, doubles and what was discarded or lost in flight not included */
+    uint32_t cells[64]; /* outstanding, by the 64th of the block that it begins in; where its size is known */
 };
 
 /* A request as it was made. `id` names the record for as long as it lives; ids grow with time. */

@@ -53,6 +53,10 @@ class BlockStats:
     recorded: int
     replayed: int
     forwarded: int
+    present: int
+    """Bytes."""
+    cells: tuple[int, ...]
+    """Outstanding requests, by the 64th of the block that they begin in."""
 
 
 class Latency:
@@ -99,8 +103,8 @@ def read_block_stats(pointer: Any) -> list[BlockStats]:
     blocks: list[BlockStats] = []
     while lib.rf_pagemap_block_stats(pointer, len(blocks), raw) == lib.RF_OK:
         name = bytes(ffi.buffer(raw.name, raw.name_length))
-        counts = {field: int(getattr(raw, field)) for field in BlockStats.__slots__[2:]}
-        blocks.append(BlockStats(name, bool(raw.declared), **counts))
+        counts = {field: int(getattr(raw, field)) for field in BlockStats.__slots__[2:-1]}
+        blocks.append(BlockStats(name, bool(raw.declared), **counts, cells=tuple(raw.cells)))
     return blocks
 
 

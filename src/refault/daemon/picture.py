@@ -120,6 +120,8 @@ def _pages(relay: Relay | None, kernel: Waiting | None) -> PagesStatus:
                 arrived=block.arrived,
                 replayed=block.replayed,
                 outstanding=block.outstanding,
+                present_bytes=block.present,
+                outstanding_cells=block.cells if any(block.cells) else (),
             )
             for block in relay.blocks()
         ),

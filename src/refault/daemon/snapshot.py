@@ -82,6 +82,10 @@ class BlockStatus(msgspec.Struct, frozen=True, kw_only=True):
     arrived: int = 0
     replayed: int = 0
     outstanding: int = 0
+    present_bytes: int = 0
+    """What has passed towards the destination and is not to be sent again."""
+    outstanding_cells: tuple[int, ...] = ()
+    """`outstanding` by the 64th of the block in which a request begins; empty where none is outstanding."""
 
 
 class PagesStatus(msgspec.Struct, frozen=True, kw_only=True):

@@ -5,6 +5,7 @@ from __future__ import annotations
 import random
 import threading
 import time
+from collections import Counter
 from dataclasses import dataclass, field
 
 import pytest
@@ -221,6 +222,10 @@ class Model(RuleBasedStateMachine):
             mine = [record for record in self.records if record.name == block.name]
             assert (block.recorded, block.outstanding) == (len(mine), sum(bool(r.missing) for r in mine))
             assert block.requested == block.arrived + block.outstanding
+            cell = -(-BLOCKS[block.name][0] // 64)
+            where = Counter(record.start // cell for record in mine if record.missing)
+            assert {at: count for at, count in enumerate(block.cells) if count} == where
+            assert block.present == len(self.blocks[block.name].forwarded) * PAGE
         assert [(r.name, r.start, r.length, r.time, r.outstanding) for r in self.map.records()] == [
             (r.name, r.start, BLOCKS[r.name][1], r.time, bool(r.missing)) for r in self.records
         ]
@@ -234,6 +239,17 @@ def declared(**options: int) -> PageMap:
     page_map = PageMap(**options)
     page_map.declare(b"pc.ram", 1 << 30)
     return page_map
+
+
+def test_requests_made_before_the_block_is_known_have_their_cells_too() -> None:
+    page_map = PageMap()
+    for start in (0, PAGE, 40 * PAGE, 63 * PAGE, 1 << 40):
+        page_map.request(b"pc.ram", start, PAGE, now=1)
+    assert page_map.blocks()[0].cells == (0,) * 64
+    page_map.declare(b"pc.ram", 64 * PAGE)
+    (block,) = page_map.blocks()
+    assert [at for at, count in enumerate(block.cells) if count] == [0, 1, 40, 63]
+    assert sum(block.cells) == block.outstanding == 4
 
 
 @pytest.mark.parametrize(
