@@ -19,9 +19,9 @@ from typing import Any
 
 import pytest
 
+from refault.cli.daemons import NO_QEMU
 from refault.cli.main import build_parser
 from refault.cli.run import run_options
-from refault.cli.status import NO_QEMU
 
 ROOT = Path(__file__).parents[2]
 REFAULT = [sys.executable, "-m", "refault"]

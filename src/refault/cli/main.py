@@ -17,7 +17,7 @@ from refault import __version__
 from refault.cli import streams
 from refault.daemon.errors import operator_errors
 
-COMMANDS: tuple[str, ...] = ("check", "demo", "inspect", "run", "status")
+COMMANDS: tuple[str, ...] = ("check", "demo", "inspect", "run", "status", "watch")
 
 
 class _Once(argparse.Action):

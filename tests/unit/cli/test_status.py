@@ -18,8 +18,9 @@ import pytest
 import trio
 from tests.unit.daemon.pictures import BUSY, IDLE, PICTURE
 
+from refault.cli.daemons import NO_ANSWER, NO_DAEMON, NO_QEMU, NOT_PERMITTED
 from refault.cli.main import main
-from refault.cli.status import NO_ANSWER, NO_DAEMON, NO_QEMU, NOT_PERMITTED, render
+from refault.cli.status import render
 from refault.daemon.address import Address
 from refault.daemon.control import serve_control
 from refault.daemon.paths import short_name
@@ -125,7 +126,7 @@ async def _find_by_name(runtime: Path, capsys: pytest.CaptureFixture[str]) -> No
 def test_who_does_not_answer_is_told_from_who_is_not_there(
     runtime: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("refault.cli.status._ANSWER_SECONDS", 0.2)
+    monkeypatch.setattr("refault.cli.daemons._ANSWER_SECONDS", 0.2)
     with socket.socket(socket.AF_UNIX) as stopped, socket.socket(socket.AF_UNIX) as first:
         stopped.bind(str(runtime / "vm1.control"))
         stopped.listen(0)
