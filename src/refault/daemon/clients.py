@@ -77,8 +77,11 @@ class Clients:
             await self._turn_away()
 
     def audit(self, request: Request) -> None:
-        """A command of a client that is put on record."""
-        self._recorded[request.client].tell(request)
+        """A command of a client that is put on record; in the midst of its way to QEMU, which goes on."""
+        try:
+            self._recorded[request.client].tell(request)
+        except Exception:
+            log.exception("%s: internal error; a command is not on record", self._name)
 
     def front(self, address: Address) -> Front:
         """Where clients come to `address`."""
