@@ -9,21 +9,16 @@ from typing import TYPE_CHECKING
 
 import trio
 
-from refault.daemon.channels import AttemptFailed
 from refault.daemon.monitor import MonitorLost, QmpError, words
 from refault.daemon.reclaim import reclaim, say_as_told, say_cannot_have_left
 from refault.daemon.repeats import repeats
 from refault.daemon.vm_state import QUERY_TIMEOUT
-from refault.migration.recovery import Action, Event, Pace, Recovery, State
+from refault.migration.recovery import Action, AttemptFailed, Event, NotPausedYet, Pace, Recovery, State
 
 if TYPE_CHECKING:
     from refault.daemon.migration import Migration
 
 log = logging.getLogger("refault.migration")
-
-
-class NotPausedYet(Exception):  # noqa: N818 - it is no error
-    """QEMU has not paused yet; ask again soon."""
 
 
 class Attempts:

@@ -25,7 +25,7 @@ from refault.daemon.qemu_word import ASKED_EVERY, QemuWord
 from refault.daemon.repeats import repeats
 from refault.migration.legs import may_close, waits_for_pong
 from refault.migration.phase import Phase, Role, Told, phase_of
-from refault.migration.recovery import Event, State
+from refault.migration.recovery import AttemptFailed, Event, State
 from refault.migration.versions import abilities
 
 if TYPE_CHECKING:
@@ -41,10 +41,6 @@ STALL_LOOK = 0.25
 HEARS_WITHIN = 50.0
 """Seconds for which the end of refault waits until a source that cannot be told has heard of its guest's
 arrival: less than app.STOP_PATIENCE."""
-
-
-class AttemptFailed(Exception):  # noqa: N818 - it says what happened
-    """An attempt did not succeed; the text says why, for the operator."""
 
 
 class Channels:

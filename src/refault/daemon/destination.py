@@ -12,18 +12,19 @@ import trio
 
 from refault.daemon import far, ping
 from refault.daemon.announce import Ends, announce
-from refault.daemon.attempts import NotPausedYet
-from refault.daemon.channels import AttemptFailed, Channels
-from refault.daemon.destination_lanes import Gathered, Gathering, QemuListens
+from refault.daemon.channels import Channels
+from refault.daemon.destination_lanes import Gathered, Gathering
 from refault.daemon.doors import Door, Doors
 from refault.daemon.far import FarListener, why_not
 from refault.daemon.far_addresses import FarAddresses, words_of
 from refault.daemon.far_socket import alive, peek, watch_over
 from refault.daemon.local import LocalLeg, reach
-from refault.daemon.migration import Migration, inet_of, is_error
+from refault.daemon.local_unix import QemuListens
+from refault.daemon.migration import Migration
 from refault.daemon.monitor import Answer, Forward, MonitorLost, QmpError, WatchedCommand, words
 from refault.daemon.repeats import repeats
 from refault.daemon.waiting_room import WaitingRoom
+from refault.migration.addresses import inet_of
 from refault.migration.endpoint import (
     Endpoint,
     Inet,
@@ -34,9 +35,10 @@ from refault.migration.endpoint import (
 )
 from refault.migration.messages import Kind, classify
 from refault.migration.phase import Role
-from refault.migration.recovery import Event, State
+from refault.migration.recovery import AttemptFailed, Event, NotPausedYet, State
 from refault.migration.relayable import lanes_of
 from refault.migration.relayable import why_not as why_not_relayed
+from refault.qmp.replies import is_error
 
 log = logging.getLogger("refault.migration")
 

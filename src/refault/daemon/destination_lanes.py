@@ -20,7 +20,7 @@ from refault.daemon.channels import Channels
 from refault.daemon.far import FIRST_BYTES_TIMEOUT
 from refault.daemon.far_socket import alive, detached, is_whole, peek
 from refault.daemon.local import DESTINATION_SEND_BUFFER, LocalLeg
-from refault.daemon.local_unix import peer_inode_now
+from refault.daemon.local_unix import QemuListens, peer_inode_now
 from refault.daemon.monitor import MonitorLost, QmpError
 from refault.daemon.waiting_room import WaitingRoom
 from refault.migration.messages import MULTIFD_INIT_BYTES, MultifdInit, multifd_init
@@ -37,18 +37,6 @@ OTHER_HOST_AFTER = 0.5
 """How long a preempt channel is expected from the main one's host before one from elsewhere is taken: a peer
 may have several addresses, but who says nothing may be anybody."""
 _LOOK = 0.1
-
-
-@dataclass(frozen=True)
-class QemuListens:
-    """Where QEMU was told to listen for a channel; good for one."""
-
-    path: str
-
-    @property
-    def uri(self) -> str:
-        """The address that QEMU was given."""
-        return f"unix:{self.path}"
 
 
 @dataclass(frozen=True)

@@ -12,16 +12,17 @@ from collections.abc import Callable
 
 import trio
 
-from refault.daemon.channels import AttemptFailed
 from refault.daemon.connecting import connects, same_network
 from refault.daemon.far_dial import REDIAL_TIMEOUT, dial_in_course, outlast
 from refault.daemon.local import Executes, hand_connection
-from refault.daemon.migration import Migration, is_error
+from refault.daemon.migration import Migration
 from refault.daemon.monitor import QmpError
 from refault.daemon.vm_state import QUERY_TIMEOUT
 from refault.migration.endpoint import Endpoint, Inet
+from refault.migration.recovery import AttemptFailed
 from refault.migration.relayable import enabled_capabilities
 from refault.migration.versions import abilities
+from refault.qmp.replies import is_error
 
 MIGRATE_TIMEOUT = 10.0
 DIAL_TIMEOUT = 150.0

@@ -8,8 +8,8 @@ import secrets
 
 import trio
 
-from refault.daemon.destination_lanes import QemuListens
 from refault.daemon.local import Deposits, LocalLeg, give_back, hand_over, lay
+from refault.daemon.local_unix import QemuListens
 from refault.daemon.monitor import MonitorLost, QmpError, words
 from refault.daemon.vm_state import QUERY_TIMEOUT, VmState
 from refault.migration.phase import Role

@@ -10,7 +10,6 @@ from typing import TYPE_CHECKING
 
 import trio
 
-from refault.daemon.channels import AttemptFailed
 from refault.daemon.local import Executes, hand_over, take_back
 from refault.daemon.local_unix import PrivateSockets
 from refault.migration.messages import (
@@ -23,6 +22,7 @@ from refault.migration.messages import (
     all_received,
 )
 from refault.migration.phase import Role
+from refault.migration.recovery import AttemptFailed
 
 if TYPE_CHECKING:
     from refault.daemon.migration import Migration

@@ -7,11 +7,11 @@ from typing import TYPE_CHECKING
 
 import trio
 
-from refault.daemon.channels import AttemptFailed
 from refault.daemon.far import FarListener, Offer, look_up, why_not
-from refault.daemon.migration import inet_of
 from refault.daemon.waiting_room import WaitingRoom
+from refault.migration.addresses import inet_of
 from refault.migration.endpoint import Endpoint, Inet
+from refault.migration.recovery import AttemptFailed
 
 if TYPE_CHECKING:
     from refault.daemon.migration import Migration

@@ -143,6 +143,18 @@ class PrivateSockets:
         return sock
 
 
+@dataclass(frozen=True)
+class QemuListens:
+    """Where QEMU was told to listen for a channel; good for one."""
+
+    path: str
+
+    @property
+    def uri(self) -> str:
+        """The address that QEMU was given."""
+        return f"unix:{self.path}"
+
+
 @dataclass
 class Listening:
     """Where QEMU is to connect; closed, it refuses."""

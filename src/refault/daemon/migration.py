@@ -13,22 +13,22 @@ import secrets
 from collections.abc import Callable
 from typing import Protocol
 
-import msgspec
 import trio
 
 from refault.channel.relay import Relay
 from refault.daemon import stall_watch
 from refault.daemon.attempts import Attempts
-from refault.daemon.channels import AttemptFailed, Channels
+from refault.daemon.channels import Channels
 from refault.daemon.monitor import Answer, Forward, MonitorLost, QmpError, WatchedCommand, words
 from refault.daemon.state_file import MigrationRecord, process_started
 from refault.daemon.vm_state import VmState
 from refault.migration.addresses import Addresses
-from refault.migration.endpoint import Endpoint, Inet, parse_uri
+from refault.migration.endpoint import Endpoint, parse_uri
 from refault.migration.legs import UNTIL_LOADED, waits_for_pong
 from refault.migration.phase import Phase, Role
 from refault.migration.recovery import Event, Recovery, State
 from refault.migration.relayable import NO_LANES, Lanes
+from refault.qmp.replies import is_error
 
 log = logging.getLogger("refault.migration")
 
@@ -442,15 +442,3 @@ class Migration:
         if self.channels.unread and self.under_way:
             return STATUS_INTERVAL_UNRELAYED
         return COMPLETION_INTERVAL if self.phase is Phase.DONE and self.under_way else STATUS_INTERVAL
-
-
-def inet_of(endpoint: Endpoint | None) -> Inet:
-    """The endpoint as one that can be dialled. Raises AttemptFailed where refault cannot."""
-    if not isinstance(endpoint, Inet):
-        raise AttemptFailed(f"the relay cannot dial {endpoint.uri if endpoint else 'no address'}")
-    return endpoint
-
-
-def is_error(reply: bytes) -> bool:
-    """Whether a reply object is an error."""
-    return b'"error"' in reply and "error" in msgspec.json.decode(reply)

@@ -26,14 +26,14 @@ from typing import TYPE_CHECKING
 
 import trio
 
-from refault.daemon.channels import AttemptFailed, Channels
+from refault.daemon.channels import Channels
 from refault.daemon.failing_destination import fail_as_destination, offered
 from refault.daemon.local import Executes, take_back
 from refault.daemon.monitor import MonitorLost, QmpError, words
 from refault.daemon.vm_state import QUERY_TIMEOUT
 from refault.migration.legs import WAITS_FOR_PONG
 from refault.migration.phase import cannot_have_left
-from refault.migration.recovery import Event
+from refault.migration.recovery import AttemptFailed, Event
 from refault.migration.versions import abilities
 
 if TYPE_CHECKING:

@@ -10,22 +10,23 @@ import msgspec
 import trio
 
 from refault.daemon import ping
-from refault.daemon.attempts import NotPausedYet
-from refault.daemon.channels import AttemptFailed, Channels
+from refault.daemon.channels import Channels
 from refault.daemon.dialling import DIALS, Dialling, resume
 from refault.daemon.doubt import TAKE_BACK, decide
 from refault.daemon.far_dial import REDIAL_TIMEOUT, connect_any, dial_in_course, outlast, reached
 from refault.daemon.local import Pair, hand_over, take_back
 from refault.daemon.local_unix import Listening
-from refault.daemon.migration import Migration, inet_of, is_error
+from refault.daemon.migration import Migration
 from refault.daemon.monitor import Answer, Forward, QmpError, WatchedCommand, words
 from refault.daemon.source_lanes import DIAL_ADVICE, Opening
 from refault.daemon.vm_state import QUERY_TIMEOUT
+from refault.migration.addresses import inet_of
 from refault.migration.endpoint import Endpoint, Inet, endpoint_of, is_refused, with_uri
 from refault.migration.phase import Role
-from refault.migration.recovery import Event, State
+from refault.migration.recovery import AttemptFailed, Event, NotPausedYet, State
 from refault.migration.relayable import has_virtio_mem
 from refault.migration.versions import abilities
+from refault.qmp.replies import is_error
 
 log = logging.getLogger("refault.migration")
 

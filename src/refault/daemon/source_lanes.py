@@ -21,13 +21,14 @@ from typing import TYPE_CHECKING
 
 import trio
 
-from refault.daemon.channels import AttemptFailed, Channels
+from refault.daemon.channels import Channels
 from refault.daemon.far_dial import connect_any, connect_as_qemu, reached
 from refault.daemon.local import LocalLeg, Pair
 from refault.daemon.local_unix import Listening, peer_inode_now
 from refault.daemon.monitor import MonitorLost, QmpError
 from refault.daemon.short_queue import shorten
 from refault.migration.endpoint import Inet
+from refault.migration.recovery import AttemptFailed
 
 if TYPE_CHECKING:
     from refault.daemon.migration import Migration

@@ -11,10 +11,9 @@ import msgspec
 import trio
 
 from refault.daemon import routes
-from refault.daemon.channels import AttemptFailed
 from refault.daemon.destination import Destination
 from refault.daemon.doubt import hold_again
-from refault.daemon.migration import Migration, RoleProcedure, is_error
+from refault.daemon.migration import Migration, RoleProcedure
 from refault.daemon.monitor import (
     Answer,
     Forward,
@@ -35,9 +34,10 @@ from refault.daemon.state_lock import StateLock
 from refault.daemon.vm_state import QUERY_TIMEOUT, VmState
 from refault.migration.endpoint import Endpoint, Inet, endpoint_of, parse_uri
 from refault.migration.phase import Role
-from refault.migration.recovery import Event, State
+from refault.migration.recovery import AttemptFailed, Event, State
 from refault.migration.relayable import NO_LANES, Lanes
 from refault.migration.versions import abilities
+from refault.qmp.replies import is_error
 
 log = logging.getLogger("refault.vm")
 

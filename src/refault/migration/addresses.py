@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 
-from refault.migration.endpoint import Endpoint
+from refault.migration.endpoint import Endpoint, Inet
+from refault.migration.recovery import AttemptFailed
 
 
 class Addresses:
@@ -55,3 +56,10 @@ class Addresses:
         """The channel is at another address, by a client's command."""
         self.first = self._last = endpoint
         self._next = 0
+
+
+def inet_of(endpoint: Endpoint | None) -> Inet:
+    """The endpoint as one that can be dialled. Raises AttemptFailed where refault cannot."""
+    if not isinstance(endpoint, Inet):
+        raise AttemptFailed(f"the relay cannot dial {endpoint.uri if endpoint else 'no address'}")
+    return endpoint

@@ -22,6 +22,14 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 
+class AttemptFailed(Exception):  # noqa: N818 - it says what happened
+    """An attempt did not succeed; the text says why, for the operator."""
+
+
+class NotPausedYet(Exception):  # noqa: N818 - it is no error
+    """QEMU has not paused yet; ask again soon."""
+
+
 class State(enum.Enum):
     """Where the recovery of one VM's migration stands."""
 

@@ -24,6 +24,11 @@ def success(value: object = None) -> bytes:
     return b'{"return": %s}' % msgspec.json.encode({} if value is None else value)
 
 
+def is_error(reply: bytes) -> bool:
+    """Whether a reply object is an error."""
+    return b'"error"' in reply and "error" in msgspec.json.decode(reply)
+
+
 NOT_NEGOTIATED = error(NOT_FOUND, _NOT_NEGOTIATED)
 NOT_OBJECT = error(GENERIC, "QMP input must be a JSON object")
 

@@ -9,9 +9,9 @@ from typing import Any, cast
 import trio
 import trio.testing
 
-from refault.daemon.attempts import Attempts, NotPausedYet
+from refault.daemon.attempts import Attempts
 from refault.daemon.options import Patience
-from refault.migration.recovery import Event, Pace, Recovery
+from refault.migration.recovery import Event, NotPausedYet, Pace, Recovery
 
 
 @dataclass

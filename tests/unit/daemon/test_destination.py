@@ -20,9 +20,10 @@ import trio.testing
 
 from refault.daemon import far
 from refault.daemon.destination import Destination
-from refault.daemon.destination_lanes import Gathered, QemuListens
+from refault.daemon.destination_lanes import Gathered
 from refault.daemon.far import FarListener
 from refault.daemon.far_dial import connect
+from refault.daemon.local_unix import QemuListens
 from refault.daemon.migration import Migration
 from refault.daemon.monitor import Answer, Forward, Monitor, MonitorLost, QemuInfo, QmpError, WatchedCommand
 from refault.daemon.state_file import MigrationRecord, StateFile

@@ -10,14 +10,13 @@ import trio
 from tests.support.returnpath import Kind, ReturnPathDecoder
 from tests.unit.channel import streams
 
-from refault.daemon.channels import AttemptFailed
 from refault.daemon.doubt import decide
 from refault.daemon.failing_destination import fail_as_destination
 from refault.daemon.monitor import QmpError
 from refault.daemon.reclaim import go_on, reclaim
 from refault.migration.legs import WAITS_FOR_PONG
 from refault.migration.phase import Passed, Role
-from refault.migration.recovery import Event, State
+from refault.migration.recovery import AttemptFailed, Event, State
 
 SIZES = {b"pc.ram": 100 * 4096, b"pc.bios": 4096}
 RESUME = struct.pack(">BHH", 8, 9, 0)
