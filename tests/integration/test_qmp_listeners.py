@@ -31,8 +31,8 @@ from tests.integration.qmp_tools import (
 
 from refault.daemon import clients
 from refault.daemon.address import Address, parse_address
+from refault.daemon.kernel.unix_diag import listens
 from refault.daemon.monitor import Monitor
-from refault.daemon.unix_diag import listens
 from refault.lab.channel import free_port
 
 NOBODY = {"refused", "end"}
@@ -124,7 +124,7 @@ async def test_who_comes_right_behind_a_new_qemu_is_served(kind: str) -> None:
             for _ in range(5):
                 await trio.sleep(0.3)  # it is looked for less and less often
                 with qemu_process(f"unix:{path}/qemu,server=on,wait=off") as qemu:
-                    await until(lambda: listens(Address(f"{path}/qemu")))
+                    await until(lambda: listens(f"{path}/qemu"))
                     assert await finds(front) == "greeting"
                     qemu.kill()
                     await trio.to_thread.run_sync(qemu.wait)
@@ -241,7 +241,7 @@ async def test_each_new_qemu_waits_for_a_client_of_its_own() -> None:
         async with refault(path / "qemu", front) as monitor:
             for _ in range(2):
                 with waiting_qemu(path) as qemu:
-                    await until(lambda: listens(Address(f"{path}/qemu")))
+                    await until(lambda: listens(f"{path}/qemu"))
                     assert not (path / "second").exists()
                     async with connected(path / "front"):
                         await until((path / "second").exists)

@@ -15,8 +15,8 @@ from tests.integration.qemus import ALL_BINARIES
 from tests.integration.qmp_tools import Client, directory, negotiated, qemu_process
 
 from refault.daemon.address import Address
+from refault.daemon.kernel.unix_diag import listens
 from refault.daemon.options import VmOptions
-from refault.daemon.unix_diag import listens
 from refault.daemon.vm import Vm
 from refault.daemon.vm_state import VmState
 
@@ -60,7 +60,7 @@ async def fronted(path: Path, name: str) -> AsyncIterator[Vm]:
             state_dir=path,
         )
     )
-    await until(lambda: listens(qemu))
+    await until(lambda: listens(qemu.sun_path))
     async with trio.open_nursery() as nursery:
         await nursery.start(vm.run)
         yield vm

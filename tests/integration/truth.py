@@ -9,7 +9,7 @@ from pathlib import Path
 
 import trio
 
-from refault.daemon.userfaultfd import waiting
+from refault.daemon.kernel.userfaultfd import waiting
 from refault.lab import bare
 from refault.lab.channel import Loss, free_port, start_channel
 from refault.lab.guest import Guest

@@ -9,10 +9,10 @@ from typing import Any
 from refault.cli.arguments import checked, vm_name
 from refault.config import uses, values
 from refault.config.options import DaemonTable, VmTable, WrongOptionError, fields_of, vm_options
-from refault.daemon.address import SUN_PATH, Address
+from refault.daemon.address import Address
 from refault.daemon.errors import OperatorError, operator_errors
 from refault.daemon.options import RunOptions
-from refault.daemon.paths import control_socket, state_directory
+from refault.daemon.paths import SUN_PATH, control_socket, state_directory
 
 
 def add_parser(subparsers: Any) -> None:

@@ -16,10 +16,8 @@ import socket
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 
+from refault.daemon.paths import SUN_PATH
 from refault.qmp.access import ANYBODY, FREE, Callers, Rule, denied
-
-SUN_PATH = 108
-"""sizeof(sockaddr_un.sun_path): a path has one byte less (man 7 unix), and so has an abstract name."""
 
 
 @dataclass(frozen=True)

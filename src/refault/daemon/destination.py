@@ -17,7 +17,8 @@ from refault.daemon.destination_lanes import Gathered, Gathering
 from refault.daemon.doors import Door, Doors
 from refault.daemon.far import FarListener, why_not
 from refault.daemon.far_addresses import FarAddresses, words_of
-from refault.daemon.far_socket import alive, peek, watch_over
+from refault.daemon.far_socket import peek
+from refault.daemon.kernel.tcp import alive, watch_over
 from refault.daemon.local import LocalLeg, reach
 from refault.daemon.local_unix import QemuListens
 from refault.daemon.migration import Migration

@@ -18,9 +18,11 @@ import trio
 
 from refault.daemon.channels import Channels
 from refault.daemon.far import FIRST_BYTES_TIMEOUT
-from refault.daemon.far_socket import alive, detached, is_whole, peek
+from refault.daemon.far_socket import detached, peek
+from refault.daemon.kernel.tcp import alive, is_whole
+from refault.daemon.kernel.unix_diag import peer_inode_now
 from refault.daemon.local import DESTINATION_SEND_BUFFER, LocalLeg
-from refault.daemon.local_unix import QemuListens, peer_inode_now
+from refault.daemon.local_unix import QemuListens
 from refault.daemon.monitor import MonitorLost, QmpError
 from refault.daemon.waiting_room import WaitingRoom
 from refault.migration.messages import MULTIFD_INIT_BYTES, MultifdInit, multifd_init

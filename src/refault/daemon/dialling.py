@@ -1,8 +1,9 @@
 """The recovery of a source that no relay carries: QEMU itself dials the other host.
 
-Before there was `postcopy-recover-setup` it does not tell of that, and told of a second address meanwhile it
-aborts (daemon/connecting.py). So it is given a connection that is made for it, where it takes one, and else
-is not told again while it may still be dialling.
+Before there was `postcopy-recover-setup` it does not tell of that: it stays in `postcopy-paused` while it
+dials, for two minutes on a silent network, and takes a second `migrate` with `resume` meanwhile. When both
+come through it aborts (migration/migration.c, migrate_fd_connect: !s->cleanup_bh). So it is given a
+connection that is made for it, where it takes one, and else is not told again while it may still be dialling.
 """
 
 from __future__ import annotations
@@ -12,8 +13,9 @@ from collections.abc import Callable
 
 import trio
 
-from refault.daemon.connecting import connects, same_network
 from refault.daemon.far_dial import REDIAL_TIMEOUT, dial_in_course, outlast
+from refault.daemon.kernel.process import same_network
+from refault.daemon.kernel.tcp import connects
 from refault.daemon.local import Executes, hand_connection
 from refault.daemon.migration import Migration
 from refault.daemon.monitor import QmpError

@@ -12,7 +12,8 @@ from collections.abc import Awaitable, Callable, Collection
 import trio
 
 from refault.daemon import lookups
-from refault.daemon.far_socket import alive, detached, growing_pauses, is_whole, peek
+from refault.daemon.far_socket import detached, growing_pauses, peek
+from refault.daemon.kernel.tcp import alive, is_whole
 from refault.daemon.waiting_room import Arrival, WaitingRoom
 from refault.migration.endpoint import Inet, socket_address
 from refault.migration.messages import Kind, classify, recv_bitmaps

@@ -14,7 +14,7 @@ from typing import Any
 
 import trio
 
-from refault.daemon.far_socket import alive
+from refault.daemon.kernel.tcp import alive
 from refault.daemon.lookups import Found, look_up
 from refault.migration.endpoint import Inet
 

@@ -1,4 +1,4 @@
-"""A far connection as the kernel knows it: whether its peer is there, and what it has said so far."""
+"""A far connection before it is joined: what its peer has said so far."""
 
 from __future__ import annotations
 
@@ -7,33 +7,8 @@ from collections.abc import Iterator
 
 import trio
 
+from refault.daemon.kernel.tcp import alive
 from refault.migration.messages import FIRST_BYTES
-
-_TCP_ESTABLISHED = 1
-_TCP_CLOSE_WAIT = 8
-
-
-def alive(connection: socket.socket | trio.socket.SocketType) -> bool:
-    """Whether the peer has not closed its end (TCP_INFO's first byte is the state)."""
-    return _state(connection) == _TCP_ESTABLISHED
-
-
-def is_whole(connection: socket.socket | trio.socket.SocketType) -> bool:
-    """Whether all that the peer has sent is there to be read, be it that it has closed its end behind it."""
-    return _state(connection) in (_TCP_ESTABLISHED, _TCP_CLOSE_WAIT)
-
-
-def _state(connection: socket.socket | trio.socket.SocketType) -> int:
-    info = connection.getsockopt(socket.IPPROTO_TCP, socket.TCP_INFO, 1)
-    return info[0] if isinstance(info, bytes) else info
-
-
-def watch_over(connection: trio.socket.SocketType) -> None:
-    """Has the kernel ask the peer every second, so that one that went silently is not `alive` for long."""
-    for option in (socket.TCP_KEEPIDLE, socket.TCP_KEEPINTVL):
-        connection.setsockopt(socket.IPPROTO_TCP, option, 1)
-    connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_KEEPCNT, 3)
-    connection.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
 
 
 def detached(connection: trio.socket.SocketType) -> trio.socket.SocketType:

@@ -15,8 +15,8 @@ import trio
 
 from refault.daemon.address import Address
 from refault.daemon.dial import BACKOFF
+from refault.daemon.kernel.unix_diag import listens
 from refault.daemon.presence import Presence, Qemu
-from refault.daemon.unix_diag import listens
 
 log = logging.getLogger("refault.qmp")
 
@@ -95,7 +95,7 @@ class FirstClient:
         if self._qemu.path is None or self._qemu.server:
             return False
         try:
-            return listens(self._qemu)
+            return listens(self._qemu.sun_path)
         except OSError:
             return False
 

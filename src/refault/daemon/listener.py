@@ -15,7 +15,7 @@ import trio
 
 from refault.daemon.address import Address
 from refault.daemon.errors import OperatorError
-from refault.daemon.unix_diag import listens
+from refault.daemon.kernel.unix_diag import listens
 
 log = logging.getLogger("refault.qmp")
 
@@ -241,7 +241,7 @@ def _change(fd: int, plain: Access, gid: int, uid: int | None, mode: int, acl: b
 def _told_to_listen(address: Address) -> bool:
     """Whether the kernel says that somebody listens there; False also where it does not tell."""
     try:
-        return listens(address)
+        return listens(address.sun_path)
     except OSError:
         return False
 

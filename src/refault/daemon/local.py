@@ -15,7 +15,8 @@ from typing import Protocol
 import trio
 
 from refault.daemon.address import Address
-from refault.daemon.dial import dial, peer_of
+from refault.daemon.dial import dial
+from refault.daemon.kernel.peer import peer_of
 from refault.daemon.monitor import words
 from refault.migration.phase import Role
 

@@ -16,25 +16,18 @@ import secrets
 import shutil
 import socket
 import stat
-import struct
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
 import trio
 
-from refault.daemon.address import SUN_PATH
-from refault.daemon.dial import Peer, peer_of
-from refault.daemon.unix_diag import (
-    NLM_F_REQUEST,
-    NLMSGHDR,
-    NO_COOKIE,
-    RTATTR,
-    SOCK_DIAG_BY_FAMILY,
-    UNIX_DIAG_MSG_SIZE,
-    UNIX_DIAG_REQ,
-    sock_diag,
+from refault.daemon.kernel.peer import Peer, peer_of
+from refault.daemon.kernel.unix_diag import (
+    peer_inode,
+    peer_inode_now,
 )
+from refault.daemon.paths import SUN_PATH
 
 log = logging.getLogger("refault.local")
 
@@ -44,12 +37,6 @@ PATH_BYTES = 1 + _NAME_BYTES
 _BACKLOG = 256
 _LOOK = 0.002
 _PATIENCE = 5.0
-
-# <linux/unix_diag.h>
-_ANY_STATE = 0xFFFFFFFF
-_UDIAG_SHOW_PEER = 4
-_UNIX_DIAG_PEER = 2
-_INODE = struct.Struct("=I")
 
 
 @dataclass(frozen=True)
@@ -234,48 +221,6 @@ def may_be(peer: Peer, qemu: Peer) -> bool:
     if peer.pid is not None and qemu.pid is not None:
         return peer.pid == qemu.pid
     return peer.uid == qemu.uid
-
-
-def peer_inode(sock: socket.socket) -> int:
-    """The inode of the socket at the other side of a connected one, as /proc shows it.
-
-    0 until that side has accepted it, or when it is gone (net/unix/diag.c, sk_diag_dump_peer). Raises OSError
-    where the kernel does not tell.
-    """
-    with sock_diag() as netlink:
-        body = UNIX_DIAG_REQ.pack(
-            socket.AF_UNIX,
-            0,
-            0,
-            _ANY_STATE,
-            os.fstat(sock.fileno()).st_ino,
-            _UDIAG_SHOW_PEER,
-            NO_COOKIE,
-            NO_COOKIE,
-        )
-        size = NLMSGHDR.size + len(body)
-        netlink.send(NLMSGHDR.pack(size, SOCK_DIAG_BY_FAMILY, NLM_F_REQUEST, 1, 0) + body)
-        answer = netlink.recv(4096)
-    if (
-        len(answer) < NLMSGHDR.size + UNIX_DIAG_MSG_SIZE
-        or NLMSGHDR.unpack_from(answer)[1] != SOCK_DIAG_BY_FAMILY
-    ):
-        raise OSError("the kernel does not tell of unix sockets (unix_diag)")
-    at = NLMSGHDR.size + UNIX_DIAG_MSG_SIZE
-    while at + RTATTR.size + 4 <= len(answer):
-        length, kind = RTATTR.unpack_from(answer, at)
-        if kind == _UNIX_DIAG_PEER:
-            return int(_INODE.unpack_from(answer, at + RTATTR.size)[0])
-        at += max((length + 3) & ~3, RTATTR.size)
-    return 0
-
-
-def peer_inode_now(sock: socket.socket) -> int:
-    """The same; 0 also where it cannot be asked now, descriptors being short, say."""
-    try:
-        return peer_inode(sock)
-    except OSError:
-        return 0
 
 
 def _ended(sock: socket.socket) -> bool:

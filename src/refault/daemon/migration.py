@@ -19,8 +19,9 @@ from refault.channel.relay import Relay
 from refault.daemon import stall_watch
 from refault.daemon.attempts import Attempts
 from refault.daemon.channels import Channels
+from refault.daemon.kernel.process import process_started
 from refault.daemon.monitor import Answer, Forward, MonitorLost, QmpError, WatchedCommand, words
-from refault.daemon.state_file import MigrationRecord, process_started
+from refault.daemon.state_file import MigrationRecord
 from refault.daemon.vm_state import VmState
 from refault.migration.addresses import Addresses
 from refault.migration.endpoint import Endpoint, parse_uri

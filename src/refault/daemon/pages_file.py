@@ -14,6 +14,7 @@ from pathlib import Path
 
 from refault.channel.relay import Relay
 from refault.channel.tracker import Kept, Restored, StateFds
+from refault.daemon.kernel.mounts import file_system
 from refault.daemon.paths import make_again
 from refault.daemon.state_troubles import StateTroubles
 
@@ -165,15 +166,3 @@ class PagesFile:
 def _remove_if_there(path: Path) -> None:
     with contextlib.suppress(OSError):
         path.unlink(missing_ok=True)
-
-
-def file_system(directory: Path) -> str:
-    """The type of the file system that a directory is on; empty where the kernel does not tell."""
-    device = os.stat(directory).st_dev
-    wanted = f"{os.major(device)}:{os.minor(device)}"
-    with open("/proc/self/mountinfo") as mounts:
-        for mount in mounts:
-            fields, _, kind = mount.partition(" - ")
-            if fields.split()[2] == wanted:
-                return kind.split()[0]
-    return ""

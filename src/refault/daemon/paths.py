@@ -9,9 +9,10 @@ import tempfile
 from collections.abc import Mapping
 from pathlib import Path
 
-from refault.daemon.address import SUN_PATH
 from refault.daemon.errors import OperatorError
 
+SUN_PATH = 108
+"""sizeof(sockaddr_un.sun_path): a path has one byte less (man 7 unix), and so has an abstract name."""
 CONTROL_SUFFIX = ".control"
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from refault.channel.relay import Relay
 from refault.daemon.address import Address
+from refault.daemon.kernel.userfaultfd import Waiting, waiting
 from refault.daemon.migration import NO_MIGRATION, Migration
 from refault.daemon.monitor import QemuInfo
 from refault.daemon.snapshot import (
@@ -20,7 +21,6 @@ from refault.daemon.snapshot import (
     StateStatus,
     VmStatus,
 )
-from refault.daemon.userfaultfd import Waiting, waiting
 from refault.daemon.vm_state import Counters, VmState
 from refault.migration.phase import Role
 from refault.migration.recovery import State

@@ -13,7 +13,7 @@ import socket
 
 import trio
 
-from refault.daemon.far_socket import alive, watch_over
+from refault.daemon.kernel.tcp import alive, watch_over
 from refault.migration.messages import PING, PONG, REQUESTS
 
 

@@ -8,26 +8,14 @@ once QEMU has closed the socket though only the return path has ended, the threa
 
 from __future__ import annotations
 
-import os
 import socket
 
 import trio
 
+from refault.daemon.kernel.process import holds
+
 _LOOK = 0.0002
 _PATIENCE = 0.05
-
-
-def holds(pid: int, inode: int) -> bool:
-    """Whether a process has a socket open. Raises OSError where one may not look, or it is gone."""
-    wanted = f"socket:[{inode}]"
-    with os.scandir(f"/proc/{pid}/fd") as entries:
-        for entry in entries:
-            try:
-                if os.readlink(entry.path) == wanted:
-                    return True
-            except FileNotFoundError:
-                continue  # closed while we looked
-    return False
 
 
 async def end_first(ours: socket.socket, pid: int, inode: int) -> bool:

@@ -23,8 +23,9 @@ import trio
 
 from refault.daemon.channels import Channels
 from refault.daemon.far_dial import connect_any, connect_as_qemu, reached
+from refault.daemon.kernel.unix_diag import peer_inode_now
 from refault.daemon.local import LocalLeg, Pair
-from refault.daemon.local_unix import Listening, peer_inode_now
+from refault.daemon.local_unix import Listening
 from refault.daemon.monitor import MonitorLost, QmpError
 from refault.daemon.short_queue import shorten
 from refault.migration.endpoint import Inet

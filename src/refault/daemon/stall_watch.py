@@ -5,13 +5,13 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Hashable, Mapping
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import trio
 
+from refault.daemon.kernel.process import resident_pages
+from refault.daemon.kernel.userfaultfd import waiting
 from refault.daemon.monitor import MonitorLost, QmpError, words
-from refault.daemon.userfaultfd import waiting
 from refault.daemon.vm_state import QUERY_TIMEOUT
 from refault.migration.phase import Role
 from refault.migration.stall import StallDetector
@@ -76,17 +76,15 @@ async def _destination(migration: Migration) -> tuple[Hashable, bool] | None:
     tell.
     """
     pid = migration.vm.qemu_pid
-    threads = waiting(pid) if pid is not None else None
+    if pid is None:
+        return None
+    threads = waiting(pid)
     if threads is None:
         return None
     try:
-        return (_resident_pages(pid), threads.total), threads.total > 0
+        return (resident_pages(pid), threads.total), threads.total > 0
     except (OSError, ValueError, IndexError):
         return None
-
-
-def _resident_pages(pid: int | None) -> int:
-    return int(Path(f"/proc/{pid}/statm").read_text().split()[1])
 
 
 async def _pause(migration: Migration, seconds: float) -> None:

@@ -10,6 +10,7 @@ from pathlib import Path
 
 import msgspec
 
+from refault.daemon.kernel.process import process_started
 from refault.daemon.pages_file import PagesFile
 from refault.daemon.paths import make_again
 from refault.daemon.repeats import repeats
@@ -47,18 +48,6 @@ class MigrationRecord(msgspec.Struct, frozen=True, kw_only=True):
     def key(self, vm: str) -> bytes:
         """By what the page map's file of this migration is known (cext/statefile.h)."""
         return f"{vm} {self.qemu_pid} {self.qemu_started} {self.generation}".encode()
-
-
-def process_started(pid: int | None) -> int | None:
-    """The start time of a process as in `MigrationRecord`; None where it has ended or cannot be read."""
-    if pid is None:
-        return None
-    try:
-        stat = Path(f"/proc/{pid}/stat").read_text()
-    except OSError:
-        return None
-    fields = stat.rpartition(")")[2].split()
-    return None if fields[0] in "ZX" else int(fields[19])
 
 
 class StateFile:

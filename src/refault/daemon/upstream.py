@@ -10,8 +10,9 @@ from collections.abc import Awaitable, Callable
 import trio
 
 from refault.daemon.address import Address
-from refault.daemon.dial import CONNECT_TIMEOUT, Peer, dial, pauses, peer_of, prepare, why
+from refault.daemon.dial import CONNECT_TIMEOUT, dial, pauses, prepare, why
 from refault.daemon.first_client import FirstClient
+from refault.daemon.kernel.peer import Peer, peer_of
 from refault.daemon.presence import Presence, Qemu
 from refault.daemon.wire import Wire
 from refault.qmp.multiplexer import Multiplexer, NotQmpError

@@ -10,9 +10,10 @@ from dataclasses import replace
 import msgspec
 import trio
 
-from refault.daemon import routes
 from refault.daemon.destination import Destination
 from refault.daemon.doubt import hold_again
+from refault.daemon.kernel import routes
+from refault.daemon.kernel.process import process_started
 from refault.daemon.migration import Migration, RoleProcedure
 from refault.daemon.monitor import (
     Answer,
@@ -29,7 +30,7 @@ from refault.daemon.picture import picture
 from refault.daemon.repeats import repeats
 from refault.daemon.snapshot import VmStatus
 from refault.daemon.source import Source
-from refault.daemon.state_file import MigrationRecord, StateFile, process_started
+from refault.daemon.state_file import MigrationRecord, StateFile
 from refault.daemon.state_lock import StateLock
 from refault.daemon.vm_state import QUERY_TIMEOUT, VmState
 from refault.migration.endpoint import Endpoint, Inet, endpoint_of, parse_uri

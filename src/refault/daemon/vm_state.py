@@ -12,14 +12,15 @@ from typing import TYPE_CHECKING
 
 import trio
 
-from refault.daemon.dial import Peer
+from refault.daemon.kernel.peer import Peer
+from refault.daemon.kernel.process import process_started
 from refault.daemon.local import give_back, has_ended
 from refault.daemon.local_unix import PATH_BYTES, PrivateSockets
 from refault.daemon.monitor import MonitorLost, QmpError, words
 from refault.daemon.options import Patience
 from refault.daemon.paths import short_name
 from refault.daemon.reach import comes, takes_descriptor
-from refault.daemon.state_file import MigrationRecord, StateFile, process_started
+from refault.daemon.state_file import MigrationRecord, StateFile
 from refault.migration.endpoint import Endpoint, parse_uri
 from refault.migration.phase import Role
 from refault.migration.relayable import (
@@ -81,7 +82,7 @@ class VmState:
         self.qemu_threads: tuple[int, ...] = ()
         """The threads of its vCPUs, as it was last asked; none where the process is known."""
         self.qemu_started: int | None = None
-        """Since when it runs (state_file.process_started), for pids are used again."""
+        """Since when it runs (kernel/process.py), for pids are used again."""
         self.encrypted = False
         """Whether QEMU's channels speak TLS, as it was last asked."""
         self._relay_allowed = relay_allowed

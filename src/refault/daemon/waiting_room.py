@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 
 import trio
 
-from refault.daemon.far_socket import alive, is_whole
+from refault.daemon.kernel.tcp import alive, is_whole
 
 
 @dataclass(eq=False)

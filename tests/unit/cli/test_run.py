@@ -11,9 +11,10 @@ import pytest
 
 from refault.cli.main import build_parser, main
 from refault.cli.run import run_options
-from refault.daemon.address import SUN_PATH, Address, parse_address
+from refault.daemon.address import Address, parse_address
 from refault.daemon.errors import OperatorError
 from refault.daemon.options import Patience, RunOptions
+from refault.daemon.paths import SUN_PATH
 from refault.migration.endpoint import Inet
 
 MINIMAL = ["run", "--qemu", "/run/qemu/vm1", "--listen", "/run/vm1.qmp"]

@@ -13,7 +13,7 @@ from contextlib import contextmanager
 import pytest
 
 from refault.daemon.announce import Ends, announce
-from refault.daemon.routes import SETTLES
+from refault.daemon.kernel.routes import SETTLES
 from refault.lab.netns import Host, two_hosts
 
 ANNOUNCES = """

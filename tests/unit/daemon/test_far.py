@@ -13,7 +13,8 @@ import trio.testing
 from refault.daemon import far, lookups, waiting_room
 from refault.daemon.far import FarListener
 from refault.daemon.far_dial import connect
-from refault.daemon.far_socket import alive, peek
+from refault.daemon.far_socket import peek
+from refault.daemon.kernel.tcp import alive
 from refault.daemon.waiting_room import WaitingRoom
 from refault.migration.endpoint import Inet
 from refault.migration.messages import Kind, classify

@@ -13,6 +13,7 @@ from pathlib import Path
 import pytest
 
 from refault.daemon.address import Address, parse_address
+from refault.daemon.kernel.unix_diag import listens
 from refault.daemon.listener import (
     Access,
     ListenError,
@@ -21,7 +22,6 @@ from refault.daemon.listener import (
     bind_unix,
     check,
 )
-from refault.daemon.unix_diag import listens
 
 ROOT = pytest.mark.skipif(os.geteuid() != 0, reason="files are given to others")
 
@@ -225,10 +225,10 @@ def test_whoever_listens_is_not_connected_to(at: Address) -> None:
 @pytest.mark.parametrize("tight", [True, False])
 def test_an_abstract_name(tight: bool) -> None:
     at = Address(f"refault-test-{os.getpid()}", server=True, abstract=True, tight=tight)
-    assert not listens(at)
+    assert not listens(at.sun_path)
     bound = bind_unix(at)
-    assert listens(at)
-    assert not listens(replace(at, tight=not tight))
+    assert listens(at.sun_path)
+    assert not listens(replace(at, tight=not tight).sun_path)
     with socket.socket(socket.AF_UNIX) as client:
         client.connect(at.sun_path)
     with pytest.raises(ListenError, match="something listens there already"):
@@ -240,11 +240,11 @@ def test_an_abstract_name(tight: bool) -> None:
 def test_the_kernel_tells_who_listens_by_any_path(at: Address, tmp_path: Path) -> None:
     bound = bind_unix(at)
     os.symlink(tmp_path, tmp_path / "link")
-    assert listens(replace(at, path=f"{tmp_path}/link/s"))
-    assert not listens(replace(at, path=f"{tmp_path}/none"))
+    assert listens(replace(at, path=f"{tmp_path}/link/s").sun_path)
+    assert not listens(replace(at, path=f"{tmp_path}/none").sun_path)
     bound.sock.close()
     assert os.path.lexists(at.sun_path)
-    assert not listens(at)
+    assert not listens(at.sun_path)
 
 
 def reaches(host: str, port: int) -> bool:

@@ -9,9 +9,10 @@ from pathlib import Path
 import pytest
 import trio
 
-from refault.daemon import local_unix
-from refault.daemon.dial import Peer
-from refault.daemon.local_unix import PrivateSockets, may_be, peer_inode
+from refault.daemon.kernel import unix_diag
+from refault.daemon.kernel.peer import Peer
+from refault.daemon.kernel.unix_diag import peer_inode
+from refault.daemon.local_unix import PrivateSockets, may_be
 
 OURSELVES = Peer(os.getpid(), os.getuid())
 
@@ -143,7 +144,7 @@ async def test_connecting_waits_until_it_is_accepted(
             raise errors.pop()
         return peer_inode(sock)
 
-    monkeypatch.setattr(local_unix, "peer_inode", asked)
+    monkeypatch.setattr(unix_diag, "peer_inode", asked)
     path = sockets.path()
     with socket.socket(socket.AF_UNIX) as qemu:
         qemu.bind(path)

@@ -7,9 +7,9 @@ from pathlib import Path
 
 import pytest
 
-from refault.daemon.address import SUN_PATH
 from refault.daemon.errors import OperatorError, operator_errors
 from refault.daemon.paths import (
+    SUN_PATH,
     control_socket,
     make_default_directory,
     must_be_writable,

@@ -10,7 +10,8 @@ import sys
 import pytest
 import trio
 
-from refault.daemon.return_path import end_first, holds
+from refault.daemon.kernel.process import holds
+from refault.daemon.return_path import end_first
 
 PEER = """
 import socket, sys, time

@@ -7,8 +7,8 @@ import socket
 import subprocess
 import sys
 
+from refault.daemon.kernel.unix_diag import peer_inode
 from refault.daemon.local import SOURCE_SEND_BUFFER
-from refault.daemon.local_unix import peer_inode
 from refault.daemon.short_queue import shorten
 
 WRITES = """

@@ -17,9 +17,10 @@ import pytest
 from refault.channel.relay import Relay
 from refault.channel.tracker import Kept, Restored, StateFds
 from refault.daemon import migration as migration_module
+from refault.daemon.kernel.process import process_started
 from refault.daemon.migration import Migration
 from refault.daemon.options import Patience
-from refault.daemon.state_file import MigrationRecord, StateFile, process_started
+from refault.daemon.state_file import MigrationRecord, StateFile
 from refault.daemon.vm_state import Counters
 from refault.migration.endpoint import Inet
 from refault.migration.phase import Role

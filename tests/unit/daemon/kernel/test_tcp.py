@@ -3,7 +3,7 @@
 import os
 import socket
 
-from refault.daemon.connecting import connects, same_network
+from refault.daemon.kernel.tcp import connects
 
 
 def test_a_connection_that_comes_to_nothing_is_one_until_then() -> None:
@@ -24,8 +24,3 @@ def test_a_connection_that_comes_to_nothing_is_one_until_then() -> None:
 
 def test_a_process_that_is_gone_dials_nothing() -> None:
     assert not connects(2**22 + 1, 1)
-    assert not same_network(2**22 + 1)
-
-
-def test_this_process_is_in_its_own_network() -> None:
-    assert same_network(os.getpid())

@@ -9,13 +9,13 @@ from pathlib import Path
 import pytest
 import trio
 
-from refault.daemon.routes import LONGEST_PAUSE, PAUSE, Pauses
+from refault.daemon.kernel.routes import LONGEST_PAUSE, PAUSE, Pauses
 from refault.lab.netns import two_hosts
 from refault.lab.process import Process, started
 
 LISTENS = """
 import trio
-from refault.daemon import routes
+from refault.daemon.kernel import routes
 def changed():
     print("changed", flush=True)
     return True

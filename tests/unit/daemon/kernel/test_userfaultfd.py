@@ -2,7 +2,7 @@
 
 from pathlib import Path
 
-from refault.daemon.userfaultfd import Waiting, waiting
+from refault.daemon.kernel.userfaultfd import Waiting, waiting
 
 
 def process(proc: Path, *infos: str) -> None:

@@ -1,0 +1,71 @@
+"""Another process: since when it runs, what it holds, and where it is. proc(5)."""
+
+from __future__ import annotations
+
+import ctypes
+import os
+import socket
+from pathlib import Path
+
+_SYS_PIDFD_GETFD = 438  # the same number on every architecture (pidfd_getfd(2), Linux 5.6)
+_syscall = ctypes.CDLL(None, use_errno=True).syscall
+
+
+def process_started(pid: int | None) -> int | None:
+    """The start time of a process, in clock ticks since boot (/proc/PID/stat, field 22); None where it has
+    ended or cannot be read."""
+    if pid is None:
+        return None
+    try:
+        stat = Path(f"/proc/{pid}/stat").read_text()
+    except OSError:
+        return None
+    fields = stat.rpartition(")")[2].split()
+    return None if fields[0] in "ZX" else int(fields[19])
+
+
+def holds(pid: int, inode: int) -> bool:
+    """Whether a process has a socket open. Raises OSError where one may not look, or it is gone."""
+    return _number_of(pid, inode) is not None
+
+
+def borrowed(pid: int, inode: int) -> socket.socket:
+    """A duplicate of a process's socket. Raises OSError."""
+    process = os.pidfd_open(pid)
+    try:
+        number = _number_of(pid, inode)
+        if number is None:
+            raise FileNotFoundError(f"process {pid} has no socket {inode}")
+        duplicate = _syscall(_SYS_PIDFD_GETFD, process, number, 0)
+        if duplicate < 0:
+            error = ctypes.get_errno()
+            raise OSError(error, os.strerror(error))
+        return socket.socket(fileno=duplicate)
+    finally:
+        os.close(process)
+
+
+def _number_of(pid: int, inode: int) -> int | None:
+    """By which a process knows a socket; None where it has none such. Raises as `holds`."""
+    wanted = f"socket:[{inode}]"
+    with os.scandir(f"/proc/{pid}/fd") as entries:
+        for entry in entries:
+            try:
+                if os.readlink(entry.path) == wanted:
+                    return int(entry.name)
+            except FileNotFoundError:
+                continue  # closed while we looked
+    return None
+
+
+def resident_pages(pid: int) -> int:
+    """The pages of its memory that are there. Raises OSError, and ValueError or IndexError on nonsense."""
+    return int(Path(f"/proc/{pid}/statm").read_text().split()[1])
+
+
+def same_network(pid: int) -> bool:
+    """Whether what we dial is what a process would dial; False where one may not look."""
+    try:
+        return os.path.samefile(f"/proc/{pid}/ns/net", "/proc/self/ns/net")
+    except OSError:
+        return False
