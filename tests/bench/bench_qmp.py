@@ -111,8 +111,8 @@ def serve_pump(qemu: str, listen: str) -> None:
 
 
 def serve_refault(qemu: str, listen: str) -> None:
-    from refault.daemon.address import parse_address
-    from refault.daemon.monitor import Monitor
+    from refault.daemon.monitor.address import parse_address
+    from refault.daemon.monitor.monitor import Monitor
 
     trio.run(Monitor("bench", parse_address(qemu), [parse_address(listen, server=True)]).run)
 

@@ -14,7 +14,7 @@ from tests.campaign.invariants import Watch
 from tests.campaign.losses import KILLED, LossClass, Place, Planned
 from tests.campaign.outcomes import Outcome
 
-from refault.daemon.doubt import TAKE_BACK
+from refault.daemon.recovery.doubt import TAKE_BACK
 from refault.lab import bare
 from refault.lab.channel import Between, Channel, Loss, free_port, start_channel
 from refault.lab.driver import RefaultDriver, refault_driver

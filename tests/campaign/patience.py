@@ -35,8 +35,8 @@ from tests.campaign.record import commit_of
 from tests.campaign.scenarios import NotWell, tell
 
 from refault.channel.relay import DEAD_AFTER_SECONDS
-from refault.daemon import control
-from refault.daemon.options import Patience
+from refault.daemon.known.patience import Patience
+from refault.daemon.telling import control
 from refault.lab.guest import PAGE, Guest
 from refault.lab.netns import Host
 from refault.lab.process import Process, started

@@ -16,7 +16,7 @@ from pathlib import Path
 
 import trio
 
-from refault.daemon.snapshot import BlockStatus
+from refault.daemon.telling.snapshot import BlockStatus
 from refault.lab import bare
 from refault.lab.channel import Channel, Loss, free_port, start_channel
 from refault.lab.driver import RefaultDriver, refault_driver

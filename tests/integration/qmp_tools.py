@@ -14,8 +14,8 @@ from typing import Any
 
 import trio
 
-from refault.daemon.address import Address, parse_address
-from refault.daemon.monitor import Monitor
+from refault.daemon.monitor.address import Address, parse_address
+from refault.daemon.monitor.monitor import Monitor
 
 QEMUS = [qemu for qemu in os.environ.get("REFAULT_QEMUS", "qemu-system-x86_64").split(":") if qemu]
 

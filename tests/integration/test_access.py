@@ -26,7 +26,7 @@ from tests.integration.qmp_tools import (
     refault,
 )
 
-from refault.daemon.address import parse_address
+from refault.daemon.monitor.address import parse_address
 
 pytestmark = pytest.mark.qemu
 

@@ -28,7 +28,7 @@ MULTIFD = ("events", "multifd")
 SLOW_TO_ACCEPT = """
 import os, signal, sys, threading
 from pathlib import Path
-from refault.daemon.local_unix import PrivateSockets
+from refault.daemon.near.local_unix import PrivateSockets
 connect, seen = PrivateSockets.connect, []
 async def slow(self, path):
     seen.append(path)

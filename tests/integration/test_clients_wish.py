@@ -14,7 +14,7 @@ import trio
 from tests.integration.qemus import ALL_BINARIES
 from tests.integration.test_main_job import GUEST, REFAULT
 
-from refault.daemon.snapshot import RecoveryStatus
+from refault.daemon.telling.snapshot import RecoveryStatus
 from refault.lab import bare
 from refault.lab.channel import Channel, free_port, start_channel
 from refault.lab.driver import RefaultDriver, refault_driver

@@ -34,11 +34,11 @@ from tests.integration.qmp_tools import (
     until,
 )
 
-from refault.daemon.address import parse_address
-from refault.daemon.dial import prepare
-from refault.daemon.listener import ListenError
-from refault.daemon.monitor import Limits, Monitor, MonitorLost, QemuInfo
-from refault.daemon.repeats import Sparing
+from refault.daemon.host.repeats import Sparing
+from refault.daemon.monitor.address import parse_address
+from refault.daemon.monitor.dial import prepare
+from refault.daemon.monitor.listener import ListenError
+from refault.daemon.monitor.monitor import Limits, Monitor, MonitorLost, QemuInfo
 
 # QEMU comes and goes
 
@@ -263,7 +263,7 @@ async def test_the_host_of_a_tcp_monitor_vanishes(
         return Vanishing(fileno=prepare(sock).detach())
 
     caplog.set_level(logging.WARNING)
-    monkeypatch.setattr("refault.daemon.dial.prepare", vanishing)
+    monkeypatch.setattr("refault.daemon.monitor.dial.prepare", vanishing)
     with socket.create_server(("127.0.0.1", 0)) as qemu, directory() as path:
         address = parse_address(f"tcp:127.0.0.1:{qemu.getsockname()[1]}")
         async with refault(address, path / "front") as monitor:
@@ -320,7 +320,7 @@ async def test_an_event_before_the_greeting(caplog: pytest.LogCaptureFixture) ->
 async def test_events_and_no_greeting(
     caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("refault.daemon.upstream._GREETING_TIMEOUT", 0.5)
+    monkeypatch.setattr("refault.daemon.monitor.upstream._GREETING_TIMEOUT", 0.5)
 
     async def says(stream: trio.SocketStream) -> None:
         with contextlib.suppress(trio.BrokenResourceError):  # a loaded machine: there is a next one
@@ -339,7 +339,7 @@ async def test_events_and_no_greeting(
 
 
 async def test_silence(caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("refault.daemon.upstream._GREETING_TIMEOUT", 0.1)
+    monkeypatch.setattr("refault.daemon.monitor.upstream._GREETING_TIMEOUT", 0.1)
     with directory() as path, listening(path / "qemu"):
         async with refault(path / "qemu", path / "front") as monitor:
             await until(lambda: caplog.records)

@@ -29,10 +29,10 @@ from tests.integration.qmp_tools import (
     until,
 )
 
-from refault.daemon import clients
-from refault.daemon.address import Address, parse_address
 from refault.daemon.kernel.unix_diag import listens
-from refault.daemon.monitor import Monitor
+from refault.daemon.monitor import clients
+from refault.daemon.monitor.address import Address, parse_address
+from refault.daemon.monitor.monitor import Monitor
 from refault.lab.channel import free_port
 
 NOBODY = {"refused", "end"}

@@ -21,7 +21,7 @@ from tests.integration.qmp_tools import (
     refault,
 )
 
-from refault.daemon.monitor import Answer, Forward, QmpError, WatchedCommand
+from refault.daemon.monitor.monitor import Answer, Forward, QmpError, WatchedCommand
 
 pytestmark = pytest.mark.qemu
 

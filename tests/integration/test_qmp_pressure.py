@@ -24,7 +24,7 @@ from tests.integration.qmp_tools import (
     refault,
 )
 
-from refault.daemon.monitor import Monitor
+from refault.daemon.monitor.monitor import Monitor
 from refault.qmp.multiplexer import WINDOW
 from refault.qmp.session import Limits
 

@@ -14,11 +14,11 @@ import trio
 from tests.integration.qemus import ALL_BINARIES
 from tests.integration.qmp_tools import Client, directory, negotiated, qemu_process
 
-from refault.daemon.address import Address
 from refault.daemon.kernel.unix_diag import listens
+from refault.daemon.known.vm_state import VmState
+from refault.daemon.monitor.address import Address
 from refault.daemon.options import VmOptions
 from refault.daemon.vm import Vm
-from refault.daemon.vm_state import VmState
 
 pytestmark = pytest.mark.qemu
 

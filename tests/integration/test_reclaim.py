@@ -12,7 +12,7 @@ from tests.integration.qemus import qemus
 from tests.integration.test_main_job import GUEST, fronted
 from tests.integration.waiting import nothing_moves, recovered, told
 
-from refault.daemon.doubt import TAKE_BACK
+from refault.daemon.recovery.doubt import TAKE_BACK
 from refault.lab import bare
 from refault.lab.channel import Channel, Cut, Loss, free_port, start_channel
 from refault.lab.driver import RefaultDriver, refault_driver

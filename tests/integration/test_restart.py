@@ -38,7 +38,7 @@ SMALL = Guest(vcpus=4, log_pages=11, tick_ns=1_000_000)
 BACKGROUND = 256 << 10
 UNGUARDED = """
 import sys
-from refault.daemon.guard import Guard
+from refault.daemon.relayed.guard import Guard
 Guard.start = lambda self: None
 from refault.cli.main import main
 sys.exit(main())

@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 import trio
 
-from refault.daemon.snapshot import VmStatus
+from refault.daemon.telling.snapshot import VmStatus
 from refault.lab import bare
 from refault.lab.channel import Loss, free_port, start_channel
 from refault.lab.driver import RefaultDriver, refault_driver

@@ -18,8 +18,8 @@ from tests.integration.test_restart import runs, sockets
 from tests.integration.waiting import nothing_moves
 
 from refault.daemon.app import PHASE_PATIENCE
-from refault.daemon.local import GIVE_BACK_TIMEOUT
-from refault.daemon.vm_state import QUERY_TIMEOUT
+from refault.daemon.known.vm_state import QUERY_TIMEOUT
+from refault.daemon.near.local import GIVE_BACK_TIMEOUT
 from refault.lab import bare
 from refault.lab.channel import Channel, free_port, start_channel
 from refault.lab.driver import RefaultDriver, refault_driver

@@ -35,7 +35,7 @@ THREADS_END = 15
 # The destination's first migrate-recover does not come to its orderly end.
 INTERRUPTED = """
 import sys, trio
-from refault.daemon.destination import Destination
+from refault.daemon.roles.destination import Destination
 from refault.migration.recovery import Event
 recover, seen = Destination._recover, []
 async def interrupted(self, uri):

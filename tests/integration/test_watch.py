@@ -19,9 +19,9 @@ import msgspec
 import trio
 from tests.unit.daemon.pictures import BUSY
 
-from refault.daemon.address import Address
-from refault.daemon.control import serve_control
-from refault.daemon.snapshot import Status, VmStatus
+from refault.daemon.monitor.address import Address
+from refault.daemon.telling.control import serve_control
+from refault.daemon.telling.snapshot import Status, VmStatus
 
 ENTERED, LEFT, CURSOR = b"\x1b[?1049h", b"\x1b[?1049l", b"\x1b[?25h"
 

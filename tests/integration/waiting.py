@@ -6,7 +6,7 @@ from collections.abc import Callable
 
 import trio
 
-from refault.daemon.snapshot import VmStatus
+from refault.daemon.telling.snapshot import VmStatus
 from refault.lab.driver import RefaultDriver
 
 STILL = 0.5

@@ -46,7 +46,7 @@ def test_every_option_of_run_is_in_running_md() -> None:
     assert set(rows) == options - {"--help", "--version"}
 
 
-DEADLINE = re.compile(r"^\| `(\w+)\.([\w.]+)` \| ([\d.]+|inf) \|", re.MULTILINE)
+DEADLINE = re.compile(r"^\| `([a-z_.]+)\.(\w+|\w+\.\w+)` \| ([\d.]+|inf) \|", re.MULTILINE)
 
 
 def test_the_deadlines_in_architecture_md_are_those_of_the_code() -> None:
@@ -55,10 +55,22 @@ def test_the_deadlines_in_architecture_md_are_those_of_the_code() -> None:
         found = attrgetter(name)(importlib.import_module(f"refault.daemon.{module}"))
         assert found == float(value), (module, name)
     constant = re.compile(r"^(_?(?:[A-Z]+_)*(?:TIMEOUT|PATIENCE)) = ", re.MULTILINE)
-    daemon = (ROOT / "src" / "refault" / "daemon").glob("*.py")
-    there = {(file.stem, name) for file in daemon for name in constant.findall(file.read_text())}
+    daemon = ROOT / "src" / "refault" / "daemon"
+    there = {
+        (".".join(file.relative_to(daemon).with_suffix("").parts), name)
+        for file in daemon.rglob("*.py")
+        for name in constant.findall(file.read_text())
+    }
     assert len(there) > 15
     assert there <= {(module, name) for module, name, _ in rows}
+
+
+def test_the_files_that_architecture_md_names_are_there() -> None:
+    named = re.findall(r"`((?:\w+/)+\w+\.\w+)`", (ROOT / "docs" / "architecture.md").read_text())
+    assert len(named) > 50
+    assert [
+        file for file in named if not any((ROOT / at / file).exists() for at in ("", "src/refault"))
+    ] == []
 
 
 def test_running_md_says_what_to_do_about_every_alert() -> None:

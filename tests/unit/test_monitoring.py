@@ -13,7 +13,7 @@ from prometheus_client.parser import text_string_to_metric_families
 from tests.support.dashboard import dashboard, expressions, panels
 from tests.unit.daemon.pictures import PICTURE
 
-from refault.daemon.metrics import StatusCollector
+from refault.daemon.telling.metrics import StatusCollector
 
 RULES = (Path(__file__).parents[2] / "monitoring" / "refault.rules.yml").read_text()
 RULE_EXPRESSIONS = re.findall(

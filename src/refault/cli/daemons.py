@@ -10,10 +10,10 @@ from pathlib import Path
 import msgspec
 
 from refault.cli.arguments import path, vm_name
-from refault.daemon.control import NoAnswer, NoDaemon, NotPermitted, query
-from refault.daemon.errors import OperatorError
-from refault.daemon.paths import CONTROL_SUFFIX, runtime_directories, short_name
-from refault.daemon.snapshot import Status
+from refault.daemon.host.errors import OperatorError
+from refault.daemon.host.paths import CONTROL_SUFFIX, runtime_directories, short_name
+from refault.daemon.telling.control import NoAnswer, NoDaemon, NotPermitted, query
+from refault.daemon.telling.snapshot import Status
 
 _ANSWER_SECONDS = 5.0
 

@@ -19,7 +19,7 @@ from rich.console import Console
 
 from refault import __version__
 from refault.cli.arguments import path
-from refault.daemon.errors import OperatorError
+from refault.daemon.host.errors import OperatorError
 from refault.lab import live_view, side_by_side, side_by_side_view
 from refault.lab.host_check import Finding, check_host
 from refault.lab.process import ProcessFailed

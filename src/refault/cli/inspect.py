@@ -9,7 +9,7 @@ from typing import Any
 from refault.channel.forward import ForwardDecoder
 from refault.channel.inspect import Summary, guess_mode, render
 from refault.cli.arguments import path
-from refault.daemon.errors import OperatorError
+from refault.daemon.host.errors import OperatorError
 
 _READ = 1 << 20
 

@@ -15,7 +15,7 @@ from typing import Any, NoReturn
 
 from refault import __version__
 from refault.cli import streams
-from refault.daemon.errors import operator_errors
+from refault.daemon.host.errors import operator_errors
 
 COMMANDS: tuple[str, ...] = ("check", "demo", "inspect", "run", "status", "watch")
 

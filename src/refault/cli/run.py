@@ -9,10 +9,10 @@ from typing import Any
 from refault.cli.arguments import checked, vm_name
 from refault.config import uses, values
 from refault.config.options import DaemonTable, VmTable, WrongOptionError, fields_of, vm_options
-from refault.daemon.address import Address
-from refault.daemon.errors import OperatorError, operator_errors
+from refault.daemon.host.errors import OperatorError, operator_errors
+from refault.daemon.host.paths import SUN_PATH, control_socket, state_directory
+from refault.daemon.monitor.address import Address
 from refault.daemon.options import RunOptions
-from refault.daemon.paths import SUN_PATH, control_socket, state_directory
 
 
 def add_parser(subparsers: Any) -> None:
@@ -91,7 +91,7 @@ def execute(arguments: argparse.Namespace) -> int:
     import trio
 
     from refault.daemon.app import serve
-    from refault.daemon.log import AS_IT_IS, setup_logging
+    from refault.daemon.host.log import AS_IT_IS, setup_logging
 
     setup_logging(logging.DEBUG if arguments.verbose else logging.INFO)
     os.umask(0o077)  # what is for others has its mode set

@@ -19,8 +19,8 @@ from refault.cli.daemons import (
     join,
 )
 from refault.cli.words import printable, seconds, size
-from refault.daemon import snapshot
-from refault.daemon.snapshot import ListenerStatus, Status, VmStatus
+from refault.daemon.telling import snapshot
+from refault.daemon.telling.snapshot import ListenerStatus, Status, VmStatus
 
 _LABEL_WIDTH = 11
 

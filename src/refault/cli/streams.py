@@ -7,7 +7,7 @@ import os
 import sys
 from typing import Any
 
-from refault.daemon.errors import OperatorError
+from refault.daemon.host.errors import OperatorError
 
 
 class OutputLost(OperatorError):  # noqa: N818 - it says what happened

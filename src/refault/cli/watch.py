@@ -21,8 +21,8 @@ from rich.live import Live
 
 from refault.cli.daemons import add_selection, ask, join
 from refault.cli.watch_view import Picture, view
-from refault.daemon.errors import OperatorError
-from refault.daemon.snapshot import Status
+from refault.daemon.host.errors import OperatorError
+from refault.daemon.telling.snapshot import Status
 
 _INTERVAL = 0.5
 """Seconds between two looks, as often as a daemon makes a new picture."""

@@ -11,7 +11,7 @@ from rich.table import Table
 from rich.text import Text
 
 from refault.cli.words import printable, seconds, size
-from refault.daemon.snapshot import BlockStatus, Status, VmStatus
+from refault.daemon.telling.snapshot import BlockStatus, Status, VmStatus
 
 _OVER = frozenset({None, "none", "completed", "failed", "cancelled"})
 _LOST = ("postcopy-paused", "postcopy-recover")

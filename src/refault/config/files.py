@@ -35,9 +35,9 @@ from refault.config.options import (
 )
 from refault.config.tables import decode, key_as_written
 from refault.config.watch import Watch
-from refault.daemon.address import Address
+from refault.daemon.host.paths import control_socket, state_directory
+from refault.daemon.monitor.address import Address
 from refault.daemon.options import HostOptions, VmOptions
-from refault.daemon.paths import control_socket, state_directory
 
 DEFAULT = Path("/etc/refault/refault.toml")
 VMS_D = "vms.d"

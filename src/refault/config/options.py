@@ -14,8 +14,9 @@ from typing import Annotated, Any, Literal, Union, get_args, get_origin, get_typ
 import msgspec
 
 from refault.config import values
-from refault.daemon.options import Patience, VmOptions
-from refault.daemon.paths import runtime_directory, state_directory
+from refault.daemon.host.paths import runtime_directory, state_directory
+from refault.daemon.known.patience import Patience
+from refault.daemon.options import VmOptions
 
 
 @dataclass(frozen=True)

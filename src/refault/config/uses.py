@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 
-from refault.daemon.address import Address, host_port, place_of
+from refault.daemon.monitor.address import Address, host_port, place_of
 from refault.daemon.options import VmOptions
 from refault.migration.endpoint import Inet, parse_uri
 

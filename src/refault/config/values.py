@@ -6,7 +6,7 @@ import os
 import re
 from pathlib import Path
 
-from refault.daemon.address import Address, parse_address
+from refault.daemon.monitor.address import Address, parse_address
 from refault.migration.endpoint import Inet, parse_uri
 from refault.qmp.access import FREE
 

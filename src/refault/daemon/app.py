@@ -9,14 +9,14 @@ from functools import partial
 
 import trio
 
-from refault.daemon.control import serve_control
-from refault.daemon.log import lines_dropped
-from refault.daemon.notify import Notifier
+from refault.daemon.host.log import lines_dropped
+from refault.daemon.host.notify import Notifier
+from refault.daemon.host.own_needs import Troubles
+from refault.daemon.host.repeats import repeats
 from refault.daemon.options import RunOptions
-from refault.daemon.own_needs import Troubles
-from refault.daemon.repeats import repeats
-from refault.daemon.snapshot import Status
-from refault.daemon.state_lock import StateLock
+from refault.daemon.record.state_lock import StateLock
+from refault.daemon.telling.control import serve_control
+from refault.daemon.telling.snapshot import Status
 from refault.daemon.vm import Vm
 
 log = logging.getLogger("refault")
@@ -114,7 +114,7 @@ async def _serve(
         control = partial(serve_control, options.control, publisher.publish)
         await nursery.start(troubles.keep, f"{options.name}: control socket", control)
         if options.metrics is not None:
-            from refault.daemon.metrics import serve_metrics  # what is not needed delays a restart
+            from refault.daemon.telling.metrics import serve_metrics  # what is not needed delays a restart
 
             metrics = partial(serve_metrics, options.metrics, publisher.status)
             nursery.start_soon(troubles.keep, f"{options.name}: metrics", metrics)

@@ -16,13 +16,13 @@ from typing import Protocol
 import trio
 
 from refault.channel.relay import Relay
-from refault.daemon import stall_watch
-from refault.daemon.attempts import Attempts
-from refault.daemon.channels import Channels
 from refault.daemon.kernel.process import process_started
-from refault.daemon.monitor import Answer, Forward, MonitorLost, QmpError, WatchedCommand, words
-from refault.daemon.state_file import MigrationRecord
-from refault.daemon.vm_state import VmState
+from refault.daemon.known.vm_state import VmState
+from refault.daemon.monitor.monitor import Answer, Forward, MonitorLost, QmpError, WatchedCommand, words
+from refault.daemon.record.state_file import MigrationRecord
+from refault.daemon.recovery import stall_watch
+from refault.daemon.recovery.attempts import Attempts
+from refault.daemon.relayed.channels import Channels
 from refault.migration.addresses import Addresses
 from refault.migration.endpoint import Endpoint, parse_uri
 from refault.migration.legs import UNTIL_LOADED, waits_for_pong

@@ -2,28 +2,13 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
 
-from refault.channel.relay import DEAD_AFTER_SECONDS
-from refault.daemon.address import Address
+from refault.daemon.known.patience import Patience
+from refault.daemon.monitor.address import Address
 from refault.migration.endpoint import Inet
-from refault.migration.recovery import Pace
-
-
-@dataclass(frozen=True)
-class Patience:
-    """How long what is waited for, in seconds."""
-
-    dead_after: int = DEAD_AFTER_SECONDS
-    """A relay's: the other host's silence in postcopy, though asked, before the channel counts as lost."""
-    stall_after: float = 15.0
-    """Without a relay: no progress in postcopy before it is paused."""
-    client_wait: float = Pace.client
-    """After a client's migrate-pause, or its command to recover, before refault does it."""
-    give_up_after: float = Pace.give_up
-    """From a loss until no further attempt is made for it; infinite: there is no giving up."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -43,7 +28,7 @@ class VmOptions:
     """Where a destination is to be found by others, and the path at which its QEMU listens by its command
     line."""
     state_dir: Path
-    patience: Patience = Patience()
+    patience: Patience = field(default_factory=Patience)
 
 
 @dataclass(frozen=True, kw_only=True)

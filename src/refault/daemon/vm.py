@@ -10,12 +10,12 @@ from dataclasses import replace
 import msgspec
 import trio
 
-from refault.daemon.destination import Destination
-from refault.daemon.doubt import hold_again
+from refault.daemon.host.repeats import repeats
 from refault.daemon.kernel import routes
 from refault.daemon.kernel.process import process_started
+from refault.daemon.known.vm_state import QUERY_TIMEOUT, VmState
 from refault.daemon.migration import Migration, RoleProcedure
-from refault.daemon.monitor import (
+from refault.daemon.monitor.monitor import (
     Answer,
     Forward,
     Monitor,
@@ -26,13 +26,13 @@ from refault.daemon.monitor import (
     words,
 )
 from refault.daemon.options import VmOptions
-from refault.daemon.picture import picture
-from refault.daemon.repeats import repeats
-from refault.daemon.snapshot import VmStatus
-from refault.daemon.source import Source
-from refault.daemon.state_file import MigrationRecord, StateFile
-from refault.daemon.state_lock import StateLock
-from refault.daemon.vm_state import QUERY_TIMEOUT, VmState
+from refault.daemon.record.state_file import MigrationRecord, StateFile
+from refault.daemon.record.state_lock import StateLock
+from refault.daemon.recovery.doubt import hold_again
+from refault.daemon.roles.destination import Destination
+from refault.daemon.roles.source import Source
+from refault.daemon.telling.picture import picture
+from refault.daemon.telling.snapshot import VmStatus
 from refault.migration.endpoint import Endpoint, Inet, endpoint_of, parse_uri
 from refault.migration.phase import Role
 from refault.migration.recovery import AttemptFailed, Event, State

@@ -11,8 +11,8 @@ from typing import Literal, Protocol
 
 import trio
 
-from refault.daemon import snapshot
-from refault.daemon.snapshot import VmStatus
+from refault.daemon.telling import snapshot
+from refault.daemon.telling.snapshot import VmStatus
 
 from . import bare, qmp_client
 from .channel import Channel, free_port

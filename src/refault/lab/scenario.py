@@ -13,7 +13,7 @@ from typing import Literal
 
 import trio
 
-from refault.daemon.snapshot import PagesStatus
+from refault.daemon.telling.snapshot import PagesStatus
 
 from . import bare
 from .channel import Channel, Loss, free_port, start_channel

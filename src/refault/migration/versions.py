@@ -31,7 +31,7 @@ class Abilities:
     """Seconds that the source is left alone after it has paused. Before 8.2 its return-path thread may come
     to the old channel's end only after a resume has opened the new one, and then frees the new one's file
     (migration/migration.c, source_return_path_thread; seen once on 7.2 as a segfault). Not where the
-    thread has been seen to be out of the way (daemon/return_path.py)."""
+    thread has been seen to be out of the way (daemon/near/return_path.py)."""
     survives_failed_resume: bool
     """A resume and a `migrate-recover` whose connection comes to nothing may be followed by others. Else the
     source aborts at the next and the destination says "triggered already" for ever (tried on 5.2; 7.2, 10.0

@@ -19,8 +19,8 @@ from tests.unit.daemon.pictures import BUSY
 import refault
 from refault.cli import main as main_module
 from refault.cli.main import main
-from refault.daemon.errors import OperatorError
-from refault.daemon.snapshot import Status, encode
+from refault.daemon.host.errors import OperatorError
+from refault.daemon.telling.snapshot import Status, encode
 
 
 def usage_error(arguments: list[str], capsys: pytest.CaptureFixture[str]) -> str:

@@ -11,10 +11,11 @@ import pytest
 
 from refault.cli.main import build_parser, main
 from refault.cli.run import run_options
-from refault.daemon.address import Address, parse_address
-from refault.daemon.errors import OperatorError
-from refault.daemon.options import Patience, RunOptions
-from refault.daemon.paths import SUN_PATH
+from refault.daemon.host.errors import OperatorError
+from refault.daemon.host.paths import SUN_PATH
+from refault.daemon.known.patience import Patience
+from refault.daemon.monitor.address import Address, parse_address
+from refault.daemon.options import RunOptions
 from refault.migration.endpoint import Inet
 
 MINIMAL = ["run", "--qemu", "/run/qemu/vm1", "--listen", "/run/vm1.qmp"]
@@ -184,7 +185,7 @@ def test_what_the_daemon_ends_with_is_a_line_of_the_log(
         raise OperatorError("this; do that")
 
     levels: list[int] = []
-    monkeypatch.setattr("refault.daemon.log.setup_logging", levels.append)
+    monkeypatch.setattr("refault.daemon.host.log.setup_logging", levels.append)
     monkeypatch.setattr("refault.daemon.app.serve", serve)
     monkeypatch.setattr("os.umask", lambda _: 0)
     assert main([*MINIMAL, *option]) == 1

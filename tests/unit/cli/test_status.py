@@ -21,10 +21,10 @@ from tests.unit.daemon.pictures import BUSY, IDLE, PICTURE
 from refault.cli.daemons import NO_ANSWER, NO_DAEMON, NO_QEMU, NOT_PERMITTED
 from refault.cli.main import main
 from refault.cli.status import render
-from refault.daemon.address import Address
-from refault.daemon.control import serve_control
-from refault.daemon.paths import short_name
-from refault.daemon.snapshot import Status, decode
+from refault.daemon.host.paths import short_name
+from refault.daemon.monitor.address import Address
+from refault.daemon.telling.control import serve_control
+from refault.daemon.telling.snapshot import Status, decode
 
 
 def _same(status: Status) -> Status:

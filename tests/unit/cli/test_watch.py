@@ -11,7 +11,7 @@ from tests.unit.daemon.pictures import BUSY, IDLE, PICTURE
 
 from refault.cli.main import main
 from refault.cli.watch_view import Picture, view
-from refault.daemon.snapshot import Status, VmStatus
+from refault.daemon.telling.snapshot import Status, VmStatus
 
 replace = msgspec.structs.replace
 BLOCKS = tuple(

@@ -10,8 +10,9 @@ import pytest
 from refault.cli.main import main
 from refault.config.files import ConfigError, Configuration, load
 from refault.config.options import DaemonTable, VmTable, WatchTable, fields_of
-from refault.daemon.address import Address, parse_address
-from refault.daemon.options import HostOptions, Patience, VmOptions
+from refault.daemon.known.patience import Patience
+from refault.daemon.monitor.address import Address, parse_address
+from refault.daemon.options import HostOptions, VmOptions
 from refault.migration.endpoint import Inet
 
 B = '[vm.b]\nqemu = "/q/b"\nlisten = "/l/b"\n'

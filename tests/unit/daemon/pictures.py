@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from refault.daemon.snapshot import (
+from refault.daemon.telling.snapshot import (
     BlockStatus,
     ChannelStatus,
     ClientsStatus,

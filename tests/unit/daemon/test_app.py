@@ -6,8 +6,8 @@ import trio
 import trio.testing
 
 from refault.daemon.app import EXTENSION, Publisher, _until_stopping_is_safe
-from refault.daemon.own_needs import Troubles
-from refault.daemon.snapshot import VmStatus
+from refault.daemon.host.own_needs import Troubles
+from refault.daemon.telling.snapshot import VmStatus
 
 from .pictures import IDLE
 

@@ -10,13 +10,13 @@ from typing import Any, cast
 
 import pytest
 
-from refault.daemon.destination import Destination
+from refault.daemon.known.patience import Patience
+from refault.daemon.known.vm_state import Counters
 from refault.daemon.migration import Migration
-from refault.daemon.monitor import Forward, WatchedCommand
-from refault.daemon.options import Patience
-from refault.daemon.source import Source
-from refault.daemon.state_file import StateFile
-from refault.daemon.vm_state import Counters
+from refault.daemon.monitor.monitor import Forward, WatchedCommand
+from refault.daemon.record.state_file import StateFile
+from refault.daemon.roles.destination import Destination
+from refault.daemon.roles.source import Source
 from refault.migration.endpoint import Inet
 from refault.migration.phase import Role
 from refault.migration.recovery import Event, State

@@ -16,9 +16,9 @@ import trio
 import trio.testing
 
 from refault.daemon import migration as migration_module
-from refault.daemon.address import Address
-from refault.daemon.local_unix import PrivateSockets
-from refault.daemon.monitor import (
+from refault.daemon.known.patience import Patience
+from refault.daemon.monitor.address import Address
+from refault.daemon.monitor.monitor import (
     Answer,
     Counters,
     Forward,
@@ -28,7 +28,8 @@ from refault.daemon.monitor import (
     QmpError,
     WatchedCommand,
 )
-from refault.daemon.options import Patience, VmOptions
+from refault.daemon.near.local_unix import PrivateSockets
+from refault.daemon.options import VmOptions
 from refault.daemon.vm import Vm
 from refault.migration.endpoint import Inet
 from refault.migration.recovery import Event, State

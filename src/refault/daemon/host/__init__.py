@@ -1,0 +1,1 @@
+"""The operator, systemd and the journal. It knows no VM."""

@@ -1,0 +1,1 @@
+"""What is known of a VM, for those who act on it."""

@@ -1,0 +1,1 @@
+"""QMP sockets: bytes to and from `refault.qmp`. It knows no migration."""

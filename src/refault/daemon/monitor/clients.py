@@ -1,0 +1,328 @@
+"""The clients of one QEMU's monitor: accepted or dialled, read from, sent to, and let go.
+
+Who comes while there is no QEMU has it looked for, and is closed at once if there is none. While one is
+being connected to, clients wait for it to greet; where wait=on asks for it, as long as it takes.
+"""
+
+from __future__ import annotations
+
+import logging
+import math
+import operator
+import select
+import socket
+from collections.abc import Callable, Sequence
+from functools import partial
+
+import trio
+
+from refault.daemon.host.repeats import repeats
+from refault.daemon.monitor.address import Address
+from refault.daemon.monitor.audit import Recorded
+from refault.daemon.monitor.caller import caller_of, may_speak
+from refault.daemon.monitor.dial import CONNECT_TIMEOUT, dial, pauses, prepare, why
+from refault.daemon.monitor.first_client import FirstClient
+from refault.daemon.monitor.front import Front
+from refault.daemon.monitor.presence import Presence, Qemu
+from refault.daemon.monitor.wire import Wire
+from refault.qmp.commands import Request
+from refault.qmp.multiplexer import Multiplexer
+from refault.qmp.session import Client, Limits
+
+log = logging.getLogger("refault.qmp")
+
+_READ = 4 << 10
+_READ_MORE = 64 << 10
+"""Bytes to read from a client at a time, and while it is in the midst of a longer message."""
+_ONE_FD = socket.CMSG_LEN(4)
+"""Room for one descriptor: the kernel closes the others, as QEMU would."""
+_GREETED_WITHIN = 10.0
+_CLOSE_TIMEOUT = 5.0
+_FINISH_TIMEOUT = 0.3
+_HANG_UP_CHECK = 1.0
+
+
+class Clients:
+    """Every client of one monitor. `flush` sends what the core has to say, to whomever."""
+
+    def __init__(
+        self,
+        name: str,
+        core: Multiplexer,
+        limits: Limits,
+        presence: Presence,
+        first_client: FirstClient,
+        flush: Callable[[], None],
+    ) -> None:
+        self.total = 0
+        """Clients since the start."""
+        self._name = name
+        self._core = core
+        self._limits = limits
+        self._presence = presence
+        self._first_client = first_client
+        self._flush_all = flush
+        self._early: dict[Client, bool] = {}
+        """Who has not been greeted, and whether he came where wait=on is."""
+        self._paused: set[Client] = set()
+        self._recorded: dict[Client, Recorded] = {}
+        self._nursery: trio.Nursery
+
+    async def run(self, managers: Sequence[Address]) -> None:
+        """Serves those who come by `fronts`, and dials `managers`, until cancelled."""
+        async with trio.open_nursery() as nursery:
+            self._nursery = nursery
+            for address in managers:
+                nursery.start_soon(self._dial_manager, address)
+            await self._turn_away()
+
+    def audit(self, request: Request) -> None:
+        """A command of a client that is put on record; in the midst of its way to QEMU, which goes on."""
+        try:
+            self._recorded[request.client].tell(request)
+        except Exception:
+            log.exception("%s: internal error; a command is not on record", self._name)
+
+    def front(self, address: Address) -> Front:
+        """Where clients come to `address`."""
+        if not _is_local(address) and not address.rule.read_only:
+            log.warning("%s: whoever can reach %s controls the VM; prefer a unix socket", self._name, address)
+        return Front(self._name, address, partial(self._take, address))
+
+    def flush(self) -> None:
+        """Sends what goes at once of what the core has for clients; the rest waits for tasks."""
+        core = self._core
+        dirty, core.dirty = core.dirty, []
+        for client in dirty:
+            self._flush(client)
+
+    def resume(self) -> None:
+        """Those who sent too much are read from again, where their queue is short enough by now."""
+        if not self._paused:
+            return
+        for client in [client for client in self._paused if client.resumable]:
+            self._paused.discard(client)
+            wake = _wire(client).wake
+            if wake is not None:
+                wake.set()
+
+    def _flush(self, client: Client) -> None:
+        wire = _wire(client)
+        if client.overflow:
+            if client.connected and not wire.broken:
+                wire.broken = True
+                log.warning(
+                    "%s: client %d does not read its events and replies: disconnected with %d bytes unread",
+                    self._name,
+                    client.number,
+                    client.unsent,
+                )
+            wire.scope.cancel()
+            return
+        if out := client.out:
+            data = out[0] if len(out) == 1 else b"".join(out)
+            out.clear()
+            waiting = bool(wire.backlog)
+            wire.backlog.append((memoryview(data), -1))
+            if not waiting:
+                client.unsent -= wire.flush()
+                if wire.backlog:
+                    self._nursery.start_soon(self._drain, client, wire)
+        if client.closing:
+            if not wire.backlog:
+                wire.scope.cancel()
+            elif wire.scope.deadline == math.inf:
+                wire.scope.deadline = trio.current_time() + _CLOSE_TIMEOUT
+
+    async def _drain(self, client: Client, wire: Wire) -> None:
+        while wire.backlog and not wire.broken:
+            if not await wire.writable():
+                return
+            client.unsent -= wire.flush()
+        self._core.dirty.append(client)
+        self._flush_all()
+
+    async def _take(self, address: Address, sock: socket.socket) -> None:
+        if not self._may_speak(address, sock):
+            sock.close()
+            return
+        self._presence.seek()
+        self._nursery.start_soon(self._serve, prepare(sock), address)
+        if address.wait:
+            self._first_client.came(address)
+
+    def _may_speak(self, address: Address, sock: socket.socket) -> bool:
+        if may_speak(sock, address.callers):
+            return True
+        caller = caller_of(sock)
+        log.warning(
+            "%s: who is at %s (%s) is not one of its allowed users and groups: closed",
+            self._name,
+            address,
+            caller,
+            extra=repeats((self._name, str(address), caller.uid), "not allowed"),
+        )
+        return False
+
+    def _may_stay(self, *, waits: bool) -> bool:
+        """Whether a client that has not been greeted is left to wait. `waits`: it came where wait=on is."""
+        qemu = self._presence.qemu
+        return qemu is not Qemu.AWAY and (waits or qemu is not Qemu.WAITING)
+
+    async def _turn_away(self) -> None:
+        """Closes those who came in vain, until cancelled."""
+        while True:
+            for client, waits in list(self._early.items()):
+                scope = _wire(client).scope
+                if client.greeted:
+                    del self._early[client]
+                    if not client.closing:
+                        scope.deadline = math.inf
+                elif not self._may_stay(waits=waits):
+                    scope.cancel()
+            await self._presence.change()
+
+    async def _dial_manager(self, address: Address) -> None:
+        """Connects to a manager while there is a QEMU, as that would."""
+        shortest, longest = pauses(address)
+        delay = shortest
+        complained = False
+        while True:
+            await self._presence.until(partial(operator.is_, Qemu.THERE))
+            try:
+                sock = await dial(address, CONNECT_TIMEOUT)
+            except (OSError, trio.TooSlowError) as error:
+                if not complained:
+                    log.warning("%s: no manager at %s yet: %s", self._name, address, why(error))
+                    complained = True
+                await trio.sleep(delay)
+                delay = min(2 * delay, longest)
+                continue
+            complained = False
+            if self._may_speak(address, sock):
+                delay = shortest
+                await self._serve(sock, address)
+            else:
+                delay = longest
+                sock.close()
+            await trio.sleep(delay)
+
+    async def _serve(self, sock: socket.socket, address: Address) -> None:
+        """One client's connection, from greeting to close."""
+        with sock, trio.CancelScope() as scope:
+            if not self._core.greeting and not self._may_stay(waits=address.wait):
+                return
+            if len(self._core.clients) >= self._limits.clients:
+                log.warning(
+                    "%s: a client more than the %d allowed is refused",
+                    self._name,
+                    self._limits.clients,
+                    extra=repeats((self._name, "clients"), self._limits.clients),
+                )
+                return
+            wire = Wire(sock, scope)
+            client = self._core.join(wire, address.rule)
+            self.total += 1
+            if address.rule.audit:
+                self._recorded[client] = Recorded(self._name, address, caller_of(sock))
+            if not client.greeted:
+                self._early[client] = address.wait
+                if not address.wait:
+                    scope.deadline = trio.current_time() + _GREETED_WITHIN
+            try:
+                self._flush_all()
+                await self._read_client(client, wire)
+            except OSError:
+                pass
+            except Exception:
+                log.exception("%s: internal error; client %d is disconnected", self._name, client.number)
+            finally:
+                self._paused.discard(client)
+                self._early.pop(client, None)
+                if wire.backlog and not wire.broken:
+                    await self._finish(client, wire)
+                wire.broken = True
+                self._core.leave(client)
+                self._recorded.pop(client, None)
+                trio.lowlevel.notify_closing(sock)
+                self._flush_all()
+
+    async def _finish(self, client: Client, wire: Wire) -> None:
+        """Has a message that is sent in part sent whole, if the client reads it at all."""
+        with trio.move_on_after(_FINISH_TIMEOUT, shield=True):
+            await self._drain(client, wire)
+
+    async def _read_client(self, client: Client, wire: Wire) -> None:
+        sock, core, splitter = wire.sock, self._core, client.splitter
+        passes_fds = sock.family == socket.AF_UNIX
+        while True:
+            await trio.lowlevel.wait_readable(sock)
+            fd = -1
+            size = _READ if splitter.held < _READ else _READ_MORE
+            try:
+                if passes_fds:
+                    data, ancillary, _, _ = sock.recvmsg(size, _ONE_FD, socket.MSG_CMSG_CLOEXEC)
+                    if ancillary:
+                        fd = _descriptor(ancillary)
+                else:
+                    data = sock.recv(size)
+            except BlockingIOError:
+                continue
+            if not data:
+                if _hung_up(sock):
+                    return
+                core.half_close(client)
+                self._flush_all()
+                while True:
+                    await trio.sleep(_HANG_UP_CHECK)
+                    if _hung_up(sock):
+                        return
+            core.receive(client, data, fd)
+            self._flush_all()
+            while (splitter.more or client.paused) and not client.closing:
+                if client.paused:
+                    if not await self._until_resumable(client, wire):
+                        return
+                else:
+                    await trio.lowlevel.checkpoint()
+                    core.receive(client, b"")
+                    self._flush_all()
+
+    async def _until_resumable(self, client: Client, wire: Wire) -> bool:
+        """Waits; False if the client is gone meanwhile, which reading would have told."""
+        self._paused.add(client)
+        wire.wake = trio.Event()
+        while True:
+            with trio.move_on_after(_HANG_UP_CHECK):
+                await wire.wake.wait()
+                return True
+            if _hung_up(wire.sock):
+                return False
+
+
+def _wire(client: Client) -> Wire:
+    wire = client.transport
+    assert isinstance(wire, Wire)  # noqa: S101 - nobody else gives clients one
+    return wire
+
+
+def _is_local(address: Address) -> bool:
+    return address.path is not None or address.host in ("localhost", "::1") or address.host.startswith("127.")
+
+
+def _descriptor(ancillary: list[tuple[int, int, bytes]]) -> int:
+    """The descriptor in what recvmsg returned, or -1."""
+    for level, kind, data in ancillary:
+        if level == socket.SOL_SOCKET and kind == socket.SCM_RIGHTS and len(data) >= 4:
+            return int.from_bytes(data[:4], "little" if _LITTLE else "big", signed=True)
+    return -1
+
+
+_LITTLE = socket.htons(1) != 1
+
+
+def _hung_up(sock: socket.socket) -> bool:
+    """Whether the peer, having closed its sending side, has closed altogether."""
+    poll = select.poll()
+    poll.register(sock, 0)
+    return any(events & (select.POLLHUP | select.POLLERR) for _, events in poll.poll(0))

@@ -1,0 +1,139 @@
+"""Where others connect to us: one address, over the comings and goings of its file."""
+
+from __future__ import annotations
+
+import errno
+import logging
+import socket
+from collections.abc import Awaitable, Callable
+from dataclasses import replace
+
+import trio
+
+from refault.daemon.host.repeats import repeats
+from refault.daemon.monitor.address import Address
+from refault.daemon.monitor.listener import (
+    Access,
+    Bound,
+    ListenError,
+    NoDirectoryError,
+    bind_tcp,
+    bind_unix,
+    check,
+)
+
+log = logging.getLogger("refault.qmp")
+
+LOOK = 1.0
+"""Seconds between two looks whether a socket file is still there, or can be made."""
+_NO_DESCRIPTOR = 0.5
+_SHORT = frozenset({errno.EMFILE, errno.ENFILE, errno.ENOBUFS, errno.ENOMEM})
+
+
+class Front:
+    """One address at which we listen. `take` gets each connection, and has it closed."""
+
+    def __init__(
+        self,
+        name: str,
+        address: Address,
+        take: Callable[[socket.socket], Awaitable[None]],
+    ) -> None:
+        self.address = address
+        """With the port that TCP really has."""
+        self.trouble: str | None = None
+        """Why nobody can come, though somebody should."""
+        self.settled = trio.Event()
+        """Set as soon as it listens for the first time, or has had trouble with that."""
+        self._name = name
+        self._take = take
+        self._bound: Bound | None = None
+        self._access: Access | None = None
+
+    @property
+    def listening(self) -> bool:
+        """Whether who connects now reaches us."""
+        return self._bound is not None
+
+    async def prepare(self) -> None:
+        """Binds what stays bound; of a socket file checks that it will be possible. Raises ListenError, but
+        not where only the directory is not there yet.
+        """
+        if self.address.path is None:
+            self._bound = await bind_tcp(self.address)
+            if self.address.port == 0 or self.address.to:
+                log.info("%s: %s is %s", self._name, self.address, self._bound.address)
+            self.address = replace(self.address, port=self._bound.address.port)
+            return
+        try:
+            check(self.address)
+        except NoDirectoryError as error:
+            self._tell(error)
+
+    async def run(self) -> None:
+        """Listens, and again when its file is gone, until cancelled; after `prepare`."""
+        try:
+            while True:
+                bound = self._bound = self._bound or await self._bind()
+                self.settled.set()
+                async with trio.open_nursery() as nursery:
+                    for sock in bound.socks:
+                        nursery.start_soon(self._accept, sock)
+                    await self._until_removed(bound)
+                    nursery.cancel_scope.cancel()
+                self.close()
+                log.warning("%s: %s was removed or replaced: making it again", self._name, self.address)
+        finally:
+            self.close()
+
+    def close(self) -> None:
+        """Listens no more."""
+        bound, self._bound = self._bound, None
+        if bound is not None:
+            self._access = bound.close() or self._access
+
+    async def _bind(self) -> Bound:
+        while True:
+            try:
+                bound = bind_unix(self.address, self._access)
+            except ListenError as error:
+                self._tell(error)
+                self.settled.set()
+            else:
+                if self.trouble is not None:
+                    log.info("%s: clients are served at %s again", self._name, self.address)
+                self.trouble = None
+                return bound
+            await trio.sleep(LOOK)
+
+    def _tell(self, error: ListenError) -> None:
+        """Once for each trouble, not for each attempt."""
+        if str(error) != self.trouble:
+            self.trouble = str(error)
+            log.error("%s: %s; trying again", self._name, error)
+
+    async def _until_removed(self, bound: Bound) -> None:
+        if bound.inode is None:
+            await trio.sleep_forever()
+        while bound.in_place:  # noqa: ASYNC110 - nothing tells of it on every file system
+            await trio.sleep(LOOK)
+
+    async def _accept(self, listener: socket.socket) -> None:
+        while True:
+            await trio.lowlevel.wait_readable(listener)
+            try:
+                sock, _ = listener.accept()
+            except BlockingIOError:
+                continue
+            except OSError as error:
+                if error.errno in _SHORT:
+                    log.error(
+                        "%s: cannot accept a connection at %s: %s",
+                        self._name,
+                        self.address,
+                        error.strerror,
+                        extra=repeats((self._name, "accept"), error.errno),
+                    )
+                    await trio.sleep(_NO_DESCRIPTOR)
+                continue
+            await self._take(sock)

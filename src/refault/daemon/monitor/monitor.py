@@ -1,0 +1,326 @@
+"""One QEMU's monitor: what the rest of the daemon calls. `refault.qmp.multiplexer` has the rules, clients.py
+and upstream.py the sockets.
+
+    monitor = Monitor("vm1", qemu, [listen, ...], watch={"migrate": on_migrate}, on_event=..., on_connect=...)
+    await nursery.start(monitor.run)            # ListenError before it starts; then serves until cancelled
+    value = await monitor.execute("query-migrate", timeout=5)   # QmpError, MonitorLost, trio.TooSlowError
+
+Watched commands: a handler gets a `WatchedCommand` and returns `Forward` (to QEMU, perhaps with other
+arguments) or `Answer` (in QEMU's place). It starts when all earlier in-band commands of that client have been
+sent; the client's later in-band commands wait until it has answered; nobody else waits, and an out-of-band
+command waits for nothing. It may call `execute`. A handler that raises is logged, and the command forwarded
+as it was. From the moment the handler starts the command counts as sent: it is forwarded even if its client
+leaves. If QEMU goes away, `execute` raises MonitorLost, what the handler returns is dropped, and `on_reply`
+is not called.
+
+Addresses: `qemu` with server=on means that QEMU dials us; one of `listen` with server=off that we dial the
+manager. With wait=on at one of `listen` QEMU is not connected to before a client has come there, unless
+`gone_on`: then it has been before.
+"""
+
+from __future__ import annotations
+
+import inspect
+import logging
+import os
+from collections.abc import Awaitable, Callable, Mapping, Sequence
+from dataclasses import dataclass
+
+import msgspec
+import trio
+
+from refault.daemon.monitor.address import Address
+from refault.daemon.monitor.clients import Clients
+from refault.daemon.monitor.first_client import FirstClient
+from refault.daemon.monitor.front import Front
+from refault.daemon.monitor.listener import ListenError
+from refault.daemon.monitor.presence import Presence, Qemu
+from refault.daemon.monitor.upstream import Upstream
+from refault.qmp.commands import Answer, Forward, Request, decode_members
+from refault.qmp.multiplexer import Counters, Multiplexer
+from refault.qmp.session import Limits
+from refault.qmp.splitter import ERROR, VERB_MASK, Message
+
+__all__ = [
+    "Address",
+    "Answer",
+    "Counters",
+    "Forward",
+    "Limits",
+    "ListenError",
+    "Monitor",
+    "MonitorLost",
+    "QemuInfo",
+    "QmpError",
+    "WatchedCommand",
+    "words",
+]
+
+log = logging.getLogger("refault.qmp")
+
+FIRST_LOOK = 1.0
+"""Seconds after which the start is done though it is not known whether QEMU is there."""
+
+
+class QmpError(Exception):
+    """QEMU answered an own command with an error."""
+
+    def __init__(self, class_: str, desc: str) -> None:
+        super().__init__(f"{class_}: {desc}")
+        self.class_ = class_
+        self.desc = desc
+
+
+class MonitorLost(Exception):  # noqa: N818 - it is no error of the caller's
+    """There is no monitor, or it went away while an own command waited."""
+
+
+def words(error: BaseException) -> str:
+    """What `execute` or a connection failed with, as the operator reads it."""
+    if isinstance(error, trio.TooSlowError):
+        return "QEMU did not answer in time"
+    if isinstance(error, MonitorLost):
+        return "the monitor was lost"
+    return str(error)
+
+
+@dataclass(frozen=True)
+class QemuInfo:
+    """The QEMU behind a monitor. `pid` and `uid` are its peer credentials, None on TCP; `version` is
+    "7.2.22".
+    """
+
+    pid: int | None
+    uid: int | None
+    version: str
+    version_triple: tuple[int, int, int]
+    package: str
+    oob: bool
+
+
+@dataclass(frozen=True)
+class WatchedCommand:
+    """A client's command that a handler is asked about. `raw_arguments`: None if the client sent none."""
+
+    name: str
+    oob: bool
+    arguments: Mapping[str, object]
+    raw_arguments: bytes | None
+    client: int
+
+
+Handler = Callable[[WatchedCommand], Awaitable[Forward | Answer]]
+
+
+class Monitor:
+    """The QMP monitor of one QEMU, for any number of clients. See the module's text."""
+
+    def __init__(
+        self,
+        name: str,
+        qemu: Address,
+        listen: Sequence[Address],
+        *,
+        watch: Mapping[str, Handler] | None = None,
+        on_event: Callable[[str, Mapping[str, object]], None] | None = None,
+        on_connect: Callable[[QemuInfo], Awaitable[None] | None] | None = None,
+        on_disconnect: Callable[[], None] | None = None,
+        limits: Limits | None = None,
+        gone_on: bool = False,
+    ) -> None:
+        self.name = name
+        self.qemu_address = qemu
+        self.managers = [address for address in listen if not address.server]
+        """Who is connected to, as a client."""
+        self.qemu: QemuInfo | None = None
+        """The QEMU that commands can go to now, or None."""
+        self._watch = dict(watch or {})
+        self._on_event = on_event
+        self._on_connect = on_connect
+        self._on_disconnect = on_disconnect
+        limits = limits or Limits()
+        self._core = Multiplexer(
+            limits=limits,
+            watch=self._watch,
+            ask=self._ask,
+            discard=os.close,
+            on_event=self._event,
+            on_ready=self._ready,
+            audit=lambda request: self._clients.audit(request),
+        )
+        self._presence = Presence()
+        first_client = FirstClient(name, qemu, listen, self._presence, over=gone_on)
+        self._clients = Clients(name, self._core, limits, self._presence, first_client, self._flush)
+        self._upstream = Upstream(
+            name, qemu, self._core, self._presence, first_client, flush=self._flush, lost=self._lost
+        )
+        self.fronts = [self._clients.front(address) for address in listen if address.server]
+        """Where clients come, in the order of `listen`; then where QEMU does, if it is QEMU who connects."""
+        if qemu.server:
+            self.fronts.append(Front(name, qemu, self._upstream.take))
+        self._nursery: trio.Nursery
+
+    @property
+    def counters(self) -> Counters:
+        """Totals since the start."""
+        return self._core.counters
+
+    @property
+    def clients(self) -> int:
+        """Clients connected now."""
+        return len(self._core.clients)
+
+    @property
+    def clients_total(self) -> int:
+        """Clients since the start."""
+        return self._clients.total
+
+    async def run(self, *, task_status: trio.TaskStatus[None] = trio.TASK_STATUS_IGNORED) -> None:
+        """Binds the listeners (ListenError), then serves and reconnects until cancelled. Leaves no socket
+        behind. Started when it is known whether QEMU is there, and if it is, clients can come.
+        """
+        try:
+            for front in self.fronts:
+                await front.prepare()
+            async with trio.open_nursery() as nursery:
+                self._nursery = nursery
+                nursery.start_soon(self._clients.run, self.managers)
+                for front in self.fronts:
+                    nursery.start_soon(front.run)
+                nursery.start_soon(self._upstream.run)
+                with trio.move_on_after(FIRST_LOOK):
+                    await self._presence.until(lambda qemu: qemu not in (Qemu.UNKNOWN, Qemu.DIALLED))
+                for front in self.fronts:
+                    await front.settled.wait()
+                task_status.started()
+        finally:
+            for front in self.fronts:
+                front.close()
+
+    async def execute(
+        self,
+        command: str,
+        arguments: Mapping[str, object] | None = None,
+        *,
+        oob: bool = False,
+        fd: int | None = None,
+        timeout: float,  # noqa: ASYNC109 - the reply of a command given up is to be dropped
+    ) -> object:
+        """Runs a command of refault's own and returns what it returns.
+
+        In-band ones run one at a time. `fd` is borrowed. Raises QmpError, MonitorLost, and trio.TooSlowError
+        after `timeout` seconds, when the command may yet run.
+        """
+        core = self._core
+        if not core.ready or (oob and not (core.greeting and core.greeting.oob)):
+            raise MonitorLost(f"{self.name}: no QEMU to send {command} to")
+        event = trio.Event()
+        replies: list[Message | None] = []
+
+        def done(reply: Message | None) -> None:
+            replies.append(reply)
+            event.set()
+
+        request = core.call(command, arguments, oob=oob, fd=-1 if fd is None else os.dup(fd), done=done)
+        self._flush()
+        try:
+            with trio.fail_after(timeout):
+                await event.wait()
+        except BaseException:
+            core.forget(request)
+            raise
+        [reply] = replies
+        if reply is None:
+            raise MonitorLost(f"{self.name}: QEMU went away while {command} waited")
+        members = decode_members(reply)
+        if reply.shape & VERB_MASK == ERROR:
+            error = msgspec.convert(members["error"], dict[str, str])
+            raise QmpError(error["class"], error["desc"])
+        return members["return"]
+
+    # what the core calls
+
+    def _event(self, name: str, data: Mapping[str, object]) -> None:
+        if self._on_event is None:
+            return
+        try:
+            self._on_event(name, data)
+        except Exception:
+            log.exception("%s: internal error on event %s", self.name, name)
+
+    def _ready(self) -> None:
+        greeting = self._core.greeting
+        assert greeting is not None  # noqa: S101 - the core is ready
+        version = ".".join(map(str, greeting.version))
+        peer = self._upstream.peer
+        self.qemu = QemuInfo(peer.pid, peer.uid, version, greeting.version, greeting.package, greeting.oob)
+        self._upstream.ready()
+        pid = f", pid {peer.pid}" if peer.pid else ""
+        note = "" if greeting.oob else "; it offers no out-of-band commands"
+        log.info("%s: connected to QEMU %s%s at %s%s", self.name, version, pid, self.qemu_address, note)
+        if self._on_connect is not None:
+            self._upstream.start_soon(self._tell_connected, self.qemu)
+
+    async def _tell_connected(self, info: QemuInfo) -> None:
+        assert self._on_connect is not None  # noqa: S101
+        try:
+            result = self._on_connect(info)
+            if inspect.isawaitable(result):
+                await result
+        except MonitorLost:
+            pass
+        except Exception:
+            log.exception("%s: internal error on the connection to QEMU", self.name)
+
+    def _lost(self) -> None:
+        was, self.qemu = self.qemu, None
+        lost = self._core.upstream_lost()
+        self._flush()
+        if was is None:
+            return
+        log.info(
+            "%s: QEMU %s closed its monitor; clients disconnected: %d", self.name, was.version, len(lost)
+        )
+        if self._on_disconnect is not None:
+            try:
+                self._on_disconnect()
+            except Exception:
+                log.exception("%s: internal error on the loss of QEMU", self.name)
+
+    def _ask(self, request: Request) -> None:
+        self._nursery.start_soon(self._handle, request)
+
+    async def _handle(self, request: Request) -> None:
+        name = request.name.decode()
+        verdict: Forward | Answer = Forward()
+        try:
+            command = WatchedCommand(
+                name, request.oob, request.arguments(), request.raw_arguments(), request.client.number
+            )
+            verdict = await self._watch[name](command)
+        except MonitorLost:
+            pass
+        except Exception:
+            log.exception("%s: internal error on %s; it goes to QEMU as the client sent it", self.name, name)
+        if isinstance(verdict, Forward) and verdict.on_reply is not None:
+            verdict = Forward(verdict.arguments, self._guard(name, verdict.on_reply))
+        self._core.answer(request, verdict)
+        self._flush()
+
+    def _guard(self, name: str, on_reply: Callable[[bytes], bytes]) -> Callable[[bytes], bytes]:
+        def guarded(reply: bytes) -> bytes:
+            try:
+                return on_reply(reply)
+            except Exception:
+                log.exception("%s: internal error on the reply to %s; it goes on as it came", self.name, name)
+                return reply
+
+        return guarded
+
+    def _flush(self) -> None:
+        """Sends what the core has to say, as far as it goes at once; the rest waits for tasks."""
+        core = self._core
+        while core.upstream_out or core.dirty:
+            self._upstream.flush()
+            self._clients.flush()
+        self._clients.resume()

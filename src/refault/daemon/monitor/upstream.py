@@ -1,0 +1,195 @@
+"""The connection to one QEMU's monitor: made, kept, read from, sent to, and made again."""
+
+from __future__ import annotations
+
+import logging
+import os
+import socket
+from collections.abc import Awaitable, Callable
+
+import trio
+
+from refault.daemon.kernel.peer import Peer, peer_of
+from refault.daemon.monitor.address import Address
+from refault.daemon.monitor.dial import CONNECT_TIMEOUT, dial, pauses, prepare, why
+from refault.daemon.monitor.first_client import FirstClient
+from refault.daemon.monitor.presence import Presence, Qemu
+from refault.daemon.monitor.wire import Wire
+from refault.qmp.multiplexer import Multiplexer, NotQmpError
+
+log = logging.getLogger("refault.qmp")
+
+_READ = 64 << 10
+_GREETING_TIMEOUT = 10.0
+
+
+class Upstream:
+    """One connection at a time. `flush` sends what the core has to say, to whomever; `lost` is called once
+    for each connection, when it is over.
+    """
+
+    def __init__(
+        self,
+        name: str,
+        address: Address,
+        core: Multiplexer,
+        presence: Presence,
+        first_client: FirstClient,
+        *,
+        flush: Callable[[], None],
+        lost: Callable[[], None],
+    ) -> None:
+        self.peer = Peer(None, None)
+        """Who is at the other end."""
+        self._name = name
+        self._address = address
+        self._core = core
+        self._presence = presence
+        self._first_client = first_client
+        self._flush_all = flush
+        self._lost = lost
+        self._comes, self._came = trio.open_memory_channel[socket.socket](0)
+        self._wire: Wire | None = None
+        self._connection: trio.Nursery | None = None
+        self._last_complaint = ""
+
+    async def run(self) -> None:
+        """Connects, or is connected to, again and again, until cancelled."""
+        shortest, longest = pauses(self._address)
+        delay = shortest
+        while True:
+            pause = self._presence.pause
+            try:
+                await self._first_client.wait()
+                sock = await self._reach()
+                await self._converse(sock)
+                delay = shortest
+            except NotQmpError as error:
+                self._complain(f"what answers at {self._address} is no QMP monitor: {error}")
+                delay, pause = longest, trio.sleep
+            except trio.TooSlowError:
+                self._complain(
+                    f"nothing answers at {self._address}: another client may hold the monitor; detach it,"
+                    " or name a monitor of its own for refault"
+                )
+                pause = trio.sleep
+            except OSError as error:
+                self._complain(f"no QEMU at {self._address} yet: {why(error)}")
+            self._presence.set(self._nobody)
+            await pause(delay)
+            delay = min(1.5 * delay, longest)
+
+    async def take(self, sock: socket.socket) -> None:
+        """A QEMU has connected to us: its turn comes when the one before it is gone."""
+        try:
+            await self._comes.send(prepare(sock))
+        except BaseException:
+            sock.close()
+            raise
+
+    @property
+    def _nobody(self) -> Qemu:
+        return Qemu.WAITING if self._first_client.holds else Qemu.AWAY
+
+    def ready(self) -> None:
+        """Commands can be sent: what was complained of before is over."""
+        self._last_complaint = ""
+
+    def start_soon(self, task: Callable[..., Awaitable[object]], *args: object) -> None:
+        """Starts a task that ends with the connection."""
+        assert self._connection is not None  # noqa: S101 - there is one
+        self._connection.start_soon(task, *args)
+
+    def flush(self) -> None:
+        """Sends what goes at once of what the core has for QEMU; the rest waits for a task."""
+        core = self._core
+        out, core.upstream_out = core.upstream_out, []
+        if not out:
+            return
+        wire = self._wire
+        if wire is None:
+            for _, fd in out:
+                if fd >= 0:
+                    os.close(fd)
+            return
+        waiting = bool(wire.backlog)
+        if len(out) == 1 or any(fd >= 0 for _, fd in out):
+            wire.backlog.extend((memoryview(data), fd) for data, fd in out)
+        else:
+            wire.backlog.append((memoryview(b"".join([data for data, _ in out])), -1))
+        if not waiting:
+            wire.flush()
+            if wire.backlog:
+                self.start_soon(self._drain, wire)
+
+    async def _drain(self, wire: Wire) -> None:
+        while wire.backlog and await wire.writable():
+            wire.flush()
+
+    def _complain(self, text: str) -> None:
+        """One line for each new trouble, not for each attempt."""
+        if text != self._last_complaint:
+            log.warning("%s: %s", self._name, text)
+            self._last_complaint = text
+
+    async def _reach(self) -> socket.socket:
+        if self._address.server:
+            self._presence.set(self._nobody)
+            sock = await self._came.receive()
+            self._presence.set(Qemu.DIALLED)
+            return sock
+        self._presence.set(Qemu.DIALLED)
+        return await dial(self._address, CONNECT_TIMEOUT)
+
+    async def _converse(self, sock: socket.socket) -> None:
+        """One connection to QEMU, from its greeting to its end."""
+        core = self._core
+        try:
+            with sock:
+                self.peer = peer_of(sock)
+                core.upstream_connected(b'"refault-%s"' % os.urandom(6).hex().encode())
+                trouble: Exception | None = None
+                async with trio.open_nursery() as nursery:
+                    self._connection = nursery
+                    self._wire = Wire(sock, nursery.cancel_scope)
+                    try:
+                        with trio.fail_after(_GREETING_TIMEOUT) as greeting:
+                            await self._read(sock, greeting)
+                    except (NotQmpError, trio.TooSlowError) as error:
+                        trouble = error  # outside of the nursery, which would wrap it
+                    except Exception:
+                        log.exception("%s: internal error; the connection to QEMU is made anew", self._name)
+                    finally:
+                        trio.lowlevel.notify_closing(sock)
+                        nursery.cancel_scope.cancel()
+                if core.ungreeted and not core.greeting:
+                    raise NotQmpError(f"it sent {core.ungreeted!r} and no greeting") from trouble
+                if trouble:
+                    raise trouble
+        finally:
+            self._lose()
+
+    async def _read(self, sock: socket.socket, greeting: trio.CancelScope) -> None:
+        core = self._core
+        while True:
+            await trio.lowlevel.wait_readable(sock)
+            try:
+                data = sock.recv(_READ)
+            except BlockingIOError:
+                continue
+            except OSError:  # reset, or over TCP nobody there any more (keepalive)
+                return
+            if not data:
+                return
+            core.receive_upstream(data)
+            if core.greeting and self._presence.qemu is not Qemu.THERE:
+                greeting.deadline = float("inf")
+                self._first_client.connected()
+                self._presence.set(Qemu.THERE)
+            self._flush_all()
+
+    def _lose(self) -> None:
+        wire, self._wire, self._connection = self._wire, None, None
+        if wire is not None:
+            wire.discard()
+        self._lost()

@@ -1,0 +1,1 @@
+"""Descriptors between refault and its own QEMU: made, laid, kept, given back."""

@@ -1,0 +1,164 @@
+"""What a restarted refault must know of a migration under way: which role, which address, which QEMU."""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import os
+from collections.abc import Callable, Collection
+from pathlib import Path
+
+import msgspec
+
+from refault.daemon.host.paths import make_again
+from refault.daemon.host.repeats import repeats
+from refault.daemon.kernel.process import process_started
+from refault.daemon.record.pages_file import PagesFile
+from refault.daemon.record.state_troubles import StateTroubles
+from refault.migration.phase import Role
+
+log = logging.getLogger("refault.state")
+
+_FILE = "record"
+
+
+class MigrationRecord(msgspec.Struct, frozen=True, kw_only=True):
+    """One migration, as its commands set it up."""
+
+    role: Role
+    uri: str
+    relayed: bool
+    qemu_pid: int | None
+    qemu_started: int | None
+    """Its start time in clock ticks since boot (/proc/PID/stat, field 22), for pids are used again."""
+    preempt: bool = False
+    """Whether its channels have a preempt lane."""
+    qemu_threads: tuple[int, ...] = ()
+    """Where the process is not known, for it is behind TCP or in a pid namespace beside ours: the threads of
+    its vCPUs, by its own word (query-cpus-fast). Another QEMU has others."""
+    generation: str = ""
+    """Of all migrations of this process, which one: the page map's file is of the same."""
+    postcopy: bool = False
+    """Whether QEMU has said that postcopy had begun."""
+    further: tuple[str, ...] = ()
+    """The addresses at which a client had a destination recovered, beside `uri`."""
+    kept: tuple[str, ...] = ()
+    """The names by which QEMU holds our ends of its legs (kept_ends.py)."""
+
+    def key(self, vm: str) -> bytes:
+        """By what the page map's file of this migration is known (cext/statefile.h)."""
+        return f"{vm} {self.qemu_pid} {self.qemu_started} {self.generation}".encode()
+
+
+class StateFile:
+    """The record of one VM, replaced as a whole or removed."""
+
+    def __init__(self, directory: Path, vm: str, is_ours: Callable[[], bool] = lambda: True) -> None:
+        """`is_ours` tells whether the files are this process's to look at and to write (state_lock.py)."""
+        self._vm = vm
+        self._is_ours = is_ours
+        self.directory = directory
+        self._not_ours = False
+        """Whether they were another's when that was looked at last."""
+        self._path = directory / f"{vm}.migration.json"
+        self.troubles = StateTroubles()
+        self._record: MigrationRecord | None = None
+        """What is to be in the file; None for nothing."""
+        self.pages = PagesFile(directory, vm, self.troubles)
+
+    def save(self, record: MigrationRecord) -> None:
+        """Writes the record. Where that fails, a restarted refault cannot recover; nothing else is lost."""
+        self._record = record
+        if not self.usable(record.qemu_pid):
+            return
+        temporary = self._path.with_suffix(".new")
+        try:
+            make_again(self.directory)
+            descriptor = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600)
+            with open(descriptor, "wb") as file:
+                file.write(msgspec.json.encode(record))
+            temporary.replace(self._path)
+        except OSError as error:
+            told = f"cannot save the migration: {error}; a restarted refault could not recover it"
+            self.troubles.add(_FILE, told)
+            log.warning("%s: %s", self._vm, told, extra=repeats((self._vm, _FILE), error.errno))
+            with contextlib.suppress(OSError):
+                temporary.unlink(missing_ok=True)
+        else:
+            self.troubles.over(_FILE)
+
+    def look(self) -> None:
+        """Writes again what has gone away since it was written, and tells of what cannot be written again."""
+        if self._record is not None and (self._not_ours or not self._path.exists()):
+            self.save(self._record)
+        self.pages.look()
+
+    def of_a_running_qemu(self) -> bool:
+        """Whether there is a record, and the QEMU that it is of still runs, as far as can be told."""
+        record = self._read()
+        return record is not None and record.qemu_started == process_started(record.qemu_pid)
+
+    def usable(self, pid: int | None) -> bool:
+        """Whether the files may be used for the QEMU process `pid`: not while another refault has them, nor
+        if they are of another QEMU that runs.
+        """
+        told = "the state directory is not usable" if not self._is_ours() else self._why_another(pid)
+        self._not_ours = told is not None
+        if told is not None and self._record is not None:
+            self.troubles.add(_FILE, f"{told}; a restarted refault could not recover the migration")
+        return told is None
+
+    def _why_another(self, pid: int | None) -> str | None:
+        record = self._read()
+        if record is None or record.qemu_pid in (None, pid) or record.qemu_started is None:
+            return None
+        if process_started(record.qemu_pid) != record.qemu_started:
+            return None
+        told = (
+            f"{self._path} is of QEMU process {record.qemu_pid}, which still runs, so nothing is kept for"
+            " this one: give this VM another --name or --state-dir, or end that QEMU"
+        )
+        log.error("%s: %s", self._vm, told, extra=repeats((self._vm, "another"), told))
+        return told
+
+    def load(self, pid: int | None, threads: Collection[int] = ()) -> MigrationRecord | None:
+        """The record, if it is of the QEMU process `pid`; a stale, torn or foreign one is None.
+
+        `threads`: those of its vCPUs, where the process is not known. vCPUs are plugged and unplugged.
+        """
+        if not self.usable(pid):
+            return None
+        try:
+            record = msgspec.json.decode(self._path.read_bytes(), type=MigrationRecord)
+        except FileNotFoundError:
+            return None
+        except (OSError, msgspec.DecodeError) as error:
+            self.troubles.count += 1
+            log.warning("%s: ignoring %s: %s", self._vm, self._path, error)
+            return None
+        known = set(record.qemu_threads) & set(threads) if pid is None else pid
+        if record.qemu_pid != pid or record.qemu_started != process_started(pid) or not known:
+            whose = "another QEMU" if pid is None else "a QEMU process that has ended"
+            log.info("%s: %s is of %s; removed", self._vm, self._path, whose)
+            self.remove()
+            return None
+        return record
+
+    def _read(self) -> MigrationRecord | None:
+        with contextlib.suppress(OSError, msgspec.DecodeError):
+            return msgspec.json.decode(self._path.read_bytes(), type=MigrationRecord)
+        return None
+
+    def remove(self) -> None:
+        """The migration has ended. What cannot be removed does no harm, for it names a process."""
+        self._record = None
+        self.troubles.over(_FILE)
+        self.pages.end()
+        if self._not_ours or not self._is_ours():
+            return
+        for path in (self._path, self.pages.path):
+            try:
+                path.unlink(missing_ok=True)
+            except OSError as error:
+                self.troubles.count += 1
+                log.warning("%s: cannot remove what is on record of the migration: %s", self._vm, error)

@@ -1,0 +1,1 @@
+"""Carries out the policy's actions, and the ways out of what it cannot do."""

@@ -1,0 +1,245 @@
+"""Carries out what the recovery policy asks for: attempts, one at a time, and the timers between them."""
+
+from __future__ import annotations
+
+import logging
+import random
+from collections.abc import Hashable
+from typing import TYPE_CHECKING
+
+import trio
+
+from refault.daemon.host.repeats import repeats
+from refault.daemon.known.vm_state import QUERY_TIMEOUT
+from refault.daemon.monitor.monitor import MonitorLost, QmpError, words
+from refault.daemon.recovery.reclaim import reclaim, say_as_told, say_cannot_have_left
+from refault.migration.recovery import Action, AttemptFailed, Event, NotPausedYet, Pace, Recovery, State
+
+if TYPE_CHECKING:
+    from refault.daemon.migration import Migration
+
+log = logging.getLogger("refault.migration")
+
+
+class Attempts:
+    """The recovery of one migration, driven by its policy."""
+
+    def __init__(self, migration: Migration) -> None:
+        patience = migration.vm.patience
+        pace = Pace(client=patience.client_wait, give_up=patience.give_up_after)
+        self.policy = Recovery(pace, jitter=random.random)
+        self._migration = migration
+        self._scope: trio.CancelScope | None = None
+        self._timers: dict[Event, trio.CancelScope] = {}
+        self._one_at_a_time = trio.Lock()
+        self._lost_at: float | None = None
+        self._attempt_began = 0.0
+        self._settled_channel = 0
+        self.paused_channel = 0
+        """The relayed channel that a client paused last."""
+
+    def feed(self, event: Event) -> None:
+        """Hands an event to the policy and carries out what it asks for."""
+        migration = self._migration
+        before = self.policy.state
+        if event is Event.CLIENT_PAUSED and before is not State.YIELDED:
+            self.paused_channel = migration.channel
+        for action in self.policy.handle(event):
+            self._carry_out(action)
+        if self.policy.state is not before:
+            log.debug("%s: %s: %s -> %s", migration.name, event.name, before.value, self.policy.state.value)
+        if self.policy.state is State.RUNNING and migration.channel != self._settled_channel:
+            self._settled_channel = migration.channel
+            migration.vm.start_soon(self._settle)
+
+    def _carry_out(self, action: Action) -> None:
+        match action:
+            case Action.COUNT_LOSS:
+                self._count_loss()
+            case Action.COUNT_RECOVERY:
+                self._count_recovery()
+            case Action.ATTEMPT:
+                self._cancel_timer(Event.TIMER)
+                self._attempt_began = trio.current_time()
+                self._scope = trio.CancelScope()
+                self._migration.vm.start_soon(self._attempt, self._scope)
+            case Action.CANCEL_ATTEMPT:
+                self._cancel_attempt()
+            case Action.TIMER_POLL:
+                self._start_timer(Event.TIMER, self.policy.delay(action), self._migration.pause_told)
+            case Action.TIMER_BACKOFF | Action.TIMER_CLIENT:
+                delay = self.policy.delay(action)
+                if action is Action.TIMER_BACKOFF:
+                    delay = max(self.policy.pace.first_backoff, delay - self._since_attempt())
+                self._start_timer(Event.TIMER, delay)
+            case Action.TIMER_GIVE_UP:
+                self._start_timer(Event.OUT_OF_PATIENCE, self.policy.delay(action))
+            case Action.GIVE_UP:
+                self._cancel_timers()
+                self._tell_given_up()
+            case Action.RESET_BACKOFF:
+                self._migration.addresses.recovered()
+            case Action.CLEAN_UP:
+                self._cancel_timers()
+                self._migration.ended()
+            case Action.RECLAIM | Action.RECLAIM_AS_TOLD:
+                say = say_as_told if action is Action.RECLAIM_AS_TOLD else say_cannot_have_left
+                say(self._migration)
+                self._migration.vm.start_soon(reclaim, self._migration)
+            case Action.STOP_GUEST:
+                self._migration.vm.start_soon(self._stop_guest)
+
+    def _since_attempt(self) -> float:
+        """Back-off paces the beginnings: after an attempt that itself took long the next begins at once."""
+        return trio.current_time() - self._attempt_began
+
+    def _count_loss(self) -> None:
+        migration = self._migration
+        migration.counters.losses += 1
+        self._lost_at = trio.current_time()
+        if migration.channels is not None:
+            self._lost_at -= migration.channels.count_loss()
+        log.warning(
+            "%s: the migration channel is lost (loss %d); recovering",
+            migration.name,
+            migration.counters.losses,
+        )
+
+    def _count_recovery(self) -> None:
+        counters = self._migration.counters
+        counters.recoveries += 1
+        counters.last_error = None
+        if self._migration.channels is not None:
+            self._migration.channels.losses.held = None
+        if self._lost_at is not None:
+            counters.last_seconds = trio.current_time() - self._lost_at
+            log.info("%s: recovered in %.3f s", self._migration.name, counters.last_seconds)
+
+    def _tell_given_up(self) -> None:
+        migration = self._migration
+        log.error(
+            "%s: ALERT: gave up after %g s (--give-up-after): no further attempt is made for this loss. Last"
+            " error: %s. What to do: keep both QEMUs running, the guest is split between them; put right what"
+            " the error names, then recover by hand (docs/running.md), or restart this refault, which begins"
+            " anew",
+            migration.name,
+            self.policy.pace.give_up,
+            migration.counters.last_error or "none, the other host did not come",
+        )
+
+    async def _settle(self) -> None:
+        try:
+            await self._migration.procedure.settle()
+        except (QmpError, MonitorLost, trio.TooSlowError, OSError) as error:
+            log.warning("%s: could not ready the next recovery: %s", self._migration.name, words(error))
+
+    def _start_timer(self, event: Event, seconds: float, sooner: trio.Event | None = None) -> None:
+        """Feeds `event` after so many seconds, or as soon as `sooner` is set, if it is not set already."""
+        self._cancel_timer(event)
+        scope = self._timers[event] = trio.CancelScope()
+        if sooner is None or sooner.is_set():
+            sooner = trio.Event()
+        self._migration.vm.start_soon(self._timer, event, scope, seconds, sooner)
+
+    async def _timer(self, event: Event, scope: trio.CancelScope, seconds: float, sooner: trio.Event) -> None:
+        with scope:
+            with trio.move_on_after(seconds):
+                await sooner.wait()
+            if self._timers.get(event) is scope:  # else it was cancelled as it ran out
+                del self._timers[event]
+                self.feed(event)
+
+    def path_changed(self) -> bool:
+        """A path to the other host may be there again; False where none is waited for."""
+        waits = self.policy.state is State.WAITING
+        self.feed(Event.PATH_CHANGED)
+        return self._migration.procedure.path_changed() or waits
+
+    def cancel(self) -> None:
+        """Ends the attempt under way and the wait for the next one."""
+        self._cancel_attempt()
+        self._cancel_timers()
+
+    def _cancel_attempt(self) -> None:
+        if self._scope is not None:
+            self._scope.cancel()
+            self._scope = None
+
+    def _cancel_timer(self, event: Event) -> None:
+        scope = self._timers.pop(event, None)
+        if scope is not None:
+            scope.cancel()
+
+    def _cancel_timers(self) -> None:
+        for event in list(self._timers):
+            self._cancel_timer(event)
+
+    async def _attempt(self, scope: trio.CancelScope) -> None:
+        outcome = None
+        with scope:
+            # One cancelled while QEMU had its command ends first: never two at once.
+            async with self._one_at_a_time:
+                outcome = await self._try()
+        if self._scope is scope:
+            self._scope = None
+        if outcome is not None and not scope.cancel_called:
+            self.feed(outcome)
+
+    async def _try(self) -> Event | None:
+        migration = self._migration
+        try:
+            await migration.procedure.attempt()
+        except NotPausedYet:
+            return Event.NOT_YET
+        except Exception as error:
+            expected = (AttemptFailed, QmpError, MonitorLost, trio.TooSlowError, OSError)
+            if not isinstance(error, expected):
+                log.exception("%s: internal error in a recovery attempt", migration.name)
+            migration.counters.last_error = words(error)
+            last = self.policy.state is State.GIVEN_UP
+            log.warning(
+                "%s: recovery attempt %d failed: %s; %s",
+                migration.name,
+                migration.counters.attempts,
+                migration.counters.last_error,
+                "it was the last" if last else "trying again",
+                extra=self.repeats("attempt failed", migration.counters.last_error, last),
+            )
+            return Event.ATTEMPT_FAILED
+        return None
+
+    def repeats(self, subject: str, *what: Hashable) -> dict[str, object]:
+        """`extra` of a line that may come again and again for the same loss; without one each is said."""
+        migration = self._migration
+        if self.policy.state in (State.IDLE, State.RUNNING, State.ENDED):
+            return {}
+        return repeats((migration.name, subject), (migration.counters.losses, *what))
+
+    async def over(self) -> None:
+        """Waits until an attempt that was cancelled has ended: QEMU may have had its command already."""
+        async with self._one_at_a_time:
+            pass
+
+    async def issued(self) -> None:
+        """QEMU took the attempt's command. Raises trio.Cancelled if the attempt was cancelled meanwhile."""
+        await trio.lowlevel.checkpoint_if_cancelled()
+        self.feed(Event.ISSUED)
+
+    async def _stop_guest(self) -> None:
+        migration = self._migration
+        log.error(
+            "%s: ALERT: the source migration failed after postcopy began; stopping its guest, which may"
+            " run at the destination. What to do: look at the destination. If its migration is completed,"
+            " quit this QEMU. If it waits for the guest (query-status: inmigrate), end it; then, or if it had"
+            " ended without having run the guest, `cont` this one. If it is postcopy-paused it cannot get the"
+            " rest of its memory any more: the guest here is whole, and as old as the switchover",
+            migration.name,
+        )
+        try:
+            await migration.vm.monitor.execute("stop", timeout=QUERY_TIMEOUT)
+        except (QmpError, MonitorLost, trio.TooSlowError) as error:
+            log.error(
+                "%s: ALERT: could not stop the source's guest: %s; stop it by hand",
+                migration.name,
+                words(error),
+            )

@@ -1,0 +1,1 @@
+"""One relayed migration: from the pump's word to close or hold."""

@@ -1,0 +1,406 @@
+"""The relay of one migration and its channels: joins the legs, and hears what the pump tells."""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import logging
+import math
+import os
+import socket
+import time
+from typing import TYPE_CHECKING
+
+import trio
+
+from refault.channel.relay import Lane, LegState, Relay
+from refault.channel.tracker import Kept
+from refault.daemon.host.repeats import repeats
+from refault.daemon.monitor.monitor import MonitorLost, QmpError
+from refault.daemon.near.kept_ends import KeptEnds
+from refault.daemon.near.local import LocalLeg, has_ended, take_back
+from refault.daemon.relayed.closing import Closing
+from refault.daemon.relayed.guard import Guard
+from refault.daemon.relayed.losses import Losses
+from refault.daemon.relayed.qemu_word import ASKED_EVERY, QemuWord
+from refault.migration.legs import may_close, waits_for_pong
+from refault.migration.phase import Phase, Role, Told, phase_of
+from refault.migration.recovery import AttemptFailed, Event, State
+from refault.migration.versions import abilities
+
+if TYPE_CHECKING:
+    from refault.daemon.migration import Migration
+
+log = logging.getLogger("refault.migration")
+
+REPLAY_DOUBT_SECONDS = 2.0
+"""Two losses so soon after a replay, and the next recovery goes without: the replay may have caused them."""
+DELIVERY_LOOK, LONGEST_DELIVERY_LOOK = 0.05, 1.0
+STALL_LOOK = 0.25
+"""Seconds between looks at a handshake that may stand still for many; its end is heard of by other ways."""
+HEARS_WITHIN = 50.0
+"""Seconds for which the end of refault waits until a source that cannot be told has heard of its guest's
+arrival: less than app.STOP_PATIENCE."""
+
+
+class Channels:
+    """Of one migration that is relayed. `channel` counts them from 1; 0 is none yet."""
+
+    def __init__(self, migration: Migration, relay: Relay) -> None:
+        self.relay = relay
+        self.channel = 0
+        self._migration = migration
+        self.ended = 0
+        """The channel whose end has been dealt with."""
+        self._doubtful_losses = 0
+        """Losses in a row that came right after a replay."""
+        self.changed = trio.Event()
+        """Set whenever the pump told of something, and replaced."""
+        self.kept = KeptEnds(migration.vm.monitor)
+        self.word = QemuWord(migration, relay)
+        self.closing = Closing(migration, relay, self.kept)
+        self.guard = Guard(migration, self, self.kept)
+        self.losses = Losses(migration, self)
+        self._stops_since = math.inf
+        """When refault began to end while a source heard its destination."""
+        self.knows_first = False
+        """Whether this refault has seen the migration from its beginning."""
+        self.has_arrived = False
+        """Whether the destination is known to have had the guest, all device state loaded."""
+        self._returned_before = 0
+        """Bytes on the return path before this channel."""
+        self._replayed_before = 0
+        """Requests that were replayed before this channel."""
+        self._told_part = False
+        self._told_cut = 0
+        """The channel of which that was said."""
+        self._scope = trio.CancelScope()
+
+    @property
+    def phase(self) -> Phase:
+        """The phase, as far as it is known."""
+        migration = self._migration
+        told = Told(
+            migration.status,
+            self.relay.runs_told,
+            never_postcopy=migration.never_postcopy,
+            much_left=self.word.much_left(ASKED_EVERY),
+        )
+        return phase_of(self.relay.passed(), migration.role, told)
+
+    @property
+    def unread(self) -> bool:
+        """Whether bytes pass that cannot be read, so that QEMU must tell how far it is."""
+        return self.word.wanted
+
+    def join(self, local: LocalLeg, far: trio.socket.SocketType, *, recovered: bool) -> None:
+        """Gives both legs to the pump as the next channel.
+
+        Raises AttemptFailed where the one before must stay.
+        """
+        self.check_room()
+        may_replay = self._doubtful_losses < 2
+        if recovered and not may_replay:
+            log.warning(
+                "%s: recovering without replay: the channel was lost twice right after one",
+                self._migration.name,
+            )
+        self.kept.begin(local.socket)
+        self._migration.pause_told = trio.Event()
+        if recovered:
+            self._migration.status = "postcopy-paused"  # or this would not be; an older word tells nothing
+        else:
+            self.knows_first = True
+        view = self.relay.look()
+        self._returned_before, self._replayed_before = view.return_bytes, view.replayed
+        self.relay.attach(
+            local.detach(),
+            far.detach(),
+            recovered=recovered,
+            may_replay=may_replay,
+            lanes=self._migration.lanes.count,
+        )
+        self.channel += 1
+        self.closing.begin(self.channel, local.peer_inode)
+        if local.kept is not None:  # from here QEMU is to see an end, be it by a kill of refault
+            self._migration.vm.start_soon(take_back, self._migration.vm.monitor, local.kept)
+
+    def check_room(self) -> None:
+        """Raises AttemptFailed where no further channel can be joined: the one before must stay."""
+        if self.relay.closed:
+            raise AttemptFailed("the relay has ended")
+        cost = self.cost_of_stopping()
+        if self.channel and cost is not None and not cost[0]:
+            raise AttemptFailed(f"the channel before is still held: {cost[1]}")
+
+    def add_lane(self, channel: int, local: socket.socket, far: trio.socket.SocketType) -> None:
+        """Gives the pump a further connection of `channel`; of one that is gone, both ends are closed."""
+        if channel == self.channel:
+            self.kept.add(local)
+        kind = Lane.PREEMPT if self._migration.lanes.preempt else Lane.MULTIFD
+        try:
+            self.relay.add_lane(channel, kind, local.detach(), far.detach())
+        except OSError as error:  # QEMU sees no end of it before the channel's, for that is kept
+            log.error("%s: a further connection cannot be joined: %s", self._migration.name, error)
+            self.lose(channel, error)
+
+    def no_more_lanes(self, channel: int) -> None:
+        """A source's QEMU opens no more connections of `channel`: the end of its leg waits for none."""
+        if not self.relay.closed:
+            self.relay.no_more_lanes(channel)
+
+    def lose(self, channel: int, error: OSError) -> None:
+        """A connection of `channel` cannot be had: the far side of all is lost."""
+        self.relay.lose(channel, error.errno or errno.ECONNREFUSED)
+
+    def lives(self, channel: int) -> bool:
+        """Whether `channel` is the one in use, and not lost."""
+        if self.relay.closed or channel != self.channel or channel == self.ended:
+            return False
+        view = self.relay.look()
+        return view.channel < channel or not (view.local.lost or view.far.lost)
+
+    def over(self, channel: int) -> bool:
+        """Whether the end of `channel` has been dealt with, or there is none to deal with any more."""
+        return channel <= self.ended or channel < self.channel or self.relay.closed
+
+    async def end(self, channel: int) -> None:
+        """Closes a channel that is not to be recovered, its return path first where QEMU is seen to take
+        note."""
+        self.ended = channel
+        self.losses.held = None
+        await self.kept.let_go()
+        await self.closing.close_return_path_first(channel)
+
+    def abandon(self, channel: int) -> None:
+        """Closes a channel that this QEMU did not take, or that it pauses again on."""
+        self.ended = channel
+        self.losses.held = None
+        self.closing.close_now(channel)
+
+    @property
+    def delivers(self) -> bool:
+        """Whether a precopy's end is still with us though its source has sent all.
+
+        Without a return path that is `completed` by then, and nobody sends it again.
+        """
+        migration = self._migration
+        if self.relay.closed or migration.postcopy_began or migration.status in ("failed", "cancelled"):
+            return False
+        view, passed = self.relay.look(), self.relay.passed()
+        if passed.packaged_begun or passed.resumed or view.local is not LegState.OPEN or self.losses.held:
+            return False
+        if migration.role is Role.SOURCE:
+            return view.far is LegState.OPEN and self.kept.main is not None and has_ended(self.kept.main)
+        return view.far is LegState.ENDED or passed.ended
+
+    async def delivered(self) -> None:
+        """Waits until what a QEMU that has ended had sent is on its way, and the other host has seen the end.
+
+        Nobody would send it again: so for as long as the other host takes it.
+        """
+        pause = DELIVERY_LOOK
+        while not self.relay.closed and self.relay.look().far is LegState.OPEN:
+            await trio.sleep(pause)
+            pause = min(2 * pause, LONGEST_DELIVERY_LOOK)
+
+    def answered(self) -> None:
+        """QEMU has answered the command that named the newest channel."""
+        self.word.answered(self.channel)
+
+    async def handshake_stalls(self, patience: float) -> bool:
+        """Waits for the end of the handshake. True when no byte has moved for `patience` seconds.
+
+        The received bitmaps of a large guest take their time, so it may last as long as something moves.
+        """
+        moved = -1
+        deadline = 0.0
+        going_on = (State.OPEN, State.HANDSHAKE, State.GIVEN_UP)
+        while self._migration.policy.state in going_on and not self.relay.closed:
+            if self.channel == self.ended:
+                return False
+            passed = self.relay.look().passed_bytes
+            if passed != moved:
+                moved = passed
+                deadline = trio.current_time() + patience
+            if trio.current_time() > deadline:
+                return True
+            await trio.sleep(STALL_LOOK)
+        return False
+
+    async def may_end_handshake(self) -> bool:
+        """Whether QEMU pauses again where the channel is closed now that its handshake stands still."""
+        if abilities(self._migration.vm.version).pauses_again_in_handshake:
+            return True
+        if not self.unread:
+            return False
+        # Under TLS another handshake goes before it, and in that one QEMU is paused.
+        before = self.relay.look().passed_bytes
+        try:
+            word = await self.word.ask()
+        except (QmpError, MonitorLost, trio.TooSlowError):
+            return False
+        return self.relay.look().passed_bytes == before and word.status == "postcopy-paused"
+
+    def count_loss(self) -> float:
+        """Notes a loss; how many seconds ago the pump saw it."""
+        view = self.relay.look()
+        if view.last_replay_ns == 0 or _age(view.last_replay_ns) >= REPLAY_DOUBT_SECONDS:
+            self._doubtful_losses = 0
+        elif view.replayed > self._replayed_before:  # else it was another channel's, and is counted there
+            self._doubtful_losses += 1
+        return _age(view.lost_ns)
+
+    # ---- the pump's signals ----
+
+    async def watch(self) -> None:
+        """Deals with what the pump tells, until the relay is closed."""
+        relay = self.relay
+        with self._scope:
+            while not relay.closed:
+                await trio.lowlevel.wait_readable(relay.notify_fd)
+                if relay.closed:
+                    return
+                os.eventfd_read(relay.notify_fd)
+                self._watchful_look()
+                while not relay.closed and relay.stale:
+                    await trio.sleep(0.001)
+                    self._watchful_look()
+
+    def _watchful_look(self) -> None:
+        try:
+            self.look()
+        except Exception as error:  # what comes next must be heard all the same
+            log.exception(
+                "%s: internal error in what the channel tells",
+                self._migration.name,
+                extra=repeats((self._migration.name, "look"), repr(error)),
+            )
+
+    def look(self) -> None:
+        """Deals with what the pump told last."""
+        self.changed.set()
+        self.changed = trio.Event()
+        view = self.relay.look()
+        if view.channel != self.channel:
+            return  # the pump has not come to the newest channel yet
+        self.closing.look()
+        passed = self.relay.passed()
+        # A destination that answers a recovery has paused, and that it does only once it runs.
+        self.has_arrived |= passed.running or (passed.resumed and view.return_bytes > self._returned_before)
+        if self.channel == self.ended:
+            return  # its end has been dealt with
+        if passed.running:
+            self._migration.postcopy_began = True
+        self._tell_not_kept()
+        self._tell_page_cut()
+        self.word.tell_pump()
+        if self._completes():
+            self.guard.start()
+        recovered = passed.resumed and passed.resume_acknowledged and not (view.local.lost or view.far.lost)
+        if recovered and self._migration.attempts.paused_channel != self.channel:
+            self._migration.feed(Event.RESUME_ACKNOWLEDGED)
+        self.losses.look(view, passed)
+
+    def _completes(self) -> bool:
+        """Whether a source is known to be in its last moments; `phase` is careful where it is not known."""
+        if self._migration.role is not Role.SOURCE or self.phase is not Phase.COMPLETING:
+            return False
+        if not self.unread:
+            return self.relay.passed().ended  # only then would QEMU take our end (word.py)
+        word = self.word.last
+        return word is not None and word.status == "postcopy-active" and word.remaining <= word.threshold
+
+    def _tell_page_cut(self) -> None:
+        if self._told_cut != self.channel and self.relay.host_page_cut:
+            self._told_cut = self.channel
+            log.info(
+                "%s: the source goes on in the midst of a huge page that it was sending at the loss; the"
+                " destination will refuse that: expecting one more pause",
+                self._migration.name,
+                extra=self._migration.attempts.repeats("page cut"),
+            )
+
+    def _tell_not_kept(self) -> None:
+        if self.relay.kept is Kept.PART and not self._told_part:
+            self._told_part = True
+            self._migration.vm.state_file.pages.no_room()
+
+    # ---- the end ----
+
+    def cost_of_stopping(self) -> tuple[bool, str] | None:
+        """Whether QEMU survives a close of its leg now, and what it does then; None where none is open."""
+        migration = self._migration
+        if self.relay.closed or migration.gone or self.relay.look().local is not LegState.OPEN:
+            return None
+        allowed, rule = may_close(self.phase, migration.role, migration.vm.version, migration.status)
+        return allowed, rule.effect
+
+    async def prepare_to_stop(self) -> bool:
+        """Has QEMU keep our ends of legs that may not be closed. False where it did not take them.
+
+        It then waits for whoever comes after us.
+        """
+        if self.delivers:
+            return False
+        await self.closing.preempt_thread_awake()
+        waits = await self._waits_for_pong()
+        if waits and self.unread:
+            # Nothing can be said to it. It hears its destination, if that lives; and we may be killed first.
+            self._stops_since = min(self._stops_since, trio.current_time())
+            await self.guard.give()
+            lives = self.lives(self.channel)
+            if lives and trio.current_time() - self._stops_since < HEARS_WITHIN:
+                return False
+        elif waits:
+            # As after a loss. QEMU may stand in the midst of a write, and takes note of nothing before.
+            channel = self.channel  # an attempt may have made the next one soon
+            self.lose(channel, OSError(errno.ECANCELED, "refault ends"))
+            losses = self.losses
+            # Nothing tells of all three.
+            while losses.held is None and channel == self.channel and self.cost_of_stopping() is not None:  # noqa: ASYNC110
+                await trio.sleep(STALL_LOOK)
+        cost = self.cost_of_stopping()
+        if cost is not None and not cost[0] and self.kept.main is not None:
+            await self.guard.give()
+            return self.kept.by_qemu
+        if cost is not None and self.kept.names:  # it might not end before, and now QEMU is to see its end
+            await self.kept.let_go()
+            self._migration.remember()
+        return True
+
+    async def _waits_for_pong(self) -> bool:
+        """Whether a source waits for PONG 0x42."""
+        migration = self._migration
+        # Of what cannot be read the phase is a guess, and the more careful one.
+        leaves = not self.relay.closed and (self.unread or self.phase in (Phase.SWITCHOVER, Phase.POSTCOPY))
+        if migration.role is not Role.SOURCE or not leaves:
+            return False
+        with contextlib.suppress(QmpError, MonitorLost, trio.TooSlowError):
+            status = (await self.word.ask()).status  # without the `events` capability the last word is old
+            waits = waits_for_pong(migration.role, status)
+            if status is not None and (waits or waits_for_pong(migration.role, migration.status)):
+                migration.on_status(status)
+            return waits and not self.relay.closed
+        return waits_for_pong(migration.role, migration.status) and not self.relay.closed
+
+    def completed(self) -> None:
+        """The migration has ended: nothing is outstanding any more, and a leg that has ended is not kept."""
+        self.relay.complete()
+        if self.relay.look().local is not LegState.OPEN:
+            self.kept.drop()
+
+    def close(self) -> tuple[int, int]:
+        """Ends the relay; the bytes that passed it, forward and back."""
+        self._scope.cancel()
+        self.changed.set()
+        self.closing.end()
+        view = self.relay.look()
+        cost = self.cost_of_stopping()
+        self.relay.close(keep_local=cost is not None and not cost[0])
+        self.kept.drop()
+        return view.forward_bytes, view.return_bytes
+
+
+def _age(monotonic_ns: int) -> float:
+    return max(0.0, (time.monotonic_ns() - monotonic_ns) / 1e9) if monotonic_ns else 0.0

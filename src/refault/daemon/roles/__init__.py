@@ -1,0 +1,1 @@
+"""The commands of a source and of a destination, in order."""

@@ -1,0 +1,1 @@
+"""One frozen picture of all VMs, and who is shown it."""

@@ -1,0 +1,141 @@
+"""The control socket: whoever connects and may is sent the status, one JSON document, and disconnected.
+
+The socket has mode 0600, and besides the peer's credentials decide: root and the daemon's user are answered.
+Where its address has users or groups these are answered too; where it has but a mode, an owner or a group of
+the socket file, whoever that lets in.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import socket
+import time
+from pathlib import Path
+
+import trio
+
+from refault.daemon.host.errors import OperatorError
+from refault.daemon.host.paths import make_if_default
+from refault.daemon.host.repeats import repeats
+from refault.daemon.monitor.address import Address
+from refault.daemon.monitor.caller import caller_of, may_speak
+from refault.daemon.monitor.listener import ListenError, bind_unix
+from refault.daemon.telling import snapshot as status_document
+from refault.daemon.telling.snapshot import Snapshot, Status
+
+_log = logging.getLogger(__name__)
+
+_ANSWER_SECONDS = 5.0
+"""How long a peer may take to read the document."""
+_LOOK_SECONDS = 5.0
+"""Between looks whether the socket's file is still there."""
+
+
+async def serve_control(
+    address: Address,
+    snapshot: Snapshot,
+    *,
+    task_status: trio.TaskStatus[list[trio.SocketListener]] = trio.TASK_STATUS_IGNORED,
+) -> None:
+    """Answers on the socket file at `address` until cancelled, then removes it; started when it listens.
+
+    A socket file that nobody listens on is replaced. Raises `OperatorError` where the path cannot be bound,
+    or its file has been removed.
+    """
+    path = Path(address.path or "")
+    make_if_default(path.parent)
+    try:
+        bound = bind_unix(address)
+    except ListenError as error:
+        raise OperatorError(f"{error} (--control)") from error
+
+    async def answer(stream: trio.SocketStream) -> None:
+        await _answer(stream, address, snapshot)
+
+    try:
+        listener = trio.SocketListener(trio.socket.from_stdlib_socket(bound.sock))
+        async with trio.open_nursery() as nursery:
+            await nursery.start(trio.serve_listeners, answer, [listener])
+            task_status.started([listener])
+            while bound.in_place:  # noqa: ASYNC110 - nothing tells of it
+                await trio.sleep(_LOOK_SECONDS)
+            raise OperatorError(f"{path} was removed or replaced; leave it, `refault status` asks there")
+    finally:
+        bound.close()
+
+
+def _may_ask(sock: trio.socket.SocketType, uid: int | None, address: Address) -> bool:
+    if uid in (0, os.getuid()):
+        return True
+    if address.callers:
+        return may_speak(sock, address.callers)
+    return (address.mode, address.owner, address.group) != (None, None, None)
+
+
+async def _answer(stream: trio.SocketStream, address: Address, snapshot: Snapshot) -> None:
+    async with stream:
+        peer = caller_of(stream.socket)
+        if not _may_ask(stream.socket, peer.uid, address):
+            _log.warning(
+                "control: refused a process (%s): its user is not root, nor ours, nor allowed",
+                peer,
+                extra=repeats(("control", peer.uid), "refused"),
+            )
+            return
+        with trio.move_on_after(_ANSWER_SECONDS):
+            try:
+                await stream.send_all(status_document.encode(snapshot()))
+            except trio.BrokenResourceError:
+                _log.debug("control: process %s went away before it had read the status", peer.pid)
+
+
+class NoDaemon(OperatorError):  # noqa: N818 - it says what is
+    """Nobody listens."""
+
+
+class NotPermitted(OperatorError):  # noqa: N818
+    """The daemon, or the directory of its socket, is not for this user."""
+
+
+class NoAnswer(OperatorError):  # noqa: N818
+    """There is a daemon, which does not answer."""
+
+
+def query(path: Path, timeout: float) -> Status:
+    """The status that the daemon behind `path` tells, within `timeout` seconds.
+
+    Raises NoDaemon, NotPermitted, NoAnswer, and OperatorError where something else answers.
+    """
+    until = time.monotonic() + timeout
+    document = bytearray()
+    try:
+        with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as connection:
+            connection.settimeout(timeout)
+            connection.connect(str(path))
+            while chunk := connection.recv(65536):
+                document += chunk
+                connection.settimeout(max(until - time.monotonic(), 0.001))
+    except (TimeoutError, BlockingIOError) as error:  # a stopped one, or one whose queue is full
+        raise NoAnswer(
+            f"the daemon at {path} gave no answer in {timeout:g} s: it is stopped, or hangs; look at its"
+            " process and its log"
+        ) from error
+    except PermissionError as error:
+        raise NotPermitted(f"{path}: {error.strerror}; be root or the daemon's user") from error
+    except ConnectionResetError as error:
+        raise NoAnswer(f"the daemon at {path} went away before it had answered; ask again") from error
+    except OSError as error:
+        raise NoDaemon(f"no daemon answers at {path}: {_why_not(path, error)}") from error
+    if not document:
+        raise NotPermitted(f"the daemon at {path} told nothing; be root, the daemon's user, or one it allows")
+    try:
+        return status_document.decode(bytes(document))
+    except status_document.DecodeError as error:
+        raise OperatorError(f"{path} told no status ({error}); is it a refault's?") from error
+
+
+def _why_not(path: Path, error: OSError) -> str:
+    if path.exists() and not path.is_socket():
+        return "it is no socket; name a daemon's with --control"
+    return f"{error.strerror or error}; is `refault run` running?"

@@ -1,0 +1,150 @@
+"""Makes the picture of one VM (snapshot.py) out of its monitor and its migration."""
+
+from __future__ import annotations
+
+from refault.channel.relay import Relay
+from refault.daemon.kernel.userfaultfd import Waiting, waiting
+from refault.daemon.known.vm_state import Counters, VmState
+from refault.daemon.migration import NO_MIGRATION, Migration
+from refault.daemon.monitor.address import Address
+from refault.daemon.monitor.monitor import QemuInfo
+from refault.daemon.telling.snapshot import (
+    BlockStatus,
+    ChannelStatus,
+    ClientsStatus,
+    LatencyStatus,
+    ListenerStatus,
+    MigrationStatus,
+    PagesStatus,
+    QemuStatus,
+    RecoveryStatus,
+    RelayState,
+    StateStatus,
+    VmStatus,
+)
+from refault.migration.phase import Role
+from refault.migration.recovery import State
+
+LATENCY_BOUNDS = (
+    0.0001, 0.00025, 0.0005, 0.001, 0.0025, 0.005, 0.01, 0.025, 0.05,
+    0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0,
+)  # fmt: skip
+"""Upper bounds of the buckets, in seconds: a page fault takes about 1 ms, a starved one minutes."""
+
+
+def picture(address: Address, info: QemuInfo | None, vm: VmState, migration: Migration | None) -> VmStatus:
+    """The picture, as things stand now. Call it in the trio thread."""
+    passing = migration.channels.relay if migration is not None and migration.channels is not None else None
+    if migration is not None and migration.gone:
+        migration = None
+    relay = passing if migration is not None else None
+    monitor = vm.monitor
+    counters, troubles = vm.counters, vm.state_file.troubles
+    return VmStatus(
+        name=vm.name,
+        qemu=QemuStatus(
+            connected=monitor.qemu is not None,
+            address=str(address),
+            pid=info.pid if info else None,
+            version=info.version if info else None,
+        ),
+        listeners=tuple(
+            ListenerStatus(address=str(front.address), listening=front.listening, trouble=front.trouble)
+            for front in monitor.fronts
+        ),
+        clients=ClientsStatus(
+            connected=monitor.clients,
+            total=monitor.clients_total,
+            commands=monitor.counters.commands,
+            events=monitor.counters.events,
+            slow_disconnected=monitor.counters.slow_clients,
+        ),
+        migration=_migration(migration, relay),
+        pages=_pages(relay, _kernel(info, migration)),
+        latency_seconds=_latency(relay),
+        recovery=RecoveryStatus(
+            losses=counters.losses,
+            attempts=counters.attempts,
+            recoveries=counters.recoveries,
+            last_seconds=counters.last_seconds,
+            last_error=counters.last_error,
+            given_up=migration is not None and migration.policy.state is State.GIVEN_UP,
+        ),
+        channel=_channel(counters, passing),
+        state=StateStatus(error=troubles.error, errors=troubles.count, torn=troubles.torn),
+    )
+
+
+def _migration(migration: Migration | None, relay: Relay | None) -> MigrationStatus:
+    if migration is None:
+        return MigrationStatus(relay_reason=NO_MIGRATION)
+    opaque = relay.opaque_reason() if relay else None
+    state: RelayState = "off" if relay is None else "opaque" if opaque else "tracking"
+    return MigrationStatus(
+        role=migration.role.value,
+        status=migration.status,
+        relay=state,
+        relay_reason=migration.relay_reason if relay is None else opaque,
+        phase=migration.phase.value,
+        held=migration.held,
+    )
+
+
+def _kernel(info: QemuInfo | None, migration: Migration | None) -> Waiting | None:
+    if migration is None or migration.role is not Role.DESTINATION or not migration.under_way:
+        return None
+    return waiting(info.pid) if info is not None and info.pid is not None else None
+
+
+def _pages(relay: Relay | None, kernel: Waiting | None) -> PagesStatus:
+    pending = kernel.pending if kernel else None
+    total = kernel.total if kernel else None
+    if relay is None:
+        return PagesStatus(kernel_pending=pending, kernel_waiting=total)
+    pages = relay.pages()
+    return PagesStatus(
+        requested=pages.requested,
+        repeated=pages.repeated,
+        arrived=pages.arrived,
+        replayed=pages.replayed,
+        outstanding=pages.outstanding,
+        recorded=pages.recorded,
+        kernel_pending=pending,
+        kernel_waiting=total,
+        blocks=tuple(
+            BlockStatus(
+                name=block.name.decode(errors="replace"),
+                size_bytes=block.used_length,
+                page_size_bytes=block.page_size,
+                requested=block.requested,
+                arrived=block.arrived,
+                replayed=block.replayed,
+                outstanding=block.outstanding,
+                present_bytes=block.present,
+                outstanding_cells=block.cells if any(block.cells) else (),
+            )
+            for block in relay.blocks()
+        ),
+    )
+
+
+def _latency(relay: Relay | None) -> LatencyStatus:
+    latency = relay.latency() if relay else None
+    if latency is None or latency.count == 0:
+        return LatencyStatus()
+    return LatencyStatus(
+        p50=latency.quantile_ns(0.5) / 1e9,
+        p99=latency.quantile_ns(0.99) / 1e9,
+        max=latency.max_ns / 1e9,
+        count=latency.count,
+        sum=latency.sum_ns / 1e9,
+        buckets=tuple((bound, latency.at_most(int(bound * 1e9))) for bound in LATENCY_BOUNDS),
+    )
+
+
+def _channel(counters: Counters, relay: Relay | None) -> ChannelStatus:
+    forward, backward = counters.bytes_forward, counters.bytes_return
+    if relay is not None:
+        view = relay.look()
+        forward, backward = forward + view.forward_bytes, backward + view.return_bytes
+    return ChannelStatus(bytes_forward=forward, bytes_return=backward)

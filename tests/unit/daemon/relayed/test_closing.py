@@ -1,0 +1,247 @@
+"""When the local leg of a lost channel is closed."""
+
+from __future__ import annotations
+
+import contextlib
+import socket
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from types import SimpleNamespace
+from typing import Any, cast
+
+import pytest
+import trio
+from tests.unit.channel import streams
+
+from refault.channel.relay import LegState, Relay
+from refault.daemon.near.local import LocalLeg
+from refault.daemon.relayed.channels import Channels
+from refault.daemon.relayed.closing import PREEMPT_WAKES_WITHIN
+from refault.migration.legs import WAITS_FOR_PONG
+from refault.migration.messages import RESUME_ACK
+from refault.migration.phase import Phase, Role
+from refault.migration.recovery import Event, State
+
+
+@dataclass
+class Migration:
+    """The parts of a migration that its channels need."""
+
+    vm: Any
+    role: Role
+    name: str = "vm"
+    status: str = "postcopy-recover"
+    channels: Channels | None = None
+    postcopy_began: bool = True
+    held_until_loaded: bool = False
+    under_way: bool = True
+    never_postcopy: bool = False
+    gone: bool = False
+    pause_told: trio.Event = field(default_factory=trio.Event)
+    lanes: Any = field(default_factory=lambda: SimpleNamespace(count=1, preempt=True))
+    policy: Any = field(default_factory=lambda: SimpleNamespace(state=State.HANDSHAKE))
+    attempts: Any = field(default_factory=lambda: SimpleNamespace(repeats=lambda *_: {}))
+    events: list[Event] = field(default_factory=list)
+
+    def feed(self, event: Event) -> None:
+        self.events.append(event)
+
+    def on_status(self, status: str) -> None:
+        self.status = status
+
+    def look_soon(self) -> None:
+        """Nobody is asked."""
+
+    def remember(self) -> None:
+        """Nothing is written down."""
+
+
+@pytest.fixture
+def relay() -> Iterator[Relay]:
+    relay = Relay(Role.DESTINATION)
+    yield relay
+    if not relay.closed:
+        relay.close()
+
+
+@contextmanager
+def joined(channels: Channels, *, recovered: bool) -> Iterator[tuple[socket.socket, socket.socket]]:
+    """A channel; QEMU's end of it and the other host's."""
+    ours, qemu = socket.socketpair()
+    host, far = socket.socketpair()
+    with qemu, host:
+        channels.join(LocalLeg("end", ours, 0), trio.socket.from_stdlib_socket(far), recovered=recovered)
+        yield qemu, host
+
+
+async def test_a_resume_ack_that_comes_behind_the_loss_is_noticed(
+    nursery: trio.Nursery, relay: Relay
+) -> None:
+    vm = SimpleNamespace(monitor=None, version=(10, 0, 0), start_soon=nursery.start_soon)
+    channels = Channels(cast(Any, Migration(vm, Role.DESTINATION)), relay)
+    nursery.start_soon(channels.watch)
+    with joined(channels, recovered=True) as (qemu, host):
+        channels.closing.gives_preempt(channels.channel)
+        host.close()
+        with trio.fail_after(5):
+            while not relay.look().far.lost:
+                await trio.sleep(0.01)
+            channels.look()
+            await trio.sleep(0.05)
+            qemu.sendall(RESUME_ACK)
+        began = trio.current_time()
+        with trio.fail_after(10):
+            while relay.look().local is LegState.OPEN:
+                await trio.sleep(0.01)
+        assert PREEMPT_WAKES_WITHIN * 0.9 < trio.current_time() - began < PREEMPT_WAKES_WITHIN + 2
+        channels.close()
+
+
+async def test_the_end_of_refault_waits_no_longer_for_a_source_that_ends_its_channel_itself(
+    nursery: trio.Nursery,
+) -> None:
+    relay = Relay(Role.SOURCE)
+
+    async def says(*_: str) -> tuple[dict[str, str], dict[str, str]]:
+        return {"status": WAITS_FOR_PONG}, {}
+
+    vm = SimpleNamespace(
+        monitor=None,
+        version=(11, 1, 0),
+        encrypted=False,
+        start_soon=nursery.start_soon,
+        query_both=says,
+    )
+    channels = Channels(cast(Any, Migration(vm, Role.SOURCE)), relay)
+    nursery.start_soon(channels.watch)
+    with joined(channels, recovered=False) as (qemu, _):
+        qemu.sendall(streams.HEADER + streams.configuration() + streams.packaged(streams.command(5)))
+        with trio.fail_after(5):
+            while channels.phase is not Phase.SWITCHOVER:
+                await trio.sleep(0.01)
+            async with trio.open_nursery() as ending:
+                ending.start_soon(channels.prepare_to_stop)
+                while not relay.look().far.lost:
+                    await trio.sleep(0.01)
+                await trio.sleep(0.1)
+                assert relay.look().local is LegState.OPEN
+                qemu.close()
+        channels.close()
+
+
+async def test_a_source_that_cannot_be_read_is_let_write_on_until_it_takes_note_of_what_it_heard(
+    nursery: trio.Nursery,
+) -> None:
+    relay = Relay(Role.SOURCE)
+    status = WAITS_FOR_PONG
+
+    async def says(*_: str) -> tuple[dict[str, object], dict[str, str]]:
+        return {"status": status, "ram": {"remaining": 1 << 30}}, {}
+
+    async def writes(qemu: trio.SocketStream) -> None:
+        nonlocal status
+        await qemu.send_all(b"\x16\x03\x01" + bytes(32 << 20))
+        status = "postcopy-active"
+        await trio.sleep_forever()
+
+    vm = SimpleNamespace(
+        monitor=None, version=(11, 1, 0), encrypted=False, start_soon=nursery.start_soon, query_both=says
+    )
+    channels = Channels(cast(Any, Migration(vm, Role.SOURCE)), relay)
+    nursery.start_soon(channels.watch)
+    with joined(channels, recovered=False) as (qemu, host), trio.fail_after(10):
+        async with trio.SocketStream(trio.socket.from_stdlib_socket(qemu.dup())) as stream:
+            nursery.start_soon(writes, stream)
+            received = bytearray(1 << 20)
+            for _ in range(30):
+                await trio.to_thread.run_sync(host.recv_into, received, len(received), socket.MSG_WAITALL)
+            await trio.sleep(0.1)
+            assert status == WAITS_FOR_PONG  # it stands in its write
+            host.close()
+            while relay.look().local is LegState.OPEN:
+                await trio.sleep(0.01)
+        assert channels.losses.held is None
+        channels.close()
+
+
+class Holder:
+    """A QEMU that holds what it is given."""
+
+    name = "vm1"
+
+    def __init__(self) -> None:
+        self.held: list[str] = []
+
+    async def execute(self, command: str, arguments: dict[str, str], **_: object) -> object:
+        {"getfd": self.held.append, "closefd": self.held.remove}[command](arguments["fdname"])
+        return {}
+
+
+@pytest.mark.parametrize("requests", [0, 5])
+async def test_the_end_of_refault_waits_for_a_source_that_cannot_be_read_and_is_soon_to_hear(
+    nursery: trio.Nursery, requests: int
+) -> None:
+    relay = Relay(Role.SOURCE)
+    status, remaining = WAITS_FOR_PONG, 200 << 20
+
+    async def says(*_: str) -> tuple[dict[str, object], dict[str, object]]:
+        ram = {"remaining": remaining, "mbps": 8000.0, "postcopy-requests": requests}
+        return {"status": status, "ram": ram}, {"downtime-limit": 300}
+
+    vm = SimpleNamespace(
+        monitor=Holder(), version=(11, 1, 0), encrypted=False, start_soon=nursery.start_soon, query_both=says
+    )
+    migration = Migration(vm, Role.SOURCE, status=WAITS_FOR_PONG)
+    channels = Channels(cast(Any, migration), relay)
+    nursery.start_soon(channels.watch)
+    with joined(channels, recovered=False) as (qemu, host), trio.fail_after(5):
+        qemu.sendall(b"\x16\x03\x01" + bytes(4096))
+        while not channels.unread:
+            await trio.sleep(0.01)
+        assert not await channels.prepare_to_stop()
+        assert len(vm.monitor.held) == 1  # should we be killed while we wait
+        status, remaining = "postcopy-active", 100 << 30
+        assert await channels.prepare_to_stop()
+        assert vm.monitor.held == []  # its leg may end now, and it is to see that
+        host.close()
+        channels.close()
+
+
+@pytest.mark.parametrize("role", list(Role))
+async def test_the_end_of_refault_waits_until_the_end_of_a_precopy_has_been_passed_on(
+    nursery: trio.Nursery, role: Role
+) -> None:
+    """Its source has completed, and nobody sends it again."""
+
+    async def says(*_: str) -> tuple[dict[str, str], dict[str, str]]:
+        return {"status": "completed"}, {}
+
+    relay = Relay(role)
+    vm = SimpleNamespace(
+        monitor=None, version=(10, 0, 0), encrypted=False, start_soon=lambda *_: None, query_both=says
+    )
+    channels = Channels(cast(Any, Migration(vm, role, status="completed", postcopy_began=False)), relay)
+    nursery.start_soon(channels.watch)
+    with joined(channels, recovered=False) as ends, trio.fail_after(5):
+        begins, reads = ends if role is Role.SOURCE else ends[::-1]
+        begins.setblocking(False)
+        sent = begins.send(streams.HEADER + streams.configuration())
+        with contextlib.suppress(BlockingIOError):
+            while True:
+                sent += begins.send(bytes(1 << 16))
+                await trio.sleep(0.005)
+        begins.close()
+        assert not await channels.prepare_to_stop()
+        channels.losses.held = "QEMU does not answer"
+        assert not channels.delivers  # it may be no precopy, and QEMU is to keep our end
+        channels.losses.held = None
+        received = 0
+        while chunk := await trio.to_thread.run_sync(reads.recv, 1 << 20):
+            received += len(chunk)
+            if received == sent:
+                reads.shutdown(socket.SHUT_RDWR)
+        assert received == sent
+        while not await channels.prepare_to_stop():
+            await trio.sleep(0.01)
+    channels.close()
