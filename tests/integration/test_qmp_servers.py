@@ -18,6 +18,7 @@ from refault.daemon.kernel.unix_diag import listens
 from refault.daemon.known.vm_state import VmState
 from refault.daemon.monitor.address import Address
 from refault.daemon.options import VmOptions
+from refault.daemon.telling.picture import picture
 from refault.daemon.vm import Vm
 
 pytestmark = pytest.mark.qemu
@@ -131,5 +132,5 @@ async def test_preconfig(qemu: str, asked: list[str], caplog: pytest.LogCaptureF
             assert not [record.getMessage() for record in caplog.records if record.levelno > logging.INFO]
             await client.command("x-exit-preconfig")
             await client.command("migrate", {"uri": "exec:cat >/dev/null"})
-            await until(lambda: vm.status().migration.status == "completed")
-            assert vm.status().migration.role == "source"
+            await until(lambda: picture(vm).migration.status == "completed")
+            assert picture(vm).migration.role == "source"

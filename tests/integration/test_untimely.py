@@ -50,11 +50,11 @@ sys.exit(main())
 INTERRUPTIONS = {
     "cancelled": """
     await recover(self, uri)
-    self._migration.feed(Event.CHANNEL_LOST)
+    self._course.feed(Event.CHANNEL_LOST)
     await trio.lowlevel.checkpoint()
 """,
     "not-answered": """
-    await self._migration.monitor.execute("migrate-recover", {"uri": uri}, oob=True, timeout=0.0)
+    await self._vm.monitor.execute("migrate-recover", {"uri": uri}, oob=True, timeout=0.0)
 """,
 }
 

@@ -16,6 +16,7 @@ from refault.daemon.host.repeats import repeats
 from refault.daemon.options import RunOptions
 from refault.daemon.record.state_lock import StateLock
 from refault.daemon.telling.control import serve_control
+from refault.daemon.telling.picture import picture
 from refault.daemon.telling.snapshot import Status
 from refault.daemon.vm import Vm
 
@@ -64,7 +65,7 @@ class Publisher:
             self._status = Status(
                 log_lines_dropped=lines_dropped(),
                 troubles=self._troubles.tell(),
-                vms=tuple(vm.status() for vm in vms),
+                vms=tuple(picture(vm) for vm in vms),
             )
         except Exception as error:  # a picture is not worth the end of every leg
             log.exception(

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import math
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import replace
 
 import msgspec
@@ -14,7 +14,7 @@ from refault.daemon.host.repeats import repeats
 from refault.daemon.kernel import routes
 from refault.daemon.kernel.process import process_started
 from refault.daemon.known.vm_state import QUERY_TIMEOUT, VmState
-from refault.daemon.migration import Migration, RoleProcedure
+from refault.daemon.migration import MakesRole, Migration, RoleProcedure
 from refault.daemon.monitor.monitor import (
     Answer,
     Forward,
@@ -31,8 +31,6 @@ from refault.daemon.record.state_lock import StateLock
 from refault.daemon.recovery.doubt import hold_again
 from refault.daemon.roles.destination import Destination
 from refault.daemon.roles.source import Source
-from refault.daemon.telling.picture import picture
-from refault.daemon.telling.snapshot import VmStatus
 from refault.migration.endpoint import Endpoint, Inet, endpoint_of, parse_uri
 from refault.migration.phase import Role
 from refault.migration.recovery import AttemptFailed, Event, State
@@ -100,7 +98,8 @@ class Vm:
         )
         self.stopping = False
         """Whether the daemon is about to end: then a lost monitor is no news."""
-        self._last_info: QemuInfo | None = None
+        self.info: QemuInfo | None = None
+        """The QEMU that was connected to last; None before the first, and when it has ended."""
         self._one_set_up = trio.Lock()
         self._pending: Migration | None = None
         """One whose command QEMU has yet to answer: it takes the last one's place once QEMU has taken it."""
@@ -121,10 +120,6 @@ class Vm:
             if self.migration is not None:
                 self.migration.say_what_stopping_costs()
                 self.migration.close()
-
-    def status(self) -> VmStatus:
-        """The picture of this VM, made now; call it in the trio thread."""
-        return picture(self.options.qemu, self._last_info, self.state, self.migration)
 
     @property
     def may_stop(self) -> bool:
@@ -224,7 +219,7 @@ class Vm:
 
     async def _replace(
         self,
-        role: Callable[[Migration], RoleProcedure],
+        role: MakesRole,
         endpoint: Endpoint | None,
         reason: str | None,
         lanes: Lanes,
@@ -244,7 +239,11 @@ class Vm:
 
     @property
     def _procedure(self) -> RoleProcedure | None:
-        return self.migration.procedure if self.migration is not None and not self.migration.gone else None
+        return (
+            self.migration.procedure
+            if self.migration is not None and not self.migration.course.gone
+            else None
+        )
 
     async def _busy(self) -> bool:
         """Whether a migration is under way, so that QEMU will refuse another and ours must not be touched."""
@@ -260,7 +259,7 @@ class Vm:
 
     @property
     def _under_way(self) -> bool:
-        return self.migration is not None and self.migration.under_way
+        return self.migration is not None and self.migration.course.under_way
 
     async def _migrate_recover(self, command: WatchedCommand) -> Forward | Answer:
         procedure = self._procedure
@@ -270,18 +269,18 @@ class Vm:
 
     async def _migrate_pause(self, command: WatchedCommand) -> Forward | Answer:
         migration = self.migration
-        if migration is None or migration.gone:
+        if migration is None or migration.course.gone:
             return Forward()
-        migration.client_pauses = True
+        course = migration.course
+        course.client_pauses_it()
 
         def watch(reply: bytes) -> bytes:
-            lost_before = not migration.client_pauses
-            migration.client_pauses = False
+            lost_before = not course.client_paused()
             if not is_error(reply):
                 log.info("%s: a client paused the migration; waiting for it to recover", self.name)
-                migration.feed(Event.CLIENT_PAUSED)
-            elif lost_before and migration.policy.state is State.YIELDED:
-                migration.feed(Event.TIMER)  # it was none of the client's doing
+                course.feed(Event.CLIENT_PAUSED)
+            elif lost_before and course.policy.state is State.YIELDED:
+                course.feed(Event.TIMER)  # it was none of the client's doing
             return reply
 
         return Forward(on_reply=watch)
@@ -307,14 +306,14 @@ class Vm:
             self._meet_unseen(status)
             if self._pending is not None:
                 return  # what its command did before it was answered
-        if self.migration is None or self.migration.gone:
+        if self.migration is None or self.migration.course.gone:
             return
         if name == "MIGRATION" and isinstance(status, str):
-            self.migration.on_status(status)
+            self.migration.course.on_status(status)
         elif name == "RESUME":
             self.migration.on_resume()
         if name == "STOP" and self.migration is not None:
-            self.migration.on_stop()
+            self.migration.course.on_stop()
 
     def _meet_unseen(self, status: object) -> None:
         """Takes over what no client's command set up here: `-incoming`, or `human-monitor-command`."""
@@ -326,14 +325,14 @@ class Vm:
     async def _on_connect(self, info: QemuInfo) -> None:
         started = process_started(info.pid)
         before = (self.state.qemu_pid, self.state.qemu_started)
-        same = self._last_info is not None and before == (info.pid, started)
-        self._last_info = info
+        same = self.info is not None and before == (info.pid, started)
+        self.info = info
         self._shuts_down = False
-        self.state.qemu_pid, self.state.qemu_started = info.pid, started
-        if self.migration is not None and not self.migration.gone:
+        self.state.met(info.pid, started)
+        if self.migration is not None and not self.migration.course.gone:
             if same and (info.pid is not None or await self._goes_on()):
-                self.migration.look_soon()
-                if self.migration.under_way:
+                self.migration.course.look_soon()
+                if self.migration.course.under_way:
                     return
             else:
                 self._forget(self.migration)
@@ -352,7 +351,7 @@ class Vm:
     def _on_disconnect(self) -> None:
         self._drop_pending()  # what QEMU had not answered it never does
         if self.migration is not None:
-            self.migration.client_pauses = False
+            self.migration.course.client_paused()
         if self.stopping:
             return
         self.state.start_soon(self._follow_end, self.migration)
@@ -376,7 +375,7 @@ class Vm:
                 expected = math.inf
             await trio.sleep(QUIT_LOOK)
         if self.monitor.qemu is None:
-            self._last_info = None
+            self.info = None
         self._forget(migration)
 
     def _forget(self, migration: Migration | None) -> None:
@@ -473,10 +472,10 @@ class Vm:
         migration = await self._replace(role, endpoint, reason, lanes, record)
         if isinstance(migration.procedure, Destination) and reason is None and endpoint is not None:
             await migration.procedure.adopt(endpoint)
-        migration.feed(Event.STARTED)
-        migration.on_status(status)
+        migration.course.feed(Event.STARTED)
+        migration.course.on_status(status)
         if migration.held_until_loaded:
-            hold_again(migration)
+            hold_again(migration.course)
 
     @property
     def _about_to_pause(self) -> Collection[str]:

@@ -63,6 +63,11 @@ def cannot_have_left(passed: Passed) -> bool:
     return begun and not (passed.packaged_passed or passed.running or passed.resumed or passed.opaque)
 
 
+def in_doubt(passed: Passed) -> bool:
+    """Of a source that has not heard that its guest has arrived: whether it may have."""
+    return (passed.discarding or passed.packaged_begun) and not passed.opaque
+
+
 @dataclass(frozen=True)
 class Told:
     """What QEMU itself says: it counts where the stream cannot be read."""

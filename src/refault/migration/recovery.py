@@ -54,6 +54,7 @@ class Event(enum.Enum):
     CHANNEL_LOST = "the local leg was closed, by the relay after the far leg was lost or by QEMU"
     LEG_HELD = "the far leg is lost and the local leg may not be closed"
     CANNOT_HAVE_LEFT = "the far leg is lost in the switchover, and the destination cannot have the guest"
+    IN_DOUBT = "that loss was in the switchover, and the destination may or may not have the guest"
     TOLD_TO_TAKE_BACK = "the operator says that the destination has ended, and never had the guest"
     PAUSED = "QEMU says postcopy-paused"
     RECOVERING = "QEMU says postcopy-recover or postcopy-recover-setup"
@@ -91,6 +92,7 @@ class Action(enum.Enum):
     CLEAN_UP = "close listeners, descriptors and the state file"
     RECLAIM = "take the guest back"
     RECLAIM_AS_TOLD = "so too, on the operator's word"
+    TELL_DOUBT = "tell the operator if it is not soon over"
     STOP_GUEST = "stop, at once: the guest must not run twice"
 
 
@@ -175,6 +177,9 @@ for _state in (S.WAITING, S.ATTEMPTING, S.OPEN, S.HANDSHAKE, S.YIELDED, S.BY_CLI
 
 for _state in (S.WAITING, S.ATTEMPTING, S.OPEN, S.HANDSHAKE, S.YIELDED, S.BY_CLIENT, S.GIVEN_UP):
     TABLE[_state, E.TOLD_TO_TAKE_BACK] = (S.RECLAIMING, (A.CANCEL_ATTEMPT, A.RECLAIM_AS_TOLD))
+
+for _state in set(State) - {S.IDLE, S.ENDED}:
+    TABLE[_state, E.IN_DOUBT] = (_state, (A.TELL_DOUBT,))
 
 # Ends hold in every state that has a migration.
 for _state in set(State) - {S.IDLE, S.ENDED}:

@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+from typing import Any, cast
+
+import pytest
 import trio
 import trio.testing
 
+from refault.daemon import app
 from refault.daemon.app import EXTENSION, Publisher, _until_stopping_is_safe
 from refault.daemon.host.own_needs import Troubles
 from refault.daemon.telling.snapshot import VmStatus
@@ -43,17 +47,16 @@ async def test_the_manager_is_asked_for_time_as_long_as_stopping_takes(
     assert manager.until > 40 + EXTENSION / 2
 
 
-def test_a_picture_that_cannot_be_made_leaves_the_last_one() -> None:
-    class Told:
-        fails = False
+def test_a_picture_that_cannot_be_made_leaves_the_last_one(monkeypatch: pytest.MonkeyPatch) -> None:
+    fails = False
 
-        def status(self) -> VmStatus:
-            if self.fails:
-                raise KeyError("of ours")
-            return IDLE
+    def picture(_: object) -> VmStatus:
+        if fails:
+            raise KeyError("of ours")
+        return IDLE
 
-    vm = Told()
-    publisher = Publisher([vm], Troubles())  # type: ignore[list-item]
-    vm.fails = True
+    monkeypatch.setattr(app, "picture", picture)
+    publisher = Publisher([cast(Any, None)], Troubles())
+    fails = True
     assert [each.name for each in publisher.publish().vms] == [IDLE.name]
     assert publisher.status() is publisher.publish()

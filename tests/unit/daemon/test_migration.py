@@ -22,6 +22,14 @@ from refault.migration.phase import Role
 from refault.migration.recovery import Event, State
 
 
+class NoRole:
+    """A source that does nothing."""
+
+    role = Role.SOURCE
+
+    def __init__(self, migration: Migration) -> None: ...
+
+
 @pytest.fixture
 def migration(tmp_path: Path) -> Migration:
     """One that this process's own QEMU, so to say, has accepted."""
@@ -37,24 +45,24 @@ def migration(tmp_path: Path) -> Migration:
         state_file=StateFile(tmp_path, "vm"),
         start_soon=lambda *_: None,
     )
-    made = Migration(cast(Any, vm), lambda _: cast(Any, SimpleNamespace(role=Role.SOURCE)), Inet("h", 1))
+    made = Migration(cast(Any, vm), cast(Any, NoRole), Inet("h", 1))
     made.begin("it is not relayed")
     made.accepted()
     return made
 
 
 def test_that_postcopy_has_begun_is_on_record_though_the_monitor_is_lost(migration: Migration) -> None:
-    migration.vm.monitor.qemu = None
-    migration.on_status("postcopy-active")
-    record = migration.vm.state_file.load(os.getpid())
+    migration.course.vm.monitor.qemu = None
+    migration.course.on_status("postcopy-active")
+    record = migration.course.vm.state_file.load(os.getpid())
     assert record is not None
     assert record.postcopy
 
 
 def test_what_has_ended_writes_nothing_down(migration: Migration) -> None:
-    migration.feed(Event.FAILED)
-    migration.remember()
-    assert migration.vm.state_file.load(os.getpid()) is None
+    migration.course.feed(Event.FAILED)
+    migration.course.remember()
+    assert migration.course.vm.state_file.load(os.getpid()) is None
 
 
 @pytest.mark.parametrize("role", [Source, Destination])
@@ -71,8 +79,8 @@ async def test_without_a_relay_the_next_recovery_goes_where_a_client_recovered(
         assert isinstance(verdict, Forward)
         assert verdict.on_reply is not None
         verdict.on_reply(b'{"return": {}}' if taken else b'{"error": {}}')
-    assert [endpoint.uri for endpoint in migration.addresses.order()] == ["unix:/run/new"]
-    record = migration.vm.state_file.load(os.getpid())
+    assert [endpoint.uri for endpoint in migration.course.addresses.order()] == ["unix:/run/new"]
+    record = migration.course.vm.state_file.load(os.getpid())
     assert record is not None
     assert record.uri == "unix:/run/new"
 
@@ -80,11 +88,11 @@ async def test_without_a_relay_the_next_recovery_goes_where_a_client_recovered(
 async def test_a_recovery_that_refault_gave_up_and_qemu_did_not_is_one(migration: Migration) -> None:
     """As where QEMU 7.2 goes on to wait for the source: no further attempt is taken, and none is needed."""
     for event in (Event.PAUSED, Event.ISSUED, Event.ATTEMPT_FAILED):
-        migration.feed(event)
-    migration.on_status("postcopy-recover")
-    migration.on_status("postcopy-active")
-    assert migration.policy.state is State.RUNNING
-    assert migration.counters.recoveries == 1
+        migration.course.feed(event)
+    migration.course.on_status("postcopy-recover")
+    migration.course.on_status("postcopy-active")
+    assert migration.course.policy.state is State.RUNNING
+    assert migration.course.counters.recoveries == 1
 
 
 def test_a_record_that_cannot_be_removed_stands_in_nobodys_way(
@@ -94,9 +102,9 @@ def test_a_record_that_cannot_be_removed_stands_in_nobodys_way(
         raise OSError(errno.EROFS, "Read-only file system")
 
     monkeypatch.setattr(Path, "unlink", read_only)
-    assert migration.vm.state_file.load(1) is None  # the record of another QEMU
-    migration.feed(Event.FAILED)
-    assert migration.policy.state is State.ENDED
+    assert migration.course.vm.state_file.load(1) is None  # the record of another QEMU
+    migration.course.feed(Event.FAILED)
+    assert migration.course.policy.state is State.ENDED
 
 
 @pytest.mark.parametrize("loss", [Event.CHANNEL_LOST, Event.PAUSED])
@@ -104,12 +112,12 @@ async def test_a_loss_that_is_seen_before_the_answer_to_a_clients_pause_is_the_c
     migration: Migration, loss: Event
 ) -> None:
     """Else a recovery is begun that its answer then cancels, when QEMU has the command already."""
-    migration.client_pauses = True
-    migration.feed(loss)
-    states = [migration.policy.state]
-    migration.feed(Event.RESUME_ACKNOWLEDGED)  # of another channel than that which was paused
-    states.append(migration.policy.state)
-    migration.feed(loss)  # the pause has been answered for
-    states.append(migration.policy.state)
+    migration.course.client_pauses = True
+    migration.course.feed(loss)
+    states = [migration.course.policy.state]
+    migration.course.feed(Event.RESUME_ACKNOWLEDGED)  # of another channel than that which was paused
+    states.append(migration.course.policy.state)
+    migration.course.feed(loss)  # the pause has been answered for
+    states.append(migration.course.policy.state)
     assert states[:2] == [State.YIELDED, State.RUNNING]
     assert states[2] is not State.YIELDED

@@ -30,8 +30,11 @@ from refault.daemon.monitor.monitor import (
 )
 from refault.daemon.near.local_unix import PrivateSockets
 from refault.daemon.options import VmOptions
+from refault.daemon.telling.picture import picture
 from refault.daemon.vm import Vm
 from refault.migration.endpoint import Inet
+from refault.migration.legs import UNTIL_LOADED
+from refault.migration.phase import Phase
 from refault.migration.recovery import Event, State
 
 OK = b'{"return": {}}'
@@ -106,7 +109,7 @@ async def test_a_second_migrate_does_the_first_no_harm(tmp_path: Path) -> None:
             assert verdicts == [Forward()]  # QEMU says that one is under way
             assert vm.migration is not None
             assert vm.migration.channels is not None
-            assert vm.migration.under_way
+            assert vm.migration.course.under_way
             assert await vm.state.record() is not None
 
 
@@ -201,7 +204,7 @@ async def test_a_source_for_whose_lanes_no_socket_can_be_had_is_not_relayed(
         qemu.says["query-migrate-capabilities"] = [{"capability": "postcopy-preempt", "state": True}]
         answer(await vm._migrate(migrate("tcp:127.0.0.1:1")), OK)
         assert vm.migration is not None
-        assert vm.migration.under_way
+        assert vm.migration.course.under_way
         assert "not permitted" in str(vm.migration.relay_reason)
 
 
@@ -227,7 +230,7 @@ async def test_a_connection_for_an_unrelayed_recovery_outlasts_a_monitor_that_is
             qemu.qemu = QemuInfo(os.getpid(), 0, "7.2.0", (7, 2, 0), "", True)
             answer(await vm._migrate(migrate(f"tcp:127.0.0.1:{far.getsockname()[1]},ipv4=on")), OK)
             assert vm.migration is not None
-            vm.migration.addresses.moved(Inet("127.0.0.1", far.getsockname()[1]))
+            vm.migration.course.addresses.moved(Inet("127.0.0.1", far.getsockname()[1]))
             qemu.says["query-migrate"] = {"status": "postcopy-paused"}
             assert await vm.state.takes_descriptors()
             qemu.says["getfd"] = MonitorLost("the monitor was lost")
@@ -258,7 +261,7 @@ async def test_an_attempt_that_is_cancelled_while_it_dials_makes_no_connection(
             assert (vm.migration.channels is not None) is relayed
             qemu.says["query-migrate"] = {"status": "postcopy-paused"}
             fillers = [socket.create_connection(where) for _ in range(1 - relayed)]  # the queue is full
-            vm.migration.attempts.feed(Event.PAUSED)
+            vm.migration.course.feed(Event.PAUSED)
             await trio.sleep(0.3)
             vm.migration.attempts.cancel()
             await trio.testing.wait_all_tasks_blocked()
@@ -330,7 +333,7 @@ async def test_a_migration_for_which_no_relay_can_be_made_is_recovered_all_the_s
     async with fronted(tmp_path) as (_, vm):
         answer(await vm._migrate(migrate("tcp:127.0.0.1:1")), OK)
         assert vm.migration is not None
-        assert vm.migration.under_way
+        assert vm.migration.course.under_way
         assert "Too many" in str(vm.migration.relay_reason)
 
 
@@ -343,7 +346,7 @@ async def test_a_source_is_met_wherever_it_is_before_postcopy(tmp_path: Path, st
         assert vm.migration is not None
         vm._on_event("MIGRATION", {"status": "postcopy-active"})
         vm._on_event("MIGRATION", {"status": "postcopy-paused"})
-        assert vm.migration.policy.state is State.ATTEMPTING
+        assert vm.migration.course.policy.state is State.ATTEMPTING
 
 
 @pytest.mark.parametrize("is_source", [True, False])
@@ -357,7 +360,7 @@ async def test_what_was_begun_unseen_is_recovered(tmp_path: Path, is_source: boo
             await trio.testing.wait_all_tasks_blocked()
         assert vm.migration is not None
         assert vm.state.counters.losses == 1
-        assert vm.migration.role == ("source" if is_source else "destination")
+        assert vm.migration.course.role == ("source" if is_source else "destination")
 
 
 async def test_a_vm_that_is_cancelled_while_its_qemu_is_there_ends_without_an_error(
@@ -412,11 +415,11 @@ async def test_a_monitor_on_tcp_that_is_lost_for_a_moment_is_no_end(tmp_path: Pa
         await trio.testing.wait_all_tasks_blocked()
         first = vm.migration
         assert first is not None
-        assert first.under_way
+        assert first.course.under_way
         qemu.says["query-migrate"] = {"status": "postcopy-active", "ram": {}} if knows else {}
         await vm._on_connect(qemu.qemu)
         await trio.testing.wait_all_tasks_blocked()
-        assert first.under_way is knows
+        assert first.course.under_way is knows
 
 
 @pytest.mark.parametrize("by_guest", [True, False])
@@ -430,7 +433,7 @@ async def test_a_guest_that_powers_off_is_not_the_end_of_its_qemu(tmp_path: Path
         vm._on_disconnect()
         await trio.testing.wait_all_tasks_blocked()
         assert vm.migration is not None
-        assert vm.migration.under_way is by_guest
+        assert vm.migration.course.under_way is by_guest
 
 
 async def test_a_clients_pause_that_is_never_answered_delays_no_recovery(tmp_path: Path) -> None:
@@ -441,7 +444,7 @@ async def test_a_clients_pause_that_is_never_answered_delays_no_recovery(tmp_pat
         await vm._on_connect(qemu.qemu)
         vm._on_event("MIGRATION", {"status": "postcopy-paused"})
         assert vm.migration is not None
-        assert vm.migration.policy.state is State.ATTEMPTING
+        assert vm.migration.course.policy.state is State.ATTEMPTING
 
 
 @pytest.mark.parametrize("unknown", ["query-migrate", "query-status"])
@@ -466,7 +469,7 @@ async def test_a_new_qemu_that_cannot_be_asked_is_not_at_the_last_ones_migration
         vm._on_disconnect()
         qemu.says["query-migrate"] = QmpError("GenericError", "permitted only after machine initialization")
         await vm._on_connect(qemu.qemu)
-        assert not vm.migration.under_way
+        assert not vm.migration.course.under_way
 
 
 async def test_a_leg_held_for_a_qemu_that_has_ended_is_held_no_more(tmp_path: Path) -> None:
@@ -477,12 +480,12 @@ async def test_a_leg_held_for_a_qemu_that_has_ended_is_held_no_more(tmp_path: Pa
         assert vm.migration is not None
         assert vm.migration.channels is not None
         relay = vm.migration.channels.relay
-        vm.migration.channels.losses.held = "completing: it would run twice"
-        vm.state.counters.last_error = "no route"
-        assert vm.status().migration.held is not None
+        vm.migration.channels.hold(Phase.COMPLETING, UNTIL_LOADED)
+        vm.state.counters.fail("no route")
+        assert picture(vm).migration.held is not None
         qemu.asked.clear()
         vm._forget(vm.migration)
-        told = vm.status()
+        told = picture(vm)
         assert (told.migration.held, told.migration.status, told.migration.role) == (None, None, "none")
         assert told.recovery.last_error is None
         with trio.fail_after(5):

@@ -3,27 +3,37 @@
 from __future__ import annotations
 
 import logging
-from typing import TYPE_CHECKING
+from collections.abc import Callable
 
 import trio
 
 from refault.daemon.far.listen import FarListener, Offer, look_up, why_not
 from refault.daemon.far.waiting_room import WaitingRoom
-from refault.migration.addresses import inet_of
+from refault.migration.addresses import Addresses, inet_of
 from refault.migration.endpoint import Endpoint, Inet
 from refault.migration.recovery import AttemptFailed
-
-if TYPE_CHECKING:
-    from refault.daemon.migration import Migration
 
 log = logging.getLogger("refault.migration")
 
 
 class FarAddresses:
-    """Of one migration, with its alternatives; `offer` gets who comes there (`FarListener.serve`)."""
+    """Of one migration of the VM `name`, with its alternatives; `offer` gets who comes there
+    (`FarListener.serve`). `repeats` gives the `extra` of a line that may come again and again."""
 
-    def __init__(self, migration: Migration, room: WaitingRoom, offer: Offer) -> None:
-        self._migration = migration
+    def __init__(
+        self,
+        name: str,
+        addresses: Addresses,
+        room: WaitingRoom,
+        offer: Offer,
+        *,
+        start_soon: Callable[..., None],
+        repeats: Callable[..., dict[str, object]],
+    ) -> None:
+        self._name = name
+        self._addresses = addresses
+        self._start_soon = start_soon
+        self._repeats = repeats
         self._room = room
         self._offer = offer
         self._listeners: list[FarListener] = []
@@ -70,11 +80,11 @@ class FarAddresses:
 
     def bind_alternatives_soon(self) -> None:
         """Those of another network are listened at for the whole migration too, as far as they can be."""
-        self._migration.vm.start_soon(self._bind_alternatives)
+        self._start_soon(self._bind_alternatives)
 
     def shown(self) -> list[dict[str, object]]:
         """Where others are to come, as query-migrate tells it: as at QEMU, the last one first."""
-        alternatives = self._migration.addresses.alternatives
+        alternatives = self._addresses.alternatives
         return [
             address
             for listener in self._listeners
@@ -101,7 +111,7 @@ class FarAddresses:
             listener.close()
             return
         self._listeners.append(listener)
-        self._migration.vm.start_soon(self._serve, listener)
+        self._start_soon(self._serve, listener)
 
     async def _serve(self, listener: FarListener) -> None:
         with trio.CancelScope() as scope:
@@ -109,7 +119,7 @@ class FarAddresses:
             await listener.serve(self._offer)
 
     async def _bind_alternatives(self) -> None:
-        for endpoint in self._migration.addresses.alternatives:
+        for endpoint in self._addresses.alternatives:
             if self._over or endpoint in self._looked_for or self._has(endpoint):
                 continue
             self._looked_for.add(endpoint)
@@ -118,10 +128,10 @@ class FarAddresses:
             except (OSError, AttemptFailed) as error:
                 log.warning(
                     "%s: cannot listen at --recover-uri %s: %s; a recovery must do without it",
-                    self._migration.name,
+                    self._name,
                     endpoint.uri,
                     error,
-                    extra=self._migration.attempts.repeats(endpoint.uri, str(error)),
+                    extra=self._repeats(endpoint.uri, str(error)),
                 )
             finally:
                 self._looked_for.discard(endpoint)

@@ -1,1 +1,1 @@
-"""What is known of a VM, for those who act on it."""
+"""What is known of a VM and of its migration, for those who act on it."""

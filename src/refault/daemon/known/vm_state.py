@@ -57,6 +57,30 @@ class Counters:
     """What the relays of ended migrations passed."""
     bytes_return: int = 0
 
+    def lose(self) -> None:
+        """A channel was lost."""
+        self.losses += 1
+
+    def attempt(self) -> None:
+        """A recovery is tried."""
+        self.attempts += 1
+
+    def recover(self, seconds: float | None) -> None:
+        """One came to its end, so long after its loss, where that is known."""
+        self.recoveries += 1
+        self.last_error = None
+        if seconds is not None:
+            self.last_seconds = seconds
+
+    def fail(self, why: str | None) -> None:
+        """What went wrong last; None: what did is of no interest any more."""
+        self.last_error = why
+
+    def add_bytes(self, forward: int, backward: int) -> None:
+        """A relay that has ended passed so many."""
+        self.bytes_forward += forward
+        self.bytes_return += backward
+
 
 class VmState:
     """Of one VM, for as long as it is served."""
@@ -113,6 +137,10 @@ class VmState:
             await task(*args)
         except Exception:
             log.exception("%s: internal error in %s", self.name, task.__qualname__)
+
+    def met(self, pid: int | None, started: int | None) -> None:
+        """A QEMU was connected to."""
+        self.qemu_pid, self.qemu_started = pid, started
 
     @property
     def version(self) -> tuple[int, int, int]:

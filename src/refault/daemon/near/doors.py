@@ -4,14 +4,15 @@ for each where there is more than one connection; else the end of a socketpair t
 from __future__ import annotations
 
 import logging
-import secrets
+import socket
+from typing import Protocol
 
 import trio
 
-from refault.daemon.known.vm_state import QUERY_TIMEOUT, VmState
 from refault.daemon.monitor.monitor import MonitorLost, QmpError, words
-from refault.daemon.near.local import Deposits, LocalLeg, give_back, hand_over, lay
-from refault.daemon.near.local_unix import QemuListens
+from refault.daemon.near.local import Deposits, Executes, LocalLeg, give_back, hand_over, lay
+from refault.daemon.near.local_unix import PrivateSockets, QemuListens
+from refault.daemon.near.reach import listens
 from refault.migration.phase import Role
 
 log = logging.getLogger("refault.migration")
@@ -19,10 +20,29 @@ log = logging.getLogger("refault.migration")
 Door = LocalLeg | QemuListens
 
 
+class Owner(Protocol):
+    """What the doors need of the VM whose they are."""
+
+    @property
+    def name(self) -> str:
+        """For messages."""
+
+    @property
+    def monitor(self) -> Executes:
+        """Where QEMU is told of them."""
+
+    @property
+    def sockets(self) -> PrivateSockets:
+        """Where sockets for this QEMU may lie."""
+
+    async def let_go(self, end: socket.socket) -> bool:
+        """Closes our end of a pair on which QEMU may listen, once QEMU holds both; False if it stays open."""
+
+
 class Doors:
     """Of one migration; `lanes` tells whether a channel of it has further connections, as far as is known."""
 
-    def __init__(self, vm: VmState, *, lanes: bool) -> None:
+    def __init__(self, vm: Owner, *, lanes: bool) -> None:
         self.first: Door | None = None
         """For the migration itself, until it has begun."""
         self.open: Door | None = None
@@ -59,16 +79,8 @@ class Doors:
         return self.first.uri
 
     async def _where_qemu_can_listen(self) -> QemuListens:
-        """A security module or another mount namespace may forbid it, and a `migrate-incoming` that fails
-        there would be QEMU 10.0's last."""
         self._make_directory()
-        trial = f"refault-trial-{secrets.token_hex(4)}"
-        address = {"type": "unix", "data": {"path": self._vm.sockets.path()}}
-        data = {"addr": address, "server": True, "wait": False}
-        backend = {"type": "socket", "data": data}
-        execute = self._vm.monitor.execute
-        await execute("chardev-add", {"id": trial, "backend": backend}, timeout=QUERY_TIMEOUT)
-        await execute("chardev-remove", {"id": trial}, timeout=QUERY_TIMEOUT)
+        await listens(self._vm.monitor, self._vm.sockets)
         return QemuListens(self._vm.sockets.path())
 
     def _make_directory(self) -> None:

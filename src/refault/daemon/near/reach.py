@@ -7,9 +7,10 @@ would show it too late.
 from __future__ import annotations
 
 import contextlib
-import itertools
-import os
+import secrets
 import socket
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
 
 import trio
 
@@ -19,7 +20,6 @@ from refault.daemon.near.local_unix import PrivateSockets
 
 PROBE_TIMEOUT = 5.0
 _COME_WITHIN = 1.0
-_numbers = itertools.count(1)
 
 
 async def takes_descriptor(monitor: Executes) -> bool:
@@ -35,27 +35,43 @@ async def takes_descriptor(monitor: Executes) -> bool:
 
 
 async def comes(monitor: Executes, sockets: PrivateSockets) -> bool:
-    """Whether QEMU can connect to a socket of ours, and is who it is taken for: a character device does, and
-    is removed again.
-
-    Raises OSError where no socket can be made, and what `execute` raises, but QmpError.
-    """
+    """Whether QEMU can connect to a socket of ours, and is who it is taken for. Raises OSError where no
+    socket can be made, and what `execute` raises, but QmpError."""
     sockets.make_if_missing()
     listening = sockets.listen()
-    name = f"refault-{os.getpid()}-{next(_numbers)}"
-    place = {"type": "unix", "data": {"path": listening.path}}
-    backend = {"type": "socket", "data": {"addr": place, "server": False}}
     try:
-        await monitor.execute("chardev-add", {"id": name, "backend": backend}, timeout=PROBE_TIMEOUT)
-        try:
+        async with _device(monitor, listening.path, server=False):
             with trio.move_on_after(_COME_WITHIN):
                 (await listening.accept()).close()
                 return True
-        finally:
-            with trio.CancelScope(shield=True), contextlib.suppress(QmpError):
-                await monitor.execute("chardev-remove", {"id": name}, timeout=PROBE_TIMEOUT)
     except QmpError:
         pass
     finally:
         listening.close()
     return False
+
+
+async def listens(monitor: Executes, sockets: PrivateSockets) -> None:
+    """Has QEMU listen for a moment where sockets for it may lie: a security module or another mount namespace
+    may forbid it, and a `migrate-incoming` that fails there would be QEMU 10.0's last.
+
+    Raises what `execute` raises where it cannot.
+    """
+    async with _device(monitor, sockets.path(), server=True):
+        pass
+
+
+@asynccontextmanager
+async def _device(monitor: Executes, path: str, *, server: bool) -> AsyncIterator[None]:
+    """A character device of QEMU's at a socket, which shows what QEMU may do there, and is removed again."""
+    name = f"refault-trial-{secrets.token_hex(4)}"
+    data: dict[str, object] = {"addr": {"type": "unix", "data": {"path": path}}, "server": server}
+    if server:
+        data["wait"] = False
+    backend = {"type": "socket", "data": data}
+    await monitor.execute("chardev-add", {"id": name, "backend": backend}, timeout=PROBE_TIMEOUT)
+    try:
+        yield
+    finally:
+        with trio.CancelScope(shield=True), contextlib.suppress(QmpError):
+            await monitor.execute("chardev-remove", {"id": name}, timeout=PROBE_TIMEOUT)

@@ -3,54 +3,65 @@
 from __future__ import annotations
 
 import logging
-import random
-from collections.abc import Hashable
-from typing import TYPE_CHECKING
+from collections.abc import Callable
+from typing import Protocol
 
 import trio
 
-from refault.daemon.host.repeats import repeats
+from refault.daemon.known.course import Course
 from refault.daemon.known.vm_state import QUERY_TIMEOUT
 from refault.daemon.monitor.monitor import MonitorLost, QmpError, words
+from refault.daemon.recovery.doubt import tell_doubt
 from refault.daemon.recovery.reclaim import reclaim, say_as_told, say_cannot_have_left
-from refault.migration.recovery import Action, AttemptFailed, Event, NotPausedYet, Pace, Recovery, State
-
-if TYPE_CHECKING:
-    from refault.daemon.migration import Migration
+from refault.daemon.relayed.channels import Channels
+from refault.migration.recovery import Action, AttemptFailed, Event, NotPausedYet, State
 
 log = logging.getLogger("refault.migration")
 
 
-class Attempts:
-    """The recovery of one migration, driven by its policy."""
+class Procedure(Protocol):
+    """What a role does in a recovery."""
 
-    def __init__(self, migration: Migration) -> None:
-        patience = migration.vm.patience
-        pace = Pace(client=patience.client_wait, give_up=patience.give_up_after)
-        self.policy = Recovery(pace, jitter=random.random)
-        self._migration = migration
+    async def attempt(self) -> None:
+        """Issues the recovery commands. Raises AttemptFailed or NotPausedYet."""
+
+    def path_changed(self) -> bool:
+        """A link, an address or a route of this host has changed; whether that served a recovery."""
+
+    async def settle(self) -> None:
+        """After QEMU is active again: readies what the next recovery needs."""
+
+
+class Attempts:
+    """The recovery of one migration, driven by its policy. `channels` gives those of its relay, if it has
+    one; `ended` clears what stood ready for it."""
+
+    def __init__(
+        self,
+        course: Course,
+        procedure: Procedure,
+        channels: Callable[[], Channels | None],
+        ended: Callable[[], None],
+    ) -> None:
+        self._course = course
+        self._procedure = procedure
+        self._channels = channels
+        self._ended = ended
         self._scope: trio.CancelScope | None = None
         self._timers: dict[Event, trio.CancelScope] = {}
         self._one_at_a_time = trio.Lock()
         self._lost_at: float | None = None
         self._attempt_began = 0.0
         self._settled_channel = 0
-        self.paused_channel = 0
-        """The relayed channel that a client paused last."""
+        course.driven_by(self._drive)
 
-    def feed(self, event: Event) -> None:
-        """Hands an event to the policy and carries out what it asks for."""
-        migration = self._migration
-        before = self.policy.state
-        if event is Event.CLIENT_PAUSED and before is not State.YIELDED:
-            self.paused_channel = migration.channel
-        for action in self.policy.handle(event):
+    def _drive(self, actions: tuple[Action, ...]) -> None:
+        for action in actions:
             self._carry_out(action)
-        if self.policy.state is not before:
-            log.debug("%s: %s: %s -> %s", migration.name, event.name, before.value, self.policy.state.value)
-        if self.policy.state is State.RUNNING and migration.channel != self._settled_channel:
-            self._settled_channel = migration.channel
-            migration.vm.start_soon(self._settle)
+        channel = self._course.channel
+        if self._course.policy.state is State.RUNNING and channel != self._settled_channel:
+            self._settled_channel = channel
+            self._course.vm.start_soon(self._settle)
 
     def _carry_out(self, action: Action) -> None:
         match action:
@@ -62,76 +73,74 @@ class Attempts:
                 self._cancel_timer(Event.TIMER)
                 self._attempt_began = trio.current_time()
                 self._scope = trio.CancelScope()
-                self._migration.vm.start_soon(self._attempt, self._scope)
+                self._course.vm.start_soon(self._attempt, self._scope)
             case Action.CANCEL_ATTEMPT:
                 self._cancel_attempt()
             case Action.TIMER_POLL:
-                self._start_timer(Event.TIMER, self.policy.delay(action), self._migration.pause_told)
+                self._start_timer(Event.TIMER, self._course.policy.delay(action), self._course.pause_told)
             case Action.TIMER_BACKOFF | Action.TIMER_CLIENT:
-                delay = self.policy.delay(action)
+                delay = self._course.policy.delay(action)
                 if action is Action.TIMER_BACKOFF:
-                    delay = max(self.policy.pace.first_backoff, delay - self._since_attempt())
+                    delay = max(self._course.policy.pace.first_backoff, delay - self._since_attempt())
                 self._start_timer(Event.TIMER, delay)
             case Action.TIMER_GIVE_UP:
-                self._start_timer(Event.OUT_OF_PATIENCE, self.policy.delay(action))
+                self._start_timer(Event.OUT_OF_PATIENCE, self._course.policy.delay(action))
             case Action.GIVE_UP:
                 self._cancel_timers()
                 self._tell_given_up()
             case Action.RESET_BACKOFF:
-                self._migration.addresses.recovered()
+                self._course.addresses.recovered()
             case Action.CLEAN_UP:
                 self._cancel_timers()
-                self._migration.ended()
+                self._ended()
             case Action.RECLAIM | Action.RECLAIM_AS_TOLD:
                 say = say_as_told if action is Action.RECLAIM_AS_TOLD else say_cannot_have_left
-                say(self._migration)
-                self._migration.vm.start_soon(reclaim, self._migration)
+                say(self._course.name)
+                self._course.vm.start_soon(reclaim, self._course, self._channels, self.over)
+            case Action.TELL_DOUBT:
+                self._course.vm.start_soon(tell_doubt, self._course, self._channels)
             case Action.STOP_GUEST:
-                self._migration.vm.start_soon(self._stop_guest)
+                self._course.vm.start_soon(self._stop_guest)
 
     def _since_attempt(self) -> float:
         """Back-off paces the beginnings: after an attempt that itself took long the next begins at once."""
         return trio.current_time() - self._attempt_began
 
     def _count_loss(self) -> None:
-        migration = self._migration
-        migration.counters.losses += 1
+        course = self._course
+        course.counters.lose()
         self._lost_at = trio.current_time()
-        if migration.channels is not None:
-            self._lost_at -= migration.channels.count_loss()
+        if (channels := self._channels()) is not None:
+            self._lost_at -= channels.count_loss()
         log.warning(
-            "%s: the migration channel is lost (loss %d); recovering",
-            migration.name,
-            migration.counters.losses,
+            "%s: the migration channel is lost (loss %d); recovering", course.name, course.counters.losses
         )
 
     def _count_recovery(self) -> None:
-        counters = self._migration.counters
-        counters.recoveries += 1
-        counters.last_error = None
-        if self._migration.channels is not None:
-            self._migration.channels.losses.held = None
-        if self._lost_at is not None:
-            counters.last_seconds = trio.current_time() - self._lost_at
-            log.info("%s: recovered in %.3f s", self._migration.name, counters.last_seconds)
+        seconds = trio.current_time() - self._lost_at if self._lost_at is not None else None
+        self._course.counters.recover(seconds)
+        if (channels := self._channels()) is not None:
+            channels.hold_no_more()
+        if seconds is not None:
+            log.info("%s: recovered in %.3f s", self._course.name, seconds)
 
     def _tell_given_up(self) -> None:
-        migration = self._migration
+        course = self._course
         log.error(
             "%s: ALERT: gave up after %g s (--give-up-after): no further attempt is made for this loss. Last"
             " error: %s. What to do: keep both QEMUs running, the guest is split between them; put right what"
             " the error names, then recover by hand (docs/running.md), or restart this refault, which begins"
             " anew",
-            migration.name,
-            self.policy.pace.give_up,
-            migration.counters.last_error or "none, the other host did not come",
+            course.name,
+            self._course.policy.pace.give_up,
+            course.counters.last_error or "none, the other host did not come",
         )
 
     async def _settle(self) -> None:
         try:
-            await self._migration.procedure.settle()
+            await self._procedure.settle()
         except (QmpError, MonitorLost, trio.TooSlowError, OSError) as error:
-            log.warning("%s: could not ready the next recovery: %s", self._migration.name, words(error))
+            log.warning("%s: could not ready the next recovery: %s", self._course.name, words(error))
 
     def _start_timer(self, event: Event, seconds: float, sooner: trio.Event | None = None) -> None:
         """Feeds `event` after so many seconds, or as soon as `sooner` is set, if it is not set already."""
@@ -139,7 +148,7 @@ class Attempts:
         scope = self._timers[event] = trio.CancelScope()
         if sooner is None or sooner.is_set():
             sooner = trio.Event()
-        self._migration.vm.start_soon(self._timer, event, scope, seconds, sooner)
+        self._course.vm.start_soon(self._timer, event, scope, seconds, sooner)
 
     async def _timer(self, event: Event, scope: trio.CancelScope, seconds: float, sooner: trio.Event) -> None:
         with scope:
@@ -147,13 +156,13 @@ class Attempts:
                 await sooner.wait()
             if self._timers.get(event) is scope:  # else it was cancelled as it ran out
                 del self._timers[event]
-                self.feed(event)
+                self._course.feed(event)
 
     def path_changed(self) -> bool:
         """A path to the other host may be there again; False where none is waited for."""
-        waits = self.policy.state is State.WAITING
-        self.feed(Event.PATH_CHANGED)
-        return self._migration.procedure.path_changed() or waits
+        waits = self._course.policy.state is State.WAITING
+        self._course.feed(Event.PATH_CHANGED)
+        return self._procedure.path_changed() or waits
 
     def cancel(self) -> None:
         """Ends the attempt under way and the wait for the next one."""
@@ -183,37 +192,30 @@ class Attempts:
         if self._scope is scope:
             self._scope = None
         if outcome is not None and not scope.cancel_called:
-            self.feed(outcome)
+            self._course.feed(outcome)
 
     async def _try(self) -> Event | None:
-        migration = self._migration
+        course = self._course
         try:
-            await migration.procedure.attempt()
+            await self._procedure.attempt()
         except NotPausedYet:
             return Event.NOT_YET
         except Exception as error:
             expected = (AttemptFailed, QmpError, MonitorLost, trio.TooSlowError, OSError)
             if not isinstance(error, expected):
-                log.exception("%s: internal error in a recovery attempt", migration.name)
-            migration.counters.last_error = words(error)
-            last = self.policy.state is State.GIVEN_UP
+                log.exception("%s: internal error in a recovery attempt", course.name)
+            course.counters.fail(words(error))
+            last = self._course.policy.state is State.GIVEN_UP
             log.warning(
                 "%s: recovery attempt %d failed: %s; %s",
-                migration.name,
-                migration.counters.attempts,
-                migration.counters.last_error,
+                course.name,
+                course.counters.attempts,
+                course.counters.last_error,
                 "it was the last" if last else "trying again",
-                extra=self.repeats("attempt failed", migration.counters.last_error, last),
+                extra=course.repeats("attempt failed", course.counters.last_error, last),
             )
             return Event.ATTEMPT_FAILED
         return None
-
-    def repeats(self, subject: str, *what: Hashable) -> dict[str, object]:
-        """`extra` of a line that may come again and again for the same loss; without one each is said."""
-        migration = self._migration
-        if self.policy.state in (State.IDLE, State.RUNNING, State.ENDED):
-            return {}
-        return repeats((migration.name, subject), (migration.counters.losses, *what))
 
     async def over(self) -> None:
         """Waits until an attempt that was cancelled has ended: QEMU may have had its command already."""
@@ -223,23 +225,23 @@ class Attempts:
     async def issued(self) -> None:
         """QEMU took the attempt's command. Raises trio.Cancelled if the attempt was cancelled meanwhile."""
         await trio.lowlevel.checkpoint_if_cancelled()
-        self.feed(Event.ISSUED)
+        self._course.feed(Event.ISSUED)
 
     async def _stop_guest(self) -> None:
-        migration = self._migration
+        course = self._course
         log.error(
             "%s: ALERT: the source migration failed after postcopy began; stopping its guest, which may"
             " run at the destination. What to do: look at the destination. If its migration is completed,"
             " quit this QEMU. If it waits for the guest (query-status: inmigrate), end it; then, or if it had"
             " ended without having run the guest, `cont` this one. If it is postcopy-paused it cannot get the"
             " rest of its memory any more: the guest here is whole, and as old as the switchover",
-            migration.name,
+            course.name,
         )
         try:
-            await migration.vm.monitor.execute("stop", timeout=QUERY_TIMEOUT)
+            await course.vm.monitor.execute("stop", timeout=QUERY_TIMEOUT)
         except (QmpError, MonitorLost, trio.TooSlowError) as error:
             log.error(
                 "%s: ALERT: could not stop the source's guest: %s; stop it by hand",
-                migration.name,
+                course.name,
                 words(error),
             )

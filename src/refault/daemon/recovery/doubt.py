@@ -11,17 +11,15 @@ looks at the destination. His word is a command that no client sends by chance:
 from __future__ import annotations
 
 import logging
-from typing import TYPE_CHECKING
+from collections.abc import Callable
 
 import trio
 
+from refault.daemon.known.course import Course
+from refault.daemon.relayed.channels import Channels
 from refault.migration.legs import UNTIL_LOADED
-from refault.migration.phase import Role
 from refault.migration.recovery import Event, State
 from refault.migration.versions import abilities
-
-if TYPE_CHECKING:
-    from refault.daemon.migration import Migration
 
 log = logging.getLogger("refault.migration")
 
@@ -36,62 +34,56 @@ _ADVICE = (
 _NO_WAY = "If not: this QEMU has no way to let the guest go on, and it must be started anew"
 
 
-def in_doubt(migration: Migration) -> bool:
+def in_doubt(course: Course, channels: Channels | None) -> bool:
     """Whether the source's guest may or may not have arrived."""
-    channels = migration.channels
-    if migration.held_until_loaded and not (channels is not None and channels.has_arrived):
-        return True
-    if channels is None or channels.relay.closed or migration.role is not Role.SOURCE:
-        return False
-    passed = channels.relay.passed()
-    begun = passed.discarding or passed.packaged_begun
-    return begun and channels.knows_first and not (channels.has_arrived or passed.opaque)
+    return channels.in_doubt if channels is not None else course.kept_until_loaded
 
 
-async def tell_doubt(migration: Migration) -> None:
+async def tell_doubt(course: Course, channels: Callable[[], Channels | None]) -> None:
     """Tells the operator if the loss of the first channel is not soon over."""
     await trio.sleep(TOLD_AFTER)
-    lost = migration.policy.state not in (State.RUNNING, State.RECLAIMING)
-    if not (migration.under_way and lost and in_doubt(migration)):
+    lost = course.policy.state not in (State.RUNNING, State.RECLAIMING)
+    if not (course.under_way and lost and in_doubt(course, channels())):
         return
     log.error(
         "%s: ALERT: the channel was lost in the switchover, and the destination has not said since that it"
         " has the guest: if a part of the device state was lost on the way the guest runs nowhere; it is"
         " here, whole and paused. What to do: do not quit this QEMU, and look at the destination's. If it"
         " runs the guest leave both: refault recovers the channel. %s",
-        migration.name,
-        _ADVICE if abilities(migration.vm.version).fails_when_told else _NO_WAY,
+        course.name,
+        _ADVICE if abilities(course.vm.version).fails_when_told else _NO_WAY,
     )
 
 
-def hold_again(migration: Migration) -> None:
+def hold_again(course: Course) -> None:
     """QEMU holds the leg of a source that waits for its guest's arrival, and an earlier refault has ended."""
     log.error(
         "%s: ALERT: the channel was lost while the source waited to hear of its guest's arrival, and QEMU"
         " holds its leg open since an earlier refault, for if it closed: %s. What to do: %s",
-        migration.name,
+        course.name,
         UNTIL_LOADED.effect,
         UNTIL_LOADED.advice,
     )
-    migration.feed(Event.LEG_HELD)
+    course.feed(Event.LEG_HELD)
 
 
-def decide(migration: Migration) -> str | None:
+def decide(course: Course, channels: Channels | None) -> str | None:
     """Does what the operator says; else why not, in words."""
-    version = abilities(migration.vm.version)
-    state = migration.policy.state
+    version = abilities(course.vm.version)
+    state = course.policy.state
     if not version.fails_when_told:
         return "this QEMU cannot be made to give its guest back"
-    if not in_doubt(migration):
+    if not in_doubt(course, channels):
         return (
             "it is not in doubt here who has the guest: the destination has said that it had it, or this"
             " refault has not seen the whole migration"
         )
     if state in (State.OPEN, State.HANDSHAKE) and not version.pauses_again_in_handshake:
         return "this QEMU does not survive the end of the recovery handshake that it is in"
-    if state is State.HELD and not migration.held_until_loaded:
+    until_loaded = channels.held_until_loaded if channels is not None else course.kept_until_loaded
+    if state is State.HELD and not until_loaded:
         return "this QEMU's leg is held open, and may not be closed now"
-    migration.feed(Event.TOLD_TO_TAKE_BACK)
-    if migration.policy.state is not State.RECLAIMING:
-        return f"not while the migration is {state.value}"
+    course.feed(Event.TOLD_TO_TAKE_BACK)
+    if course.policy.state is not State.RECLAIMING:
+        return f"not while the migration is {course.policy.state.value}"
     return None

@@ -6,7 +6,6 @@ from __future__ import annotations
 import re
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Mapping
 from contextlib import asynccontextmanager, contextmanager
-from typing import TYPE_CHECKING
 
 import trio
 
@@ -24,9 +23,6 @@ from refault.migration.messages import (
 from refault.migration.phase import Role
 from refault.migration.recovery import AttemptFailed
 
-if TYPE_CHECKING:
-    from refault.daemon.migration import Migration
-
 Main = Callable[[], Awaitable[trio.SocketStream]]
 """Waits for QEMU's main connection."""
 
@@ -39,14 +35,14 @@ _LAST_BYTES = 14
 
 
 @asynccontextmanager
-async def offered(migration: Migration) -> AsyncIterator[tuple[str, Main]]:
-    """The address that QEMU is to resume to, until the block is left. Raises OSError, and what `execute`
-    raises."""
-    if migration.lanes.count:
-        with _listening(migration.vm.sockets) as place:
+async def offered(monitor: Executes, sockets: PrivateSockets | None) -> AsyncIterator[tuple[str, Main]]:
+    """The address that QEMU is to resume to, until the block is left: among `sockets` where it opens more
+    connections than one. Raises OSError, and what `execute` raises."""
+    if sockets is not None:
+        with _listening(sockets) as place:
             yield place
     else:
-        async with _handed(migration.vm.monitor) as place:
+        async with _handed(monitor) as place:
             yield place
 
 

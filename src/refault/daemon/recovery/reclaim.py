@@ -21,11 +21,11 @@ is with postcopy-preempt, whose second connection has no part in it: the package
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Mapping
-from typing import TYPE_CHECKING
+from collections.abc import Awaitable, Callable, Mapping
 
 import trio
 
+from refault.daemon.known.course import Course
 from refault.daemon.known.vm_state import QUERY_TIMEOUT
 from refault.daemon.monitor.monitor import MonitorLost, QmpError, words
 from refault.daemon.near.local import Executes, take_back
@@ -35,9 +35,6 @@ from refault.migration.legs import WAITS_FOR_PONG
 from refault.migration.phase import cannot_have_left
 from refault.migration.recovery import AttemptFailed, Event
 from refault.migration.versions import abilities
-
-if TYPE_CHECKING:
-    from refault.daemon.migration import Migration
 
 log = logging.getLogger("refault.migration")
 
@@ -50,40 +47,45 @@ _WRITING = ("active", "device")
 """The statuses of a QEMU that has not done with the package; before 8.2 there is none of its own."""
 
 
-def say_cannot_have_left(migration: Migration) -> None:
+def say_cannot_have_left(name: str) -> None:
     """Why the guest is taken back, where refault knows it by itself."""
     log.error(
         "%s: ALERT: the channel was lost before all device state had left QEMU, so the guest cannot run at"
         " the destination: the migration is made to fail, and the guest goes on here. What to do: end the"
         " destination's QEMU, and migrate again",
-        migration.name,
+        name,
     )
 
 
-def say_as_told(migration: Migration) -> None:
+def say_as_told(name: str) -> None:
     """The same, where it was told."""
-    log.warning("%s: told that the destination has ended without the guest: taking it back", migration.name)
+    log.warning("%s: told that the destination has ended without the guest: taking it back", name)
 
 
-async def reclaim(migration: Migration) -> None:
-    """Until the guest is the source's again. The far leg is lost, and nothing goes there any more."""
+async def reclaim(
+    course: Course, channels: Callable[[], Channels | None], attempts_over: Callable[[], Awaitable[None]]
+) -> None:
+    """Until the guest is the source's again. The far leg is lost, and nothing goes there any more.
+    `channels` gives the relay's, if there is one; `attempts_over` waits for the end of the last attempt."""
     try:
         with trio.fail_after(PATIENCE):
-            await migration.attempts.over()  # QEMU may have its command
-            if migration.channels is not None:
-                await _end_and_fail(migration, migration.channels)
+            await attempts_over()  # QEMU may have its command
+            if (relayed := channels()) is not None:
+                await _end_and_fail(course, relayed)
             else:
-                await _let_go(migration)
-            if migration.stopped_by_switchover:
-                await go_on(migration.vm.monitor)
+                await _let_go(course)
+            if course.stopped_by_switchover:
+                await go_on(course.vm.monitor)
     except* (AttemptFailed, QmpError, MonitorLost, trio.TooSlowError, OSError) as errors:
-        _say_why_not(migration, words(_first(errors)))
-        migration.feed(Event.LEG_HELD if migration.held else Event.ATTEMPT_FAILED)
+        _say_why_not(course, words(_first(errors)))
+        relayed = channels()
+        held = relayed.held is not None if relayed is not None else course.kept_until_loaded
+        course.feed(Event.LEG_HELD if held else Event.ATTEMPT_FAILED)
     else:
-        log.warning("%s: the migration has failed, and the guest goes on here", migration.name)
+        log.warning("%s: the migration has failed, and the guest goes on here", course.name)
 
 
-async def _end_and_fail(migration: Migration, channels: Channels) -> None:
+async def _end_and_fail(course: Course, channels: Channels) -> None:
     sizes = {block.name: block.used_length for block in channels.relay.blocks()}
     _must_not_have_answered(channels)
     cost = channels.cost_of_stopping()
@@ -91,28 +93,28 @@ async def _end_and_fail(migration: Migration, channels: Channels) -> None:
         raise AttemptFailed(f"QEMU's leg may not be closed now: {cost[1]}")
     async with trio.open_nursery() as nursery:
         nursery.start_soon(channels.closing.swallow)
-        await _when(migration, lambda status: status not in _WRITING)
+        await _when(course, lambda status: status not in _WRITING)
         nursery.cancel_scope.cancel()
     await channels.end(channels.channel)
-    migration.look_soon()
-    await _when(migration, lambda status: status in ("postcopy-paused", "failed"))
-    if migration.status == "postcopy-paused":
+    course.look_soon()
+    await _when(course, lambda status: status in ("postcopy-paused", "failed"))
+    if course.status == "postcopy-paused":
         _must_not_have_answered(channels)  # on a channel that was open till now
-        await trio.sleep(abilities(migration.vm.version).resume_after)
-        await _resume_to_us(migration, sizes)
+        await trio.sleep(abilities(course.vm.version).resume_after)
+        await _resume_to_us(course, sizes)
 
 
 async def _fails_by_itself(channels: Channels) -> bool:
     """Whether the end of its leg makes QEMU fail and run the guest, which is what is wanted here."""
-    stays = channels.losses.held_until_loaded or cannot_have_left(channels.relay.passed())
+    stays = channels.held_until_loaded or cannot_have_left(channels.relay.passed())
     return stays and (await channels.word.ask()).status == WAITS_FOR_PONG
 
 
-async def _let_go(migration: Migration) -> None:
+async def _let_go(course: Course) -> None:
     """The same where QEMU alone holds both ends of the leg, since an earlier refault."""
-    await take_back(migration.vm.monitor, *migration.kept_before)
-    migration.look_soon()
-    await _when(migration, lambda status: status == "failed")
+    await take_back(course.vm.monitor, *course.kept_before)
+    course.look_soon()
+    await _when(course, lambda status: status == "failed")
 
 
 def _must_not_have_answered(channels: Channels) -> None:
@@ -122,22 +124,22 @@ def _must_not_have_answered(channels: Channels) -> None:
         raise AttemptFailed("the destination has answered meanwhile, and has the guest")
 
 
-def _say_why_not(migration: Migration, why: str) -> None:
-    if not migration.under_way and migration.status != "failed":
-        log.warning("%s: %s: the guest is not taken back", migration.name, why)
+def _say_why_not(course: Course, why: str) -> None:
+    if not course.under_way and course.status != "failed":
+        log.warning("%s: %s: the guest is not taken back", course.name, why)
     else:
         log.error(
             "%s: ALERT: the guest could not be taken back: %s; it stays paused here, whole: do not quit this"
             " QEMU",
-            migration.name,
+            course.name,
             why,
         )
 
 
-async def _when(migration: Migration, holds: Callable[[str | None], bool]) -> None:
-    while not holds(migration.status):  # events and the poller both tell it
-        if not migration.under_way:
-            raise AttemptFailed(f"the migration has ended: {migration.status}")
+async def _when(course: Course, holds: Callable[[str | None], bool]) -> None:
+    while not holds(course.status):  # events and the poller both tell it
+        if not course.under_way:
+            raise AttemptFailed(f"the migration has ended: {course.status}")
         await trio.sleep(_LOOK)
 
 
@@ -160,14 +162,18 @@ def _first(errors: BaseException) -> BaseException:
     return errors
 
 
-async def _resume_to_us(migration: Migration, sizes: Mapping[bytes, int]) -> None:
-    async with offered(migration) as (uri, main), trio.open_nursery() as nursery:
+async def _resume_to_us(course: Course, sizes: Mapping[bytes, int]) -> None:
+    vm = course.vm
+    async with (
+        offered(vm.monitor, vm.sockets if course.lanes.count else None) as (uri, main),
+        trio.open_nursery() as nursery,
+    ):
 
         async def fail() -> None:
             await fail_as_destination(await main(), sizes)
 
         nursery.start_soon(fail)
         command: dict[str, object] = {"uri": uri, "resume": True}
-        await migration.vm.monitor.execute("migrate", command, timeout=RESUME_TIMEOUT)
-        await _when(migration, lambda status: status == "failed")
+        await vm.monitor.execute("migrate", command, timeout=RESUME_TIMEOUT)
+        await _when(course, lambda status: status == "failed")
         nursery.cancel_scope.cancel()

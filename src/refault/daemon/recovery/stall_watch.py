@@ -5,20 +5,18 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Hashable, Mapping
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import trio
 
 from refault.daemon.kernel.process import resident_pages
 from refault.daemon.kernel.userfaultfd import waiting
+from refault.daemon.known.course import Course
 from refault.daemon.known.vm_state import QUERY_TIMEOUT
 from refault.daemon.monitor.monitor import MonitorLost, QmpError, words
 from refault.migration.phase import Role
 from refault.migration.stall import StallDetector
 from refault.migration.versions import abilities
-
-if TYPE_CHECKING:
-    from refault.daemon.migration import Migration
 
 log = logging.getLogger("refault.migration")
 
@@ -26,41 +24,41 @@ _LOOKS = 20
 """How often it is looked at within the time after which it is paused."""
 
 
-async def watch(migration: Migration) -> None:
+async def watch(course: Course) -> None:
     """Looks until cancelled."""
-    stall_after = migration.vm.patience.stall_after
+    stall_after = course.vm.patience.stall_after
     detector = StallDetector(stall_after)
     handshake, patience = StallDetector(stall_after), stall_after
     while True:
         await trio.sleep(stall_after / _LOOKS)
-        if handshake.stalls(trio.current_time(), None, work_left=_in_handshake(migration)):
-            await _pause(migration, patience)
+        if handshake.stalls(trio.current_time(), None, work_left=_in_handshake(course)):
+            await _pause(course, patience)
             patience *= 2
             handshake = StallDetector(patience)
-        if not migration.under_way or migration.status != "postcopy-active":
+        if not course.under_way or course.status != "postcopy-active":
             detector = StallDetector(stall_after)
             continue
         handshake, patience = StallDetector(stall_after), stall_after
-        look = _source if migration.role is Role.SOURCE else _destination
-        seen = await look(migration)
+        look = _source if course.role is Role.SOURCE else _destination
+        seen = await look(course)
         if seen is not None and detector.stalls(trio.current_time(), seen[0], work_left=seen[1]):
-            await _pause(migration, stall_after)
+            await _pause(course, stall_after)
 
 
-def _in_handshake(migration: Migration) -> bool:
+def _in_handshake(course: Course) -> bool:
     """Whether it is in a recovery handshake that QEMU can be brought out of.
 
     What passes in it QEMU does not count, so time alone tells; a large guest's may take longer, and is given
     twice as much each time.
     """
-    leaves = abilities(migration.vm.version).pauses_again_in_handshake
-    return leaves and migration.under_way and migration.status == "postcopy-recover"
+    leaves = abilities(course.vm.version).pauses_again_in_handshake
+    return leaves and course.under_way and course.status == "postcopy-recover"
 
 
-async def _source(migration: Migration) -> tuple[Hashable, bool] | None:
+async def _source(course: Course) -> tuple[Hashable, bool] | None:
     """What it has sent, and whether pages are left. None where QEMU does not tell."""
     try:
-        reply: Mapping[str, Any] = await migration.vm.query("query-migrate")
+        reply: Mapping[str, Any] = await course.vm.query("query-migrate")
     except (QmpError, MonitorLost, trio.TooSlowError):
         return None
     ram = reply.get("ram", {})
@@ -69,13 +67,13 @@ async def _source(migration: Migration) -> tuple[Hashable, bool] | None:
     return (ram["transferred"], ram["remaining"], ram.get("postcopy-requests")), ram["remaining"] > 0
 
 
-async def _destination(migration: Migration) -> tuple[Hashable, bool] | None:
+async def _destination(course: Course) -> tuple[Hashable, bool] | None:
     """Its memory in use, which each page that is placed adds to, and whether threads wait for pages.
 
     All of it from /proc, for its main thread may be one of those that wait. None where the kernel does not
     tell.
     """
-    pid = migration.vm.qemu_pid
+    pid = course.vm.qemu_pid
     if pid is None:
         return None
     threads = waiting(pid)
@@ -87,17 +85,17 @@ async def _destination(migration: Migration) -> tuple[Hashable, bool] | None:
         return None
 
 
-async def _pause(migration: Migration, seconds: float) -> None:
+async def _pause(course: Course, seconds: float) -> None:
     log.warning(
         "%s: postcopy has not moved for %g s though the %s waits for it: pausing it, to recover it; is the"
         " network to the other host silent?",
-        migration.name,
+        course.name,
         seconds,
-        migration.role,
-        extra=migration.attempts.repeats("stalls"),
+        course.role,
+        extra=course.repeats("stalls"),
     )
     try:
-        await migration.vm.monitor.execute("migrate-pause", oob=True, timeout=QUERY_TIMEOUT)
+        await course.vm.monitor.execute("migrate-pause", oob=True, timeout=QUERY_TIMEOUT)
     except (QmpError, MonitorLost, trio.TooSlowError) as error:
-        extra = migration.attempts.repeats("not paused", words(error))
-        log.warning("%s: could not pause it: %s; trying again", migration.name, words(error), extra=extra)
+        extra = course.repeats("not paused", words(error))
+        log.warning("%s: could not pause it: %s; trying again", course.name, words(error), extra=extra)

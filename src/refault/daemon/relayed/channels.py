@@ -9,27 +9,24 @@ import math
 import os
 import socket
 import time
-from typing import TYPE_CHECKING
+from collections.abc import Callable
 
 import trio
 
-from refault.channel.relay import Lane, LegState, Relay
+from refault.channel.relay import Lane, LegState, Relay, RelayView
 from refault.channel.tracker import Kept
 from refault.daemon.host.repeats import repeats
+from refault.daemon.known.course import Course
 from refault.daemon.monitor.monitor import MonitorLost, QmpError
 from refault.daemon.near.kept_ends import KeptEnds
 from refault.daemon.near.local import LocalLeg, has_ended, take_back
 from refault.daemon.relayed.closing import Closing
 from refault.daemon.relayed.guard import Guard
-from refault.daemon.relayed.losses import Losses
 from refault.daemon.relayed.qemu_word import ASKED_EVERY, QemuWord
-from refault.migration.legs import may_close, waits_for_pong
-from refault.migration.phase import Phase, Role, Told, phase_of
+from refault.migration.legs import UNTIL_LOADED, Rule, may_close, waits_for_pong
+from refault.migration.phase import Passed, Phase, Role, Told, in_doubt, phase_of
 from refault.migration.recovery import AttemptFailed, Event, State
 from refault.migration.versions import abilities
-
-if TYPE_CHECKING:
-    from refault.daemon.migration import Migration
 
 log = logging.getLogger("refault.migration")
 
@@ -46,21 +43,23 @@ arrival: less than app.STOP_PATIENCE."""
 class Channels:
     """Of one migration that is relayed. `channel` counts them from 1; 0 is none yet."""
 
-    def __init__(self, migration: Migration, relay: Relay) -> None:
+    def __init__(self, course: Course, relay: Relay) -> None:
         self.relay = relay
-        self.channel = 0
-        self._migration = migration
+        self._course = course
         self.ended = 0
         """The channel whose end has been dealt with."""
         self._doubtful_losses = 0
         """Losses in a row that came right after a replay."""
         self.changed = trio.Event()
         """Set whenever the pump told of something, and replaced."""
-        self.kept = KeptEnds(migration.vm.monitor)
-        self.word = QemuWord(migration, relay)
-        self.closing = Closing(migration, relay, self.kept)
-        self.guard = Guard(migration, self, self.kept)
-        self.losses = Losses(migration, self)
+        self.kept = KeptEnds(course.vm.monitor)
+        self.word = QemuWord(course, relay)
+        self.closing = Closing(course, relay, self.kept)
+        self.guard = Guard(course, self.kept, self.over)
+        self.held: str | None = None
+        """Why a local leg is held open though its other side is lost."""
+        self._held_by: Rule | None = None
+        self._lost: Callable[[RelayView, Passed], None] = lambda *_: None
         self._stops_since = math.inf
         """When refault began to end while a source heard its destination."""
         self.knows_first = False
@@ -77,16 +76,21 @@ class Channels:
         self._scope = trio.CancelScope()
 
     @property
+    def channel(self) -> int:
+        """The number of the newest channel."""
+        return self._course.channel
+
+    @property
     def phase(self) -> Phase:
         """The phase, as far as it is known."""
-        migration = self._migration
+        course = self._course
         told = Told(
-            migration.status,
+            course.status,
             self.relay.runs_told,
-            never_postcopy=migration.never_postcopy,
+            never_postcopy=course.never_postcopy,
             much_left=self.word.much_left(ASKED_EVERY),
         )
-        return phase_of(self.relay.passed(), migration.role, told)
+        return phase_of(self.relay.passed(), course.role, told)
 
     @property
     def unread(self) -> bool:
@@ -103,13 +107,11 @@ class Channels:
         if recovered and not may_replay:
             log.warning(
                 "%s: recovering without replay: the channel was lost twice right after one",
-                self._migration.name,
+                self._course.name,
             )
         self.kept.begin(local.socket)
-        self._migration.pause_told = trio.Event()
-        if recovered:
-            self._migration.status = "postcopy-paused"  # or this would not be; an older word tells nothing
-        else:
+        self._course.joins(recovered=recovered)
+        if not recovered:
             self.knows_first = True
         view = self.relay.look()
         self._returned_before, self._replayed_before = view.return_bytes, view.replayed
@@ -118,12 +120,12 @@ class Channels:
             far.detach(),
             recovered=recovered,
             may_replay=may_replay,
-            lanes=self._migration.lanes.count,
+            lanes=self._course.lanes.count,
         )
-        self.channel += 1
+        self._course.joined()
         self.closing.begin(self.channel, local.peer_inode)
         if local.kept is not None:  # from here QEMU is to see an end, be it by a kill of refault
-            self._migration.vm.start_soon(take_back, self._migration.vm.monitor, local.kept)
+            self._course.vm.start_soon(take_back, self._course.vm.monitor, local.kept)
 
     def check_room(self) -> None:
         """Raises AttemptFailed where no further channel can be joined: the one before must stay."""
@@ -137,11 +139,11 @@ class Channels:
         """Gives the pump a further connection of `channel`; of one that is gone, both ends are closed."""
         if channel == self.channel:
             self.kept.add(local)
-        kind = Lane.PREEMPT if self._migration.lanes.preempt else Lane.MULTIFD
+        kind = Lane.PREEMPT if self._course.lanes.preempt else Lane.MULTIFD
         try:
             self.relay.add_lane(channel, kind, local.detach(), far.detach())
         except OSError as error:  # QEMU sees no end of it before the channel's, for that is kept
-            log.error("%s: a further connection cannot be joined: %s", self._migration.name, error)
+            log.error("%s: a further connection cannot be joined: %s", self._course.name, error)
             self.lose(channel, error)
 
     def no_more_lanes(self, channel: int) -> None:
@@ -164,18 +166,62 @@ class Channels:
         """Whether the end of `channel` has been dealt with, or there is none to deal with any more."""
         return channel <= self.ended or channel < self.channel or self.relay.closed
 
+    # ---- what becomes of a lost one ----
+
+    def lost_to(self, lost: Callable[[RelayView, Passed], None]) -> None:
+        """Who deals with what the newest channel has lost, if anything, until its end has been dealt with."""
+        self._lost = lost
+
+    @property
+    def held_until_loaded(self) -> bool:
+        """Whether a leg is held by that rule."""
+        return self.held is not None and self._held_by is UNTIL_LOADED
+
+    @property
+    def in_doubt(self) -> bool:
+        """Whether the source's guest may or may not have arrived."""
+        if self.held_until_loaded and not self.has_arrived:
+            return True
+        if self.relay.closed or self._course.role is not Role.SOURCE:
+            return False
+        return self.knows_first and not self.has_arrived and in_doubt(self.relay.passed())
+
+    def dealt_with(self) -> None:
+        """The end of the newest channel is."""
+        self.ended = self.channel
+
+    def hold(self, phase: Phase, rule: Rule) -> bool:
+        """Holds the leg open, whose far side was lost in `phase`; whether that is news."""
+        if self.held is not None and self._held_by is rule:
+            return False
+        self.held = f"{phase}: {rule.effect}"
+        self._held_by = rule
+        return True
+
+    def hold_no_more(self) -> None:
+        """Nothing is lost any more."""
+        self.held = None
+
+    def close_leg(self, phase: Phase) -> None:
+        """Closes the leg, whose far side was lost in `phase`, as soon as its QEMU survives it."""
+        self.held = None
+        self.dealt_with()
+        if self.kept.names:  # it was held before, and QEMU is to see the end
+            self._course.vm.start_soon(self.kept.let_go)
+        self.closing.close(phase)
+
     async def end(self, channel: int) -> None:
         """Closes a channel that is not to be recovered, its return path first where QEMU is seen to take
         note."""
         self.ended = channel
-        self.losses.held = None
+        self.held = None
         await self.kept.let_go()
         await self.closing.close_return_path_first(channel)
 
     def abandon(self, channel: int) -> None:
         """Closes a channel that this QEMU did not take, or that it pauses again on."""
         self.ended = channel
-        self.losses.held = None
+        self.held = None
         self.closing.close_now(channel)
 
     @property
@@ -184,13 +230,13 @@ class Channels:
 
         Without a return path that is `completed` by then, and nobody sends it again.
         """
-        migration = self._migration
-        if self.relay.closed or migration.postcopy_began or migration.status in ("failed", "cancelled"):
+        course = self._course
+        if self.relay.closed or course.postcopy_began or course.status in ("failed", "cancelled"):
             return False
         view, passed = self.relay.look(), self.relay.passed()
-        if passed.packaged_begun or passed.resumed or view.local is not LegState.OPEN or self.losses.held:
+        if passed.packaged_begun or passed.resumed or view.local is not LegState.OPEN or self.held:
             return False
-        if migration.role is Role.SOURCE:
+        if course.role is Role.SOURCE:
             return view.far is LegState.OPEN and self.kept.main is not None and has_ended(self.kept.main)
         return view.far is LegState.ENDED or passed.ended
 
@@ -216,7 +262,7 @@ class Channels:
         moved = -1
         deadline = 0.0
         going_on = (State.OPEN, State.HANDSHAKE, State.GIVEN_UP)
-        while self._migration.policy.state in going_on and not self.relay.closed:
+        while self._course.policy.state in going_on and not self.relay.closed:
             if self.channel == self.ended:
                 return False
             passed = self.relay.look().passed_bytes
@@ -230,7 +276,7 @@ class Channels:
 
     async def may_end_handshake(self) -> bool:
         """Whether QEMU pauses again where the channel is closed now that its handshake stands still."""
-        if abilities(self._migration.vm.version).pauses_again_in_handshake:
+        if abilities(self._course.vm.version).pauses_again_in_handshake:
             return True
         if not self.unread:
             return False
@@ -273,8 +319,8 @@ class Channels:
         except Exception as error:  # what comes next must be heard all the same
             log.exception(
                 "%s: internal error in what the channel tells",
-                self._migration.name,
-                extra=repeats((self._migration.name, "look"), repr(error)),
+                self._course.name,
+                extra=repeats((self._course.name, "look"), repr(error)),
             )
 
     def look(self) -> None:
@@ -291,20 +337,20 @@ class Channels:
         if self.channel == self.ended:
             return  # its end has been dealt with
         if passed.running:
-            self._migration.postcopy_began = True
+            self._course.postcopy_begins()
         self._tell_not_kept()
         self._tell_page_cut()
         self.word.tell_pump()
         if self._completes():
             self.guard.start()
         recovered = passed.resumed and passed.resume_acknowledged and not (view.local.lost or view.far.lost)
-        if recovered and self._migration.attempts.paused_channel != self.channel:
-            self._migration.feed(Event.RESUME_ACKNOWLEDGED)
-        self.losses.look(view, passed)
+        if recovered and self._course.paused_channel != self.channel:
+            self._course.feed(Event.RESUME_ACKNOWLEDGED)
+        self._lost(view, passed)
 
     def _completes(self) -> bool:
         """Whether a source is known to be in its last moments; `phase` is careful where it is not known."""
-        if self._migration.role is not Role.SOURCE or self.phase is not Phase.COMPLETING:
+        if self._course.role is not Role.SOURCE or self.phase is not Phase.COMPLETING:
             return False
         if not self.unread:
             return self.relay.passed().ended  # only then would QEMU take our end (word.py)
@@ -317,23 +363,23 @@ class Channels:
             log.info(
                 "%s: the source goes on in the midst of a huge page that it was sending at the loss; the"
                 " destination will refuse that: expecting one more pause",
-                self._migration.name,
-                extra=self._migration.attempts.repeats("page cut"),
+                self._course.name,
+                extra=self._course.repeats("page cut"),
             )
 
     def _tell_not_kept(self) -> None:
         if self.relay.kept is Kept.PART and not self._told_part:
             self._told_part = True
-            self._migration.vm.state_file.pages.no_room()
+            self._course.vm.state_file.pages.no_room()
 
     # ---- the end ----
 
     def cost_of_stopping(self) -> tuple[bool, str] | None:
         """Whether QEMU survives a close of its leg now, and what it does then; None where none is open."""
-        migration = self._migration
-        if self.relay.closed or migration.gone or self.relay.look().local is not LegState.OPEN:
+        course = self._course
+        if self.relay.closed or course.gone or self.relay.look().local is not LegState.OPEN:
             return None
-        allowed, rule = may_close(self.phase, migration.role, migration.vm.version, migration.status)
+        allowed, rule = may_close(self.phase, course.role, course.vm.version, course.status)
         return allowed, rule.effect
 
     async def prepare_to_stop(self) -> bool:
@@ -356,9 +402,8 @@ class Channels:
             # As after a loss. QEMU may stand in the midst of a write, and takes note of nothing before.
             channel = self.channel  # an attempt may have made the next one soon
             self.lose(channel, OSError(errno.ECANCELED, "refault ends"))
-            losses = self.losses
             # Nothing tells of all three.
-            while losses.held is None and channel == self.channel and self.cost_of_stopping() is not None:  # noqa: ASYNC110
+            while self.held is None and channel == self.channel and self.cost_of_stopping() is not None:  # noqa: ASYNC110
                 await trio.sleep(STALL_LOOK)
         cost = self.cost_of_stopping()
         if cost is not None and not cost[0] and self.kept.main is not None:
@@ -366,23 +411,23 @@ class Channels:
             return self.kept.by_qemu
         if cost is not None and self.kept.names:  # it might not end before, and now QEMU is to see its end
             await self.kept.let_go()
-            self._migration.remember()
+            self._course.remember()
         return True
 
     async def _waits_for_pong(self) -> bool:
         """Whether a source waits for PONG 0x42."""
-        migration = self._migration
+        course = self._course
         # Of what cannot be read the phase is a guess, and the more careful one.
         leaves = not self.relay.closed and (self.unread or self.phase in (Phase.SWITCHOVER, Phase.POSTCOPY))
-        if migration.role is not Role.SOURCE or not leaves:
+        if course.role is not Role.SOURCE or not leaves:
             return False
         with contextlib.suppress(QmpError, MonitorLost, trio.TooSlowError):
             status = (await self.word.ask()).status  # without the `events` capability the last word is old
-            waits = waits_for_pong(migration.role, status)
-            if status is not None and (waits or waits_for_pong(migration.role, migration.status)):
-                migration.on_status(status)
+            waits = waits_for_pong(course.role, status)
+            if status is not None and (waits or waits_for_pong(course.role, course.status)):
+                course.on_status(status)
             return waits and not self.relay.closed
-        return waits_for_pong(migration.role, migration.status) and not self.relay.closed
+        return waits_for_pong(course.role, course.status) and not self.relay.closed
 
     def completed(self) -> None:
         """The migration has ended: nothing is outstanding any more, and a leg that has ended is not kept."""

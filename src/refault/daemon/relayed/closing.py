@@ -5,20 +5,17 @@ from __future__ import annotations
 
 import contextlib
 import math
-from typing import TYPE_CHECKING
 
 import trio
 
 from refault.channel.relay import Relay
+from refault.daemon.known.course import Course
 from refault.daemon.near.kept_ends import KeptEnds
 from refault.daemon.near.return_path import end_first
 from refault.migration.legs import WAITS_FOR_PONG
 from refault.migration.messages import PONG_LOADED
 from refault.migration.phase import Phase, Role
 from refault.migration.versions import abilities
-
-if TYPE_CHECKING:
-    from refault.daemon.migration import Migration
 
 SAID_WITHIN = 0.02
 """Seconds until a source is asked again how far it is: without the `events` capability it does not tell."""
@@ -35,8 +32,8 @@ _ACK_WITHIN = 5.0
 class Closing:
     """Of the newest channel of one relayed migration."""
 
-    def __init__(self, migration: Migration, relay: Relay, kept: KeptEnds) -> None:
-        self._migration = migration
+    def __init__(self, course: Course, relay: Relay, kept: KeptEnds) -> None:
+        self._course = course
         self._relay = relay
         self._kept = kept
         self._channel = 0
@@ -85,12 +82,12 @@ class Closing:
 
     def close(self, phase: Phase) -> None:
         """Closes the channel, lost in `phase`, as soon as its QEMU survives it."""
-        migration = self._migration
-        lags = migration.role is Role.SOURCE and abilities(migration.vm.version).resume_after > 0
+        course = self._course
+        lags = course.role is Role.SOURCE and abilities(course.vm.version).resume_after > 0
         if phase is Phase.POSTCOPY and lags:
-            migration.vm.start_soon(self.close_return_path_first, self._channel)
+            course.vm.start_soon(self.close_return_path_first, self._channel)
         elif self._preempt_thread_wakes():
-            migration.vm.start_soon(self._close_when_awake, self._channel)
+            course.vm.start_soon(self._close_when_awake, self._channel)
         else:
             self.close_now(self._channel)
 
@@ -104,7 +101,7 @@ class Closing:
     async def close_return_path_first(self, channel: int) -> None:
         """Closes a lost channel, and the return path a little earlier, where QEMU is seen to take note."""
         async with self._ending:
-            pid = self._migration.vm.qemu_pid
+            pid = self._course.vm.qemu_pid
             try:
                 if self._kept.main is not None and pid is not None:
                     over = await end_first(self._kept.main, pid, self._peer_inode)
@@ -137,7 +134,7 @@ class Closing:
             with trio.move_on_after(seconds):
                 # In the midst of a write it takes note of nothing (migration_iteration_run). No more is read
                 # than need be: one that has sent all is in its completion.
-                while self._migration.status == WAITS_FOR_PONG and channel == self._channel:
+                while self._course.status == WAITS_FOR_PONG and channel == self._channel:
                     with trio.move_on_after(_SIP_EVERY):
                         await leg.recv(_SIP)
                     await trio.sleep(_SIP_EVERY)

@@ -3,16 +3,13 @@
 from __future__ import annotations
 
 import contextlib
-from typing import TYPE_CHECKING
 
 import trio
 
 from refault.channel.relay import Relay
+from refault.daemon.known.course import Course
 from refault.migration.phase import Phase, Role
 from refault.migration.word import Word, word_of
-
-if TYPE_CHECKING:
-    from refault.daemon.migration import Migration
 
 ASKED_EVERY = 1.0
 """Seconds until QEMU has answered the next time, where the stream is not read."""
@@ -24,9 +21,9 @@ end."""
 class QemuWord:
     """What the QEMU of one relayed migration said last, and which of its commands it has answered."""
 
-    def __init__(self, migration: Migration, relay: Relay) -> None:
+    def __init__(self, course: Course, relay: Relay) -> None:
         self.last: Word | None = None
-        self._migration = migration
+        self._course = course
         self._relay = relay
         self._asked_at = 0.0
         self._told_pump = False
@@ -39,8 +36,8 @@ class QemuWord:
 
     async def ask(self) -> Word:
         """How far QEMU is. Raises what `execute` raises."""
-        vm = self._migration.vm
-        source = self._migration.role is Role.SOURCE
+        vm = self._course.vm
+        source = self._course.role is Role.SOURCE
         second = "query-migrate-parameters" if source else "query-status"
         migrate, more = await vm.query_both("query-migrate", second)
         left = not source and more.get("status") not in (None, "inmigrate")
@@ -54,7 +51,7 @@ class QemuWord:
 
     def tell_pump(self) -> None:
         """The pump cannot read that the destination runs, and from when on it is to mind silence."""
-        in_postcopy = self.wanted and self._relay.runs_told and not self._migration.never_postcopy
+        in_postcopy = self.wanted and self._relay.runs_told and not self._course.never_postcopy
         if in_postcopy and not self._told_pump:
             with contextlib.suppress(OSError):  # another time, then
                 self._relay.in_postcopy()
@@ -70,9 +67,9 @@ class QemuWord:
 
         A source does so in the completion (word.py), and before the destination runs while it sends PACKAGED.
         """
-        if self._migration.role is Role.DESTINATION:
+        if self._course.role is Role.DESTINATION:
             return Phase.SWITCHOVER if phase is Phase.PRECOPY else phase
-        if not self._migration.postcopy_began:
+        if not self._course.postcopy_began:
             return phase
         packaged = self.wanted and not self._relay.runs_told and self.much_left(ASKED_EVERY)
         return Phase.SWITCHOVER if packaged else Phase.COMPLETING
@@ -83,8 +80,8 @@ class QemuWord:
 
     async def in_tls_handshake(self, channel: int) -> bool:
         """Whether a source never came through the TLS handshake of `channel`, in which it answers nothing."""
-        migration = self._migration
-        if migration.role is not Role.SOURCE or not migration.vm.encrypted or self._answered == channel:
+        course = self._course
+        if course.role is not Role.SOURCE or not course.vm.encrypted or self._answered == channel:
             return False
         await trio.sleep(ANSWERED_WITHIN)
         return self._answered != channel and not self._relay.closed

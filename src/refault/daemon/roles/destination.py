@@ -68,10 +68,19 @@ class Destination:
 
     def __init__(self, migration: Migration) -> None:
         self._migration = migration
-        self._doors = Doors(migration.vm, lanes=migration.lanes.count > 0)
+        self._course = course = migration.course
+        self._vm = vm = course.vm
+        self._doors = Doors(vm, lanes=course.lanes.count > 0)
         room = WaitingRoom()
-        self._addresses = FarAddresses(migration, room, self._offer)
-        self._gathering = Gathering(migration, room)
+        self._addresses = FarAddresses(
+            vm.name,
+            course.addresses,
+            room,
+            self._offer,
+            start_soon=vm.start_soon,
+            repeats=course.repeats,
+        )
+        self._gathering = Gathering(course, room)
         self._line: list[trio.socket.SocketType] = []
         """Recovered channels that QEMU does not wait for yet."""
         self._ends: Ends | None = None
@@ -86,6 +95,8 @@ class Destination:
         before QEMU has taken the command, and what it refuses it refuses in its own words.
         """
         migration = self._migration
+        course = self._course
+        vm = self._vm
         if migration.channels is None:
             return Forward(on_reply=self._watch_reply)
         endpoint = inet_of(migration.endpoint)
@@ -104,7 +115,7 @@ class Destination:
             await self._execute(with_uri(command.arguments, uri))
             if listener is not None:
                 self._addresses.open(listener)
-                migration.addresses.moved(listener.endpoint)
+                course.addresses.moved(listener.endpoint)
         except QmpError as error:
             migration.refused()
             return Answer(error=(error.class_, error.desc))
@@ -118,12 +129,12 @@ class Destination:
             self._addresses.give_up(listener)
         migration.accepted()
         self._addresses.bind_alternatives_soon()
-        migration.vm.start_soon(self._doors.lay)
+        vm.start_soon(self._doors.lay)
         return Answer(value={})
 
     async def _execute(self, arguments: Mapping[str, object]) -> None:
         """`migrate-incoming`, for as long as QEMU needs. Raises QmpError, MonitorLost."""
-        await self._migration.vm.monitor.execute("migrate-incoming", arguments, timeout=math.inf)
+        await self._vm.monitor.execute("migrate-incoming", arguments, timeout=math.inf)
 
     async def _refuse(self, command: WatchedCommand, why: str) -> Answer:
         """An address that cannot be had. What QEMU has against the command besides comes first, as there."""
@@ -151,8 +162,9 @@ class Destination:
         to know, and connects to QEMU when a migration begins there. Raises OSError.
         """
         migration = self._migration
+        course = self._course
         listener = await self._addresses.bind(inet_of(migration.endpoint))
-        migration.addresses.moved(listener.endpoint)
+        course.addresses.moved(listener.endpoint)
         self._addresses.bind_alternatives_soon()
         self._listens_at = path
         migration.accepted()
@@ -167,11 +179,12 @@ class Destination:
         """A client recovers by hand: our attempt makes way; refault has its address where it is relayed, and
         listens there once QEMU has taken the command."""
         migration = self._migration
+        course = self._course
         endpoint = endpoint_of(command.arguments)
-        if not migration.under_way or endpoint is None or set(command.arguments) != {"uri"}:
+        if not course.under_way or endpoint is None or set(command.arguments) != {"uri"}:
             return Forward()  # which QEMU refuses
-        log.info("%s: a client recovers the destination by hand", migration.name)
-        migration.feed(Event.CLIENT_RECOVERS)
+        log.info("%s: a client recovers the destination by hand", course.name)
+        course.feed(Event.CLIENT_RECOVERS)
         await migration.attempts.over()
         if migration.channels is None:
             return Forward(on_reply=migration.watch_move(endpoint))
@@ -180,8 +193,8 @@ class Destination:
         try:
             listener = await self._addresses.reserve(endpoint)
         except OSError as error:
-            migration.feed(Event.ATTEMPT_FAILED)
-            if migration.status != "postcopy-paused":
+            course.feed(Event.ATTEMPT_FAILED)
+            if course.status != "postcopy-paused":
                 return Forward()  # which QEMU refuses, whatever the address
             return Answer(error=("GenericError", words_of(endpoint, error)))
         if self._doors.open is not None:  # QEMU waits already, and whoever comes to this address reaches it
@@ -191,7 +204,7 @@ class Destination:
             door = await self._doors.next()
         except (QmpError, trio.TooSlowError, OSError) as error:
             self._addresses.give_up(listener)
-            migration.feed(Event.ATTEMPT_FAILED)  # QEMU could not listen there itself: the address is ours
+            course.feed(Event.ATTEMPT_FAILED)  # QEMU could not listen there itself: the address is ours
             return Answer(error=("GenericError", f"QEMU takes no descriptor: {words(error)}"))
         self._doors.told(door)
 
@@ -199,7 +212,7 @@ class Destination:
             if is_error(reply):
                 self._doors.refused(door)
                 self._addresses.give_up(listener)
-                migration.feed(Event.ATTEMPT_FAILED)
+                course.feed(Event.ATTEMPT_FAILED)
                 return reply
             self._doors.taken(door)
             failed = self._recovers_at(listener)
@@ -215,8 +228,8 @@ class Destination:
             self._addresses.open(listener)
         except OSError as error:
             return why_not(error)
-        self._migration.addresses.add(listener.endpoint)
-        self._migration.remember()
+        self._course.addresses.add(listener.endpoint)
+        self._course.remember()
         return None
 
     def show_address(self) -> Callable[[bytes], bytes] | None:
@@ -240,16 +253,16 @@ class Destination:
         begins = self._begins
         if begins:
             await self._learn()
-        encrypted = self._migration.vm.encrypted
+        encrypted = self._vm.encrypted
         if encrypted is not (kind is Kind.ENCRYPTED):
             log.warning(
                 "%s: closed a connection that begins with %s: tls-creds is %s here",
-                self._migration.name,
+                self._course.name,
                 kind.value,
                 "set" if encrypted else "not set",
             )
-        elif encrypted and self._migration.lanes.count:
-            log.warning("%s: closed a connection: TLS on more than one is not relayed", self._migration.name)
+        elif encrypted and self._course.lanes.count:
+            log.warning("%s: closed a connection: TLS on more than one is not relayed", self._course.name)
         elif encrypted:
             # Nothing can be read, so what it is follows from what is waited for.
             if begins:
@@ -257,17 +270,17 @@ class Destination:
             else:
                 await self._wait_in_line(connection)
         elif kind is Kind.MULTIFD:
-            if begins or self._migration.lanes.multifd:
+            if begins or self._course.lanes.multifd:
                 await self._gathering.offer_multifd(connection)
         elif kind is Kind.FRAME:
-            if self._migration.lanes.preempt:
+            if self._course.lanes.preempt:
                 await self._gathering.offer_preempt(connection)
         elif kind is Kind.FRESH:
             await self._begin(connection)
         elif kind is Kind.PING and not await self._answer(connection):
-            log.info("%s: a source that asked whether we are ready went away", self._migration.name)
+            log.info("%s: a source that asked whether we are ready went away", self._course.name)
         elif not await self._is_ours(connection):
-            log.warning("%s: closed a connection that recovers another VM, or none", self._migration.name)
+            log.warning("%s: closed a connection that recovers another VM, or none", self._course.name)
         else:
             await self._wait_in_line(connection)
 
@@ -288,11 +301,12 @@ class Destination:
 
     async def _begin(self, connection: trio.socket.SocketType) -> None:
         migration = self._migration
+        course = self._course
         if migration.channels is None or not self._begins:
             self._tell_under_way()
             return
         gathered = None
-        if migration.lanes.count and isinstance(self._doors.first, QemuListens):
+        if course.lanes.count and isinstance(self._doors.first, QemuListens):
             gathered = await self._gathering.gather(connection, recovered=False)
             if gathered is None:
                 return
@@ -305,7 +319,7 @@ class Destination:
             door = await self._reach_listener()
         if door is None:
             return
-        before = migration.channel
+        before = course.channel
         try:
             if isinstance(door, QemuListens) and gathered is None:
                 door = await self._gathering.reach(door)
@@ -320,19 +334,20 @@ class Destination:
         return self._doors.first is not None or self._listens_at is not None
 
     def _tell_under_way(self) -> None:
-        log.warning("%s: closed a connection that begins a migration: one is under way", self._migration.name)
+        log.warning("%s: closed a connection that begins a migration: one is under way", self._course.name)
 
     async def _learn(self) -> None:
         """What the client has set since its `migrate-incoming`: QEMU counts its connections when the first
         one comes."""
         migration = self._migration
+        course = self._course
         try:
-            capabilities, parameters = await migration.vm.ask_settings()
+            capabilities, parameters = await self._vm.ask_settings()
         except (QmpError, MonitorLost, trio.TooSlowError):
             return
-        migration.never_postcopy = not capabilities & {"postcopy-ram", "dirty-bitmaps"}
+        course.switches_never(not capabilities & {"postcopy-ram", "dirty-bitmaps"})
         lanes = lanes_of(capabilities, parameters)
-        vm = migration.vm
+        vm = self._vm
         reason = why_not_relayed(
             migration.endpoint,
             capabilities,
@@ -343,37 +358,39 @@ class Destination:
         )
         if reason is not None and self._listens_at is None:
             log.warning("%s: it begins through the relay all the same, though %s: switched on after"
-                        " migrate-incoming", migration.name, reason,
-                        extra=repeats((migration.name, "switched on"), reason))  # fmt: skip
-        if lanes != migration.lanes:
-            migration.lanes = lanes
-            migration.remember()
+                        " migrate-incoming", course.name, reason,
+                        extra=repeats((course.name, "switched on"), reason))  # fmt: skip
+        if lanes != course.lanes:
+            course.has(lanes)
+            course.remember()
         if self._doors.lanes is not (lanes.count > 0):
             self._doors.lanes = lanes.count > 0
-            migration.vm.start_soon(self._doors.give_up_deposits if lanes.count else self._doors.lay)
+            vm.start_soon(self._doors.give_up_deposits if lanes.count else self._doors.lay)
 
     async def _reach_listener(self) -> LocalLeg | None:
         """The leg to a QEMU that listens by its command line; None where it cannot be had."""
         migration = self._migration
+        course = self._course
+        vm = self._vm
         path, self._listens_at = self._listens_at, None
         if path is None:
             return None
         # Its client may have set since what the relay cannot carry.
-        reason, lanes = await migration.vm.judge(migration.endpoint, Role.DESTINATION)
+        reason, lanes = await vm.judge(migration.endpoint, Role.DESTINATION)
         if reason is None and lanes.count:
             reason = "it has more than one connection"
         if reason is not None:
             log.error(
                 "%s: closed a connection that begins a migration, for the relay cannot carry it: %s. Let QEMU"
                 " listen at an address of its own for that one",
-                migration.name,
+                course.name,
                 reason,
             )
         else:
             try:
-                return await reach(path, migration.vm.qemu_pid, REACH_TIMEOUT)
+                return await reach(path, vm.qemu_pid, REACH_TIMEOUT)
             except OSError as error:
-                log.error("%s: QEMU cannot be reached for the migration: %s", migration.name, error)
+                log.error("%s: QEMU cannot be reached for the migration: %s", course.name, error)
         self._listens_at = path
         return None
 
@@ -383,10 +400,12 @@ class Destination:
         The last to come is the first to be taken: its peer had most reason to come.
         """
         migration = self._migration
+        course = self._course
+        vm = self._vm
         watch_over(connection)
         self._line.append(connection)
         came = trio.current_time()
-        lives_after = migration.vm.patience.dead_after + LIVES_AFTER
+        lives_after = vm.patience.dead_after + LIVES_AFTER
         arrived_before: int | None = None
         try:
             while alive(connection):
@@ -396,7 +415,7 @@ class Destination:
                     and migration.channels is not None
                 ):
                     door, self._doors.open = self._doors.open, None
-                    before = migration.channel
+                    before = course.channel
                     gathered = None
                     try:
                         if isinstance(door, QemuListens):
@@ -408,13 +427,13 @@ class Destination:
                     except (AttemptFailed, OSError):
                         self._doors.open = self._as_it_was(door, before)
                         raise
-                    migration.vm.start_soon(self._watch_handshake, migration.channels)
+                    vm.start_soon(self._watch_handshake, migration.channels)
                     return
-                if migration.channels is not None and migration.policy.state is State.RUNNING:
+                if migration.channels is not None and course.policy.state is State.RUNNING:
                     waited = trio.current_time() - came
                     arrived = migration.channels.relay.look().forward_bytes
                     if waited > lives_after or (arrived_before is not None and arrived > arrived_before):
-                        log.warning("%s: closed a connection that recovers what is not lost", migration.name)
+                        log.warning("%s: closed a connection that recovers what is not lost", course.name)
                         return
                     if waited > IN_FLIGHT:
                         arrived_before = arrived
@@ -422,7 +441,7 @@ class Destination:
                     await self._doors.wanted.wait()
         finally:
             self._line.remove(connection)
-        log.info("%s: a recovered channel went away before QEMU was ready for it", migration.name)
+        log.info("%s: a recovered channel went away before QEMU was ready for it", course.name)
 
     async def _join(
         self,
@@ -437,7 +456,7 @@ class Destination:
         self._ends = Ends.of(connection)
         if isinstance(door, QemuListens) and gathered is not None:
             await self._gathering.connect(channels, door, gathered, recovered=recovered)
-        elif isinstance(door, LocalLeg) and not self._migration.lanes.count:
+        elif isinstance(door, LocalLeg) and not self._course.lanes.count:
             channels.join(door, connection, recovered=recovered)
         else:
             raise AttemptFailed("QEMU has one descriptor, and more than one connection was switched on since")
@@ -446,7 +465,7 @@ class Destination:
         """A door through which nobody came after all; None where a part of a channel did, `before` being the
         last one, or QEMU's leg went with it."""
         gone = isinstance(door, LocalLeg) and door.socket.fileno() < 0
-        return None if gone or self._migration.channel != before else door
+        return None if gone or self._course.channel != before else door
 
     async def _is_ours(self, connection: trio.socket.SocketType) -> bool:
         """Whether a recovered channel asks for all our RAM blocks; for any where ours are not known."""
@@ -457,20 +476,21 @@ class Destination:
         return False
 
     async def _watch_handshake(self, channels: Channels) -> None:
-        migration = self._migration
+        course = self._course
         channel = channels.channel
         if not await channels.handshake_stalls(STALL_TIMEOUT) or channels.channel != channel:
             return
         if await channels.may_end_handshake():
-            log.warning("%s: no end of the recovery handshake in %g s", migration.name, STALL_TIMEOUT)
+            log.warning("%s: no end of the recovery handshake in %g s", course.name, STALL_TIMEOUT)
             channels.abandon(channel)
-            migration.feed(Event.CHANNEL_LOST)
+            course.feed(Event.CHANNEL_LOST)
 
     # ---- recovery ----
 
     async def attempt(self) -> None:
         """One recovery: `migrate-recover`, and QEMU waits for the source, for as long as need be."""
         migration = self._migration
+        vm = self._vm
         if migration.channels is None:
             await self._attempt_unrelayed()
             return
@@ -480,11 +500,11 @@ class Destination:
             with trio.CancelScope(shield=True):  # once sent it runs, whether or not we wait for the reply
                 await self._tell(door)
         await migration.attempts.issued()
-        migration.vm.start_soon(self._doors.lay)
+        vm.start_soon(self._doors.lay)
 
     def path_changed(self) -> bool:
         """Whether that served a recovery: the source is to find us as soon as it can."""
-        lost = self._migration.policy.state in (State.WAITING, State.ATTEMPTING, State.OPEN)
+        lost = self._course.policy.state in (State.WAITING, State.ATTEMPTING, State.OPEN)
         return lost and self._ends is not None and announce(self._ends)
 
     async def _tell(self, door: Door) -> None:
@@ -505,7 +525,7 @@ class Destination:
         self._doors.taken(door)
 
     async def _attempt_unrelayed(self) -> None:
-        addresses = self._migration.addresses
+        addresses = self._course.addresses
         if not addresses.order():
             raise AttemptFailed("the address of the lost channel is not known; name one with --recover-uri")
         endpoint = addresses.order()[0]
@@ -518,21 +538,23 @@ class Destination:
             raise
         await self._migration.attempts.issued()
         await trio.sleep(ADDRESS_TIMEOUT)  # a recovery ends this attempt, and so this wait
-        if self._migration.policy.state is State.OPEN:
+        if self._course.policy.state is State.OPEN:
             raise AttemptFailed(f"the source did not come to {endpoint.uri} in {ADDRESS_TIMEOUT:g} s")
 
     async def _recover(self, uri: str) -> None:
-        migration = self._migration
-        await migration.vm.monitor.execute("migrate-recover", {"uri": uri}, oob=True, timeout=RECOVER_TIMEOUT)
-        migration.counters.attempts += 1
+        course = self._course
+        vm = self._vm
+        await vm.monitor.execute("migrate-recover", {"uri": uri}, oob=True, timeout=RECOVER_TIMEOUT)
+        course.counters.attempt()
         log.info("%s: recovery attempt %d: QEMU waits for the source (%s)",
-                 migration.name, migration.counters.attempts, uri,
-                 extra=migration.attempts.repeats("attempt", uri))  # fmt: skip
+                 course.name, course.counters.attempts, uri,
+                 extra=course.repeats("attempt", uri))  # fmt: skip
 
     async def settle(self) -> None:
         """Lays new descriptors in place of those that were used."""
         migration = self._migration
-        if migration.channels is not None and migration.policy.state is State.RUNNING:
+        course = self._course
+        if migration.channels is not None and course.policy.state is State.RUNNING:
             await self._doors.refill()
 
     async def prepare_to_stop(self) -> bool:

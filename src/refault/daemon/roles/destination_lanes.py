@@ -11,7 +11,6 @@ from __future__ import annotations
 import logging
 import socket
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
 from uuid import UUID
 
 import trio
@@ -21,15 +20,13 @@ from refault.daemon.far.listen import FIRST_BYTES_TIMEOUT
 from refault.daemon.far.waiting_room import WaitingRoom
 from refault.daemon.kernel.tcp import alive, is_whole
 from refault.daemon.kernel.unix_diag import peer_inode_now
+from refault.daemon.known.course import Course
 from refault.daemon.monitor.monitor import MonitorLost, QmpError
 from refault.daemon.near.local import DESTINATION_SEND_BUFFER, LocalLeg
 from refault.daemon.near.local_unix import QemuListens
 from refault.daemon.relayed.channels import Channels
 from refault.migration.messages import MULTIFD_INIT_BYTES, MultifdInit, multifd_init
 from refault.migration.versions import abilities
-
-if TYPE_CHECKING:
-    from refault.daemon.migration import Migration
 
 log = logging.getLogger("refault.migration")
 
@@ -86,8 +83,8 @@ class Gathering:
     """Brings together the connections of one migration's channels: by what they say, and where they say
     nothing by when they came, for a peer may have several addresses."""
 
-    def __init__(self, migration: Migration, room: WaitingRoom) -> None:
-        self._migration = migration
+    def __init__(self, course: Course, room: WaitingRoom) -> None:
+        self._course = course
         self._room = room
         self._mains: list[Main] = []
         """Those that wait for their further connections."""
@@ -105,7 +102,7 @@ class Gathering:
             if said is None:
                 log.warning(
                     "%s: closed a connection from %s that is no multifd channel",
-                    self._migration.name,
+                    self._course.name,
                     arrival.peer,
                 )
                 return
@@ -135,10 +132,11 @@ class Gathering:
 
     async def gather(self, connection: trio.socket.SocketType, *, recovered: bool) -> Gathered | None:
         """Waits for what belongs to a main connection that has come. None where it did not come."""
-        migration = self._migration
+        course = self._course
+        vm = self._course.vm
         arrival = self._room.arrival_of(connection)
         main = Main(connection, arrival.number, arrival.peer, recovered)
-        late = migration.lanes.preempt and abilities(migration.vm.version).preempt_comes_late
+        late = course.lanes.preempt and abilities(vm.version).preempt_comes_late
         gathered = Gathered(main, [], late=late)
         if late or await self._gather(gathered.others, main):
             return gathered
@@ -148,7 +146,7 @@ class Gathering:
         """A connection to QEMU, which must not see it end before it has been joined. Raises OSError where it
         does not listen."""
         with trio.CancelScope(shield=True):
-            local = await self._migration.vm.sockets.connect(door.path)
+            local = await self._course.vm.sockets.connect(door.path)
         local.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, DESTINATION_SEND_BUFFER)
         return LocalLeg(door.path, local, peer_inode_now(local))
 
@@ -158,24 +156,25 @@ class Gathering:
         """Joins a channel with lanes. Raises AttemptFailed where the channel before must stay, OSError where
         QEMU does not listen.
         """
-        migration = self._migration
+        course = self._course
+        vm = self._course.vm
         channels.check_room()
-        sockets = migration.vm.sockets
+        sockets = vm.sockets
         main = gathered.main
         with trio.CancelScope(shield=True):
             local = await sockets.connect(door.path)
             leg = LocalLeg(door.path, local, peer_inode_now(local))
             channels.join(leg, main.connection, recovered=recovered)
             channel = channels.channel
-            if migration.lanes.preempt and not gathered.late:
+            if course.lanes.preempt and not gathered.late:
                 channels.closing.gives_preempt(channel)
             for other in gathered.others:
                 channels.add_lane(channel, await sockets.connect(door.path), other)
         if gathered.late:
-            migration.vm.start_soon(self._bring_preempt, channels, channel, door, main)
+            vm.start_soon(self._bring_preempt, channels, channel, door, main)
 
     async def _gather(self, others: list[trio.socket.SocketType], main: Main) -> bool:
-        lanes = self._migration.lanes
+        lanes = self._course.lanes
         if lanes.multifd:
             await self._ask_uuid()
         began = last = trio.current_time()
@@ -189,7 +188,7 @@ class Gathering:
                 if self._is_void(main) or trio.current_time() > last + ALL_WITHIN:
                     log.warning(
                         "%s: closed a channel from %s: of its %d further connections %d came",
-                        self._migration.name, main.peer, lanes.count, came,
+                        self._course.name, main.peer, lanes.count, came,
                     )  # fmt: skip
                     return False
                 changed = self._came if lanes.multifd else self._room.changed
@@ -214,7 +213,7 @@ class Gathering:
 
     async def _ask_uuid(self) -> None:
         try:
-            told = (await self._migration.vm.query("query-uuid")).get("UUID")
+            told = (await self._course.vm.query("query-uuid")).get("UUID")
             self._uuid = UUID(str(told)).bytes
         except (QmpError, MonitorLost, trio.TooSlowError, ValueError):
             self._uuid = None
@@ -236,7 +235,7 @@ class Gathering:
     def _take_multifd(self, main: Main) -> list[trio.socket.SocketType]:
         """All that are needed, or none."""
         found = self._found(main)
-        wanted = range(self._migration.lanes.multifd)
+        wanted = range(self._course.lanes.multifd)
         if not found.keys() >= set(wanted):
             return []
         chosen = [found[number] for number in wanted]
@@ -267,7 +266,7 @@ class Gathering:
                         return
                     channels.closing.gives_preempt(channel)
                     with trio.CancelScope(shield=True):
-                        local = await self._migration.vm.sockets.connect(door.path)
+                        local = await self._course.vm.sockets.connect(door.path)
                         channels.add_lane(channel, local, connection)
                     return
                 with trio.move_on_after(_LOOK):

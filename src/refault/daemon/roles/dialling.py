@@ -16,8 +16,8 @@ import trio
 from refault.daemon.far.dial import REDIAL_TIMEOUT, dial_in_course, outlast
 from refault.daemon.kernel.process import same_network
 from refault.daemon.kernel.tcp import connects
+from refault.daemon.known.course import Course
 from refault.daemon.known.vm_state import QUERY_TIMEOUT
-from refault.daemon.migration import Migration
 from refault.daemon.monitor.monitor import QmpError
 from refault.daemon.near.local import Executes, hand_connection
 from refault.migration.endpoint import Endpoint, Inet
@@ -43,33 +43,32 @@ async def resume(monitor: Executes, uri: str) -> None:
 class Dialling:
     """What one migration's source, without a relay, was told to dial."""
 
-    def __init__(self, migration: Migration) -> None:
-        self._migration = migration
+    def __init__(self, course: Course) -> None:
+        self._course = course
         self._told: tuple[float, int] | None = None
         """When it was told last, and how many recoveries there had been."""
 
-    def watch(self, endpoint: Endpoint | None) -> Callable[[bytes], bytes]:
-        """What hears QEMU's reply to a client's `migrate` with `resume`: as Migration.watch_move, and QEMU
-        dials from then on."""
-        watch_move = self._migration.watch_move(endpoint)
+    def watch(self, endpoint: Endpoint | None, heard: Callable[[bytes], bytes]) -> Callable[[bytes], bytes]:
+        """What hears QEMU's reply to a client's `migrate` with `resume`: `heard` does, and QEMU dials from
+        then on."""
 
         def watch(reply: bytes) -> bytes:
             if isinstance(endpoint, Inet) and not is_error(reply):
                 self._is_told()
-            return watch_move(reply)
+            return heard(reply)
 
         return watch
 
     def _is_told(self) -> None:
-        self._told = trio.current_time(), self._migration.counters.recoveries
+        self._told = trio.current_time(), self._course.counters.recoveries
 
     async def goes_on(self) -> bool:
         """Whether QEMU may still be at the connection that it was told to make."""
-        vm, endpoint = self._migration.vm, self._migration.addresses.last
+        vm, endpoint = self._course.vm, self._course.addresses.last
         if self._told is None or abilities(vm.version).tells_that_it_dials:
             return False
         began, recoveries = self._told
-        if recoveries != self._migration.counters.recoveries or not isinstance(endpoint, Inet):
+        if recoveries != self._course.counters.recoveries or not isinstance(endpoint, Inet):
             return False
         if vm.qemu_pid is not None and await vm.takes_descriptors():  # else it may be a forwarder's
             with contextlib.suppress(OSError):  # it is another user's, say
@@ -77,17 +76,17 @@ class Dialling:
                 return await trio.to_thread.run_sync(connects, vm.qemu_pid, endpoint.port)
         return trio.current_time() - began < DIAL_TIMEOUT
 
-    async def resume(self, endpoint: Endpoint, course: trio.CancelScope) -> None:
-        """Has QEMU recover at an address, or over a connection made for it; `course` as for dial_in_course.
+    async def resume(self, endpoint: Endpoint, shield: trio.CancelScope) -> None:
+        """Has QEMU recover at an address, or over a connection made for it; `shield`: an attempt's course.
 
         Raises AttemptFailed where nobody can be reached, and what `execute` raises.
         """
-        vm = self._migration.vm
+        vm = self._course.vm
         if not isinstance(endpoint, Inet) or not await self._takes_connection():
             await self._resume_at(endpoint.uri)
             return
         try:
-            connection, _ = await dial_in_course([endpoint], REDIAL_TIMEOUT, course)
+            connection, _ = await dial_in_course([endpoint], REDIAL_TIMEOUT, shield)
         except OSError as error:
             raise AttemptFailed(f"{error} ({_ADVICE})") from None
         with connection:
@@ -101,14 +100,14 @@ class Dialling:
     async def _resume_at(self, uri: str) -> None:
         self._is_told()
         try:
-            await resume(self._migration.vm.monitor, uri)
+            await resume(self._course.vm.monitor, uri)
         except QmpError:
             self._told = None
             raise
 
     async def _takes_connection(self) -> bool:
         """Whether QEMU is better given a connection, and takes one. Raises what `execute` does."""
-        vm = self._migration.vm
+        vm = self._course.vm
         if abilities(vm.version).tells_that_it_dials or vm.qemu_pid is None:
             return False
         if not await vm.takes_descriptors():

@@ -43,9 +43,11 @@ class Source:
 
     def __init__(self, migration: Migration) -> None:
         self._migration = migration
+        self._course = migration.course
+        self._vm = migration.course.vm
         self._opening: Opening | None = None
         """The channel that QEMU opens, or opened last, where it has lanes."""
-        self._dialling = Dialling(migration)
+        self._dialling = Dialling(self._course)
 
     async def set_up(self, command: WatchedCommand) -> Forward | Answer:
         """A client's `migrate`: QEMU gets it with an address of ours, where the relay can carry it, and the
@@ -61,15 +63,15 @@ class Source:
                 await migration.go_unrelayed(f"no local leg could be made: {words(error)}")
             else:
                 self._opening = Opening(
-                    migration, channels, near, inet_of(migration.endpoint), deque(), recovered=False
+                    self._course, channels, near, inet_of(migration.endpoint), deque(), recovered=False
                 )
                 return Forward(with_uri(command.arguments, near.uri), on_reply=self._watch_reply)
         return Forward(on_reply=self._watch_reply)
 
     async def _near(self) -> Listening | Pair:
         """What QEMU is to be told of. Raises OSError, and what `execute` raises."""
-        migration = self._migration
-        vm = migration.vm
+        course = self._course
+        vm = self._vm
         try:
             if await vm.comes_to_sockets():
                 vm.sockets.make_if_missing()
@@ -77,7 +79,7 @@ class Source:
             reason = f"QEMU does not come to a socket in {vm.sockets.directory}"
         except OSError as error:
             reason = str(error)
-        if migration.lanes.count or vm.encrypted:
+        if course.lanes.count or vm.encrypted:
             # A pair has one connection; and QEMU's monitor stands while a TLS handshake waits on one.
             raise OSError(reason)
         log.info("%s: %s; it gets a descriptor, and begins before the other host is reached", vm.name, reason)
@@ -86,7 +88,7 @@ class Source:
     async def _may_receive_unsent(self) -> bool:
         """Whether the destination may rightly have pages that were never sent (cext/tracker.h)."""
         try:
-            devices = await self._migration.vm.monitor.execute("query-memory-devices", timeout=QUERY_TIMEOUT)
+            devices = await self._vm.monitor.execute("query-memory-devices", timeout=QUERY_TIMEOUT)
         except QmpError:
             return True
         return has_virtio_mem(devices)
@@ -96,7 +98,7 @@ class Source:
         channels: Channels,
         endpoints: Sequence[Inet],
         *,
-        course: trio.CancelScope | None = None,
+        shield: trio.CancelScope | None = None,
         asks: bool = False,
     ) -> str:
         """Makes both legs of a recovered channel and joins them, where it `asks` only when there is an
@@ -105,16 +107,16 @@ class Source:
         Dialled last and joined at once: a connection to a QEMU that listens for a recovery must not be given
         up. Raises OSError, AttemptFailed, and what `execute` raises.
         """
-        if self._migration.lanes.count:
-            return await self._open(channels, endpoints, course=course, asks=asks)
-        monitor = self._migration.vm.monitor
+        if self._course.lanes.count:
+            return await self._open(channels, endpoints, shield=shield, asks=asks)
+        monitor = self._vm.monitor
         local = await hand_over(monitor, Role.SOURCE)
         try:
-            connection, endpoint = await dial_in_course(endpoints, REDIAL_TIMEOUT, course)
+            connection, endpoint = await dial_in_course(endpoints, REDIAL_TIMEOUT, shield)
             with connection:
-                self._migration.addresses.tried(endpoint)
-                if course is not None and asks:
-                    await self._ask(connection, endpoint, course)
+                self._course.addresses.tried(endpoint)
+                if shield is not None and asks:
+                    await self._ask(connection, endpoint, shield)
                 channels.join(local, connection, recovered=True)
         except BaseException:
             local.close()
@@ -128,7 +130,7 @@ class Source:
         channels: Channels,
         endpoints: Sequence[Inet],
         *,
-        course: trio.CancelScope | None,
+        shield: trio.CancelScope | None,
         asks: bool,
     ) -> str:
         """The same where QEMU opens more than one connection: at a private socket, as it comes to them.
@@ -136,61 +138,63 @@ class Source:
         The other host is dialled ahead for all that QEMU opens at once: of such a QEMU no part of a recovered
         channel may fail.
         """
-        migration = self._migration
+        course = self._course
+        vm = self._vm
         if self._opening is not None:
             self._opening.cancel()
             await self._opening.over.wait()
         channels.check_room()
-        sockets = migration.vm.sockets
+        sockets = vm.sockets
         sockets.make_if_missing()
-        at_once = migration.lanes.preempt and not abilities(migration.vm.version).preempt_comes_late
+        at_once = course.lanes.preempt and not abilities(vm.version).preempt_comes_late
         listening = sockets.listen()
         connections: deque[trio.socket.SocketType] = deque()
         try:
-            connection, endpoint = await dial_in_course(endpoints, REDIAL_TIMEOUT, course)
+            connection, endpoint = await dial_in_course(endpoints, REDIAL_TIMEOUT, shield)
             connections.append(connection)
             there = reached(connection, endpoint)
             if at_once:
                 connections.append((await connect_any([there], REDIAL_TIMEOUT))[0])
-            if course is not None and asks:
-                await self._ask(connection, endpoint, course)
+            if shield is not None and asks:
+                await self._ask(connection, endpoint, shield)
         except BaseException:
             listening.close()
             for connection in connections:
                 connection.close()
             raise
-        migration.addresses.tried(endpoint)
-        self._opening = Opening(migration, channels, listening, there, connections, recovered=True)
-        migration.vm.start_soon(self._opening.run)
+        course.addresses.tried(endpoint)
+        self._opening = Opening(course, channels, listening, there, connections, recovered=True)
+        vm.start_soon(self._opening.run)
         return self._opening.uri
 
     async def _ask(
-        self, connection: trio.socket.SocketType, endpoint: Inet, course: trio.CancelScope
+        self, connection: trio.socket.SocketType, endpoint: Inet, shield: trio.CancelScope
     ) -> None:
-        """Returns when there is an answer (ping.py); meanwhile `course` has no shield.
+        """Returns when there is an answer (ping.py); meanwhile `shield` is down.
 
         Raises OSError where the connection ends before.
         """
-        migration = self._migration
-        course.shield = False
+        course = self._course
+        vm = self._vm
+        shield.shield = False
         try:
-            await ping.ask(connection, migration.vm.patience.dead_after)
+            await ping.ask(connection, vm.patience.dead_after)
             with trio.move_on_after(HANDSHAKE_TIMEOUT):
                 await ping.answered(connection)
                 return
             log.warning(
                 "%s: %s has accepted and does not answer for %g s; going on to wait (%s)",
-                migration.name,
+                course.name,
                 endpoint.uri,
                 HANDSHAKE_TIMEOUT,
                 HANDSHAKE_ADVICE,
             )
             await ping.answered(connection)
         except trio.Cancelled:
-            migration.vm.start_soon(outlast, connection.dup())
+            vm.start_soon(outlast, connection.dup())
             raise
         finally:
-            course.shield = True
+            shield.shield = True
 
     def _watch_reply(self, reply: bytes) -> bytes:
         if is_error(reply):
@@ -198,7 +202,7 @@ class Source:
         else:
             self._migration.accepted()
             if self._opening is not None:
-                self._migration.vm.start_soon(self._opening.run)
+                self._vm.start_soon(self._opening.run)
         return reply
 
     def show_failure(self, reply: bytes) -> bytes:
@@ -222,39 +226,41 @@ class Source:
         Where a channel works or a handshake is under way that stands: QEMU refuses the command by itself.
         """
         migration = self._migration
+        course = self._course
+        vm = self._vm
         if command.arguments.get("uri") == TAKE_BACK:
-            why_not = decide(migration)
+            why_not = decide(self._course, migration.channels)
             return Answer(error=("GenericError", why_not)) if why_not else Answer()
-        if not migration.under_way or is_refused(command.arguments, migration.vm.version):
+        if not course.under_way or is_refused(command.arguments, vm.version):
             return Forward()  # which QEMU refuses
-        log.info("%s: a client recovers the source by hand", migration.name)
+        log.info("%s: a client recovers the source by hand", course.name)
         if await self._dialling.goes_on():
             return Answer(error=("GenericError", DIALS))
-        state = migration.policy.state
+        state = course.policy.state
         works = state in (State.RUNNING, State.GIVEN_UP) and migration.cost_of_stopping() is not None
         if works or state in (State.OPEN, State.HANDSHAKE, State.HELD):
             return Forward()
-        migration.feed(Event.CLIENT_RECOVERS)
+        course.feed(Event.CLIENT_RECOVERS)
         await migration.attempts.over()
         if await self._dialling.goes_on():
-            migration.feed(Event.ATTEMPT_FAILED)
+            course.feed(Event.ATTEMPT_FAILED)
             return Answer(error=("GenericError", DIALS))
         if migration.cost_of_stopping() is not None:
             return Forward()  # our attempt had its channel already, and that stands
         endpoint = endpoint_of(command.arguments)
         channels = migration.channels
         if channels is None:
-            return Forward(on_reply=self._dialling.watch(endpoint))
+            return Forward(on_reply=self._dialling.watch(endpoint, migration.watch_move(endpoint)))
         if not isinstance(endpoint, Inet):
             return Forward(on_reply=migration.watch_recovery)
         try:
             uri = await self._join(channels, [endpoint])
         except (AttemptFailed, OSError) as error:
-            migration.feed(Event.ATTEMPT_FAILED)
+            course.feed(Event.ATTEMPT_FAILED)
             return Answer(error=("GenericError", str(error)))
         except (QmpError, trio.TooSlowError):
             return Forward(on_reply=migration.watch_recovery)
-        migration.addresses.moved(endpoint)
+        course.addresses.moved(endpoint)
         channel = channels.channel
 
         def watch(reply: bytes) -> bytes:
@@ -262,7 +268,7 @@ class Source:
                 self._not_taken(channels, channel)
             elif channels.channel == channel:
                 channels.answered()
-                migration.remember()
+                course.remember()
             return migration.watch_recovery(reply)
 
         return Forward(with_uri(command.arguments, uri), on_reply=watch)
@@ -277,59 +283,62 @@ class Source:
     async def attempt(self) -> None:
         """One recovery: is it paused, dial, hand over, resume, and wait until QEMU is active again."""
         migration = self._migration
+        course = self._course
+        vm = self._vm
         await self._must_be_paused()
         if await self._dialling.goes_on():
             raise NotPausedYet
-        migration.counters.attempts += 1
-        addresses = migration.addresses.order()
+        course.counters.attempt()
+        addresses = course.addresses.order()
         if migration.channels is None:
             del addresses[1:]  # QEMU dials, and only one
         where = ", then ".join(endpoint.uri for endpoint in addresses) or "?"
         log.info(
             "%s: recovery attempt %d: migrate with resume to %s",
-            migration.name,
-            migration.counters.attempts,
+            course.name,
+            course.counters.attempts,
             where,
-            extra=migration.attempts.repeats("attempt", where),
+            extra=course.repeats("attempt", where),
         )
         if not addresses:
             raise AttemptFailed("the address of the lost channel is not known; name one with --recover-uri")
         if migration.channels is None or not await migration.channels.closing.return_path_over():
-            await trio.sleep(abilities(migration.vm.version).resume_after)
+            await trio.sleep(abilities(vm.version).resume_after)
         # Once the other host has been dialled and QEMU has its command, the course is run to its end.
-        with trio.CancelScope(shield=True) as course:
+        with trio.CancelScope(shield=True) as shield:
             if migration.channels is not None:
-                await self._resume_relayed(migration.channels, addresses, course)
+                await self._resume_relayed(migration.channels, addresses, shield)
             else:
                 [endpoint] = addresses
-                migration.addresses.tried(endpoint)
-                await self._dialling.resume(endpoint, course)
+                course.addresses.tried(endpoint)
+                await self._dialling.resume(endpoint, shield)
         await migration.attempts.issued()
         await self._until_active()
 
     async def _must_be_paused(self) -> None:
         """Raises NotPausedYet where QEMU has not. An event says so; where none comes soon QEMU is asked."""
-        migration = self._migration
+        course = self._course
+        vm = self._vm
         with trio.move_on_after(PAUSE_TOLD_WITHIN):
-            await migration.pause_told.wait()
+            await course.pause_told.wait()
             return
-        status = (await migration.vm.query("query-migrate")).get("status")
-        if isinstance(status, str) and status != migration.status:
-            migration.status = status
+        status = (await vm.query("query-migrate")).get("status")
+        if isinstance(status, str) and status != course.status:
+            course.is_found(status)
         if status != "postcopy-paused":
             if status in ("completed", "failed"):
-                migration.on_status(str(status))
+                course.on_status(str(status))
             raise NotPausedYet
 
     async def _resume_relayed(
-        self, channels: Channels, addresses: Sequence[Endpoint], course: trio.CancelScope
+        self, channels: Channels, addresses: Sequence[Endpoint], shield: trio.CancelScope
     ) -> None:
         endpoints = [endpoint for endpoint in addresses if isinstance(endpoint, Inet)]
-        vm = self._migration.vm
+        vm = self._vm
         # Under TLS nothing of ours can be said, and a handshake that nobody answers leaves QEMU paused.
         asks = not (abilities(vm.version).pauses_again_in_handshake or vm.encrypted)
         try:
-            uri = await self._join(channels, endpoints, course=course, asks=asks)
+            uri = await self._join(channels, endpoints, shield=shield, asks=asks)
         except OSError as error:
             raise AttemptFailed(f"{error} ({DIAL_ADVICE})") from None
         channel = channels.channel
@@ -353,18 +362,20 @@ class Source:
     async def _until_active(self) -> None:
         """Waits for the end of the handshake, which the policy hears of by other ways."""
         migration = self._migration
+        course = self._course
+        vm = self._vm
         if migration.channels is not None:
             if await migration.channels.handshake_stalls(HANDSHAKE_TIMEOUT):
                 await self._out_of_time(migration.channels)
             return
-        while migration.policy.state is State.OPEN:
+        while course.policy.state is State.OPEN:
             await trio.sleep(0.05)
             dials = await self._dialling.goes_on()
-            if (await migration.vm.query("query-migrate")).get("status") == "postcopy-paused" and not dials:
+            if (await vm.query("query-migrate")).get("status") == "postcopy-paused" and not dials:
                 raise AttemptFailed("QEMU could not connect, or lost the connection again")
 
     async def _out_of_time(self, channels: Channels) -> None:
-        migration = self._migration
+        course = self._course
         if await channels.may_end_handshake():
             channels.abandon(channels.channel)
             raise AttemptFailed(
@@ -373,7 +384,7 @@ class Source:
         log.warning(
             "%s: the recovery handshake takes over %g s; this QEMU does not survive a channel closed in it,"
             " so it is held open until the other host answers (%s)",
-            migration.name,
+            course.name,
             HANDSHAKE_TIMEOUT,
             HANDSHAKE_ADVICE,
         )
@@ -389,8 +400,8 @@ class Source:
         """Takes back from QEMU what it held for the migration's last moments."""
         if self._opening is not None:
             await self._opening.clear()
-            self._migration.vm.sockets.remove_if_empty()
-        await take_back(self._migration.vm.monitor, *self._migration.kept_before)
+            self._vm.sockets.remove_if_empty()
+        await take_back(self._vm.monitor, *self._course.kept_before)
         if self._migration.channels is not None:
             await self._migration.channels.kept.let_go()
 
@@ -399,13 +410,13 @@ class Source:
 
         Older ones hang while paused, and else end what the destination's guest still needs (5.2, 7.2).
         """
-        vm = self._migration.vm
+        vm = self._vm
         if abilities(vm.version).refuses_cancel_in_postcopy:
             return Forward(on_reply=self._watch_cancel)
         try:
             status = (await vm.query("query-migrate")).get("status")
         except (QmpError, trio.TooSlowError):
-            status = self._migration.status
+            status = self._course.status
         if not str(status).startswith("postcopy-"):
             return Forward(on_reply=self._watch_cancel)
         return Answer(error=("GenericError", "Postcopy migration in progress, cannot cancel."))

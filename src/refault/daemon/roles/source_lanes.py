@@ -17,12 +17,12 @@ import logging
 import os
 import socket
 from collections import deque
-from typing import TYPE_CHECKING
 
 import trio
 
 from refault.daemon.far.dial import connect_any, connect_as_qemu, reached
 from refault.daemon.kernel.unix_diag import peer_inode_now
+from refault.daemon.known.course import Course
 from refault.daemon.monitor.monitor import MonitorLost, QmpError
 from refault.daemon.near.local import LocalLeg, Pair
 from refault.daemon.near.local_unix import Listening
@@ -30,9 +30,6 @@ from refault.daemon.near.short_queue import shorten
 from refault.daemon.relayed.channels import Channels
 from refault.migration.endpoint import Inet
 from refault.migration.recovery import AttemptFailed
-
-if TYPE_CHECKING:
-    from refault.daemon.migration import Migration
 
 log = logging.getLogger("refault.migration")
 
@@ -50,7 +47,7 @@ class Opening:
 
     def __init__(
         self,
-        migration: Migration,
+        course: Course,
         channels: Channels,
         near: Listening | Pair,
         endpoint: Inet,
@@ -66,7 +63,7 @@ class Opening:
         """Set when no more connections are taken."""
         self.failure: str | None = None
         """Why the other host was not reached, as QEMU would say it."""
-        self._migration = migration
+        self._course = course
         self._channels = channels
         self._near = near
         self._endpoint = endpoint
@@ -116,9 +113,7 @@ class Opening:
                 await self._take_main()
         except _NotReached as error:
             self.failure = str(error)
-            log.warning(
-                "%s: the other host is not reached: %s (%s)", self._migration.name, error, DIAL_ADVICE
-            )
+            log.warning("%s: the other host is not reached: %s (%s)", self._course.name, error, DIAL_ADVICE)
         finally:
             if self.failure is not None:
                 self._near.refuse()  # the path stays, or QEMU would say that it does not exist
@@ -130,10 +125,11 @@ class Opening:
 
     async def _dial_first(self) -> None:
         """QEMU has taken the command. Raises _NotReached."""
-        migration = self._migration
+        course = self._course
+        vm = self._course.vm
         with contextlib.suppress(QmpError, MonitorLost, trio.TooSlowError):
-            migration.lanes = await migration.vm.ask_lanes()  # from here on they stay as they are
-            migration.remember()
+            course.has(await vm.ask_lanes())  # from here on they stay as they are
+            course.remember()
         try:
             connection = await connect_as_qemu(self._endpoint)
         except OSError as error:
@@ -151,28 +147,28 @@ class Opening:
             log.warning(
                 "%s: QEMU was told to migrate but did not connect to %s in %g s: if SELinux or AppArmor"
                 " forbids it that, use --relay off",
-                self._migration.name,
+                self._course.name,
                 self._near.path,
                 QEMU_CONNECTS_WITHIN,
             )
             return
         leg = LocalLeg(self._near.path, local, peer_inode_now(local))
-        if not self._migration.lanes.count:
-            shorten(self._migration.vm.qemu_pid, leg.peer_inode)
+        if not self._course.lanes.count:
+            shorten(self._course.vm.qemu_pid, leg.peer_inode)
         try:
             self._channels.join(leg, self._connections.popleft(), recovered=self._recovered)
         except AttemptFailed as error:
-            log.warning("%s: %s", self._migration.name, error)
+            log.warning("%s: %s", self._course.name, error)
             leg.close()
             return
         self.joined.set()
         channel = self._channels.channel
         if not self._recovered:
-            self._migration.vm.start_soon(self._tell_answered, channel)
+            self._course.vm.start_soon(self._tell_answered, channel)
         try:
             async with trio.open_nursery() as nursery:
                 nursery.start_soon(self._watch, channel)
-                for _ in range(self._migration.lanes.count):
+                for _ in range(self._course.lanes.count):
                     if not await self._take_lane(channel):
                         break
                 nursery.cancel_scope.cancel()
@@ -189,12 +185,12 @@ class Opening:
 
     async def _tell_answered(self, channel: int) -> None:
         """QEMU answered long ago; that it has come through the TLS handshake its status tells."""
-        migration, channels = self._migration, self._channels
-        while migration.vm.encrypted and migration.status in (None, "setup") and channels.lives(channel):
+        course, channels, vm = self._course, self._channels, self._course.vm
+        while vm.encrypted and course.status in (None, "setup") and channels.lives(channel):
             with contextlib.suppress(QmpError, MonitorLost, trio.TooSlowError):  # it may answer nobody then
-                status = (await migration.vm.query("query-migrate")).get("status")
+                status = (await vm.query("query-migrate")).get("status")
                 if isinstance(status, str):
-                    migration.on_status(status)
+                    course.on_status(status)
             await trio.sleep(_ASKED_EVERY)
         if channels.lives(channel):
             channels.answered()
@@ -216,7 +212,7 @@ class Opening:
         try:
             connection = self._connections.popleft() if self._connections else await self._dial()
         except OSError as error:
-            log.warning("%s: no further connection of the channel: %s", self._migration.name, error)
+            log.warning("%s: no further connection of the channel: %s", self._course.name, error)
             self._channels.lose(channel, error)
             await _until_cancelled_with(local)
         except BaseException:

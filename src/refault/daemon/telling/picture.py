@@ -4,9 +4,8 @@ from __future__ import annotations
 
 from refault.channel.relay import Relay
 from refault.daemon.kernel.userfaultfd import Waiting, waiting
-from refault.daemon.known.vm_state import Counters, VmState
+from refault.daemon.known.vm_state import Counters
 from refault.daemon.migration import NO_MIGRATION, Migration
-from refault.daemon.monitor.address import Address
 from refault.daemon.monitor.monitor import QemuInfo
 from refault.daemon.telling.snapshot import (
     BlockStatus,
@@ -22,6 +21,7 @@ from refault.daemon.telling.snapshot import (
     StateStatus,
     VmStatus,
 )
+from refault.daemon.vm import Vm
 from refault.migration.phase import Role
 from refault.migration.recovery import State
 
@@ -32,10 +32,11 @@ LATENCY_BOUNDS = (
 """Upper bounds of the buckets, in seconds: a page fault takes about 1 ms, a starved one minutes."""
 
 
-def picture(address: Address, info: QemuInfo | None, vm: VmState, migration: Migration | None) -> VmStatus:
+def picture(of: Vm) -> VmStatus:
     """The picture, as things stand now. Call it in the trio thread."""
+    info, vm, migration = of.info, of.state, of.migration
     passing = migration.channels.relay if migration is not None and migration.channels is not None else None
-    if migration is not None and migration.gone:
+    if migration is not None and migration.course.gone:
         migration = None
     relay = passing if migration is not None else None
     monitor = vm.monitor
@@ -44,7 +45,7 @@ def picture(address: Address, info: QemuInfo | None, vm: VmState, migration: Mig
         name=vm.name,
         qemu=QemuStatus(
             connected=monitor.qemu is not None,
-            address=str(address),
+            address=str(of.options.qemu),
             pid=info.pid if info else None,
             version=info.version if info else None,
         ),
@@ -68,7 +69,7 @@ def picture(address: Address, info: QemuInfo | None, vm: VmState, migration: Mig
             recoveries=counters.recoveries,
             last_seconds=counters.last_seconds,
             last_error=counters.last_error,
-            given_up=migration is not None and migration.policy.state is State.GIVEN_UP,
+            given_up=migration is not None and migration.course.policy.state is State.GIVEN_UP,
         ),
         channel=_channel(counters, passing),
         state=StateStatus(error=troubles.error, errors=troubles.count, torn=troubles.torn),
@@ -81,8 +82,8 @@ def _migration(migration: Migration | None, relay: Relay | None) -> MigrationSta
     opaque = relay.opaque_reason() if relay else None
     state: RelayState = "off" if relay is None else "opaque" if opaque else "tracking"
     return MigrationStatus(
-        role=migration.role.value,
-        status=migration.status,
+        role=migration.course.role.value,
+        status=migration.course.status,
         relay=state,
         relay_reason=migration.relay_reason if relay is None else opaque,
         phase=migration.phase.value,
@@ -91,7 +92,7 @@ def _migration(migration: Migration | None, relay: Relay | None) -> MigrationSta
 
 
 def _kernel(info: QemuInfo | None, migration: Migration | None) -> Waiting | None:
-    if migration is None or migration.role is not Role.DESTINATION or not migration.under_way:
+    if migration is None or migration.course.role is not Role.DESTINATION or not migration.course.under_way:
         return None
     return waiting(info.pid) if info is not None and info.pid is not None else None
 

@@ -58,6 +58,14 @@ def directory(tmp_path: Path) -> Path:
     return made
 
 
+class NoRole:
+    """A source that does nothing."""
+
+    role = Role.SOURCE
+
+    def __init__(self, migration: Migration) -> None: ...
+
+
 def begun(directory: Path, tasks: list[Any] | None = None) -> Migration:
     vm = SimpleNamespace(
         name="vm",
@@ -70,7 +78,7 @@ def begun(directory: Path, tasks: list[Any] | None = None) -> Migration:
         state_file=StateFile(directory, "vm"),
         start_soon=lambda task, *_: tasks.append(task) if tasks is not None else None,
     )
-    made = Migration(cast(Any, vm), lambda _: cast(Any, SimpleNamespace(role=Role.SOURCE)), Inet("h", 1))
+    made = Migration(cast(Any, vm), cast(Any, NoRole), Inet("h", 1))
     made.begin(None)
     return made
 
@@ -89,7 +97,7 @@ def test_a_migration_begins_though_the_directory_fails_meanwhile_and_nothing_sta
     migration = begun(directory)
     assert migration.channels is not None
     assert "page requests are in memory alone" in caplog.text
-    troubles = migration.vm.state_file.troubles
+    troubles = migration.course.vm.state_file.troubles
     assert troubles.count == 1
     assert "a restarted refault will not replay them" in str(troubles.error)
     migration.close()

@@ -93,7 +93,8 @@ def lost(version: tuple[int, int, int], status: str, events: list[Event], **chan
     """A source's migration whose channel is lost; `channels`: what else its channels have."""
     defaults: dict[str, Any] = {
         "relay": SimpleNamespace(blocks=list, closed=False, passed=Passed),
-        "losses": SimpleNamespace(held_until_loaded=False),
+        "held": None,
+        "held_until_loaded": False,
         "closing": SimpleNamespace(swallow=no_more),
         "look": lambda: None,
     }
@@ -101,12 +102,10 @@ def lost(version: tuple[int, int, int], status: str, events: list[Event], **chan
         name="vm",
         role=Role.SOURCE,
         channels=SimpleNamespace(**defaults | channels),
-        held=None,
         status=status,
         under_way=True,
         stopped_by_switchover=False,
         vm=SimpleNamespace(version=version),
-        attempts=SimpleNamespace(over=no_more),
         look_soon=lambda: None,
         feed=events.append,
     )
@@ -135,7 +134,7 @@ async def test_the_guest_is_not_taken_back_from_a_destination_that_the_last_atte
         cost_of_stopping=lambda: cost,
         end=end,
     )
-    await reclaim(migration)
+    await reclaim(migration, lambda: migration.channels, no_more)
     assert (events, closed) == ([Event.ATTEMPT_FAILED], ended)
 
 
@@ -160,7 +159,7 @@ async def test_a_source_that_waits_to_hear_fails_by_itself_where_its_guest_canno
         word=SimpleNamespace(ask=ask),
         end=end,
     )
-    await reclaim(migration)
+    await reclaim(migration, lambda: migration.channels, no_more)
     assert (migration.status, events) == ("failed", [])
 
 
@@ -168,7 +167,6 @@ async def test_a_source_that_waits_to_hear_fails_by_itself_where_its_guest_canno
 def test_of_legs_that_are_held_only_that_is_let_go_whose_end_gives_the_guest_back(
     until_loaded: bool, fed: int
 ) -> None:
-    passed = SimpleNamespace(discarding=True, packaged_begun=True, opaque=False)
     events: list[Event] = []
     policy = SimpleNamespace(state=State.HELD)
 
@@ -176,18 +174,8 @@ def test_of_legs_that_are_held_only_that_is_let_go_whose_end_gives_the_guest_bac
         events.append(event)
         policy.state = State.RECLAIMING
 
-    migration = SimpleNamespace(
-        role=Role.SOURCE,
-        held_until_loaded=until_loaded,
-        vm=SimpleNamespace(version=(11, 1, 3)),
-        channels=SimpleNamespace(
-            knows_first=True,
-            has_arrived=False,
-            relay=SimpleNamespace(closed=False, passed=lambda: passed),
-        ),
-        policy=policy,
-        feed=feed,
-    )
-    why_not = decide(cast(Any, migration))
+    course = SimpleNamespace(vm=SimpleNamespace(version=(11, 1, 3)), policy=policy, feed=feed)
+    channels = SimpleNamespace(in_doubt=True, held_until_loaded=until_loaded)
+    why_not = decide(cast(Any, course), cast(Any, channels))
     assert events == [Event.TOLD_TO_TAKE_BACK] * fed
     assert ("held open" in (why_not or "")) is not bool(fed)

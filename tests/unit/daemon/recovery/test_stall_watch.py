@@ -34,7 +34,7 @@ async def test_a_handshake_that_does_not_end_is_paused_where_qemu_survives_it(
         role=Role.SOURCE,
         status="postcopy-recover",
         under_way=True,
-        attempts=SimpleNamespace(repeats=lambda *_: {}),
+        repeats=lambda *_: {},
         vm=SimpleNamespace(
             version=version, patience=Patience(stall_after=AFTER), monitor=SimpleNamespace(execute=execute)
         ),

@@ -12,9 +12,13 @@ import pytest
 import trio
 
 from refault.channel.relay import LegState, Relay, RelayView
+from refault.daemon.known.course import Course
+from refault.daemon.known.patience import Patience
+from refault.daemon.known.vm_state import Counters
 from refault.daemon.near.local import LocalLeg
 from refault.daemon.relayed.channels import Channels
-from refault.migration.phase import Role
+from refault.migration.legs import UNTIL_LOADED
+from refault.migration.phase import Passed, Phase, Role
 
 
 class Pump:
@@ -41,6 +45,11 @@ class Pump:
         )
 
 
+def course() -> Course:
+    vm = SimpleNamespace(name="vm", monitor=None, patience=Patience(), alternatives=(), counters=Counters())
+    return Course(cast(Any, vm), Role.SOURCE, None)
+
+
 def recover(channels: Channels) -> None:
     local, far = socket.socketpair()
     channels.join(LocalLeg("end", local, 0), trio.socket.from_stdlib_socket(far), recovered=True)
@@ -48,14 +57,7 @@ def recover(channels: Channels) -> None:
 
 async def test_the_replay_is_doubted_when_two_channels_are_lost_right_after_theirs() -> None:
     pump = Pump()
-    migration = SimpleNamespace(
-        name="vm",
-        gone=False,
-        role=Role.SOURCE,
-        lanes=SimpleNamespace(count=0),
-        vm=SimpleNamespace(monitor=None),
-    )
-    channels = Channels(cast(Any, migration), cast(Relay, pump))
+    channels = Channels(course(), cast(Relay, pump))
     recover(channels)
     pump.replays()
     channels.count_loss()
@@ -74,14 +76,7 @@ async def test_an_error_in_one_look_does_not_end_the_watch(
     nursery: trio.Nursery, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     relay = Relay(Role.SOURCE)
-    migration = SimpleNamespace(
-        name="vm",
-        gone=False,
-        role=Role.SOURCE,
-        lanes=SimpleNamespace(count=0),
-        vm=SimpleNamespace(monitor=None),
-    )
-    channels = Channels(cast(Any, migration), relay)
+    channels = Channels(course(), relay)
     looks = 0
 
     def look() -> None:
@@ -103,3 +98,32 @@ async def test_an_error_in_one_look_does_not_end_the_watch(
     nursery.cancel_scope.cancel()
     relay.close()
     channels.kept.drop()
+
+
+BEGUN = Passed(packaged_begun=True)
+
+
+@pytest.mark.parametrize(
+    ("passed", "held", "arrived", "doubt"),
+    [
+        (Passed(), False, False, False),
+        (BEGUN, False, False, True),
+        (Passed(discarding=True), False, False, True),
+        (BEGUN, False, True, False),
+        (dataclasses.replace(BEGUN, opaque=True), False, False, False),
+        (dataclasses.replace(BEGUN, opaque=True), True, False, True),
+        (BEGUN, True, True, False),
+    ],
+)
+async def test_when_it_is_in_doubt_whether_the_guest_has_arrived(
+    passed: Passed, *, held: bool, arrived: bool, doubt: bool
+) -> None:
+    pump = Pump()
+    vars(pump)["passed"] = lambda: passed
+    channels = Channels(course(), cast(Relay, pump))
+    channels.knows_first = True
+    channels.has_arrived = arrived
+    if held:
+        assert channels.hold(Phase.SWITCHOVER, UNTIL_LOADED)
+        assert not channels.hold(Phase.SWITCHOVER, UNTIL_LOADED)
+    assert channels.in_doubt is doubt

@@ -6,55 +6,43 @@ import contextlib
 import socket
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field
 from types import SimpleNamespace
-from typing import Any, cast
+from typing import Any
 
 import pytest
 import trio
 from tests.unit.channel import streams
 
 from refault.channel.relay import LegState, Relay
+from refault.daemon.known.course import Course
+from refault.daemon.known.patience import Patience
+from refault.daemon.known.vm_state import Counters
 from refault.daemon.near.local import LocalLeg
 from refault.daemon.relayed.channels import Channels
 from refault.daemon.relayed.closing import PREEMPT_WAKES_WITHIN
-from refault.migration.legs import WAITS_FOR_PONG
+from refault.daemon.relayed.losses import Losses
+from refault.migration.legs import UNTIL_LOADED, WAITS_FOR_PONG
 from refault.migration.messages import RESUME_ACK
 from refault.migration.phase import Phase, Role
-from refault.migration.recovery import Event, State
+from refault.migration.recovery import State
+from refault.migration.relayable import Lanes
 
 
-@dataclass
-class Migration:
-    """The parts of a migration that its channels need."""
+def course(vm: Any, role: Role, status: str = "postcopy-recover", *, postcopy_began: bool = True) -> Course:
+    """In a recovery handshake, of a migration with a preempt lane."""
+    vm.name, vm.patience, vm.alternatives, vm.counters = "vm", Patience(), (), Counters()
+    made = Course(vm, role, None, Lanes(preempt=True))
+    made.policy.state = State.HANDSHAKE
+    made.is_found(status)
+    if postcopy_began:
+        made.postcopy_begins()
+    return made
 
-    vm: Any
-    role: Role
-    name: str = "vm"
-    status: str = "postcopy-recover"
-    channels: Channels | None = None
-    postcopy_began: bool = True
-    held_until_loaded: bool = False
-    under_way: bool = True
-    never_postcopy: bool = False
-    gone: bool = False
-    pause_told: trio.Event = field(default_factory=trio.Event)
-    lanes: Any = field(default_factory=lambda: SimpleNamespace(count=1, preempt=True))
-    policy: Any = field(default_factory=lambda: SimpleNamespace(state=State.HANDSHAKE))
-    attempts: Any = field(default_factory=lambda: SimpleNamespace(repeats=lambda *_: {}))
-    events: list[Event] = field(default_factory=list)
 
-    def feed(self, event: Event) -> None:
-        self.events.append(event)
-
-    def on_status(self, status: str) -> None:
-        self.status = status
-
-    def look_soon(self) -> None:
-        """Nobody is asked."""
-
-    def remember(self) -> None:
-        """Nothing is written down."""
+def channels_of(course: Course, relay: Relay) -> Channels:
+    channels = Channels(course, relay)
+    Losses(course, channels)
+    return channels
 
 
 @pytest.fixture
@@ -79,7 +67,7 @@ async def test_a_resume_ack_that_comes_behind_the_loss_is_noticed(
     nursery: trio.Nursery, relay: Relay
 ) -> None:
     vm = SimpleNamespace(monitor=None, version=(10, 0, 0), start_soon=nursery.start_soon)
-    channels = Channels(cast(Any, Migration(vm, Role.DESTINATION)), relay)
+    channels = channels_of(course(vm, Role.DESTINATION), relay)
     nursery.start_soon(channels.watch)
     with joined(channels, recovered=True) as (qemu, host):
         channels.closing.gives_preempt(channels.channel)
@@ -113,7 +101,7 @@ async def test_the_end_of_refault_waits_no_longer_for_a_source_that_ends_its_cha
         start_soon=nursery.start_soon,
         query_both=says,
     )
-    channels = Channels(cast(Any, Migration(vm, Role.SOURCE)), relay)
+    channels = channels_of(course(vm, Role.SOURCE), relay)
     nursery.start_soon(channels.watch)
     with joined(channels, recovered=False) as (qemu, _):
         qemu.sendall(streams.HEADER + streams.configuration() + streams.packaged(streams.command(5)))
@@ -148,7 +136,7 @@ async def test_a_source_that_cannot_be_read_is_let_write_on_until_it_takes_note_
     vm = SimpleNamespace(
         monitor=None, version=(11, 1, 0), encrypted=False, start_soon=nursery.start_soon, query_both=says
     )
-    channels = Channels(cast(Any, Migration(vm, Role.SOURCE)), relay)
+    channels = channels_of(course(vm, Role.SOURCE), relay)
     nursery.start_soon(channels.watch)
     with joined(channels, recovered=False) as (qemu, host), trio.fail_after(10):
         async with trio.SocketStream(trio.socket.from_stdlib_socket(qemu.dup())) as stream:
@@ -161,7 +149,7 @@ async def test_a_source_that_cannot_be_read_is_let_write_on_until_it_takes_note_
             host.close()
             while relay.look().local is LegState.OPEN:
                 await trio.sleep(0.01)
-        assert channels.losses.held is None
+        assert channels.held is None
         channels.close()
 
 
@@ -192,8 +180,7 @@ async def test_the_end_of_refault_waits_for_a_source_that_cannot_be_read_and_is_
     vm = SimpleNamespace(
         monitor=Holder(), version=(11, 1, 0), encrypted=False, start_soon=nursery.start_soon, query_both=says
     )
-    migration = Migration(vm, Role.SOURCE, status=WAITS_FOR_PONG)
-    channels = Channels(cast(Any, migration), relay)
+    channels = channels_of(course(vm, Role.SOURCE, status=WAITS_FOR_PONG), relay)
     nursery.start_soon(channels.watch)
     with joined(channels, recovered=False) as (qemu, host), trio.fail_after(5):
         qemu.sendall(b"\x16\x03\x01" + bytes(4096))
@@ -221,7 +208,7 @@ async def test_the_end_of_refault_waits_until_the_end_of_a_precopy_has_been_pass
     vm = SimpleNamespace(
         monitor=None, version=(10, 0, 0), encrypted=False, start_soon=lambda *_: None, query_both=says
     )
-    channels = Channels(cast(Any, Migration(vm, role, status="completed", postcopy_began=False)), relay)
+    channels = channels_of(course(vm, role, status="completed", postcopy_began=False), relay)
     nursery.start_soon(channels.watch)
     with joined(channels, recovered=False) as ends, trio.fail_after(5):
         begins, reads = ends if role is Role.SOURCE else ends[::-1]
@@ -233,9 +220,9 @@ async def test_the_end_of_refault_waits_until_the_end_of_a_precopy_has_been_pass
                 await trio.sleep(0.005)
         begins.close()
         assert not await channels.prepare_to_stop()
-        channels.losses.held = "QEMU does not answer"
+        channels.hold(Phase.POSTCOPY, UNTIL_LOADED)
         assert not channels.delivers  # it may be no precopy, and QEMU is to keep our end
-        channels.losses.held = None
+        channels.hold_no_more()
         received = 0
         while chunk := await trio.to_thread.run_sync(reads.recv, 1 << 20):
             received += len(chunk)

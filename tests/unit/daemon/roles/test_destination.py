@@ -319,7 +319,7 @@ async def test_a_door_through_which_a_part_of_a_channel_came_is_not_opened_again
         assert channels is not None
 
         async def half(*_: object, **__: object) -> bool:
-            channels.channel += 1
+            procedure._course.joined()
             raise OSError(errno.EMFILE, "Too many open files")
 
         monkeypatch.setattr(procedure._gathering, "connect", half)
@@ -379,7 +379,7 @@ class Comers:
 
 async def test_a_source_that_has_sent_all_before_its_channel_was_gathered(tmp_path: Path) -> None:
     async with destination(tmp_path, Inet("127.0.0.1", 0)) as (_, _, procedure):
-        procedure._migration.lanes = Lanes(multifd=2)
+        procedure._course.has(Lanes(multifd=2))
         gathering = procedure._gathering
         with contextlib.closing(Comers(procedure)) as comers, trio.fail_after(5):
             async with trio.open_nursery() as nursery:
@@ -400,7 +400,7 @@ async def test_a_source_that_has_sent_all_before_its_channel_was_gathered(tmp_pa
 
 async def test_a_peer_that_begins_anew_is_waited_for_no_longer_where_it_began_before(tmp_path: Path) -> None:
     async with destination(tmp_path, Inet("127.0.0.1", 0)) as (_, _, procedure):
-        procedure._migration.lanes = Lanes(multifd=1)
+        procedure._course.has(Lanes(multifd=1))
         gathering = procedure._gathering
         gathered: dict[str, object] = {}
 
