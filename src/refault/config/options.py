@@ -26,6 +26,38 @@ class Option:
     help: str
     read: Callable[[Any], object] = str
     metavar: str | None = None
+    table: type[msgspec.Struct] | None = None
+    """In a file what is written may be such a table instead, of which `address_of` makes the text."""
+
+
+class ListenerTable(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
+    """A listener: its address, and what else stands behind that as options."""
+
+    address: Annotated[str, Option("where clients come")]
+    mode: Annotated[str | None, Option("the socket file's mode, as 0660")] = None
+    owner: Annotated[str | None, Option("its user")] = None
+    group: Annotated[str | None, Option("its group")] = None
+    allow_users: Annotated[str | tuple[str, ...] | None, Option("who may speak there, by his user")] = None
+    allow_groups: Annotated[str | tuple[str, ...] | None, Option("and by one of his groups")] = None
+    read_only: Annotated[bool | None, Option("only what tells something and changes nothing", bool)] = None
+    deny: Annotated[str | tuple[str, ...] | None, Option("commands that are refused")] = None
+    audit: Annotated[bool | None, Option("what changes the VM is a line of the log", bool)] = None
+
+
+_REPEATED = {"allow_users": "allow-user", "allow_groups": "allow-group"}
+"""What an address calls by another name, for there it is said once for each."""
+
+
+def address_of(given: Mapping[str, Any]) -> str:
+    """The values of a `ListenerTable` as one address, which has commas within a value doubled."""
+    words = [given["address"]]
+    for key, value in given.items():
+        name = _REPEATED.get(key, key.replace("_", "-"))
+        for each in value if isinstance(value, tuple) else (value,):
+            said = "on" if each is True else "off" if each is False else each.replace(",", ",,")
+            if key != "address":
+                words.append(f"{name}={said}")
+    return ",".join(words)
 
 
 class Common(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
@@ -75,7 +107,12 @@ class VmTable(Common, frozen=True, kw_only=True, omit_defaults=True):
     qemu: Annotated[str, Option("QEMU's monitor", values.qemu_address, "ADDR")]
     listen: Annotated[
         str | tuple[str, ...],
-        Option("where QMP clients come; may be given more than once", values.listen_address, "ADDR"),
+        Option(
+            "where QMP clients come; may be given more than once",
+            values.listen_address,
+            "ADDR",
+            ListenerTable,
+        ),
     ]
     recover_uri: Annotated[
         str | tuple[str, ...] | None,
@@ -103,7 +140,7 @@ class WatchTable(Common, frozen=True, kw_only=True, omit_defaults=True):
     """VMs found by where their QEMUs' sockets are: [[watch]]."""
 
     qemu: Annotated[str, Option("a pattern of paths")]
-    listen: Annotated[str | tuple[str, ...], Option("where the clients of each come")]
+    listen: Annotated[str | tuple[str, ...], Option("where the clients of each come", table=ListenerTable)]
     name: Annotated[str, Option("the name of each")] = "{stem}"
 
 

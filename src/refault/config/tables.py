@@ -10,7 +10,7 @@ from typing import Any, get_args
 
 import msgspec
 
-from refault.config.options import Field, fields_of
+from refault.config.options import Field, address_of, fields_of
 
 _BARE = re.compile(r"[A-Za-z0-9_-]+")
 
@@ -41,6 +41,12 @@ def _value(written: object, field: Field) -> object:
     """What is written as the daemon takes it. Raises ValueError."""
     if isinstance(written, str) and "\0" in written:
         raise ValueError("has a zero byte")
+    if field.option.table is not None:
+        kind = field.option.table
+        if isinstance(written, list):
+            written = [_without_table(each, kind) for each in written]
+        else:
+            written = _without_table(written, kind)
     try:
         plain = msgspec.convert(written, field.kind)
     except msgspec.ValidationError as error:
@@ -50,9 +56,22 @@ def _value(written: object, field: Field) -> object:
     return field.read(plain)
 
 
+def _without_table(written: object, kind: type[msgspec.Struct]) -> object:
+    if not isinstance(written, dict):
+        return written
+    given, wrong = decode(written, kind)
+    if wrong:
+        raise ValueError("; ".join(wrong))
+    return address_of(given)
+
+
 def _allowed(field: Field) -> str:
     if field.choices:
         return " or ".join(map(json.dumps, field.choices))
+    if field.kind is bool:
+        return "true or false"
+    if field.option.table is not None:
+        return "an address in quotes, a table of it and its options, or a list of such"
     if field.repeats:
         return "a text in quotes, or a list of such"
     return "a number" if float in get_args(field.kind) else "a text in quotes"

@@ -9,9 +9,9 @@ import pytest
 
 from refault.cli.main import main
 from refault.config.files import ConfigError, Configuration, load
-from refault.config.options import DaemonTable, VmTable, WatchTable, fields_of
+from refault.config.options import DaemonTable, ListenerTable, VmTable, WatchTable, fields_of
 from refault.daemon.known.patience import Patience
-from refault.daemon.monitor.address import Address, parse_address
+from refault.daemon.monitor.address import Address, parse_address, with_access
 from refault.daemon.options import HostOptions, VmOptions
 from refault.migration.endpoint import Inet
 
@@ -96,6 +96,31 @@ def test_everything_given(tmp_path: Path) -> None:
     )
 
 
+def test_a_listener_may_be_a_table(tmp_path: Path) -> None:
+    text = VM.replace(
+        '"/l/a"',
+        """[
+            "/l/a,mode=0660",
+            { address = "/l/b,server=on", allow_users = ["0", "42"], allow_groups = "0", read_only = true },
+            { address = "/l,,c", mode = "0600", deny = ["quit", "stop"], audit = true, read_only = false },
+        ]""",
+    )
+    [vm] = loaded(tmp_path, text).vms
+    assert vm.listen == (
+        parse_address("/l/a,mode=0660", server=True),
+        with_access(
+            parse_address("/l/b", server=True),
+            allow_users=[0, 42],
+            allow_groups=[0],
+            read_only=True,
+        ),
+        with_access(parse_address("/l,,c,mode=0600", server=True), deny=["quit", "stop"], audit=True),
+    )
+    watch = WATCH.replace('"/l/{stem}"', '{ address = "/l/{stem}", allow_users = "root" }')
+    [watched] = loaded(tmp_path, watch).watches
+    assert watched.vm("/q/x").listen == (parse_address("/l/x,allow-user=root", server=True),)
+
+
 def test_a_vm_has_the_directory_that_its_unit_gave_it(tmp_path: Path) -> None:
     [vm] = loaded(tmp_path, VM).vms
     assert vm.state_dir == Path("/run/refault/a")  # RuntimeDirectory=refault/%i
@@ -159,7 +184,13 @@ BROKEN: list[tuple[str, str]] = [
     ('[vm.a]\nlisten = "/l"', "[vm.a] qemu: must be there: QEMU's monitor"),
     ('[vm.a]\nqemu = "/q"', "[vm.a] listen: must be there: where QMP clients come"),
     (VM.replace('"/l/a"', "[]"), "[vm.a] listen: is empty: name at least one"),
-    (VM.replace('"/l/a"', "[1]"), "[vm.a] listen: [1] is not a text in quotes, or a list of such"),
+    (VM.replace('"/l/a"', "[1]"), "[vm.a] listen: [1] is not an address in quotes, a table of it"),
+    (VM.replace('"/l/a"', "{ read_only = true }"), "[vm.a] listen: address: must be there"),
+    (VM.replace('"/l/a"', '{ address = "/l", allow = "a" }'), "listen: allow: not known, allow_"),
+    (VM.replace('"/l/a"', '[{ address = "/l", allow_users = [] }]'), "allow_users: is empty: name at"),
+    (VM.replace('"/l/a"', '{ address = "/l", read_only = "yes" }'), 'read_only: "yes" is not true or false'),
+    (VM.replace('"/l/a"', '{ address = "/l", deny = "a b" }'), "listen: address '/l,deny=a b': 'a b' is no"),
+    (VM.replace('"/l/a"', '{ address = "tcp:h:1", allow_users = "root" }'), "over TCP no user is known"),
     (VM.replace('"/q/a"', "7"), "[vm.a] qemu: 7 is not a text in quotes"),
     (VM.replace('"/q/a"', '"nonsense"'), "[vm.a] qemu: address 'nonsense': expected unix:/path"),
     (VM.replace('"/q/a"', '"/proc"'), "[vm.a] qemu: unix:/proc is a directory"),
@@ -289,5 +320,10 @@ def test_what_a_file_says_is_what_the_command_line_says(tmp_path: Path) -> None:
 
 def test_every_option_of_files_is_in_configuration_md() -> None:
     page = (Path(__file__).parents[3] / "docs" / "configuration.md").read_text()
-    options = {**fields_of(DaemonTable), **fields_of(VmTable), **fields_of(WatchTable)}
+    options = {
+        **fields_of(DaemonTable),
+        **fields_of(VmTable),
+        **fields_of(WatchTable),
+        **fields_of(ListenerTable),
+    }
     assert {name for name in options if f"| `{name}`" not in page} == set()
