@@ -20,7 +20,8 @@ from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Protocol
 
-from refault.qmp.commands import Request, decode_members
+from refault.qmp.decoding import decode_members
+from refault.qmp.session import Request
 from refault.qmp.splitter import NOT_OBJECT
 
 MAX_NAMED = 4096

@@ -31,10 +31,11 @@ import msgspec
 
 from refault.qmp import replies
 from refault.qmp.access import FREE, Rule, changes
-from refault.qmp.commands import Answer, Forward, Request, decode, decode_arguments, decode_members, verb_name
+from refault.qmp.commands import Answer, Forward
+from refault.qmp.decoding import decode, decode_arguments, decode_members, verb_name
 from refault.qmp.fdnames import TAKES_FD, USES_NAMES, FdNames, rename
 from refault.qmp.fdsets import FdSets
-from refault.qmp.session import Client, Limits
+from refault.qmp.session import Client, Limits, Request
 from refault.qmp.splitter import (
     ERROR,
     EVENT,

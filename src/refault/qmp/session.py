@@ -1,13 +1,16 @@
-"""What refault knows of one client's connection."""
+"""What refault knows of one client's connection, and of each of its commands on their way."""
 
 from __future__ import annotations
 
 from collections import deque
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
+import msgspec
+
 from refault.qmp.access import FREE, Rule
-from refault.qmp.commands import Request
-from refault.qmp.splitter import MAX_MESSAGE, Splitter
+from refault.qmp.decoding import decode_arguments, strict
+from refault.qmp.splitter import MAX_MESSAGE, Message, Splitter
 
 
 @dataclass(frozen=True)
@@ -126,3 +129,93 @@ class Client:
     def idle(self) -> bool:
         """Whether nothing of what it sent is still to be answered."""
         return not (self.queue or self.in_flight or self.oob_in_flight or self.held)
+
+
+class Request:
+    """One command from the moment it was read until it is answered."""
+
+    __slots__ = (
+        "answer",
+        "cleared",
+        "client",
+        "data",
+        "done",
+        "fd",
+        "message",
+        "name",
+        "names",
+        "new_name",
+        "on_reply",
+        "oob",
+        "prefixes",
+        "read",
+        "rebuilt",
+        "refusal",
+        "size",
+        "spelling",
+    )
+
+    def __init__(self, client: Client, message: Message) -> None:
+        self.client = client
+        self.message = message
+        self.size = len(message.raw)
+        self.name = b""
+        self.oob = False
+        self.fd = -1
+        self.read = 0
+        """How many commands had been read from all clients, this one included."""
+        self.refusal: str | None = None
+        """Why the client's listener does not let it pass (`refault.qmp.access`)."""
+        self.answer: bytes | None = None
+        """The reply, without an id, if it is answered in QEMU's place."""
+        self.cleared = False
+        """A watcher has answered, or none need be asked."""
+        self.data: bytes | None = None
+        """What to send instead of the message: a command without an id."""
+        self.rebuilt = False
+        """A watcher has changed the arguments."""
+        self.new_name: str | None = None
+        """The name that a getfd gives, if the client had none such before."""
+        self.on_reply: Callable[[bytes], bytes] | None = None
+        self.done: Callable[[Message | None], None] | None = None
+        """For refault's own commands: called with the reply, or None if QEMU went away."""
+        self.names: dict[str, str] = {}
+        """How QEMU knows the descriptors of a client that has left."""
+        self.prefixes: frozenset[bytes] = frozenset()
+        """Of descriptors' names, where QEMU knows them by longer ones than the client."""
+        self.spelling = strict(message, message.id, message.id_end) if message.id_end else b""
+        """The client's id as it goes back, which is as QEMU would be allowed to spell it: on one line, in
+        strict JSON. Empty without one."""
+
+    def raw_arguments(self) -> bytes | None:
+        """The arguments as the client sent them; None if it sent none."""
+        message = self.message
+        if self.data is not None or not message.arguments_end:
+            return None
+        return message.raw[message.arguments : message.arguments_end]
+
+    def arguments(self) -> dict[str, object]:
+        """The arguments, decoded."""
+        return decode_arguments(self.message)
+
+    def rebuild(self, arguments: Mapping[str, object]) -> None:
+        """Makes this the same command with other arguments. What does not change keeps its spelling."""
+        message = self.message
+        old: dict[str, msgspec.Raw] = {}
+        if message.arguments_end:
+            old = msgspec.json.decode(
+                strict(message, message.arguments, message.arguments_end), type=dict[str, msgspec.Raw]
+            )
+        decoded = self.arguments()
+        members = {
+            name: old[name]
+            if name in old and decoded[name] == value and type(decoded[name]) is type(value)
+            else value
+            for name, value in arguments.items()
+        }
+        verb = b"exec-oob" if self.oob else b"execute"
+        self.data = b'{"%s": %s, "arguments": %s}' % (
+            verb,
+            strict(message, message.verb, message.verb_end),
+            msgspec.json.encode(members),
+        )

@@ -7,9 +7,8 @@ from collections.abc import Mapping
 from typing import Any
 
 from refault.qmp.access import FREE, Rule
-from refault.qmp.commands import Request
 from refault.qmp.multiplexer import Multiplexer
-from refault.qmp.session import Client, Limits
+from refault.qmp.session import Client, Limits, Request
 from refault.qmp.splitter import Splitter, compact
 
 GREETING = (

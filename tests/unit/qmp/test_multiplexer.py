@@ -12,9 +12,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from tests.unit.qmp.played import GREETING, Played, command
 
-from refault.qmp.commands import Answer, Forward, Request
+from refault.qmp.commands import Answer, Forward
 from refault.qmp.multiplexer import SHARE, WINDOW, NotQmpError
-from refault.qmp.session import Client, Limits
+from refault.qmp.session import Client, Limits, Request
 from refault.qmp.splitter import MAX_NESTING, Message
 
 

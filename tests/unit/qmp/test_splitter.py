@@ -10,7 +10,7 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from tests.unit.qmp import reference
 
-from refault.qmp.commands import decode_arguments, decode_members, verb_name
+from refault.qmp.decoding import decode_arguments, decode_members, verb_name
 from refault.qmp.splitter import (
     BROKEN,
     EVENT,

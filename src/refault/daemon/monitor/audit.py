@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from refault.daemon.monitor.address import Address
 from refault.daemon.monitor.caller import Caller
 from refault.qmp.access import record
-from refault.qmp.commands import Request
+from refault.qmp.session import Request
 
 _log = logging.getLogger("refault.audit")
 _log.setLevel(logging.INFO)  # told where it was asked for, whatever else is not

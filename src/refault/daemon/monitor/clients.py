@@ -25,9 +25,8 @@ from refault.daemon.monitor.first_client import FirstClient
 from refault.daemon.monitor.front import Front
 from refault.daemon.monitor.presence import Presence, Qemu
 from refault.daemon.monitor.wire import Wire
-from refault.qmp.commands import Request
 from refault.qmp.multiplexer import Multiplexer
-from refault.qmp.session import Client, Limits
+from refault.qmp.session import Client, Limits, Request
 
 log = logging.getLogger("refault.qmp")
 

@@ -36,9 +36,10 @@ from refault.daemon.monitor.front import Front
 from refault.daemon.monitor.listener import ListenError
 from refault.daemon.monitor.presence import Presence, Qemu
 from refault.daemon.monitor.upstream import Upstream
-from refault.qmp.commands import Answer, Forward, Request, decode_members
+from refault.qmp.commands import Answer, Forward
+from refault.qmp.decoding import decode_members
 from refault.qmp.multiplexer import Counters, Multiplexer
-from refault.qmp.session import Limits
+from refault.qmp.session import Limits, Request
 from refault.qmp.splitter import ERROR, VERB_MASK, Message
 
 __all__ = [
