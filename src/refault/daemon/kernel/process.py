@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import os
 import socket
@@ -22,6 +23,16 @@ def process_started(pid: int | None) -> int | None:
         return None
     fields = stat.rpartition(")")[2].split()
     return None if fields[0] in "ZX" else int(fields[19])
+
+
+def names_of(pid: int) -> tuple[bytes, bytes]:
+    """What a process calls itself, and its program's file; each empty where it cannot be read."""
+    comm = exe = b""
+    with contextlib.suppress(OSError):
+        comm = Path(f"/proc/{pid}/comm").read_bytes().removesuffix(b"\n")
+    with contextlib.suppress(OSError):  # it may be another user's
+        exe = os.readlink(f"/proc/{pid}/exe".encode())
+    return comm, exe
 
 
 def holds(pid: int, inode: int) -> bool:

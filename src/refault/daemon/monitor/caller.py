@@ -2,23 +2,13 @@
 
 from __future__ import annotations
 
-import ctypes
-import errno
-import os
 import socket
-import struct
 from dataclasses import dataclass
 
-import trio
-
+from refault.daemon.kernel.peer import Socket, groups_of, peer_of
+from refault.daemon.kernel.process import names_of
 from refault.daemon.monitor.address import host_port
 from refault.qmp.access import Callers
-
-_SO_PEERGROUPS = 59
-"""linux/include/uapi/asm-generic/socket.h; since Linux 4.13."""
-_getsockopt = ctypes.CDLL(None, use_errno=True).getsockopt
-
-Socket = socket.socket | trio.socket.SocketType
 
 
 @dataclass(frozen=True)
@@ -45,53 +35,14 @@ def caller_of(sock: Socket) -> Caller:
     """The process, which may have ended by now. A pid that our namespace does not know is None."""
     if sock.family != socket.AF_UNIX:
         return Caller(None, None, address=_address(sock))
-    pid, uid, _ = _credentials(sock)
-    return Caller(uid, pid or None, _comm(pid), _exe(pid))
-
-
-def groups_of(sock: Socket) -> frozenset[int]:
-    """The groups of the process at the other end of a unix socket, its primary one and the supplementary
-    ones; where the kernel does not tell, none of these.
-    """
-    _, _, gid = _credentials(sock)
-    size = ctypes.c_uint32(0)
-    groups = ctypes.create_string_buffer(0)
-    while _getsockopt(sock.fileno(), socket.SOL_SOCKET, _SO_PEERGROUPS, groups, ctypes.byref(size)):
-        if ctypes.get_errno() != errno.ERANGE or size.value <= len(groups):
-            return frozenset((gid,))
-        groups = ctypes.create_string_buffer(size.value)
-    return frozenset((gid, *struct.unpack(f"{size.value // 4}I", groups.raw[: size.value])))
+    peer = peer_of(sock)
+    comm, exe = names_of(peer.pid) if peer.pid is not None else (b"", b"")
+    return Caller(peer.uid, peer.pid, _plain(comm), _plain(exe))
 
 
 def may_speak(sock: Socket, callers: Callers) -> bool:
     """Whether the process at the other end is one of `callers`."""
-    if not callers:
-        return True
-    if sock.family != socket.AF_UNIX:
-        return False
-    return callers.admit(_credentials(sock)[1], lambda: groups_of(sock))
-
-
-def _credentials(sock: Socket) -> tuple[int, int, int]:
-    """Process, user and group (struct ucred)."""
-    raw = sock.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, 12)
-    pid, uid, gid = struct.unpack("iII", raw)
-    return pid, uid, gid
-
-
-def _comm(pid: int) -> str:
-    try:
-        with open(f"/proc/{pid}/comm", "rb") as file:
-            return _plain(file.read().rstrip(b"\n"))
-    except OSError:
-        return "?"
-
-
-def _exe(pid: int) -> str:
-    try:
-        return _plain(os.readlink(f"/proc/{pid}/exe").encode(errors="surrogateescape"))
-    except OSError:  # it is another user's
-        return "?"
+    return callers.admit(peer_of(sock).uid, lambda: groups_of(sock))
 
 
 def _plain(name: bytes) -> str:

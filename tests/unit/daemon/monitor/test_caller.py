@@ -12,7 +12,8 @@ from pathlib import Path
 
 import pytest
 
-from refault.daemon.monitor.caller import Caller, caller_of, groups_of, may_speak
+from refault.daemon.kernel.peer import groups_of
+from refault.daemon.monitor.caller import Caller, caller_of, may_speak
 from refault.qmp.access import ANYBODY, Callers
 
 ROOT = pytest.mark.skipif(os.geteuid() != 0, reason="only root can start a process of another user")
