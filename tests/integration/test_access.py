@@ -21,6 +21,7 @@ from tests.integration.qmp_tools import (
     Message,
     connected,
     directory,
+    listening,
     negotiated,
     qemu_process,
     refault,
@@ -195,6 +196,21 @@ async def test_who_is_not_allowed_gets_nothing(caplog: pytest.LogCaptureFixture)
                 assert not await greets(where, 0, [])
             assert monitor.clients_total == 4
     assert f"unix:{path}/front (uid 4244, pid " in caplog.text
+
+
+@pytest.mark.parametrize("user", [os.geteuid(), 4242])
+async def test_a_manager_who_is_not_allowed_gets_nothing(user: int) -> None:
+    with (
+        directory() as path,
+        qemu_process(f"unix:{path}/qemu,server=on,wait=off"),
+        listening(path / "manager") as manager,
+    ):
+        address = parse_address(f"unix:{path}/manager,server=off,allow-user={user}", server=True)
+        async with refault(path / "qemu", address):
+            with trio.fail_after(10):
+                accepted, _ = await trio.to_thread.run_sync(manager.accept)
+                async with trio.SocketStream(trio.socket.from_stdlib_socket(accepted)) as stream:
+                    assert bool(await stream.receive_some(1)) == (user == os.geteuid())
 
 
 async def test_what_changes_the_vm_is_on_record(caplog: pytest.LogCaptureFixture) -> None:
