@@ -32,7 +32,7 @@ LIBDIR := $(PREFIX)/lib/refault
 CEXT := $(wildcard cext/*.c cext/*.h)
 C_FILES := $(wildcard cext/*.c tests/fuzz/*.c tests/tsan/*.c tests/unit/channel/*.c)
 C_AND_HEADERS := $(CEXT) $(wildcard tests/fuzz/*.c tests/fuzz/*.h tests/tsan/*.c tests/unit/channel/*.c)
-C_WARNINGS := -std=c11 -D_GNU_SOURCE -Wall -Wextra -Wno-unused-parameter -Werror -Icext -fsyntax-only
+C_WARNINGS := -std=c11 -D_GNU_SOURCE -Wall -Wextra -Werror -Icext -fsyntax-only
 
 # Each has a module of its own in tests/campaign.
 CAMPAIGNS := starvation truth floor strays silence patience huge_pages

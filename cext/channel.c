@@ -286,7 +286,7 @@ static void go(struct rf_channel *channel, enum rf_occasion occasion) {
 static void mark_lost(struct rf_channel *channel) {
     if (channel->lost_ns == 0) {
         channel->lost_ns = now_ns();
-        rf_tracker_channel_lost(channel->tracker, channel->lost_ns);
+        rf_tracker_channel_lost(channel->tracker);
     }
 }
 
@@ -597,7 +597,7 @@ void rf_channel_begin(struct rf_channel *channel, int local_fd, int far_fd, bool
     channel->lanes_wanted = lanes < RF_LANES_MAX ? lanes : RF_LANES_MAX;
     channel->no_more_lanes = false;
     channel->probing = false;
-    rf_tracker_channel_begin(channel->tracker, recovered, now_ns());
+    rf_tracker_channel_begin(channel->tracker, recovered);
     rf_replay_channel(&channel->replay, recovered, may_replay, lanes > 0);
     rf_leg_adopt(&channel->local, local_fd);
     rf_leg_adopt(&channel->far, far_fd);
@@ -612,7 +612,7 @@ void rf_channel_add_lane(struct rf_channel *channel, struct rf_lane *lane, int l
     }
     channel->lanes[channel->lane_count++] = lane;
     if (lane->kind == RF_LANE_PREEMPT) {
-        rf_tracker_preempt_begin(channel->tracker, now_ns());
+        rf_tracker_preempt_begin(channel->tracker);
     } else {
         rf_tracker_pages_elsewhere(channel->tracker);
     }

@@ -18,6 +18,7 @@ static _Thread_local _Atomic uint64_t *volatile last_word IN_STATIC_TLS;
 static _Thread_local volatile uint64_t last_value IN_STATIC_TLS;
 
 static void on_fault(int number, siginfo_t *info, void *context) {
+    (void)context;
     bool own = info->si_code > 0 || (info->si_code == SI_TKILL && info->si_pid == getpid());
     if (own && last_word != NULL) {
         atomic_store_explicit(last_word, last_value, memory_order_release);

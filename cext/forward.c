@@ -524,6 +524,7 @@ static bool at_section_name_length(struct rf_forward *f, const uint8_t *bytes,
 }
 
 static bool at_section_name(struct rf_forward *f, const uint8_t *bytes, struct rf_forward_event *event) {
+    (void)event;
     keep_name(f, bytes, f->want);
     f->state = AT_SECTION_VERSION;
     return false;
@@ -707,6 +708,7 @@ static bool at_frame_name(struct rf_forward *f, const uint8_t *bytes, struct rf_
 }
 
 static bool at_zero(struct rf_forward *f, const uint8_t *bytes, struct rf_forward_event *event) {
+    (void)bytes;
     pass_page(f, event, 0);
     event->value = 1;
     return true;
@@ -734,6 +736,7 @@ static bool at_compress(struct rf_forward *f, const uint8_t *bytes, struct rf_fo
  * after the list. */
 
 static bool at_block_name_length(struct rf_forward *f, const uint8_t *bytes, struct rf_forward_event *event) {
+    (void)event;
     if (bytes[0] == 0) {
         go(f, AT_BLOCK_EXTRA, 7);
         return false;
@@ -870,14 +873,17 @@ static bool at_bitmap_name_length(struct rf_forward *f, const uint8_t *bytes,
 }
 
 static bool at_bitmap_name(struct rf_forward *f, const uint8_t *bytes, struct rf_forward_event *event) {
+    (void)bytes;
     return after_bitmap_names(f, event);
 }
 
 static bool at_bitmap_start(struct rf_forward *f, const uint8_t *bytes, struct rf_forward_event *event) {
+    (void)bytes;
     return give_bitmap_chunk(f, event, 0);
 }
 
 static bool at_bitmap_bits(struct rf_forward *f, const uint8_t *bytes, struct rf_forward_event *event) {
+    (void)bytes;
     if ((f->bitmap_flags & BITMAP_ZEROES) != 0) {
         return give_bitmap_chunk(f, event, 0);
     }

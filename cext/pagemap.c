@@ -912,7 +912,7 @@ void rf_pagemap_handshake_over(struct rf_pagemap *map) {
     map->proof = whole ? PROOF_GIVEN : PROOF_NONE;
 }
 
-int rf_pagemap_channel_lost(struct rf_pagemap *map, uint64_t now) {
+int rf_pagemap_channel_lost(struct rf_pagemap *map) {
     int status = RF_OK;
     write_begin(map);
     add(&map->counters.losses, 1);
@@ -931,7 +931,7 @@ int rf_pagemap_channel_lost(struct rf_pagemap *map, uint64_t now) {
     return status;
 }
 
-void rf_pagemap_channel_begin(struct rf_pagemap *map, uint64_t now) {
+void rf_pagemap_channel_begin(struct rf_pagemap *map) {
     map->channel++;
     map->bitmap_block = NONE;
     map->pages_passed = false;
@@ -1196,7 +1196,7 @@ int rf_pagemap_replay_next(struct rf_pagemap *map, uint64_t after, struct rf_req
     return give_record(map, slot, out);
 }
 
-int rf_pagemap_replayed(struct rf_pagemap *map, uint64_t id, uint64_t now) {
+int rf_pagemap_replayed(struct rf_pagemap *map, uint64_t id) {
     if (id == 0) {
         return RF_OUT_OF_RANGE;
     }

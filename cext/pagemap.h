@@ -141,8 +141,8 @@ void rf_pagemap_pong_passed(struct rf_pagemap *map);
 
 /* Where the recovery handshake was not over, its received bitmaps count for nothing: what was in flight
  * before it may have been received after all. RF_NO_MEMORY: not all of that could be noted. */
-int rf_pagemap_channel_lost(struct rf_pagemap *map, uint64_t now);
-void rf_pagemap_channel_begin(struct rf_pagemap *map, uint64_t now);
+int rf_pagemap_channel_lost(struct rf_pagemap *map);
+void rf_pagemap_channel_begin(struct rf_pagemap *map);
 
 /* A received bitmap, of `size` bytes. begin: the block's index, RF_BAD_SIZE, RF_UNKNOWN_BLOCK, RF_NO_MEMORY.
  * data: in order, any sizes. end: the records of the block that are not confirmed are outstanding again.
@@ -172,7 +172,7 @@ int rf_pagemap_next_record(struct rf_pagemap *map, uint64_t after, struct rf_req
 int rf_pagemap_replay_next(struct rf_pagemap *map, uint64_t after, struct rf_request *out);
 
 /* The record was written to the source. RF_OUT_OF_RANGE: no such record. */
-int rf_pagemap_replayed(struct rf_pagemap *map, uint64_t id, uint64_t now);
+int rf_pagemap_replayed(struct rf_pagemap *map, uint64_t id);
 
 /* The migration completed: every record ends, as answered. However many they are, it takes no longer. */
 void rf_pagemap_complete(struct rf_pagemap *map);

@@ -213,7 +213,7 @@ void rf_replay_refill(struct rf_replay *replay, uint64_t now_ns) {
         n = rf_returnpath_encode_request_id(message, sizeof(message), request.name, request.name_length,
                                             request.start, request.length);
         if (n > 0 && bytes_put(&replay->out, message, n)) {
-            (void)rf_pagemap_replayed(map, request.id, now_ns); /* it was on record a moment ago */
+            (void)rf_pagemap_replayed(map, request.id); /* it was on record a moment ago */
             replay->replayed++;
             replay->last_replay_ns = now_ns;
             replay->name_lost = true;

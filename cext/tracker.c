@@ -165,10 +165,10 @@ static bool took_over(const struct rf_tracker *tracker) {
     return tracker->restored == RF_RESTORED_WHOLE && tracker->unread == RF_OPAQUE_NO;
 }
 
-void rf_tracker_channel_begin(struct rf_tracker *tracker, int recovered, uint64_t now) {
+void rf_tracker_channel_begin(struct rf_tracker *tracker, int recovered) {
     rf_forward_restart(tracker->main.decoder, recovered ? RF_FORWARD_RECOVERED : RF_FORWARD_FRESH);
     rf_returnpath_restart(tracker->path);
-    rf_pagemap_channel_begin(tracker->map, now);
+    rf_pagemap_channel_begin(tracker->map);
     put(&tracker->channel_facts, 0);
     put(&tracker->forward_opaque, RF_OPAQUE_NO);
     put(&tracker->return_opaque, RF_OPAQUE_NO);
@@ -181,8 +181,8 @@ void rf_tracker_channel_begin(struct rf_tracker *tracker, int recovered, uint64_
     }
 }
 
-void rf_tracker_channel_lost(struct rf_tracker *tracker, uint64_t now) {
-    if (rf_pagemap_channel_lost(tracker->map, now) < 0) {
+void rf_tracker_channel_lost(struct rf_tracker *tracker) {
+    if (rf_pagemap_channel_lost(tracker->map) < 0) {
         no_longer_whole(tracker);
     }
 }
@@ -356,7 +356,7 @@ void rf_tracker_forward(struct rf_tracker *tracker, const uint8_t *bytes, size_t
     rf_statefile_at_work(tracker->file, RF_WORK_NONE);
 }
 
-void rf_tracker_preempt_begin(struct rf_tracker *tracker, uint64_t now) {
+void rf_tracker_preempt_begin(struct rf_tracker *tracker) {
     rf_forward_restart(tracker->preempt.decoder, RF_FORWARD_PREEMPT);
 }
 

@@ -71,14 +71,14 @@ struct rf_tracker *rf_tracker_new_kept(uint64_t ceiling, int fd, int old_fd, con
 void rf_tracker_free(struct rf_tracker *tracker);
 
 /* `recovered`: 0 for the migration's first channel. Clears the channel's facts and opaque reasons. */
-void rf_tracker_channel_begin(struct rf_tracker *tracker, int recovered, uint64_t now);
-void rf_tracker_channel_lost(struct rf_tracker *tracker, uint64_t now);
+void rf_tracker_channel_begin(struct rf_tracker *tracker, int recovered);
+void rf_tracker_channel_lost(struct rf_tracker *tracker);
 
 /* What passed from the source, all of it. */
 void rf_tracker_forward(struct rf_tracker *tracker, const uint8_t *bytes, size_t length, uint64_t now);
 
 /* The preempt channel, where there is one. */
-void rf_tracker_preempt_begin(struct rf_tracker *tracker, uint64_t now);
+void rf_tracker_preempt_begin(struct rf_tracker *tracker);
 void rf_tracker_preempt_forward(struct rf_tracker *tracker, const uint8_t *bytes, size_t length,
                                 uint64_t now);
 

@@ -44,7 +44,7 @@ def ram_section() -> bytes:
 def bytes_per_second(stream: bytes, piece: int) -> float:
     """Of one pass over the stream by a fresh tracker."""
     tracker = ffi.gc(lib.rf_tracker_new(1 << 30), lib.rf_tracker_free)
-    lib.rf_tracker_channel_begin(tracker, 0, 0)
+    lib.rf_tracker_channel_begin(tracker, 0)
     lib.rf_tracker_forward(tracker, OPENING, len(OPENING), 0)
     buffer = ffi.from_buffer("uint8_t[]", stream)
     before = time.perf_counter()

@@ -37,11 +37,11 @@ static inline void drive(struct rf_tracker *tracker, const uint8_t *data, size_t
         now++;
         switch (what % 8) {
         case 0:
-            rf_tracker_channel_lost(tracker, now);
-            rf_tracker_channel_begin(tracker, 1, now);
+            rf_tracker_channel_lost(tracker);
+            rf_tracker_channel_begin(tracker, 1);
             break;
         case 1:
-            rf_tracker_preempt_begin(tracker, now);
+            rf_tracker_preempt_begin(tracker);
             break;
         case 2:
             rf_tracker_preempt_forward(tracker, data, length, now);

@@ -73,7 +73,7 @@ static void replay(struct rf_pagemap *map, uint64_t limit) {
     while (limit-- > 0 && rf_pagemap_replay_next(map, after, &request)) {
         CHECK(request.id > after && request.outstanding);
         after = request.id;
-        CHECK(rf_pagemap_replayed(map, request.id, 1) == RF_OK);
+        CHECK(rf_pagemap_replayed(map, request.id) == RF_OK);
     }
 }
 
@@ -91,8 +91,8 @@ static void step(struct rf_pagemap *map, struct input *in, uint64_t now) {
         rf_pagemap_discarded(map, operation / 16 % 4, offset(in), offset(in));
         break;
     case 3:
-        rf_pagemap_channel_lost(map, now);
-        rf_pagemap_channel_begin(map, now);
+        rf_pagemap_channel_lost(map);
+        rf_pagemap_channel_begin(map);
         break;
     case 4:
         rf_pagemap_forward_unseen(map);

@@ -101,7 +101,7 @@ int LLVMFuzzerTestOneInput(const uint8_t *data, size_t size) {
     struct rf_tracker *tracker = rf_tracker_new_kept(ceiling, fd, old, key, sizeof(key));
     CHECK(tracker != NULL);
     check_counts(tracker, ceiling);
-    rf_tracker_channel_begin(tracker, 1, 0);
+    rf_tracker_channel_begin(tracker, 1);
     drive(tracker, in.data, in.left, ceiling);
 
     struct rf_pagemap_stats before;

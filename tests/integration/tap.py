@@ -71,7 +71,7 @@ class Tap(Channel):
             self._open -= 1
 
     async def _main(self, near: trio.SocketStream, far: trio.SocketStream) -> None:
-        self.tracker.channel_begin(recovered=bool(self.channels), now=time.monotonic_ns())
+        self.tracker.channel_begin(recovered=bool(self.channels))
         passed = Passed()
         self.channels.append(passed)
 
@@ -84,10 +84,10 @@ class Tap(Channel):
             self.tracker.backward(data, time.monotonic_ns())
 
         await _both_ways(near, far, forward, backward)
-        self.tracker.channel_lost(time.monotonic_ns())
+        self.tracker.channel_lost()
 
     async def _preempt(self, near: trio.SocketStream, far: trio.SocketStream) -> None:
-        self.tracker.preempt_begin(time.monotonic_ns())
+        self.tracker.preempt_begin()
         await _both_ways(
             near, far, lambda data: self.tracker.preempt_forward(data, time.monotonic_ns()), lambda data: None
         )

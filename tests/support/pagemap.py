@@ -94,13 +94,13 @@ class PageMap:
         """RAM_DISCARD: what had passed is to be sent again. Raises `PageMapError`."""
         _checked(lib.rf_pagemap_discarded(self._map, block, start, length))
 
-    def channel_lost(self, now: int) -> None:
+    def channel_lost(self) -> None:
         """The channel broke."""
-        lib.rf_pagemap_channel_lost(self._map, now)
+        lib.rf_pagemap_channel_lost(self._map)
 
-    def channel_begin(self, now: int) -> None:
+    def channel_begin(self) -> None:
         """A recovered channel begins."""
-        lib.rf_pagemap_channel_begin(self._map, now)
+        lib.rf_pagemap_channel_begin(self._map)
 
     def ping_passed(self) -> None:
         """A PING behind all discards has passed."""
@@ -132,9 +132,9 @@ class PageMap:
         """What is to be written to the source again on this channel, oldest first."""
         return walk(self._map, lib.rf_pagemap_replay_next)
 
-    def replayed(self, request_id: int, now: int) -> None:
+    def replayed(self, request_id: int) -> None:
         """The record was written to the source. Raises `PageMapError` if there is none."""
-        _checked(lib.rf_pagemap_replayed(self._map, request_id, now))
+        _checked(lib.rf_pagemap_replayed(self._map, request_id))
 
     def complete(self) -> None:
         """The migration is over: every record ends."""

@@ -30,21 +30,21 @@ class Tracker:
         self._tracker = ffi.gc(pointer, lib.rf_tracker_free)
         self._map = lib.rf_tracker_pagemap(pointer)
 
-    def channel_begin(self, *, recovered: bool, now: int) -> None:
+    def channel_begin(self, *, recovered: bool) -> None:
         """A channel begins: the migration's first, or a recovered one."""
-        lib.rf_tracker_channel_begin(self._tracker, recovered, now)
+        lib.rf_tracker_channel_begin(self._tracker, recovered)
 
-    def channel_lost(self, now: int) -> None:
+    def channel_lost(self) -> None:
         """The channel broke."""
-        lib.rf_tracker_channel_lost(self._tracker, now)
+        lib.rf_tracker_channel_lost(self._tracker)
 
     def forward(self, data: bytes, now: int) -> None:
         """What passed from the source."""
         lib.rf_tracker_forward(self._tracker, data, len(data), now)
 
-    def preempt_begin(self, now: int) -> None:
+    def preempt_begin(self) -> None:
         """A preempt channel begins beside the main one."""
-        lib.rf_tracker_preempt_begin(self._tracker, now)
+        lib.rf_tracker_preempt_begin(self._tracker)
 
     def preempt_forward(self, data: bytes, now: int) -> None:
         """What passed from the source on the preempt channel."""

@@ -55,7 +55,7 @@ def reopened(old: int) -> Iterator[Tracker]:
 
 def begun(fd: int) -> Tracker:
     tracker = Tracker(state=StateFds(fd, KEY))
-    tracker.channel_begin(recovered=False, now=0)
+    tracker.channel_begin(recovered=False)
     tracker.forward(BEGINNING, 1)
     tracker.backward(s.request(9 * PAGE, PAGE, RAM), 2)
     return tracker
@@ -145,8 +145,8 @@ def test_a_crash_in_a_decoder_leaves_the_mark_and_dies_as_without_it(
         with reopened(old) as after:
             assert after.restored is Restored.CRASHED
             assert [block.name for block in after.blocks()] == [RAM, b"pc.bios"]
-            after.channel_lost(8)
-            after.channel_begin(recovered=True, now=9)
+            after.channel_lost()
+            after.channel_begin(recovered=True)
             after.forward(s.recv_bitmap(RAM), 9)
             after.backward(s.received(RAM, bytes(PAGES // 8)) + s.message(6, b"\0\0\0\1"), 9)
             assert "refault crashed while it read it" in reason_text(after.forward_opaque)

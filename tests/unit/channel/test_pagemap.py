@@ -112,11 +112,11 @@ class Model(RuleBasedStateMachine):
 
     @rule()
     def lose(self) -> None:
-        self.map.channel_lost(self.tick())
+        self.map.channel_lost()
         for block in self.blocks.values():  # what a handshake that came to nothing took out
             block.forwarded |= block.in_flight
             block.in_flight.clear()
-        self.map.channel_begin(self.tick())
+        self.map.channel_begin()
         self.channel += 1
         self.pinged = self.passed = False
 
@@ -188,7 +188,7 @@ class Model(RuleBasedStateMachine):
             (r.name, r.start, r.time) for r in wanted
         ]
         for record, model in list(zip(given_records, wanted, strict=True))[:count]:
-            self.map.replayed(record.id, self.tick())
+            self.map.replayed(record.id)
             model.replayed_on = self.channel
 
     def to_replay(self, record: Record) -> bool:
@@ -289,19 +289,19 @@ def test_an_answer_lost_behind_the_relay_is_replayed() -> None:
     page_map.request(b"pc.ram", 0, PAGE, 10)
     page_map.request(b"pc.ram", PAGE, PAGE, 20)
     page_map.arrived(0, 0, 2 * PAGE, 30)
-    page_map.channel_lost(40)
-    page_map.channel_begin(50)
+    page_map.channel_lost()
+    page_map.channel_begin()
     assert list(page_map.to_replay()) == []
     page_map.received(b"pc.ram", b"\x02" + bytes((1 << 15) - 1))
     (request,) = page_map.to_replay()
     assert (request.name, request.start, request.length, request.time) == (b"pc.ram", 0, PAGE, 10)
-    page_map.replayed(request.id, 60)
+    page_map.replayed(request.id)
     assert list(page_map.to_replay()) == []
     page_map.arrived(0, 0, PAGE, 70)
     stats = page_map.stats()
     assert (stats.replayed, stats.reopened, stats.outstanding, stats.recorded) == (1, 1, 0, 1)
     with pytest.raises(PageMapError):
-        page_map.replayed(request.id + 100, 80)
+        page_map.replayed(request.id + 100)
 
 
 def test_a_pong_proves_all_that_passed_before_its_ping_and_no_more() -> None:
@@ -320,7 +320,7 @@ def test_a_pong_proves_all_that_passed_before_its_ping_and_no_more() -> None:
 def test_a_request_that_the_destination_repeats_is_not_replayed() -> None:
     page_map = declared()
     page_map.request(b"pc.ram", 0, PAGE, 10)
-    page_map.channel_begin(50)
+    page_map.channel_begin()
     page_map.received(b"pc.ram", bytes(1 << 15))
     assert len(list(page_map.to_replay())) == 1
     page_map.request(b"pc.ram", 0, PAGE, 60)
@@ -333,12 +333,12 @@ def test_a_long_replay_takes_no_longer_for_each_request_than_a_short_one() -> No
     page_map.declare(b"pc.ram", pages * PAGE)
     for page in range(pages):
         page_map.request(b"pc.ram", page * PAGE, PAGE, page)
-    page_map.channel_lost(1)
-    page_map.channel_begin(2)
+    page_map.channel_lost()
+    page_map.channel_begin()
     page_map.received(b"pc.ram", bitmap_of(set(), pages))
     times = []
     for request in page_map.to_replay():
-        page_map.replayed(request.id, 3)
+        page_map.replayed(request.id)
         times.append(time.thread_time())
     assert len(times) == pages
     assert times[-1] - times[-2000] < 5 * (times[1999] - times[0])
@@ -373,7 +373,7 @@ def test_blocks_known_by_name_until_a_bitmap_tells_their_size() -> None:
     page_map.request(b"pc.ram", 4096 * PAGE, PAGE, 2)
     (block,) = page_map.blocks()
     assert (block.declared, block.used_length, block.outstanding) == (False, 0, 2)
-    page_map.channel_begin(3)
+    page_map.channel_begin()
     report = page_map.received(b"pc.ram", bytes(64))
     assert (report.records_left, page_map.stats().refused) == (1, 1)
     (block,) = page_map.blocks()
@@ -465,7 +465,7 @@ def test_readers_see_consistent_counts_while_the_map_is_written() -> None:
     would wait as often for the reader to let go of that, and on a busy machine each time for its turn."""
     pages = 1 << 12
     tracker = Tracker()
-    tracker.channel_begin(recovered=False, now=0)
+    tracker.channel_begin(recovered=False)
     tracker.forward(s.postcopy_stream(length=pages * PAGE)[:-1], 1)
     tracker.backward(b"".join(s.request(page * PAGE, PAGE, b"pc.ram") for page in range(pages)), 2)
     section = s.part() + b"".join(s.zero(page * PAGE, b"pc.ram") for page in range(pages)) + s.EOS

@@ -61,7 +61,7 @@ def writer(fd: int) -> Tracker:
     """Of a migration in postcopy, with some requests made."""
     tracker = Tracker(state=StateFds(fd, KEY))
     tracker.trust_bitmaps()  # the handshakes here tell of pages that never passed
-    tracker.channel_begin(recovered=False, now=0)
+    tracker.channel_begin(recovered=False)
     tracker.forward(s.postcopy_stream()[:-1], 1)
     tracker.backward(
         s.message(2, b"\0\0\0\3") + s.request(9 * PAGE, PAGE, RAM) + s.request(3 * PAGE, PAGE), 5
@@ -79,8 +79,8 @@ def rows(tracker: Tracker) -> dict[Row, bool]:
 
 def handshake(tracker: Tracker, pages: set[int], now: int) -> None:
     """A loss, and a recovery in which the destination says that it has these pages of pc.ram."""
-    tracker.channel_lost(now)
-    tracker.channel_begin(recovered=True, now=now)
+    tracker.channel_lost()
+    tracker.channel_begin(recovered=True)
     tracker.forward(s.recv_bitmap(RAM) + s.recv_bitmap(BIOS), now)
     dense = sum(1 << page for page in pages).to_bytes(8, "little")
     tracker.backward(s.received(RAM, dense) + s.received(BIOS, bytes(8)) + s.message(6, b"\0\0\0\1"), now)
@@ -97,8 +97,8 @@ def apply(tracker: Tracker, operation: Operation, now: int) -> None:
             tracker.forward(s.part() + s.page(number * PAGE, RAM) + s.EOS, now)
         case "half a page":
             tracker.forward((s.part() + s.page(number * PAGE, RAM))[: 100 + number], now)
-            tracker.channel_lost(now)
-            tracker.channel_begin(recovered=True, now=now)
+            tracker.channel_lost()
+            tracker.channel_begin(recovered=True)
         case "pong":
             tracker.backward(s.message(2, struct.pack(">I", number)), now)
         case "recovery":
@@ -253,7 +253,7 @@ def test_a_torn_file_is_recognised_and_not_used(fd: int, damage: str) -> None:
         assert after.blocks() == []
         assert after.facts == Fact(0)
         assert after.kept is Kept.ALL
-        after.channel_begin(recovered=True, now=9)  # it is a tracker like any other
+        after.channel_begin(recovered=True)  # it is a tracker like any other
         after.backward(s.request(PAGE, PAGE, RAM), 9)
         assert after.stats().recorded == 1
 
@@ -304,14 +304,14 @@ def test_what_is_no_regular_file_is_torn() -> None:
 def test_a_block_list_that_does_not_agree_disowns_the_file(fd: int, forward: bytes, backward: bytes) -> None:
     writer(fd)
     with reopened(fd) as after:
-        after.channel_begin(recovered=True, now=9)
+        after.channel_begin(recovered=True)
         after.forward(forward, 9)
         after.backward(backward + s.message(6, b"\0\0\0\1"), 9)
         for _ in range(2):
             assert "not those of this migration" in reason_text(after.forward_opaque)
             assert after.return_opaque == after.forward_opaque
             assert (after.stats().outstanding, list(after.to_replay())) == (0, [])
-            after.channel_begin(recovered=True, now=10)
+            after.channel_begin(recovered=True)
 
 
 def test_without_room_for_a_file_tracking_goes_on_in_memory(fd: int) -> None:
@@ -322,7 +322,7 @@ def test_without_room_for_a_file_tracking_goes_on_in_memory(fd: int) -> None:
 
 def test_the_first_records_are_kept_where_there_is_room_for_no_more(fd: int) -> None:
     tracker = Tracker(state=StateFds(fd, KEY))
-    tracker.channel_begin(recovered=False, now=0)
+    tracker.channel_begin(recovered=False)
     tracker.forward(s.postcopy_stream(length=4096 * PAGE)[:-1], 1)
     fcntl.fcntl(fd, fcntl.F_ADD_SEALS, fcntl.F_SEAL_GROW)
     tracker.backward(b"".join(s.request(page * PAGE, PAGE, RAM) for page in range(4096)), 5)
@@ -366,7 +366,7 @@ def test_a_million_requests_are_kept_and_one_more_is_not(fd: int) -> None:
 
 def test_a_guest_of_one_tebibyte_is_restored_within_little_memory(fd: int) -> None:
     tracker = Tracker(state=StateFds(fd, KEY))
-    tracker.channel_begin(recovered=False, now=0)
+    tracker.channel_begin(recovered=False)
     tracker.forward(s.postcopy_stream(length=1 << 40)[:-1], 1)
     tracker.backward(s.request((1 << 40) - PAGE, PAGE, RAM), 5)
     new = os.memfd_create("next")

@@ -24,7 +24,7 @@ HANDSHAKE = s.recv_bitmap(RAM) + s.recv_bitmap(b"pc.bios")
 
 def begun(data: bytes | None = None) -> Tracker:
     tracker = Tracker()
-    tracker.channel_begin(recovered=False, now=0)
+    tracker.channel_begin(recovered=False)
     tracker.forward(s.postcopy_stream()[:-1] if data is None else data, 1)
     return tracker
 
@@ -36,7 +36,7 @@ def bitmap(*pages: int) -> bytes:
 def test_the_facts_of_a_postcopy_migration_come_in_their_order() -> None:
     stream = s.postcopy_stream()
     tracker = Tracker()
-    tracker.channel_begin(recovered=False, now=0)
+    tracker.channel_begin(recovered=False)
     order = []
     seen = tracker.facts
     for i in range(len(stream)):
@@ -98,8 +98,8 @@ def test_any_chunking_gives_the_same_record(steps: list[tuple[str, bytes]], cuts
     """Of the main channel's directions and of the preempt channel, whatever passes on which of them."""
     whole, pieces = begun(), begun()
     for tracker in (whole, pieces):
-        tracker.channel_begin(recovered=True, now=2)
-        tracker.preempt_begin(2)
+        tracker.channel_begin(recovered=True)
+        tracker.preempt_begin()
     for now, (way, data) in enumerate(steps, 3):
         getattr(whole, way)(data, now)
         for piece in s.chunks(data, cuts):
@@ -122,8 +122,8 @@ def test_requests_and_answers() -> None:
     tracker.trust_bitmaps()  # page 5 is received though it has not passed
     tracker.backward(s.request(5 * PAGE, PAGE, RAM) + s.request(6 * PAGE, PAGE), 10)
     assert tracker.stats().outstanding == 2
-    tracker.channel_lost(30)
-    tracker.channel_begin(recovered=True, now=40)
+    tracker.channel_lost()
+    tracker.channel_begin(recovered=True)
     assert tracker.channel_facts == Fact(0)
     tracker.forward(HANDSHAKE, 50)
     tracker.backward(s.received(RAM, bitmap(0, 1, 2, 5)) + s.received(b"pc.bios", bitmap(0)), 60)
@@ -139,7 +139,7 @@ def test_requests_and_answers() -> None:
 
 def test_a_received_bitmap_of_another_vm_is_noticed() -> None:
     tracker = begun()
-    tracker.channel_begin(recovered=True, now=2)
+    tracker.channel_begin(recovered=True)
     tracker.backward(s.received(RAM, bitmap(0, 1, 2)), 3)
     assert Fact.FOREIGN_PAGES not in tracker.facts
     tracker.backward(s.received(RAM, bitmap(0, 1, 2, 40)), 3)
@@ -149,11 +149,11 @@ def test_a_received_bitmap_of_another_vm_is_noticed() -> None:
 def test_a_foreign_bitmap_confirms_nothing_and_the_right_one_is_known_after_it() -> None:
     tracker = begun()
     tracker.backward(s.request(5 * PAGE, PAGE, RAM) + s.request(6 * PAGE, PAGE), 2)
-    tracker.channel_begin(recovered=True, now=3)
+    tracker.channel_begin(recovered=True)
     tracker.backward(s.received(b"pc.bios", bytes(8)) + s.received(RAM, bitmap(5, 6, 40)), 4)
     assert Fact.FOREIGN_PAGES in tracker.channel_facts
-    tracker.channel_lost(5)
-    tracker.channel_begin(recovered=True, now=6)
+    tracker.channel_lost()
+    tracker.channel_begin(recovered=True)
     tracker.backward(s.received(RAM, bitmap(0, 1, 2)) + s.received(b"pc.bios", bitmap(0)), 7)
     assert Fact.FOREIGN_PAGES not in tracker.channel_facts
     assert [request.start for request in tracker.to_replay()] == [5 * PAGE, 6 * PAGE]
@@ -165,8 +165,8 @@ def pong(value: int) -> bytes:
 
 def called_foreign(tracker: Tracker, *pages: int, over: bool = False) -> bool:
     """Of a received bitmap of pc.ram with these pages, on a channel of its own. ``over``: with RESUME_ACK."""
-    tracker.channel_lost(2)
-    tracker.channel_begin(recovered=True, now=2)
+    tracker.channel_lost()
+    tracker.channel_begin(recovered=True)
     tracker.backward(s.received(RAM, bitmap(*pages)) + s.received(b"pc.bios", bitmap(0)), 3)
     if over:
         tracker.backward(s.message(6, b"\0\0\0\1"), 3)
@@ -191,8 +191,8 @@ def test_after_pong_2_a_bitmap_without_a_page_of_precopy_is_another_vms() -> Non
 
 def test_a_pong_after_a_loss_says_nothing_of_what_is_loaded() -> None:
     tracker = begun()
-    tracker.channel_lost(2)
-    tracker.channel_begin(recovered=True, now=2)
+    tracker.channel_lost()
+    tracker.channel_begin(recovered=True)
     tracker.backward(pong(2), 2)
     assert not called_foreign(tracker)
 
@@ -213,11 +213,11 @@ def test_once_resumed_with_a_received_bitmap_only_grows() -> None:
 def test_where_a_bitmap_was_missing_or_pages_passed_unseen_nothing_is_known_to_be_loaded() -> None:
     tracker = begun()
     tracker.backward(pong(2), 2)
-    tracker.channel_begin(recovered=True, now=2)
+    tracker.channel_begin(recovered=True)
     tracker.backward(s.received(RAM, bitmap(0, 1)) + s.message(6, b"\0\0\0\1"), 3)
     assert not called_foreign(tracker)
     tracker = begun()
-    tracker.channel_begin(recovered=True, now=2)
+    tracker.channel_begin(recovered=True)
     tracker.backward(s.received(RAM, bitmap(0, 1)) + s.received(b"pc.bios", bitmap(0)), 3)
     tracker.forward(s.part() + s.page(5 * PAGE, RAM) + s.EOS, 3)  # which no QEMU sends before RESUME_ACK
     tracker.backward(s.message(6, b"\0\0\0\1"), 3)
@@ -234,7 +234,7 @@ def test_bitmaps_that_are_trusted_are_never_foreign() -> None:
     tracker = begun()
     tracker.trust_bitmaps()
     tracker.backward(pong(2), 2)
-    tracker.channel_begin(recovered=True, now=2)
+    tracker.channel_begin(recovered=True)
     tracker.backward(s.received(RAM, bitmap(0, 40)), 3)
     assert Fact.FOREIGN_PAGES not in tracker.facts
 
@@ -244,7 +244,7 @@ def test_without_the_whole_stream_no_bitmap_is_called_foreign() -> None:
     for tracker in (begun(multifd), begun(s.postcopy_stream()[:-1] + b"\x99")):
         assert Fact.WHOLE_STREAM_SEEN not in tracker.facts
         tracker.backward(pong(2), 2)
-        tracker.channel_begin(recovered=True, now=2)
+        tracker.channel_begin(recovered=True)
         tracker.backward(s.received(RAM, bitmap(40)), 3)
         assert Fact.FOREIGN_PAGES not in tracker.facts
 
@@ -254,7 +254,7 @@ def test_an_opaque_forward_stream_leaves_requests_outstanding_until_a_bitmap_tel
     assert reason_text(tracker.forward_opaque) == "an unknown section type"
     tracker.backward(s.request(0, PAGE, RAM) + s.request(7 * PAGE, PAGE), 5)
     assert tracker.stats().outstanding == 2
-    tracker.channel_begin(recovered=True, now=6)
+    tracker.channel_begin(recovered=True)
     assert tracker.forward_opaque == 0
     tracker.backward(s.received(RAM, bitmap(0)), 7)
     assert [request.start for request in tracker.to_replay()] == [7 * PAGE]
@@ -273,14 +273,14 @@ def test_an_opaque_return_path(data: bytes, text: str) -> None:
     tracker.backward(data + s.request(0, PAGE, RAM), 5)
     assert reason_text(tracker.return_opaque) == text
     assert tracker.stats().requested == 0
-    tracker.channel_begin(recovered=True, now=6)
+    tracker.channel_begin(recovered=True)
     tracker.backward(s.request(7 * PAGE, PAGE, RAM), 7)
     assert tracker.stats().requested == 1
 
 
 def test_pages_of_a_preempt_channel_answer_too() -> None:
     tracker = begun()
-    tracker.preempt_begin(2)
+    tracker.preempt_begin()
     tracker.backward(s.request(7 * PAGE, PAGE, RAM) + s.request(8 * PAGE, PAGE), 5)
     tracker.preempt_forward(s.page(8 * PAGE, RAM) + s.page(7 * PAGE), 9)
     assert tracker.stats().outstanding == 0
@@ -305,7 +305,7 @@ def test_huge_pages_are_answered_by_their_last_target_page() -> None:
 
 def test_a_ceiling_too_low_for_the_guest_is_opaque() -> None:
     tracker = Tracker(ceiling=60_000)
-    tracker.channel_begin(recovered=False, now=0)
+    tracker.channel_begin(recovered=False)
     tracker.forward(s.postcopy_stream(length=1 << 44), 1)
     assert reason_text(tracker.forward_opaque) == "no memory left under the ceiling"
     tracker.backward(s.request(0, PAGE, RAM), 5)
