@@ -24,4 +24,5 @@ def checked(read: Callable[[str], T]) -> Callable[[str], T]:
 
 
 path = checked(values.path)
+socket_path = checked(values.socket_path)
 vm_name = checked(values.vm_name)

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import msgspec
 
-from refault.cli.arguments import path, vm_name
+from refault.cli.arguments import socket_path, vm_name
 from refault.daemon.host.errors import OperatorError
 from refault.daemon.host.paths import CONTROL_SUFFIX, runtime_directories, short_name
 from refault.daemon.telling.control import NoAnswer, NoDaemon, NotPermitted, query
@@ -33,7 +33,7 @@ def add_selection(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("name", nargs="?", type=vm_name, metavar="NAME", help="of this VM alone")
     parser.add_argument(
         "--control",
-        type=path,
+        type=socket_path,
         metavar="PATH",
         help=f"ask the daemon at this socket; default: all *{CONTROL_SUFFIX} in {where} and the directories"
         " in it",

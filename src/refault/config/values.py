@@ -12,16 +12,26 @@ from refault.qmp.access import FREE
 
 _WEEK = 7 * 24 * 3600
 _URI = re.compile(r"[a-z][a-z0-9+.-]*:.")
+_ADDRESS = re.compile("(unix|tcp|vsock|fd|exec|file|https?):")
 
 
 def path(text: str) -> Path:
     """A path; a ~ that the shell has left, as in ``--control=~/x``, is a home directory to it too."""
     if not text or "\0" in text:
         raise ValueError(f"{text!r} is no path")
+    if _ADDRESS.match(text):
+        raise ValueError(
+            f"{text!r} is an address, and a path is wanted; a file of this directory is ./{text}"
+        )
     try:
         return Path(text).expanduser()
     except RuntimeError as error:
         raise ValueError(f"{text!r}: {error}") from error
+
+
+def socket_path(text: str) -> Path:
+    """The path of a socket file, as it is or as an address."""
+    return path(text.removeprefix("unix:"))
 
 
 def vm_name(text: str) -> str:
@@ -109,7 +119,7 @@ def incoming(text: str) -> tuple[Inet, str]:
 
 def control(text: str) -> Address:
     """The path of a socket file to be listened at, with the options that such a listener has."""
-    address = parse_address(f"unix:{path(text.removeprefix('unix:'))}", server=True)
+    address = parse_address(f"unix:{socket_path(text)}", server=True)
     if address.abstract or not address.server or address.wait or address.rule != FREE:
         raise ValueError(
             f"{text!r}: behind such a path stand mode=, owner=, group=, allow-user= and allow-group= alone"

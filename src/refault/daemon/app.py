@@ -121,8 +121,8 @@ async def _serve(
             nursery.start_soon(troubles.keep, f"{options.name}: metrics", metrics)
         nursery.start_soon(publisher.run)
         notifier.ready(f"serving {options.qemu}")
-        at = [*(front.address for front in vm.monitor.fronts), *vm.monitor.managers]
-        log.info("%s: serving %s on %s", options.name, options.qemu, ", ".join(map(str, at)))
+        at = ", ".join(map(str, vm.monitor.clients_come_to))
+        log.info("%s: serving %s on %s", options.name, options.qemu, at)
         async for number in ends:
             log.info("%s: %s, ending", options.name, signal.Signals(number).name)
             notifier.stopping("ending")

@@ -152,8 +152,6 @@ class Migration:
         self.course.is_relayed(True)
         self._vm.start_soon(self._poll_status)
         self._vm.start_soon(self.channels.watch)
-        where = self.endpoint.uri if self.endpoint else ""
-        log.info("%s: relaying as the %s, %s", self._name, self.course.role, where)
 
     async def go_unrelayed(self, reason: str) -> None:
         """What the relay needs could not be had: from here as if it had begun without."""
@@ -168,10 +166,18 @@ class Migration:
     def _unrelayed(self, reason: str) -> None:
         self._vm.start_soon(self._watch_for_stalls)
         self.relay_reason = reason
-        log.info("%s: not relayed: %s; recovery runs over QMP alone", self._name, reason)
+
+    def say_how(self) -> None:
+        """Tells the operator whether it is relayed, where it has come to that: QEMU may refuse it yet."""
+        if self.channels is not None:
+            where = self.endpoint.uri if self.endpoint else ""
+            log.info("%s: relaying as the %s, %s", self._name, self.course.role, where)
+        else:
+            log.info("%s: not relayed: %s; recovery runs over QMP alone", self._name, self.relay_reason)
 
     def accepted(self) -> None:
         """QEMU took the command that sets the migration up."""
+        self.say_how()
         self._remembers = self.endpoint is not None
         self.course.remember()
         self.settled.set()

@@ -472,6 +472,7 @@ class Vm:
         migration = await self._replace(role, endpoint, reason, lanes, record)
         if isinstance(migration.procedure, Destination) and reason is None and endpoint is not None:
             await migration.procedure.adopt(endpoint)
+        migration.say_how()
         migration.course.feed(Event.STARTED)
         migration.course.on_status(status)
         if migration.held_until_loaded:

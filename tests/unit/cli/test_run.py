@@ -68,8 +68,9 @@ def test_everything_given() -> None:
 
 def test_a_tilde_that_the_shell_has_left_is_a_home_directory(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("HOME", "/home/admin")
-    options = parsed([*MINIMAL, "--control=~/c", "--state-dir=~/s"])
-    assert options.control == Address("/home/admin/c", server=True)
+    for option in ("--control=~/c", "--control=unix:~/c", "--control=unix:/home/admin/c"):
+        assert parsed([*MINIMAL, option]).control == Address("/home/admin/c", server=True)
+    options = parsed([*MINIMAL, "--state-dir=~/s"])
     assert options.state_dir == Path("/home/admin/s")
 
 
@@ -149,6 +150,10 @@ def test_a_tcp_monitor_gives_a_name_too() -> None:
         ([*MINIMAL, "--control", "/c,allow-user=no-such-user"], "this host has no such user"),
         ([*MINIMAL, "--metrics", "unix:/m,audit=on"], "allow-user= and allow-group= alone"),
         ([*MINIMAL, "--metrics", "unix:/run/vm1.qmp"], "this address is that of --listen"),
+        ([*MINIMAL, "--control", "tcp:127.0.0.1:1"], "is an address, and a path is wanted"),
+        ([*MINIMAL, "--state-dir", "unix:/s"], "is an address, and a path is wanted"),
+        (["status", "--control", "tcp:127.0.0.1:1"], "is an address, and a path is wanted"),
+        (["inspect", "tcp:127.0.0.1:1"], "is an address, and a path is wanted"),
         ([*MINIMAL, "--state-dir", ""], "'' is no path"),
         ([*MINIMAL, "--state-dir", "~nobody-of-this-name/s"], "~nobody-of-this-name"),
         ([*MINIMAL, "--metrics", "http://127.0.0.1:9099"], "is not HOST:PORT"),

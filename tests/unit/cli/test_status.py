@@ -55,7 +55,9 @@ def runtime(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 async def test_json_of_one_daemon_is_its_document(runtime: Path, capsys: pytest.CaptureFixture[str]) -> None:
     async with daemons(runtime, one=PICTURE):
         assert await refault("status", "--json", "--control", str(runtime / "one.control")) == NO_QEMU
-    assert decode(capsys.readouterr().out.encode()) == PICTURE
+        assert await refault("status", "--json", f"--control=unix:{runtime / 'one.control'}") == NO_QEMU
+    told = capsys.readouterr().out.splitlines(keepends=True)
+    assert [decode(line.encode()) for line in told] == [PICTURE, PICTURE]
 
 
 async def test_without_control_all_daemons_are_asked(

@@ -91,6 +91,23 @@ def answer(verdict: object, reply: bytes) -> None:
     verdict.on_reply(reply)
 
 
+@pytest.mark.parametrize("relayed", [True, False])
+async def test_whether_it_is_relayed_is_said_of_a_migration_and_not_of_what_qemu_refuses(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture, relayed: bool
+) -> None:
+    def said() -> int:
+        return sum("relaying as" in text or "not relayed" in text for text in caplog.messages)
+
+    caplog.set_level("INFO")
+    with socket.create_server(("127.0.0.1", 0)) as far:
+        async with fronted(tmp_path) as (_, vm):
+            uri = f"tcp:127.0.0.1:{far.getsockname()[1]}" if relayed else "unix:/run/x"
+            answer(await vm._migrate(migrate(uri)), REFUSED)
+            assert said() == 0
+            answer(await vm._migrate(migrate(uri)), OK)
+            assert said() == 1
+
+
 async def test_a_second_migrate_does_the_first_no_harm(tmp_path: Path) -> None:
     with socket.create_server(("127.0.0.1", 0)) as far:
         uri = f"tcp:127.0.0.1:{far.getsockname()[1]}"

@@ -162,6 +162,12 @@ class Monitor:
         self._nursery: trio.Nursery
 
     @property
+    def clients_come_to(self) -> list[Address]:
+        """Where clients are served: the addresses as they are bound, and the managers that are dialled."""
+        clients = self.fronts[:-1] if self.qemu_address.server else self.fronts
+        return [*(front.address for front in clients), *self.managers]
+
+    @property
     def counters(self) -> Counters:
         """Totals since the start."""
         return self._core.counters
