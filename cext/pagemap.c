@@ -1223,6 +1223,9 @@ void rf_pagemap_complete(struct rf_pagemap *map) {
         add(&block->arrived, get(&block->outstanding));
         put(&block->outstanding, 0);
         put(&block->recorded, 0);
+        for (uint32_t cell = 0; cell < CELLS; cell++) {
+            atomic_store_explicit(&block->cells[cell], 0, memory_order_relaxed);
+        }
         if (block->missing != NULL) {
             rf_bitmap_clear_all(block->missing);
             rf_bitmap_clear_all(block->unconfirmed);
