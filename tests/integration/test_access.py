@@ -6,6 +6,7 @@ import contextlib
 import json
 import logging
 import os
+import re
 import socket
 import subprocess
 import sys
@@ -216,7 +217,7 @@ async def test_a_manager_who_is_not_allowed_gets_nothing(user: int) -> None:
 async def test_what_changes_the_vm_is_on_record(caplog: pytest.LogCaptureFixture) -> None:
     caplog.set_level(logging.INFO)
     with directory() as path, qemu_process(f"unix:{path}/qemu,server=on,wait=off"):
-        async with every_kind(path, "audit=on,deny=stop") as clients:
+        async with every_kind(path, "audit=on,deny=stop,deny=device-add,deny=qiut") as clients:
             for client in clients.values():
                 await client.negotiate()
                 await client.command("query-status")
@@ -236,3 +237,4 @@ async def test_what_changes_the_vm_is_on_record(caplog: pytest.LogCaptureFixture
     assert "refused: stop" in told[2].getMessage()
     [tcp] = {each["CLIENT_ADDRESS"] for each in fields if "CLIENT_ADDRESS" in each}
     assert f"({tcp}) at tcp:127.0.0.1:" in caplog.text
+    assert re.search(r"/front is denied what QEMU [\d.]+ does not have: qiut; look", caplog.text)

@@ -20,8 +20,9 @@ allowed, though they are not meant to change anything:
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping
 from dataclasses import dataclass, field
+from functools import cached_property
 
 CAPABILITIES = "qmp_capabilities"
 HUMAN = "human-monitor-command"
@@ -70,7 +71,7 @@ class Rule:
 
     read_only: bool = False
     deny: frozenset[str] = frozenset()
-    """Names of commands, each `_` written as `-`, as in no QEMU two commands differ in that alone."""
+    """Names of commands. A `_` and a `-` are the same, for in no QEMU two commands differ in that alone."""
     audit: bool = False
 
     def refusal(self, name: str, arguments: Callable[[], Mapping[str, object]]) -> str | None:
@@ -81,6 +82,10 @@ class Rule:
         why = why or (self._denied(name, arguments) if self.deny else None)
         return why and f"The command {_shortened(name)} is refused: {why}"
 
+    @cached_property
+    def _canonical(self) -> frozenset[str]:
+        return frozenset(map(canonical, self.deny))
+
     def _read_only(self, name: str, arguments: Callable[[], Mapping[str, object]]) -> str | None:
         if not reads(name):
             return "this listener is read-only"
@@ -89,7 +94,7 @@ class Rule:
         return None
 
     def _denied(self, name: str, arguments: Callable[[], Mapping[str, object]]) -> str | None:
-        if canonical(name) in self.deny:
+        if canonical(name) in self._canonical:
             return "it is denied at this listener"
         if name == HUMAN:
             return f"it could do what is denied at this listener ({', '.join(sorted(self.deny))})"
@@ -97,7 +102,7 @@ class Rule:
             actions = arguments().get("actions")
             for action in actions if isinstance(actions, list) else []:
                 kind = action.get("type") if isinstance(action, dict) else None
-                if isinstance(kind, str) and canonical(kind) in self.deny:
+                if isinstance(kind, str) and canonical(kind) in self._canonical:
                     return f"its action {_shortened(kind)} is denied at this listener"
         return None
 
@@ -113,7 +118,13 @@ def denied(names: Collection[str]) -> frozenset[str]:
             raise ValueError(f"{name!r} is no command's name")
         if canonical(name) == canonical(CAPABILITIES):
             raise ValueError(f"without {CAPABILITIES} no client can say anything: it cannot be denied")
-    return frozenset(map(canonical, names))
+    return frozenset(names)
+
+
+def unknown(names: Collection[str], commands: Iterable[str]) -> list[str]:
+    """Of the names that are denied those that are no command of a QEMU's, in order."""
+    known = frozenset(map(canonical, commands))
+    return sorted(name for name in names if canonical(name) not in known)
 
 
 def canonical(name: str) -> str:

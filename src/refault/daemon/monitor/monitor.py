@@ -36,6 +36,7 @@ from refault.daemon.monitor.front import Front
 from refault.daemon.monitor.listener import ListenError
 from refault.daemon.monitor.presence import Presence, Qemu
 from refault.daemon.monitor.upstream import Upstream
+from refault.qmp.access import unknown
 from refault.qmp.commands import Answer, Forward
 from refault.qmp.decoding import decode_members
 from refault.qmp.multiplexer import Counters, Multiplexer
@@ -59,6 +60,7 @@ __all__ = [
 
 log = logging.getLogger("refault.qmp")
 
+KNOWN_TIMEOUT = 10.0
 FIRST_LOOK = 1.0
 """Seconds after which the start is done though it is not known whether QEMU is there."""
 
@@ -135,6 +137,7 @@ class Monitor:
         """Who is connected to, as a client."""
         self.qemu: QemuInfo | None = None
         """The QEMU that commands can go to now, or None."""
+        self._denied = {address: address.rule.deny for address in listen if address.rule.deny}
         self._watch = dict(watch or {})
         self._on_event = on_event
         self._on_connect = on_connect
@@ -265,8 +268,27 @@ class Monitor:
         pid = f", pid {peer.pid}" if peer.pid else ""
         note = "" if greeting.oob else "; it offers no out-of-band commands"
         log.info("%s: connected to QEMU %s%s at %s%s", self.name, version, pid, self.qemu_address, note)
+        if self._denied:
+            self._upstream.start_soon(self._check_denied, version)
         if self._on_connect is not None:
             self._upstream.start_soon(self._tell_connected, self.qemu)
+
+    async def _check_denied(self, version: str) -> None:
+        """Tells of what is denied and is no command: a slip there lets through what it meant to stop."""
+        try:
+            told = await self.execute("query-commands", timeout=KNOWN_TIMEOUT)
+            commands = [each["name"] for each in msgspec.convert(told, list[dict[str, str]])]
+        except (QmpError, MonitorLost, trio.TooSlowError):
+            return
+        for address, names in self._denied.items():
+            if strange := unknown(names, commands):
+                log.warning(
+                    "%s: at %s is denied what QEMU %s does not have: %s; look at how it is spelt",
+                    self.name,
+                    address,
+                    version,
+                    ", ".join(strange),
+                )
 
     async def _tell_connected(self, info: QemuInfo) -> None:
         assert self._on_connect is not None  # noqa: S101

@@ -191,7 +191,7 @@ def test_who_may_speak_and_what() -> None:
     written = "/s,allow-user=0,allow-user=root,allow-group=4242,read-only,deny=quit,deny=device_add,audit=on"
     address = parse_address(written, server=True)
     assert address.callers == Callers(frozenset((0,)), frozenset((4242,)))
-    assert address.rule == Rule(read_only=True, deny=frozenset(("quit", "device-add")), audit=True)
+    assert address.rule == Rule(read_only=True, deny=frozenset(("quit", "device_add")), audit=True)
     assert address.mode == 0o666
     assert address == with_access(
         parse_address("/s", server=True),
