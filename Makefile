@@ -38,7 +38,7 @@ C_WARNINGS := -std=c11 -D_GNU_SOURCE -Wall -Wextra -Werror -Icext -fsyntax-only
 CAMPAIGNS := starvation truth floor strays silence patience huge_pages
 
 .PHONY: help build demo picture qemus analyzers prometheus analyze matrix qtests test campaign campaign-kill \
-        campaign-preempt $(CAMPAIGNS:%=campaign-%) lint bench fuzz tsan ends nightly dist install clean
+        campaign-preempt $(CAMPAIGNS:%=campaign-%) lint bench fuzz tsan ends nightly dist install deb clean
 .NOTPARALLEL:
 
 help:
@@ -68,7 +68,8 @@ help:
 	@echo 'make campaign-patience  slow migrations, a blocked main thread, a source that nobody answers'
 	@echo 'make nightly  all that is too long for CI, for hours; goes on where it was (NIGHTLY="fuzz qtests" for some steps)'
 	@echo 'make dist     sdist and wheel, in dist/'
-	@echo 'make install  program, systemd unit and directories (DESTDIR, PREFIX)'
+	@echo 'make install  program, man pages, completion, systemd unit and directories (DESTDIR, PREFIX)'
+	@echo 'make deb      a Debian package of all that, for this release of Debian, in dist/'
 	@echo 'make clean    removes what was built, .venv included'
 
 # The package in .venv, in place: Python from src/, the compiled part beside it.
@@ -185,11 +186,17 @@ install:
 	$(DESTDIR)$(LIBDIR)/bin/python -m pip install --quiet --upgrade --force-reinstall .
 	printf '#!%s/bin/python\nfrom refault.cli.main import main\n\nraise SystemExit(main())\n' $(LIBDIR) >$(DESTDIR)$(LIBDIR)/bin/refault
 	ln -sfn $(LIBDIR)/bin/refault $(DESTDIR)$(PREFIX)/bin/refault
+	$(DESTDIR)$(LIBDIR)/bin/python -m refault.cli.pages $(DESTDIR)$(PREFIX)/share
 	install -d $(DESTDIR)$(UNITDIR) $(DESTDIR)$(SYSUSERSDIR) $(DESTDIR)$(TMPFILESDIR)
 	sed 's|@PREFIX@|$(PREFIX)|g' systemd/refault@.service >$(DESTDIR)$(UNITDIR)/refault@.service
 	install -m 644 systemd/refault.sysusers $(DESTDIR)$(SYSUSERSDIR)/refault.conf
 	install -m 644 systemd/refault.tmpfiles $(DESTDIR)$(TMPFILESDIR)/refault.conf
 	test -e $(DESTDIR)$(SYSCONFDIR)/refault/example.env || install -m 640 systemd/example.env $(DESTDIR)$(SYSCONFDIR)/refault/example.env
+
+# With Debian's own Python, on which the package depends.
+deb:
+	$(BOOTSTRAP) deb
+	packaging/deb/build dist
 
 clean:
 	rm -rf $(VENV) $(QEMU_DIR) build dist .mypy_cache .pytest_cache .ruff_cache .hypothesis src/refault.egg-info

@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 
 import refault
+from refault.cli.main import COMMANDS
 
 ROOT = Path(__file__).parents[2]
 
@@ -31,6 +32,16 @@ def system(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def test_program_runs(system: Path) -> None:
     assert run(system / "usr/bin/refault", "--version") == f"refault {refault.__version__}\n"
+
+
+def test_each_command_has_its_page_and_shells_complete_it(system: Path) -> None:
+    share = system / "usr/share"
+    assert {page.stem for page in share.glob("man/man1/*.1")} == {
+        "refault",
+        *(f"refault-{c}" for c in COMMANDS),
+    }
+    assert (share / "bash-completion/completions/refault").exists()
+    assert (share / "zsh/site-functions/_refault").exists()
 
 
 def test_unit_is_one_that_systemd_takes(system: Path) -> None:
