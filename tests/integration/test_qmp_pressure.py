@@ -25,8 +25,8 @@ from tests.integration.qmp_tools import (
 )
 
 from refault.daemon.monitor.monitor import Monitor
-from refault.qmp.multiplexer import WINDOW
 from refault.qmp.session import Limits
+from refault.qmp.window import WINDOW
 
 pytestmark = pytest.mark.qemu
 

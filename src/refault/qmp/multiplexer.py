@@ -7,18 +7,14 @@
 The transport feeds what it reads, and after each feeding empties `upstream_out` and the `out` of the clients
 in `dirty`.
 
-In-band commands: a client's go in its order; clients take turns; at most `WINDOW` are with QEMU, for its
-queue holds 8 and once that is full QEMU reads nothing, not even out-of-band commands (monitor/qmp.c,
-QMP_REQ_QUEUE_LEN_MAX). Out-of-band commands of clients that have the right go at once.
+In-band commands: a client's go in its order; clients take turns, as far as the window has room (window.py).
+Out-of-band commands of clients that have the right go at once. Descriptors go with them (descriptors.py).
 
-Ids: QEMU gets ours. One is used again only when its reply has come. What a connection before this one left
-running is answered before our qmp_capabilities, which is in-band too; so that one's id is unlike any other,
-and replies that come before its are dropped. QEMU takes a connection before it forgets what the last one
-had negotiated (monitor/qmp.c, monitor_qmp_event): events and replies can come before its greeting. They are
-of the time before and are dropped: refault asks QEMU what it is at once it is connected.
-
-QEMU reads a monitor byte by byte (monitor/monitor.c, monitor_can_read), which takes it microseconds for each:
-so a command goes to it with a short id and no white space around its members, whose bytes are as they came.
+Ids: QEMU gets ours. What a connection before this one left running is answered before our qmp_capabilities,
+which is in-band too; so that one's id is unlike any other, and replies that come before its are dropped. QEMU
+takes a connection before it forgets what the last one had negotiated (monitor/qmp.c, monitor_qmp_event):
+events and replies can come before its greeting. They are of the time before and are dropped: refault asks
+QEMU what it is at once it is connected.
 """
 
 from __future__ import annotations
@@ -33,8 +29,9 @@ from refault.qmp import replies
 from refault.qmp.access import FREE, Rule, changes
 from refault.qmp.commands import Answer, Forward
 from refault.qmp.decoding import decode, decode_arguments, decode_members, verb_name
-from refault.qmp.fdnames import TAKES_FD, USES_NAMES, FdNames, rename
-from refault.qmp.fdsets import FdSets
+from refault.qmp.descriptors import Descriptors
+from refault.qmp.fdnames import TAKES_FD, USES_NAMES
+from refault.qmp.greeting import Greeting, NotQmpError, parse_greeting
 from refault.qmp.session import Client, Limits, Request
 from refault.qmp.splitter import (
     ERROR,
@@ -51,33 +48,13 @@ from refault.qmp.splitter import (
     Splitter,
     insert_id,
 )
+from refault.qmp.window import Window, as_sent
 
-WINDOW = 6
-"""In-band commands with QEMU at a time."""
-SHORT_IDS = 99
 SHARE = 2
-"""Of these, one client's: QEMU always has its next one, and others need not wait for many."""
-WINDOW_BYTES = 64 << 10
-"""Of these commands together, where there is more than one: QEMU reads byte by byte, and an out-of-band
-command behind.
-"""
+"""In-band commands of one client with QEMU: it always has its next one, and others need not wait for many."""
 
 _CAPABILITIES = b"qmp_capabilities"
 _EOL = b"\r\n"
-
-
-class NotQmpError(Exception):
-    """What is at the other end of the upstream connection does not speak QMP."""
-
-
-@dataclass(frozen=True)
-class Greeting:
-    """QEMU's greeting."""
-
-    raw: bytes
-    version: tuple[int, int, int]
-    package: str
-    oob: bool
 
 
 @dataclass
@@ -137,15 +114,11 @@ class Multiplexer:
         self._last_client = 0
         self._splitter = Splitter(max_bytes=MAX_REPLY, lenient=True)
         self._negotiation = b""
-        self._pending: dict[int, Request] = {}
-        self._last_id = 0
-        self._in_flight = 0
-        self._in_flight_bytes = 0
+        self._window = Window()
         self._turns: deque[Client] = deque()
-        self._fd_request: Request | None = None
         self._fd_waiting: list[Client] = []
-        self._names = FdNames()
-        self._fd_sets = FdSets(self._keep)
+        """Those whose next command takes a descriptor, while another's does."""
+        self._descriptors = Descriptors(discard, self._keep, self._fd_free)
         self._asked: set[Request] = set()
         self._early: list[Request] = []
         """Out-of-band commands that came before QEMU could take any."""
@@ -179,7 +152,7 @@ class Multiplexer:
         answered = [request for request in client.queue if request.cleared]
         for request in client.queue:
             if not request.cleared:
-                self._drop_fd(request)
+                self._descriptors.drop(request)
         client.queue.clear()
         client.queued = 0
         if client.fd >= 0:
@@ -187,11 +160,11 @@ class Multiplexer:
             client.fd = -1
         client.out.clear()
         for request in (*asked, *answered):
-            request.names = self._names.of(client.number)
-        self._names.leave(client.number)
+            request.names = self._descriptors.names.of(client.number)
+        self._descriptors.names.leave(client.number)
         for request in answered:
             self._queue_first(self._orphans, request)
-        self._fd_sets.left(client.number)
+        self._descriptors.sets.left(client.number)
         self._pump()
 
     def half_close(self, client: Client) -> None:
@@ -214,9 +187,9 @@ class Multiplexer:
             return
         requests = [self._request(client, message) for message in client.splitter.feed(data, batch=fd < 0)]
         if fd >= 0 or client.fd >= 0:
-            self._hand_out(client, requests, fd, ends=data.endswith(b"}"))
+            self._descriptors.hand_out(client, requests, fd, ends=data.endswith(b"}"))
         for request in requests:
-            if client.oob and self._is_oob(request):
+            if client.oob and request.asks_oob():
                 self._out_of_band(request)
                 continue
             client.queue.append(request)
@@ -238,53 +211,8 @@ class Multiplexer:
             request.name = verb_name(message)
             request.refusal = client.rule.refusal(request.name.decode(errors="replace"), request.arguments)
         if request.refusal is None:
-            self._fd_sets.read(request)
+            self._descriptors.sets.read(request)
         return request
-
-    def _hand_out(self, client: Client, requests: list[Request], fd: int, *, ends: bool) -> None:
-        """`ends`: the last of `requests` came with the last byte, so `fd` came no later than that.
-
-        A command that is refused takes one whatever it is: none that came with it goes on to another.
-        """
-        takes = [
-            request
-            for request in requests
-            if request.refusal is not None
-            or (request.name in TAKES_FD and request.message.shape & VERB_MASK == EXECUTE)
-        ]
-        replaced = ends and fd >= 0 and len(takes) == 1 and takes[0] is requests[-1]
-        if takes and client.fd >= 0 and not replaced:
-            self._give(client, takes.pop(0), client.fd)
-            client.fd = -1
-        if fd < 0:
-            return
-        if client.fd >= 0:
-            self.discard(client.fd)
-            client.fd = -1
-        if takes:
-            self._give(client, takes[-1], fd)
-        else:
-            client.fd = fd
-
-    def _give(self, client: Client, request: Request, fd: int) -> None:
-        request.fd = fd
-        client.queued_fds += 1
-
-    def _drop_fd(self, request: Request) -> None:
-        if request.fd >= 0:
-            self.discard(request.fd)
-            request.fd = -1
-            request.client.queued_fds -= 1
-
-    def _is_oob(self, request: Request) -> bool:
-        """QEMU's qmp_is_oob(): has exec-oob and has not execute."""
-        message = request.message
-        if not message.shape & UNUSUAL:
-            return message.shape & VERB_MASK == EXEC_OOB
-        if request.answer is not None:
-            return False
-        members = decode_members(message)
-        return "exec-oob" in members and "execute" not in members
 
     # a client's commands
 
@@ -296,7 +224,7 @@ class Multiplexer:
         while queue and not client.ready and client.held is None and client.greeted:
             request = queue[0]
             if request.answer is None and not request.cleared:
-                if client.oob and self._is_oob(request):
+                if client.oob and request.asks_oob():
                     self._out_of_band(self._unqueue(client))
                     continue
                 if not client.negotiated and client.in_flight:
@@ -306,7 +234,7 @@ class Multiplexer:
                 if client.in_flight:
                     return  # replies come in the client's order
                 self._unqueue(client)
-                self._drop_fd(request)
+                self._descriptors.drop(request)
                 self.counters.commands += 1
                 self._deliver_local(request)
             elif request.cleared or not self._is_watched(client, request):
@@ -412,7 +340,7 @@ class Multiplexer:
 
     def _answer_oob(self, request: Request) -> None:
         self._oob_over(request)
-        self._drop_fd(request)
+        self._descriptors.drop(request)
         self.counters.commands += 1
         self._deliver_local(request)
 
@@ -456,11 +384,6 @@ class Multiplexer:
 
     # to QEMU
 
-    def _window_open(self, request: Request) -> bool:
-        if not self.ready or self._in_flight >= (WINDOW if self.greeting and self.greeting.oob else 1):
-            return False
-        return self._in_flight == 0 or self._in_flight_bytes + request.size <= WINDOW_BYTES
-
     def _pump(self) -> None:
         """Sends the in-band commands for which there is room, one from each client in turn."""
         turns = self._turns
@@ -471,11 +394,12 @@ class Multiplexer:
                 turns.popleft()
                 continue
             request = client.queue[0]
-            if not self._window_open(request):
+            oob = self.greeting is not None and self.greeting.oob
+            if not (self.ready and self._window.has_room(request, oob=oob)):
                 return
             turns.popleft()
             client.ready = False
-            if request.name in TAKES_FD and not self._may_take_fd(request):
+            if request.name in TAKES_FD and not self._descriptors.may_go(request):
                 self._fd_waiting.append(client)
                 client.ready = True
                 continue
@@ -485,96 +409,20 @@ class Multiplexer:
             self._send_in_band(request)
             self._settle(client)
 
-    def _may_take_fd(self, request: Request) -> bool:
-        """Whether a getfd or add-fd may go now: one at a time, and not before older fd sets are known."""
-        if self._fd_request:
-            return False
-        if request.name == b"add-fd" and not self._fd_sets.may_add:
-            self._fd_sets.ask_older(self._fd_answered)
-            return False
-        return True
-
     def _send_in_band(self, request: Request) -> None:
         request.client.in_flight += 1
-        self._in_flight += 1
-        self._in_flight_bytes += request.size
         self._send(request)
 
     def _send(self, request: Request) -> None:
-        pending = self._pending
-        number = self._last_id
-        most = SHORT_IDS if len(pending) < SHORT_IDS // 2 else 999_999
-        while True:
-            number = number % most + 1
-            if number not in pending:
-                break
-        self._last_id = number
-        pending[number] = request
+        number = self._window.add(request)
         if not request.cleared:
             self._on_record(request)
         if request.name in USES_NAMES:
-            self._rename(request)
-        fd = -1
-        if request.name in TAKES_FD:
-            fd = self._take_fd(request)
-        if request.data is not None:
-            data = insert_id(request.data, b"%d" % number)
-        else:
-            message = request.message
-            raw = message.raw
-            head = b'{"exec-oob":' if message.shape & VERB_MASK == EXEC_OOB else b'{"execute":'
-            verb = raw[message.verb : message.verb_end]
-            if message.arguments_end:
-                arguments = raw[message.arguments : message.arguments_end]
-                data = b'%b%b,"arguments":%b,"id":%d}' % (head, verb, arguments, number)
-            else:
-                data = b'%b%b,"id":%d}' % (head, verb, number)
+            self._descriptors.rename(request, self._own.number)
+        fd = self._descriptors.take(request) if request.name in TAKES_FD else -1
         if request.done is None:
             self.counters.commands += 1
-        self.upstream_out.append((data, fd))
-
-    def _take_fd(self, request: Request) -> int:
-        """The descriptor to send with the command. One that the command will not take would be the next
-        command's.
-        """
-        if not request.oob:
-            self._fd_request = request
-        fd, request.fd = request.fd, -1
-        if fd < 0:
-            return fd
-        request.client.queued_fds -= 1
-        if not request.oob and _takes_its_fd(request):
-            return fd
-        self.discard(fd)
-        return -1
-
-    def _rename(self, request: Request) -> None:
-        names, number = self._names, request.client.number
-        defines = request.name == b"getfd"
-        if not names and not request.names and not defines:
-            return
-        prefixes: set[str] = set()
-
-        def change(name: str) -> str:
-            if defines:
-                request.new_name = None if names.has(number, name) else name
-                upstream = names.define(number, name)
-            elif request.rebuilt and names.has(self._own.number, name):
-                upstream = names.use(self._own.number, name)  # the watcher put it in
-            else:
-                upstream = request.names.get(name) or names.use(number, name)
-            if upstream != name:
-                prefixes.add(upstream.removesuffix(name))
-            return upstream
-
-        message = request.message
-        arguments = (
-            decode_arguments(message) if request.data is None else decode(request.data).get("arguments", {})
-        )
-        renamed = rename(arguments, change)
-        if prefixes:
-            request.rebuild(renamed)
-            request.prefixes = frozenset(prefix.encode() for prefix in prefixes)
+        self.upstream_out.append((as_sent(request, number), fd))
 
     # from QEMU
 
@@ -590,7 +438,7 @@ class Multiplexer:
         """The connection to QEMU is gone. The clients to be disconnected are returned; they have been told
         all there is.
         """
-        pending, self._pending = self._pending, {}
+        pending = self._window.lost()
         queued = [*self._own.queue, *self._keeper.queue]
         self.ready = False
         self.greeting = None
@@ -598,12 +446,9 @@ class Multiplexer:
             if fd >= 0:
                 self.discard(fd)
         self.upstream_out.clear()
-        self._in_flight = self._in_flight_bytes = 0
         self._turns.clear()
-        self._fd_request = None
         self._fd_waiting.clear()
-        self._names.clear()
-        self._fd_sets = FdSets(self._keep)
+        self._descriptors.lost()
         self._asked.clear()
         self._early.clear()
         for client in (self._own, self._orphans, self._keeper):
@@ -613,14 +458,14 @@ class Multiplexer:
             self._forget_commands(client)
             client.closing = True
             self.dirty.append(client)
-        for request in (*pending.values(), *queued):
+        for request in (*pending, *queued):
             if request.done:
                 request.done(None)
         return lost
 
     def _forget_commands(self, client: Client) -> None:
         for request in client.queue:
-            self._drop_fd(request)
+            self._descriptors.drop(request)
         client.queue.clear()
         client.queued = client.in_flight = client.oob_in_flight = client.oob_bytes = 0
         client.held = None
@@ -677,7 +522,7 @@ class Multiplexer:
         data = decode_members(message).get("data", {})
         name = verb_name(message)
         if name in (b"RESUME", b"MIGRATION"):
-            self._fd_sets.look()
+            self._descriptors.sets.look()
         self.on_event(name.decode(), data if isinstance(data, dict) else {})
 
     def _reply(self, message: Message) -> None:
@@ -688,9 +533,7 @@ class Multiplexer:
             else:
                 self.counters.dropped_replies += 1
             return
-        request = self._pending.pop(int(spelling), None) if spelling.isdigit() else None
-        if request is None and not spelling:
-            request = self._oldest_in_band()
+        request = self._window.answered(spelling)
         if request is None:
             self.counters.dropped_replies += 1
             return
@@ -699,30 +542,13 @@ class Multiplexer:
             self._oob_over(request)
         else:
             client.in_flight -= 1
-            self._in_flight -= 1
-            self._in_flight_bytes -= request.size
-            if request is self._fd_request:
-                self._fd_request = None
-                self._fd_answered()
-        if request.name == b"getfd" and request.new_name and message.shape & VERB_MASK == ERROR:
-            self._names.forget(client.number, request.new_name)
-        elif request.name == b"closefd" and message.shape & VERB_MASK == RETURN:
-            self._names.forget(client.number, str(request.arguments().get("fdname")))
-        elif request.name == b"add-fd":
-            self._fd_sets.added(request, _returned(message))
+        self._descriptors.answered(request, message, _returned)
         if request.done:
             request.done(message)
         else:
             self._deliver(request, message)
         if client.queue or client.half_closed:
             self._settle(client)
-
-    def _oldest_in_band(self) -> Request | None:
-        """Whose reply one without an id is: QEMU could not read the command, and answers in order."""
-        for number, request in self._pending.items():
-            if not request.oob:
-                return self._pending.pop(number)
-        return None
 
     def _capabilities_reply(self, message: Message) -> None:
         greeting = self.greeting
@@ -743,7 +569,7 @@ class Multiplexer:
             self._settle(client)
         self._pump()
 
-    def _fd_answered(self) -> None:
+    def _fd_free(self) -> None:
         waiting, self._fd_waiting = self._fd_waiting, []
         for client in reversed(waiting):
             self._turns.appendleft(client)
@@ -806,7 +632,7 @@ class Multiplexer:
         request = self._internal_request(self._own, command, arguments, oob=oob)
         request.done = done
         if fd >= 0:
-            self._give(self._own, request, fd)
+            self._descriptors.give(request, fd)
         if oob:
             request.oob = True
             self._own.oob_in_flight += 1
@@ -862,7 +688,7 @@ class Multiplexer:
         if request in self._own.queue:
             self._own.queue.remove(request)
             self._own.queued -= request.size
-            self._drop_fd(request)
+            self._descriptors.drop(request)
 
 
 def _nobody(reply: Message | None) -> None:
@@ -872,33 +698,3 @@ def _nobody(reply: Message | None) -> None:
 def _returned(reply: Message) -> object:
     """What a command returned; None for an error."""
     return decode_members(reply).get("return")
-
-
-def _takes_its_fd(request: Request) -> bool:
-    """Whether getfd or add-fd has arguments with which QEMU runs it at all."""
-    arguments = decode_arguments(request.message)
-    if request.name == b"getfd":
-        return set(arguments) == {"fdname"} and isinstance(arguments["fdname"], str)
-    number = arguments.get("fdset-id", 0)
-    return (
-        not set(arguments) - {"fdset-id", "opaque"}
-        and isinstance(number, int)
-        and not isinstance(number, bool)
-        and isinstance(arguments.get("opaque", ""), str)
-    )
-
-
-def parse_greeting(message: Message) -> Greeting:
-    """Reads {"QMP": {"version": {"qemu": {"major", "minor", "micro"}, "package"}, "capabilities"}}.
-
-    Raises NotQmpError.
-    """
-    try:
-        inner = decode(message.raw)["QMP"]
-        qemu = inner["version"]["qemu"]
-        version = (int(qemu["major"]), int(qemu["minor"]), int(qemu["micro"]))
-        return Greeting(
-            message.raw, version, str(inner["version"]["package"]), "oob" in inner["capabilities"]
-        )
-    except (KeyError, TypeError, ValueError) as error:
-        raise NotQmpError(f"its greeting is {message.raw[:200]!r}") from error

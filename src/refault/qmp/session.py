@@ -9,8 +9,8 @@ from dataclasses import dataclass
 import msgspec
 
 from refault.qmp.access import FREE, Rule
-from refault.qmp.decoding import decode_arguments, strict
-from refault.qmp.splitter import MAX_MESSAGE, Message, Splitter
+from refault.qmp.decoding import decode_arguments, decode_members, strict
+from refault.qmp.splitter import EXEC_OOB, MAX_MESSAGE, UNUSUAL, VERB_MASK, Message, Splitter
 
 
 @dataclass(frozen=True)
@@ -186,6 +186,16 @@ class Request:
         self.spelling = strict(message, message.id, message.id_end) if message.id_end else b""
         """The client's id as it goes back, which is as QEMU would be allowed to spell it: on one line, in
         strict JSON. Empty without one."""
+
+    def asks_oob(self) -> bool:
+        """QEMU's qmp_is_oob(): has exec-oob and has not execute."""
+        message = self.message
+        if not message.shape & UNUSUAL:
+            return message.shape & VERB_MASK == EXEC_OOB
+        if self.answer is not None:
+            return False
+        members = decode_members(message)
+        return "exec-oob" in members and "execute" not in members
 
     def raw_arguments(self) -> bytes | None:
         """The arguments as the client sent them; None if it sent none."""

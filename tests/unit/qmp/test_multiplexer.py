@@ -13,9 +13,11 @@ from hypothesis import strategies as st
 from tests.unit.qmp.played import GREETING, Played, command
 
 from refault.qmp.commands import Answer, Forward
-from refault.qmp.multiplexer import SHARE, WINDOW, NotQmpError
+from refault.qmp.greeting import NotQmpError
+from refault.qmp.multiplexer import SHARE
 from refault.qmp.session import Client, Limits, Request
 from refault.qmp.splitter import MAX_NESTING, Message
+from refault.qmp.window import WINDOW
 
 
 @pytest.mark.parametrize(("oob", "window"), [(True, WINDOW), (False, 1)])

@@ -15,7 +15,8 @@ from refault.daemon.monitor.dial import CONNECT_TIMEOUT, dial, pauses, prepare, 
 from refault.daemon.monitor.first_client import FirstClient
 from refault.daemon.monitor.presence import Presence, Qemu
 from refault.daemon.monitor.wire import Wire
-from refault.qmp.multiplexer import Multiplexer, NotQmpError
+from refault.qmp.greeting import NotQmpError
+from refault.qmp.multiplexer import Multiplexer
 
 log = logging.getLogger("refault.qmp")
 
