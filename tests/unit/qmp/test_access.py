@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 from tests.unit.qmp.played import Played, command
 
 from refault.qmp.access import FREE, READS, Callers, Rule, changes, denied, record
+from refault.qmp.commands import Forward
 
 READ_ONLY = Rule(read_only=True)
 NAMES = st.one_of(
@@ -216,8 +217,12 @@ def test_on_record_is_what_goes_to_qemu_and_what_is_refused() -> None:
             played.reply(sent["id"])
     assert [request.name for request in played.audited] == [b"stop", b"quit", b"migrate"]
     assert [bool(request.refusal) for request in played.audited] == [False, True, False]
+    played.core.answer(played.asked[0], Forward())
+    assert [sent["execute"] for sent in played.commands()] == ["migrate", "cont"]
+    assert [request.name for request in played.audited[3:]] == [b"cont"]
+    played.core.receive(client, command("stop"))
     played.core.leave(client)
-    assert len(played.audited) == 3  # the last was never sent
+    assert len(played.audited) == 4  # what was never sent is not on record
 
 
 WELL_FORMED = [
