@@ -14,7 +14,7 @@ MATRIX ?=
 QTESTS ?=
 NIGHTLY ?=
 ENDS ?=
-TEST ?= tests/unit tests/integration
+TEST ?=
 SECONDS ?= 60
 # Other QEMUs than the machine's own, as make qemus unpacks them: .qemus/qemu-10 and so on.
 QEMUS ?= 5.2 10 11
@@ -114,7 +114,12 @@ analyze: analyzers build $(VENV)/.dev
 
 test: build $(VENV)/.dev
 	$(BOOTSTRAP) test
+ifeq ($(TEST),)
+	tests/tools/with-userfaultfd $(BIN)/python -m pytest -n auto tests/unit
+	tests/tools/with-userfaultfd $(BIN)/python -m pytest tests/integration
+else
 	tests/tools/with-userfaultfd $(BIN)/python -m pytest $(TEST)
+endif
 
 campaign: build $(VENV)/.dev
 	$(BOOTSTRAP) test

@@ -150,4 +150,9 @@ async def on_two_hosts(directory: Path, setting: Setting | None = None) -> Async
                 refaults.append(stack.enter_context(started(f"refault ({side})", command, log)))
                 address = f"unix:{directory}/{side}.client"
             clients.append(await stack.enter_async_context(connect(address, name=side)))
-        yield TwoHosts(setting, directory, pair, hosts, (clients[0], clients[1]), refaults)
+        try:
+            yield TwoHosts(setting, directory, pair, hosts, (clients[0], clients[1]), refaults)
+        except BaseException:
+            for refault in refaults:  # pytest shows it where a test fails
+                print(refault.tail(40))
+            raise

@@ -1,17 +1,23 @@
 #!/bin/sh
 # Fuzzes every tests/fuzz/fuzz_*.c under the address and undefined-behaviour sanitizers, one on each core: run.sh [SECONDS each].
-# Seeds are in corpus/NAME; what is found is kept in $FUZZ_DIR (default: a temporary directory, named at the end).
+# What they fuzz is compiled once. Seeds are in corpus/NAME; what is found is kept in $FUZZ_DIR (default: a temporary
+# directory, named at the end).
 # Exits with 1 on a finding.
 set -eu
 
 here=$(cd "$(dirname "$0")" && pwd)
 cext=$here/../../cext
 
+compile() { # FILE.c DIRECTORY
+    clang -std=c11 -D_GNU_SOURCE -g -O1 -fno-omit-frame-pointer -fno-sanitize-recover=all \
+        -fsanitize=fuzzer-no-link,address,undefined -I "$cext" -c "$1" -o "$2/objects/$(basename "$1" .c).o"
+}
+
 fuzz() { # TARGET.c SECONDS DIRECTORY
     name=$(basename "$1" .c)
     mkdir -p "$3/$name/new"
     clang -std=c11 -D_GNU_SOURCE -g -O1 -fno-omit-frame-pointer -fno-sanitize-recover=all \
-        -fsanitize=fuzzer,address,undefined -I "$cext" "$1" "$cext"/*.c -pthread -o "$3/$name/fuzz"
+        -fsanitize=fuzzer,address,undefined -I "$cext" "$1" "$3"/objects/*.o -pthread -o "$3/$name/fuzz"
     # A seed corpus of its own keeps the checkout clean: libFuzzer adds to the first directory only.
     seeds=
     [ ! -d "$here/corpus/$name" ] || seeds=$here/corpus/$name
@@ -26,14 +32,15 @@ fuzz() { # TARGET.c SECONDS DIRECTORY
     fi
 }
 
-if [ "${1:-}" = --one ]; then
-    shift
-    fuzz "$@"
-    exit
-fi
+case ${1:-} in
+--compile) shift; compile "$@"; exit ;;
+--one) shift; fuzz "$@"; exit ;;
+esac
 
 seconds=${1:-60}
 work=${FUZZ_DIR:-$(mktemp -d)}
+mkdir -p "$work/objects"
+printf '%s\n' "$cext"/*.c | xargs -P "$(nproc)" -I '{}' "$0" --compile '{}' "$work"
 if ! printf '%s\n' "$here"/fuzz_*.c | xargs -P "$(nproc)" -I '{}' "$0" --one '{}' "$seconds" "$work"; then
     echo "inputs and logs are in $work" >&2
     exit 1

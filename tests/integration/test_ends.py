@@ -103,6 +103,11 @@ async def test_a_precopy_ends_as_without_a_relay(tmp_path: Path, binary: str, wh
         directory = tmp_path / str(relayed)
         directory.mkdir()
         ends.append(await end_of(directory, binary, what, how, relayed))
+    if how == "cancelled":
+        # migrate_cancel shuts the socket before it says so: a bare one that writes just then fails instead
+        # (migration/migration.c, migrate_fd_cancel).
+        for end_ in ends:
+            assert end_.pop() in ("cancelled", "failed")
     assert ends[1] == ends[0]
 
 

@@ -59,6 +59,9 @@ async def test_a_second_network_recovers_what_the_first_lost_for_ever(tmp_path: 
             ]
         noticed = max(event.when for event in paused)
         assert max(event.when for event in active) - noticed < 2  # half of it for a loaded machine
+        with trio.fail_after(10):
+            while not any("recovered in" in line for line in lab.log("src")):
+                await trio.sleep(0.02)
         # Lost once more, it is recovered there at once: the dead network is not tried first again.
         since = [len(qmp.events) for qmp in monitors]
         await lab.pair.source.qmp.execute("migrate-pause", oob=True)
