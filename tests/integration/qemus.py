@@ -5,6 +5,8 @@ from __future__ import annotations
 import os
 import shutil
 
+import pytest
+
 from refault.lab.qemu import DEFAULT_BINARY
 
 ALL_OTHERS = ("qemu-5.2", "qemu-10", "qemu-11")
@@ -21,5 +23,7 @@ def qemus(*names: str) -> list[str]:
 
 
 BINARIES = qemus("qemu-10")
+OTHERS_NIGHTLY = [BINARIES[0], *(pytest.param(name, marks=pytest.mark.nightly) for name in BINARIES[1:])]
+"""For long tests that are the same for each: CI runs them on the machine's own."""
 ALL_BINARIES = qemus(*ALL_OTHERS)
 """For a few short tests; all checks on all of them: `make matrix`."""

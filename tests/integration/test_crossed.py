@@ -69,7 +69,10 @@ async def two_vms(directory: Path, binary: str) -> AsyncIterator[tuple[One, One]
         yield One(*one), One(*other)
 
 
-@pytest.mark.parametrize(("binary", "recovered_before"), list(zip(BINARIES, (False, True), strict=False)))
+@pytest.mark.parametrize(
+    ("binary", "recovered_before"),
+    [(BINARIES[0], False), *(pytest.param(name, True, marks=pytest.mark.nightly) for name in BINARIES[1:])],
+)
 async def test_two_vms_crossed_are_cut_before_resume(
     tmp_path: Path, binary: str, recovered_before: bool
 ) -> None:

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 import trio
-from tests.integration.qemus import BINARIES
+from tests.integration.qemus import OTHERS_NIGHTLY
 from tests.integration.slow_resolver import SLOW_NAME, slow_resolver
 from tests.integration.test_main_job import GUEST
 
@@ -18,7 +18,7 @@ from refault.lab.qemu import PairOptions, start_pair
 pytestmark = [pytest.mark.qemu, pytest.mark.timeout(90)]
 
 
-@pytest.mark.parametrize("binary", BINARIES)
+@pytest.mark.parametrize("binary", OTHERS_NIGHTLY)
 async def test_while_names_take_five_seconds_a_loss_is_recovered(tmp_path: Path, binary: str) -> None:
     slow = tmp_path / "slow"
     prefix = ["env", f"LD_PRELOAD={slow_resolver(tmp_path)}", f"SLOW={slow}"]

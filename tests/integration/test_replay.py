@@ -15,7 +15,7 @@ from refault.lab.guest import Guest
 from refault.lab.memory import compare
 from refault.lab.starving_back_end import BackEndCase, BackEndMigration, start_with_back_ends
 
-from .qemus import BINARIES
+from .qemus import OTHERS_NIGHTLY
 from .starving import WOKEN, Case, Recovered, build_no_repeat, lose_a_request
 
 pytestmark = [pytest.mark.qemu, pytest.mark.timeout(90)]
@@ -62,7 +62,7 @@ async def test_without_the_replay_they_starve(tmp_path: Path, no_repeat: Path) -
         await memory_is_right(recovered)
 
 
-@pytest.mark.parametrize("binary", BINARIES)
+@pytest.mark.parametrize("binary", OTHERS_NIGHTLY)
 async def test_the_replay_wakes_a_vhost_user_back_end(tmp_path: Path, binary: str) -> None:
     case = BackEndCase(MOSTLY_BACK_END, BACKGROUND, True, binary)
     async with start_with_back_ends(case, tmp_path) as migration:

@@ -14,7 +14,7 @@ from pathlib import Path
 import pytest
 import trio
 from tests.campaign.losses import EOF
-from tests.integration.qemus import BINARIES, qemus
+from tests.integration.qemus import OTHERS_NIGHTLY, qemus
 from tests.integration.starving import WOKEN, Case, Recovered, build_no_repeat, lose_a_request
 
 from refault.lab import bare
@@ -57,7 +57,7 @@ async def memory_is_right(recovered: Recovered) -> None:
     assert verdict.right, verdict
 
 
-@pytest.mark.parametrize("binary", BINARIES)
+@pytest.mark.parametrize("binary", OTHERS_NIGHTLY)
 @pytest.mark.parametrize("killed", [BOTH[:1], BOTH[1:], BOTH], ids=["source", "destination", "both"])
 async def test_what_a_killed_refault_had_on_record_is_replayed_by_the_next(
     tmp_path: Path, no_repeat: Path, binary: str, killed: tuple[Side, ...]
@@ -70,7 +70,7 @@ async def test_what_a_killed_refault_had_on_record_is_replayed_by_the_next(
         await memory_is_right(recovered)
 
 
-@pytest.mark.parametrize("binary", BINARIES)
+@pytest.mark.parametrize("binary", OTHERS_NIGHTLY)
 async def test_without_the_state_file_they_starve(tmp_path: Path, no_repeat: Path, binary: str) -> None:
     case = Case(GUEST, BACKGROUND, True, no_repeat, binary, BOTH[1:], forget=True)
     async with lose_a_request(case, tmp_path) as recovered:

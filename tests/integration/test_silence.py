@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import trio
 from tests.campaign.hosts import Setting, on_two_hosts
-from tests.integration.qemus import BINARIES
+from tests.integration.qemus import OTHERS_NIGHTLY
 
 from refault.channel.relay import DEAD_AFTER_SECONDS
 from refault.lab.channel import free_port
@@ -40,7 +40,7 @@ async def test_a_silent_network_is_noticed_in_postcopy_and_left_when_it_is_back(
         await lab.finish()
 
 
-@pytest.mark.parametrize("binary", BINARIES)
+@pytest.mark.parametrize("binary", OTHERS_NIGHTLY)
 async def test_a_second_network_recovers_what_the_first_lost_for_ever(tmp_path: Path, binary: str) -> None:
     async with on_two_hosts(tmp_path, Setting(binary, recover_port=free_port())) as lab:
         await lab.begin(1 << 20)

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import trio
 from tests.campaign.hosts import Setting, on_two_hosts
-from tests.integration.qemus import BINARIES
+from tests.integration.qemus import BINARIES, OTHERS_NIGHTLY
 
 from refault.lab.channel import free_port
 from refault.lab.qemu import DEFAULT_BINARY
@@ -27,7 +27,7 @@ def unrelayed(binary: str) -> Setting:
     return Setting(binary, relay="off", options=options, recover_port=free_port())
 
 
-@pytest.mark.parametrize("binary", BINARIES)
+@pytest.mark.parametrize("binary", OTHERS_NIGHTLY)
 async def test_a_silent_network_is_paused_and_recovered_by_another(tmp_path: Path, binary: str) -> None:
     async with on_two_hosts(tmp_path, unrelayed(binary)) as lab:
         await lab.begin(1 << 20)

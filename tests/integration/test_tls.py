@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 import trio
-from tests.integration.qemus import BINARIES, qemus
+from tests.integration.qemus import BINARIES, OTHERS_NIGHTLY, qemus
 from tests.integration.test_addresses import active_again, lose, memory_is_right, set_up, to_postcopy
 from tests.integration.test_main_job import GUEST
 from tests.integration.test_reclaim import ONLY_11, take_back, wait_for_arrival
@@ -115,7 +115,7 @@ async def test_a_source_that_is_told_no_name_is_not_relayed_and_recovers(
         await memory_is_right(pair, driver)
 
 
-@pytest.mark.parametrize("binary", BINARIES)
+@pytest.mark.parametrize("binary", OTHERS_NIGHTLY)
 async def test_tls_handshakes_that_come_to_nothing_while_it_is_paused(
     tmp_path: Path, credentials: Path, binary: str
 ) -> None:
