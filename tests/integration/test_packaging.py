@@ -27,7 +27,7 @@ def run(*command: str | Path, cwd: Path) -> str:
 
 @pytest.fixture(scope="module")
 def dist(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The sdist, and the wheel built from that sdist alone, as ``make dist`` builds them, or has built them."""
+    """The sdist, and the wheel built from that sdist alone, as ``make dist`` builds them (or has)."""
     if built := os.environ.get("REFAULT_DIST"):
         return Path(built)
     directory = tmp_path_factory.mktemp("dist")
