@@ -28,6 +28,9 @@ UNITDIR ?= $(PREFIX)/lib/systemd/system
 SYSUSERSDIR ?= $(PREFIX)/lib/sysusers.d
 TMPFILESDIR ?= $(PREFIX)/lib/tmpfiles.d
 LIBDIR := $(PREFIX)/lib/refault
+# Where systemctl reload is to wait until it is done: systemd knows Type=notify-reload from 253 on.
+NOTIFY_RELOAD ?= $(shell systemctl --version 2>/dev/null | awk 'NR == 1 && $$2 >= 253 { print "yes" }')
+NOTIFY_RELOAD_UNIT := $(if $(NOTIFY_RELOAD),-e 's/^Type=notify$$/Type=notify-reload/' -e '/^ExecReload=/d')
 
 CEXT := $(wildcard cext/*.c cext/*.h)
 C_FILES := $(wildcard cext/*.c tests/fuzz/*.c tests/tsan/*.c tests/unit/channel/*.c)
@@ -35,7 +38,7 @@ C_AND_HEADERS := $(CEXT) $(wildcard tests/fuzz/*.c tests/fuzz/*.h tests/tsan/*.c
 C_WARNINGS := -std=c11 -D_GNU_SOURCE -Wall -Wextra -Werror -Icext -fsyntax-only
 
 # Each has a module of its own in tests/campaign.
-CAMPAIGNS := starvation truth floor strays silence patience huge_pages
+CAMPAIGNS := starvation truth floor strays silence patience huge_pages many
 
 .PHONY: help build demo picture qemus analyzers prometheus analyze matrix qtests test campaign campaign-kill \
         campaign-preempt $(CAMPAIGNS:%=campaign-%) lint bench fuzz tsan ends nightly dist install deb clean
@@ -62,13 +65,14 @@ help:
 	@echo 'make campaign-floor  time from a loss until both sides are active, beside the least that QEMU takes'
 	@echo 'make campaign-strays  strangers at the migration address in every phase, beside a bare QEMU'
 	@echo 'make campaign-huge_pages  huge pages, lost while the source serves a request, which QEMU alone does not survive'
+	@echo 'make campaign-many  what 100 VMs cost: one daemon in front of all, and one each'
 	@echo 'make campaign-silence  a network that goes silent, beside a bare QEMU'
 	@echo 'make matrix   all checks on QEMU 5.2, 7.2, 10.0 and 11.1, as a table (MATRIX="--only truth")'
 	@echo 'make qtests   QEMU'"'"'s own migration-test of 7.2 and 10.0, through refault and without (QTESTS="--only postcopy")'
 	@echo 'make campaign-patience  slow migrations, a blocked main thread, a source that nobody answers'
 	@echo 'make nightly  all that is too long for CI, for hours; goes on where it was (NIGHTLY="fuzz qtests" for some steps)'
 	@echo 'make dist     sdist and wheel, in dist/'
-	@echo 'make install  program, man pages, completion, systemd unit and directories (DESTDIR, PREFIX)'
+	@echo 'make install  program, man pages, completion, systemd units and directories (DESTDIR, PREFIX)'
 	@echo 'make deb      a Debian package of all that, for this release of Debian, in dist/'
 	@echo 'make clean    removes what was built, .venv included'
 
@@ -186,7 +190,7 @@ dist: $(VENV)/.dev
 # A virtual environment of its own, so that nothing of the system's Python is touched; its scripts name PREFIX, not DESTDIR.
 install:
 	$(BOOTSTRAP) build
-	install -d $(DESTDIR)$(LIBDIR) $(DESTDIR)$(PREFIX)/bin $(DESTDIR)$(SYSCONFDIR)/refault
+	install -d $(DESTDIR)$(LIBDIR) $(DESTDIR)$(PREFIX)/bin $(DESTDIR)$(SYSCONFDIR)/refault/vms.d
 	$(PYTHON) -m venv $(DESTDIR)$(LIBDIR)
 	$(DESTDIR)$(LIBDIR)/bin/python -m pip install --quiet --upgrade --force-reinstall .
 	printf '#!%s/bin/python\nfrom refault.cli.main import main\n\nraise SystemExit(main())\n' $(LIBDIR) >$(DESTDIR)$(LIBDIR)/bin/refault
@@ -194,9 +198,11 @@ install:
 	$(DESTDIR)$(LIBDIR)/bin/python -m refault.cli.pages $(DESTDIR)$(PREFIX)/share
 	install -d $(DESTDIR)$(UNITDIR) $(DESTDIR)$(SYSUSERSDIR) $(DESTDIR)$(TMPFILESDIR)
 	sed 's|@PREFIX@|$(PREFIX)|g' systemd/refault@.service >$(DESTDIR)$(UNITDIR)/refault@.service
+	sed -e 's|@PREFIX@|$(PREFIX)|g' $(NOTIFY_RELOAD_UNIT) systemd/refault.service >$(DESTDIR)$(UNITDIR)/refault.service
 	install -m 644 systemd/refault.sysusers $(DESTDIR)$(SYSUSERSDIR)/refault.conf
 	install -m 644 systemd/refault.tmpfiles $(DESTDIR)$(TMPFILESDIR)/refault.conf
 	test -e $(DESTDIR)$(SYSCONFDIR)/refault/example.env || install -m 640 systemd/example.env $(DESTDIR)$(SYSCONFDIR)/refault/example.env
+	test -e $(DESTDIR)$(SYSCONFDIR)/refault/refault.toml || install -m 640 systemd/refault.toml $(DESTDIR)$(SYSCONFDIR)/refault/refault.toml
 
 # With Debian's own Python, on which the package depends.
 deb:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import subprocess
 from pathlib import Path
 
@@ -50,6 +51,18 @@ def test_unit_is_one_that_systemd_takes(system: Path) -> None:
     instance = unit.with_name("refault@vm1.service")
     instance.symlink_to(unit.name)
     assert run("systemd-analyze", "verify", instance) == ""
+
+
+def test_unit_of_the_whole_host_is_one_that_systemd_takes(system: Path) -> None:
+    unit = system / "usr/lib/systemd/system/refault.service"
+    assert f"ExecStart={system}/usr/bin/refault serve\n" in unit.read_text()
+    assert run("systemd-analyze", "verify", unit) == ""
+    files = system / "etc/refault/refault.toml"
+    assert run(system / "usr/bin/refault", "check", "--config", files) == "no VM\n"
+    example = re.findall(r"^# (\[.*|\w+ = .*)", files.read_text(), flags=re.MULTILINE)
+    files.with_name("example.toml").write_text("\n".join(example))
+    told = run(system / "usr/bin/refault", "check", files.with_name("example.toml"))
+    assert told.startswith("vm1: unix:/run/qemu/vm1.real on unix:/run/qemu/vm1\n{stem}: ")
 
 
 def test_environment_file_is_an_example_and_kept(system: Path) -> None:

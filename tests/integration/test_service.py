@@ -21,7 +21,7 @@ import pytest
 
 from refault.cli.daemons import NO_QEMU
 from refault.cli.main import build_parser
-from refault.cli.run import run_options
+from refault.cli.run import configuration
 
 ROOT = Path(__file__).parents[2]
 REFAULT = [sys.executable, "-m", "refault"]
@@ -295,7 +295,7 @@ def test_the_example_of_the_unit_is_a_command_line() -> None:
     text = (ROOT / "systemd" / "example.env").read_text()
     (line,) = re.findall(r'^ARGS="(.*)"$', text, flags=re.MULTILINE)
     arguments = ["run", "--name", "vm1", *shlex.split(line)]
-    assert run_options(build_parser(arguments).parse_args(arguments)).name == "vm1"
+    assert configuration(build_parser(arguments).parse_args(arguments)).vms[0].name == "vm1"
 
 
 def refused(tmp_path: Path, *arguments: str) -> str:

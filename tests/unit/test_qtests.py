@@ -11,7 +11,7 @@ from tests.qtests.__main__ import Run, complaints, differs, row
 from tests.qtests.wrapper import between, is_listening, refault_command
 
 from refault.cli.main import build_parser
-from refault.cli.run import run_options
+from refault.cli.run import configuration
 
 # As libqtest writes it (tests/qtest/libqtest.c): a chardev that is no monitor's is behind it.
 STARTED = shlex.split(
@@ -36,7 +36,7 @@ def test_a_qemu_without_that_monitor_is_as_it_was(arguments: list[str]) -> None:
 
 def test_refault_listens_for_qemu_and_dials_the_program() -> None:
     _, *command = refault_command("refault", "/tmp/vm-1/qmp", "/tmp/qtest-7.qmp", Path("/tmp/vm-1"))
-    options = run_options(build_parser(command).parse_args(command))
+    [options] = configuration(build_parser(command).parse_args(command)).vms
     assert (options.qemu.path, options.qemu.server) == ("/tmp/vm-1/qmp", True)
     assert [(each.path, each.server) for each in options.listen] == [("/tmp/qtest-7.qmp", False)]
 

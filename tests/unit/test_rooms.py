@@ -33,7 +33,10 @@ MAY_IMPORT: dict[str, set[str]] = {
     "roles": _MIGRATION | {"far"},
     "vm": _VM,
     "telling": _VM,
-    "app": _VM | {"telling"},
+    "uses": {"monitor", "options"},
+    "fleet": _VM | {"uses"},
+    "finder": _VM | {"fleet"},
+    "app": _VM | {"telling", "fleet", "finder"},
 }
 """What each room of the daemon, and each file above them, may import besides itself."""
 

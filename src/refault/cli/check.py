@@ -44,7 +44,7 @@ def execute(arguments: argparse.Namespace) -> int:
     for vm in found.vms:
         print(f"{vm.name}: {vm.qemu} on {', '.join(map(str, vm.listen))}")
     for watch in found.watches:
-        print(f"{watch.name}: {watch.pattern} on {', '.join(watch.listen)}")
+        print(watch)
     if not found.vms and not found.watches:
         print("no VM")
     return 0

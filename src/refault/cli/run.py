@@ -4,15 +4,17 @@ from __future__ import annotations
 
 import argparse
 import os
+from collections.abc import Callable
 from typing import Any
 
 from refault.cli.arguments import checked, vm_name
-from refault.config import uses, values
+from refault.config import values
 from refault.config.options import DaemonTable, VmTable, WrongOptionError, fields_of, vm_options
+from refault.daemon import uses
 from refault.daemon.host.errors import OperatorError, operator_errors
 from refault.daemon.host.paths import SUN_PATH, control_socket, state_directory
 from refault.daemon.monitor.address import Address
-from refault.daemon.options import RunOptions
+from refault.daemon.options import Configuration, HostOptions
 
 
 def add_parser(subparsers: Any) -> None:
@@ -51,7 +53,7 @@ def _option(name: str) -> str:
     return "--" + name.replace("_", "-")
 
 
-def run_options(arguments: argparse.Namespace) -> RunOptions:
+def configuration(arguments: argparse.Namespace) -> Configuration:
     """The parsed command line as the daemon takes it. Raises `ValueError` with one clear line."""
     try:
         name = arguments.name or values.vm_name(values.last_part(arguments.qemu))
@@ -76,32 +78,41 @@ def run_options(arguments: argparse.Namespace) -> RunOptions:
         option = _option(use.option)
         before = "was given before" if first.option == use.option else f"is that of {_option(first.option)}"
         raise ValueError(f"{option} {use.written}: this address {before}; each needs one of its own")
-    return RunOptions(**vars(vm), metrics=arguments.metrics, control=control)
+    return Configuration(
+        host=HostOptions(metrics=arguments.metrics, control=control),
+        log_level="debug" if arguments.verbose else "info",
+        vms=(vm,),
+    )
 
 
 def execute(arguments: argparse.Namespace) -> int:
     """Runs the daemon until a signal ends it: 0; 1 if it could not start or go on."""
     try:
-        options = run_options(arguments)
+        wanted = configuration(arguments)
     except ValueError as error:
         arguments.usage_error(str(error))
+    [vm] = wanted.vms
+    return run_daemon(wanted, vm.name)
 
+
+def run_daemon(wanted: Configuration, name: str, reload: Callable[[], Configuration] | None = None) -> int:
+    """Runs the daemon, called `name`, until a signal ends it: 0; 1 if it could not start or go on."""
     import logging
 
     import trio
 
     from refault.daemon.app import serve
-    from refault.daemon.host.log import AS_IT_IS, setup_logging
+    from refault.daemon.host.log import AS_IT_IS, level_of, setup_logging
 
-    setup_logging(logging.DEBUG if arguments.verbose else logging.INFO)
+    setup_logging(level_of(wanted.log_level))
     os.umask(0o077)  # what is for others has its mode set
     try:
-        trio.run(serve, options)
+        trio.run(serve, wanted, name, reload)
     except (OperatorError, BaseExceptionGroup) as error:
         told = operator_errors(error)
         if not told:
             raise
         for line in told:
-            logging.getLogger("refault").error("refault: %s: %s", options.name, line, extra=AS_IT_IS)
+            logging.getLogger("refault").error("refault: %s: %s", name, line, extra=AS_IT_IS)
         return 1
     return 0

@@ -89,6 +89,10 @@ def _vm_lines(vm: VmStatus, width: int) -> list[str]:
         ),
         ("relay", migration.relay + (f": {migration.relay_reason}" if migration.relay_reason else "")),
     ]
+    if vm.leaving:
+        facts.append(("LEAVING", vm.leaving))
+    if vm.internal_error:
+        facts.append(("ERRORS", f"{vm.internal_errors} of refault's own, the last {vm.internal_error}"))
     if migration.held:
         facts.append(("HELD", migration.held))
     if recovery.given_up:

@@ -18,13 +18,12 @@ import os
 import re
 import tomllib
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import msgspec
 
-from refault.config import uses, values
+from refault.config import values
 from refault.config.options import (
     Common,
     DaemonTable,
@@ -35,35 +34,24 @@ from refault.config.options import (
 )
 from refault.config.tables import decode, key_as_written
 from refault.config.watch import Watch
+from refault.daemon import uses
+from refault.daemon.host.errors import OperatorError
 from refault.daemon.host.paths import control_socket, state_directory
-from refault.daemon.monitor.address import Address
-from refault.daemon.options import HostOptions, VmOptions
+from refault.daemon.monitor.address import Address, place_of
+from refault.daemon.options import Configuration, HostOptions, VmOptions
 
 DEFAULT = Path("/etc/refault/refault.toml")
 VMS_D = "vms.d"
 _TOP = "[daemon], [defaults], [vm.NAME] and [[watch]]"
 
 
-class ConfigError(Exception):
+class ConfigError(OperatorError):
     """The files cannot be as they are."""
 
     def __init__(self, lines: Sequence[str]) -> None:
         super().__init__("\n".join(lines))
         self.lines = tuple(lines)
         """One for each thing that is wrong: file, line or key, and what is allowed."""
-
-
-LogLevel = Literal["debug", "info", "warning"]
-
-
-@dataclass(frozen=True)
-class Configuration:
-    """What the files say."""
-
-    host: HostOptions
-    log_level: LogLevel
-    vms: tuple[VmOptions, ...]
-    watches: tuple[Watch, ...]
 
 
 def load(main: Path) -> Configuration:
@@ -221,18 +209,21 @@ class _Reader:
         taken = [uses.of_control("[daemon]", control)]
         if (metrics := self._daemon.get("metrics")) is not None:
             taken.append(uses.of_metrics("[daemon]", metrics))
-        files = {"[daemon]": self._once.get("daemon")}
+        files = {"[daemon]": self._once.get("daemon", Path("by default"))}
+        directories: dict[tuple[object, ...], str] = {}
         for name, (vm, file) in self._vms.items():
             owner = f"[vm.{key_as_written(name)}]"
             files[owner] = file
             taken += uses.of_vm(owner, vm)
-            if control.path == str(vm.state_dir):
-                self._wrong.append(
-                    f"{file}: {owner}: the control socket's path is that of its state directory,"
-                    f" {control.path}"
-                )
+            directories[place_of(vm.state_dir)] = owner
             if vm.state_dir.exists() and not vm.state_dir.is_dir():
                 self._wrong.append(f"{file}: {owner} state_dir: {vm.state_dir} is not a directory")
+        for use in taken:
+            if use.place in directories:
+                self._wrong.append(
+                    f"{files[use.owner]}: {use.owner} {use.option}: {use.written} is the state directory of"
+                    f" {directories[use.place]}"
+                )
         for use, first in uses.clashes(taken):
             self._wrong.append(
                 f"{files[use.owner]}: {use.owner} {use.option}: {use.written} is {first.option} of"

@@ -35,6 +35,9 @@ class Watch:
     """The other options, as they are read."""
     state_dir: Path
 
+    def __str__(self) -> str:
+        return f"{self.name}: {self.pattern} on {', '.join(self.listen)}"
+
     @staticmethod
     def made(given: Mapping[str, Any], state_dir: Path) -> Watch:
         """From the values of a table. Raises WrongOptionError."""

@@ -1,28 +1,33 @@
-"""The daemon: one VM served until a signal ends it."""
+"""The daemon: one VM, or all of a host's, served until a signal ends it."""
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import signal
-from collections.abc import AsyncIterator
+import threading
+from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
 from functools import partial
 
 import trio
 
-from refault.daemon.host.log import lines_dropped
+from refault.daemon.finder import Finders
+from refault.daemon.fleet import Fleet, Member
+from refault.daemon.host.errors import OperatorError
+from refault.daemon.host.log import level_of, lines_dropped, set_level
 from refault.daemon.host.notify import Notifier
 from refault.daemon.host.own_needs import Troubles
 from refault.daemon.host.repeats import repeats
-from refault.daemon.options import RunOptions
-from refault.daemon.record.state_lock import StateLock
+from refault.daemon.options import Configuration, HostOptions
 from refault.daemon.telling.control import serve_control
 from refault.daemon.telling.picture import picture
-from refault.daemon.telling.snapshot import Status
+from refault.daemon.telling.snapshot import Status, VmStatus
 from refault.daemon.vm import Vm
 
 log = logging.getLogger("refault")
 
-PUBLISH_INTERVAL = 0.5
+PICTURE_PATIENCE = 1.0
+CONFIGURED = "the configuration"
 STOP_PATIENCE = 60.0
 """Seconds that a stop may take where it would harm a guest; after that it happens all the same."""
 PHASE_PATIENCE = 2.0
@@ -50,88 +55,223 @@ _NOT_FOR_US = frozenset(
 
 
 class Publisher:
-    """Holds the last picture of all VMs, for readers in any thread."""
+    """Makes pictures of all VMs, for readers in any thread."""
 
-    def __init__(self, vms: list[Vm], troubles: Troubles) -> None:
+    def __init__(self, vms: Callable[[], Sequence[Vm]], troubles: Troubles) -> None:
         self._vms = vms
         self._troubles = troubles
+        self._token = trio.lowlevel.current_trio_token()
         self._status = Status(vms=())
         self.publish()
 
     def publish(self) -> Status:
-        """Makes a new picture, or keeps the last where that fails; call it in the trio thread."""
+        """Makes new pictures, or keeps a VM's last where that fails; call it in the trio thread."""
+        last = {vm.name: vm for vm in self._status.vms}
+        told = (self._of(vm, last.get(vm.name)) for vm in self._vms())
+        self._status = Status(
+            log_lines_dropped=lines_dropped(),
+            troubles=self._troubles.tell(),
+            vms=tuple(status for status in told if status is not None),
+        )
+        return self._status
+
+    @staticmethod
+    def _of(vm: Vm, last: VmStatus | None) -> VmStatus | None:
         try:
-            vms = self._vms
-            self._status = Status(
-                log_lines_dropped=lines_dropped(),
-                troubles=self._troubles.tell(),
-                vms=tuple(picture(vm) for vm in vms),
-            )
+            return picture(vm)
         except Exception as error:  # a picture is not worth the end of every leg
             log.exception(
-                "internal error in the status: the last one is told", extra=repeats("status", repr(error))
+                "%s: internal error in the status: the last one is told",
+                vm.name,
+                extra=repeats((vm.name, "status"), repr(error)),
             )
-        return self._status
+            return last
 
     def status(self) -> Status:
-        """The last picture; from any thread."""
+        """A new picture, or the last one where the event loop is busy; from any other thread."""
+        made = threading.Event()
+
+        def make() -> None:
+            self.publish()
+            made.set()
+
+        with contextlib.suppress(trio.RunFinishedError):
+            self._token.run_sync_soon(make)
+            made.wait(PICTURE_PATIENCE)
         return self._status
 
-    async def run(self) -> None:
-        """Publishes at intervals until cancelled."""
-        while True:
-            self.publish()
-            await trio.sleep(PUBLISH_INTERVAL)
+
+class _Services:
+    """What the daemon itself serves, each at one address at a time."""
+
+    def __init__(self, name: str, troubles: Troubles) -> None:
+        self._name = name
+        self._troubles = troubles
+        self._running: dict[str, tuple[object, trio.CancelScope, trio.Event]] = {}
+        self._nursery: trio.Nursery
+
+    async def run(self, *, task_status: trio.TaskStatus[None] = trio.TASK_STATUS_IGNORED) -> None:
+        """Runs them, until cancelled."""
+        async with trio.open_nursery() as self._nursery:
+            task_status.started()
+            await trio.sleep_forever()
+
+    async def set(self, what: str, where: object, serve: Callable[..., Awaitable[object]] | None) -> None:
+        """Has `what` served by `serve`, if it was not at the same place already; None: not at all."""
+        need = f"{self._name}: {what}"
+        if what in self._running:
+            last, scope, ended = self._running[what]
+            if last == where:
+                return
+            scope.cancel()
+            await ended.wait()
+            self._troubles.over(need)
+            del self._running[what]
+        if serve is not None:
+            self._running[what] = where, trio.CancelScope(), trio.Event()
+            await self._nursery.start(self._keep, what, need, serve)
+
+    async def _keep(
+        self,
+        what: str,
+        need: str,
+        serve: Callable[..., Awaitable[object]],
+        *,
+        task_status: trio.TaskStatus[None],
+    ) -> None:
+        _, scope, ended = self._running[what]
+        try:
+            with scope:
+                await self._troubles.keep(need, serve, task_status=task_status)
+        finally:
+            ended.set()
 
 
-async def serve(options: RunOptions) -> None:
-    """Serves until SIGTERM, SIGINT or SIGQUIT.
+async def serve(wanted: Configuration, name: str, reload: Callable[[], Configuration] | None = None) -> None:
+    """Serves until SIGTERM, SIGINT or SIGQUIT; `name` is what its own lines of the log begin with.
 
-    Raises OperatorError where clients or QEMU cannot be listened to, or another refault has the VM's state.
+    With `reload`, which raises OperatorError, SIGHUP has it called, and what it returns is wanted from then
+    on; a VM that cannot be fronted is told, and tried again. Without, the one VM is the daemon's purpose:
+    raises OperatorError where clients or QEMU cannot be listened to, or another refault has the VM's state.
     What else cannot be had is told, and tried again.
     """
     for number in (signal.SIGTTIN, signal.SIGTTOU):  # a terminal that it is in the background of
         signal.signal(number, signal.SIG_IGN)
-    with trio.open_signal_receiver(*_ENDS) as ends, trio.open_signal_receiver(*_NOT_FOR_US) as others:
-        lock = StateLock(options.state_dir, options.name)
-        await lock.claim()
-        try:
-            await _serve(options, lock, ends, others)
-        finally:
-            lock.release()
+    not_for_us = _NOT_FOR_US - ({signal.SIGHUP} if reload is not None else set())
+    with (
+        trio.open_signal_receiver(*_ENDS) as ends,
+        trio.open_signal_receiver(*not_for_us) as others,
+    ):
+        if reload is None:
+            await _serve(wanted, name, ends, others)
+            return
+        with trio.open_signal_receiver(signal.SIGHUP) as reloads:
+            await _serve_host(wanted, name, reload, reloads, ends, others)
 
 
 async def _serve(
-    options: RunOptions, lock: StateLock, ends: AsyncIterator[int], others: AsyncIterator[int]
+    wanted: Configuration, name: str, ends: AsyncIterator[int], others: AsyncIterator[int]
 ) -> None:
-    vm = Vm(options, lock)
-    troubles = Troubles()
-    publisher = Publisher([vm], troubles)
-    notifier = Notifier()
+    [options] = wanted.vms
+    troubles, notifier = Troubles(), Notifier()
+    member = Member(options, troubles)
     async with trio.open_nursery() as nursery:
-        nursery.start_soon(_say_not_for_us, options.name, others)
-        await nursery.start(vm.run)
-        await nursery.start(troubles.keep, f"{options.name}: state", lock.keep)
-        control = partial(serve_control, options.control, publisher.publish)
-        await nursery.start(troubles.keep, f"{options.name}: control socket", control)
-        if options.metrics is not None:
-            from refault.daemon.telling.metrics import serve_metrics  # what is not needed delays a restart
-
-            metrics = partial(serve_metrics, options.metrics, publisher.status)
-            nursery.start_soon(troubles.keep, f"{options.name}: metrics", metrics)
-        nursery.start_soon(publisher.run)
+        nursery.start_soon(_say_not_for_us, name, others)
+        await nursery.start(member.front, options)
+        vms = partial(_fronted, [member])
+        services = _Services(name, troubles)
+        await nursery.start(services.run)
+        await _set_services(services, wanted.host, Publisher(vms, troubles))
         notifier.ready(f"serving {options.qemu}")
-        at = ", ".join(map(str, vm.monitor.clients_come_to))
-        log.info("%s: serving %s on %s", options.name, options.qemu, at)
-        async for number in ends:
-            log.info("%s: %s, ending", options.name, signal.Signals(number).name)
-            notifier.stopping("ending")
-            break
-        vm.stopping = True
-        with trio.move_on_after(STOP_PATIENCE):
-            nursery.start_soon(_second_signal, ends, nursery.cancel_scope)
-            await _until_stopping_is_safe(vm, notifier)
+        await _until_end(name, ends, notifier)
+        await _stop(vms(), ends, notifier)
         nursery.cancel_scope.cancel()
+
+
+async def _serve_host(
+    wanted: Configuration,
+    name: str,
+    reload: Callable[[], Configuration],
+    reloads: AsyncIterator[int],
+    ends: AsyncIterator[int],
+    others: AsyncIterator[int],
+) -> None:
+    troubles, notifier = Troubles(), Notifier()
+    fleet = Fleet(troubles)
+    finders = Finders(fleet)
+    services = _Services(name, troubles)
+
+    async def apply(wanted: Configuration) -> None:
+        set_level(level_of(wanted.log_level))
+        await _set_services(services, wanted.host, publisher)
+        await fleet.want({CONFIGURED: wanted.vms})
+        await finders.watch(wanted.watches)
+        notifier.ready(f"serving {len(fleet.vms)} VMs")
+
+    async def follow() -> None:
+        async for _ in reloads:
+            notifier.reloading()
+            log.info("%s: SIGHUP, reading the configuration anew", name)
+            try:
+                now = await trio.to_thread.run_sync(reload)
+            except OperatorError as error:
+                why = "; ".join(str(error).splitlines())
+                log.error("%s: the configuration is wrong, so nothing is changed: %s", name, why)
+                troubles.add(CONFIGURED, f"{name}: the configuration is wrong, and the last one holds: {why}")
+                notifier.ready("the configuration is wrong: see the log")
+                continue
+            troubles.over(CONFIGURED)
+            await apply(now)
+
+    async with trio.open_nursery() as nursery:
+        nursery.start_soon(_say_not_for_us, name, others)
+        await nursery.start(fleet.run)
+        await nursery.start(finders.run)
+        await nursery.start(services.run)
+        publisher = Publisher(lambda: fleet.vms, troubles)
+        nursery.start_soon(notifier.keep_watchdog)
+        await apply(wanted)
+        log.info("%s: serving %d VMs", name, len(fleet.vms))
+        nursery.start_soon(follow)
+        await _until_end(name, ends, notifier)
+        await _stop(fleet.vms, ends, notifier)
+        nursery.cancel_scope.cancel()
+
+
+def _fronted(members: Sequence[Member]) -> list[Vm]:
+    return [member.vm for member in members if member.vm is not None]
+
+
+async def _set_services(services: _Services, host: HostOptions, publisher: Publisher) -> None:
+    control = partial(serve_control, host.control, publisher.publish)
+    await services.set("control socket", host.control, control)
+    metrics = None
+    if host.metrics is not None:
+        from refault.daemon.telling.metrics import serve_metrics  # what is not needed delays a restart
+
+        metrics = partial(serve_metrics, host.metrics, publisher.status)
+    await services.set("metrics", host.metrics, metrics)
+
+
+async def _until_end(name: str, ends: AsyncIterator[int], notifier: Notifier) -> None:
+    async for number in ends:
+        log.info("%s: %s, ending", name, signal.Signals(number).name)
+        notifier.stopping("ending")
+        return
+
+
+async def _stop(vms: Sequence[Vm], ends: AsyncIterator[int], notifier: Notifier) -> None:
+    """Waits, for a time, until all may end; a second signal ends it."""
+    for vm in vms:
+        vm.stopping = True
+    with trio.move_on_after(STOP_PATIENCE):
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(_second_signal, ends, nursery.cancel_scope)
+            nursery.start_soon(_ask_for_time, notifier)
+            async with trio.open_nursery() as stopping:
+                for vm in vms:
+                    stopping.start_soon(_until_stopping_is_safe, vm)
+            nursery.cancel_scope.cancel()
 
 
 async def _say_not_for_us(name: str, signals: AsyncIterator[int]) -> None:
@@ -151,22 +291,19 @@ async def _second_signal(signals: AsyncIterator[int], scope: trio.CancelScope) -
         scope.cancel()
 
 
-async def _until_stopping_is_safe(vm: Vm, notifier: Notifier) -> None:
-    """Waits while our end would kill or double a guest (migration/legs.py); a second signal ends it."""
-    async with trio.open_nursery() as nursery:
-        nursery.start_soon(_ask_for_time, notifier)
-        # Switchover, handshake and completion are short where all goes well.
-        with trio.move_on_after(PHASE_PATIENCE):
-            while not vm.may_stop:  # noqa: ASYNC110 - nothing tells of it
-                await trio.sleep(STOP_POLL)
-        while not await vm.prepare_to_stop():
-            log.warning(
-                "%s: not ending yet: a leg may not be closed now, and QEMU does not hold it; a second signal"
-                " ends refault all the same",
-                vm.name,
-            )
-            await trio.sleep(1)
-        nursery.cancel_scope.cancel()
+async def _until_stopping_is_safe(vm: Vm) -> None:
+    """Waits while our end would kill or double a guest (migration/legs.py)."""
+    # Switchover, handshake and completion are short where all goes well.
+    with trio.move_on_after(PHASE_PATIENCE):
+        while not vm.may_stop:  # noqa: ASYNC110 - nothing tells of it
+            await trio.sleep(STOP_POLL)
+    while not await vm.prepare_to_stop():
+        log.warning(
+            "%s: not ending yet: a leg may not be closed now, and QEMU does not hold it; a second signal"
+            " ends refault all the same",
+            vm.name,
+        )
+        await trio.sleep(1)
 
 
 async def _ask_for_time(notifier: Notifier) -> None:

@@ -326,6 +326,7 @@ class Migration:
     async def _poll_status(self) -> None:
         with self._poller:
             while True:
+                await self.course.until_under_way()
                 await self.course.look_wanted(self._poll_interval())
                 if self.course.under_way:
                     self._vm.state_file.look()

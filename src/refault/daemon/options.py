@@ -4,11 +4,13 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Literal
+from typing import Literal, Protocol
 
 from refault.daemon.known.patience import Patience
 from refault.daemon.monitor.address import Address
 from refault.migration.endpoint import Inet
+
+LogLevel = Literal["debug", "info", "warning"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -41,6 +43,25 @@ class HostOptions:
     """The socket file that tells the status."""
 
 
+class Watch(Protocol):
+    """VMs that are found by the paths of their QEMUs' sockets."""
+
+    @property
+    def pattern(self) -> str:
+        """A whole path, with *, ? and [abc] in any of its parts."""
+
+    def matches(self, path: str) -> bool:
+        """Whether the pattern finds this path."""
+
+    def vm(self, path: str) -> VmOptions:
+        """The VM whose QEMU's socket is at `path`. Raises ValueError."""
+
+
 @dataclass(frozen=True, kw_only=True)
-class RunOptions(VmOptions, HostOptions):
-    """One VM, and a daemon for it alone."""
+class Configuration:
+    """What the daemon of a host is to do."""
+
+    host: HostOptions
+    log_level: LogLevel = "info"
+    vms: tuple[VmOptions, ...]
+    watches: tuple[Watch, ...] = ()

@@ -52,6 +52,10 @@ _UNDER_WAY = _BEFORE_POSTCOPY | frozenset(
 )
 
 
+FRONT_PAUSES = (0.1, 30.0)
+"""Seconds: the first and the longest pause before a front is made anew that has failed."""
+FRONT_LASTS = 60.0
+"""Seconds after which a failure is the first again."""
 MEET_PAUSE = 0.05
 MEET_LONGEST_PAUSE = 2.0
 QUIT_PATIENCE = 1.0
@@ -60,6 +64,23 @@ SENT_ALL = (
     "it does not pause, so it may have sent all: look at the destination; if its migration is completed, quit"
     " this QEMU, which must not run again"
 )
+
+
+def changes_in_place(old: VmOptions, new: VmOptions) -> bool:
+    """Whether a VM that is served can go over from one to the other (`Vm.change`)."""
+
+    def fixed(options: VmOptions) -> tuple[object, ...]:
+        managers = [address for address in options.listen if not address.server]
+        return options.name, options.qemu, managers, options.state_dir
+
+    return fixed(old) == fixed(new)
+
+
+def _first(error: BaseException) -> BaseException:
+    """What a nursery's group is about."""
+    while isinstance(error, BaseExceptionGroup):
+        error = error.exceptions[0]
+    return error
 
 
 class Vm:
@@ -105,13 +126,19 @@ class Vm:
         """One whose command QEMU has yet to answer: it takes the last one's place once QEMU has taken it."""
         self._shuts_down = False
         """Whether QEMU has said that it ends."""
+        self.leaving: str | None = None
+        """Why it is about to be fronted no more."""
+        self.internal_errors = 0
+        """How often its front was made anew."""
+        self.internal_error: str | None = None
+        """The last of them."""
 
     async def run(self, *, task_status: trio.TaskStatus[None] = trio.TASK_STATUS_IGNORED) -> None:
         """Listens, then serves. Raises what the monitor raises where an address cannot be bound."""
         try:
             async with trio.open_nursery() as nursery:
                 await nursery.start(self.state.run)
-                await nursery.start(self.monitor.run)
+                await nursery.start(self._keep_front)
                 self.state.start_soon(routes.watch, self._path_changed)
                 task_status.started()
         finally:
@@ -121,6 +148,49 @@ class Vm:
                 self.migration.say_what_stopping_costs()
                 self.migration.close()
 
+    async def _keep_front(self, *, task_status: trio.TaskStatus[None] = trio.TASK_STATUS_IGNORED) -> None:
+        """Serves the monitor, anew where that failed once it had begun: the migration, its pump and its legs
+        outlive it, and QEMU is met again as after any loss of its monitor."""
+        pause, longest = FRONT_PAUSES
+        started = False
+        while True:
+            try:
+                async with trio.open_nursery() as nursery:
+                    await nursery.start(self.monitor.run)
+                    if not started:
+                        started = True
+                        task_status.started()
+                    began = trio.current_time()
+            except Exception as error:
+                if not started:
+                    raise
+                self.internal_errors += 1
+                self.internal_error = repr(_first(error))
+                if trio.current_time() - began > FRONT_LASTS:
+                    pause = FRONT_PAUSES[0]
+                log.error(
+                    "%s: internal error: clients are disconnected, and served again in %g s; a migration"
+                    " goes on",
+                    self.name,
+                    pause,
+                    exc_info=error,
+                    extra=repeats((self.name, "front"), self.internal_error),
+                )
+            await trio.sleep(pause)
+            pause = min(2 * pause, longest)
+            self.monitor.renew()
+
+    async def change(self, options: VmOptions) -> None:
+        """Applies options that `changes_in_place` lets through: the clients stay, and what is for a migration
+        is for the next one. Raises ListenError."""
+        self.options = options
+        self.state.set_options(
+            relay_allowed=options.relay == "auto",
+            recover_uris=options.recover_uris,
+            patience=options.patience,
+        )
+        await self.monitor.listen_at([address for address in options.listen if address.server])
+
     @property
     def may_stop(self) -> bool:
         """Whether the end of refault kills or doubles no guest now."""
@@ -128,6 +198,12 @@ class Vm:
             return True
         channels, cost = self.migration.channels, self.migration.cost_of_stopping()
         return not (channels is not None and channels.delivers) and (cost is None or cost[0])
+
+    @property
+    def may_leave(self) -> bool:
+        """Whether nobody need come after: no migration is under way or about to be, and no leg is open that
+        has yet something to deliver."""
+        return self._pending is None and not self._under_way and self.may_stop
 
     async def prepare_to_stop(self) -> bool:
         """Makes our ends harmless to QEMU. False where that could not be done."""

@@ -10,19 +10,19 @@ from pathlib import Path
 import pytest
 
 from refault.cli.main import build_parser, main
-from refault.cli.run import run_options
+from refault.cli.run import configuration
 from refault.daemon.host.errors import OperatorError
 from refault.daemon.host.paths import SUN_PATH
 from refault.daemon.known.patience import Patience
 from refault.daemon.monitor.address import Address, parse_address
-from refault.daemon.options import RunOptions
+from refault.daemon.options import Configuration, HostOptions, VmOptions
 from refault.migration.endpoint import Inet
 
 MINIMAL = ["run", "--qemu", "/run/qemu/vm1", "--listen", "/run/vm1.qmp"]
 
 
-def parsed(arguments: list[str]) -> RunOptions:
-    return run_options(build_parser(arguments).parse_args(arguments))
+def parsed(arguments: list[str]) -> Configuration:
+    return configuration(build_parser(arguments).parse_args(arguments))
 
 
 @pytest.fixture
@@ -33,17 +33,17 @@ def runtime(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.mark.usefixtures("runtime")
 def test_defaults() -> None:
-    assert parsed(MINIMAL) == RunOptions(
+    vm = VmOptions(
         name="vm1",
         qemu=parse_address("unix:/run/qemu/vm1"),
         listen=(parse_address("unix:/run/vm1.qmp", server=True),),
         relay="auto",
         recover_uris=(),
         incoming=None,
-        metrics=None,
-        control=Address("/run/refault/vm1/vm1.control", server=True),
         state_dir=Path("/run/refault/vm1"),
     )
+    host = HostOptions(metrics=None, control=Address("/run/refault/vm1/vm1.control", server=True))
+    assert parsed(MINIMAL) == Configuration(host=host, log_level="info", vms=(vm,), watches=())
 
 
 def test_everything_given() -> None:
@@ -52,44 +52,45 @@ def test_everything_given() -> None:
     arguments += ["--client-wait", "30", "--give-up-after", "86400"]
     arguments += ["--incoming", "tcp:0.0.0.0:5000,unix:/run/qemu/i"]
     arguments += ["--metrics", "[::1]:9099", "--control", "/c", "--state-dir", "/s"]
-    assert parsed(arguments) == RunOptions(
+    vm = VmOptions(
         name="web 7",
         qemu=parse_address("/run/qemu/vm1"),
         listen=(parse_address("/run/vm1.qmp", server=True), parse_address("tcp:0.0.0.0:4444", server=True)),
         relay="off",
         recover_uris=("tcp:0.0.0.0:5001", "unix:/run/r"),
         incoming=(Inet("0.0.0.0", 5000), "/run/qemu/i"),
-        metrics=Address(None, "::1", 9099, server=True),
-        control=Address("/c", server=True),
         state_dir=Path("/s"),
         patience=Patience(client_wait=30, give_up_after=86400),
     )
+    metrics = Address(None, "::1", 9099, server=True)
+    host = HostOptions(metrics=metrics, control=Address("/c", server=True))
+    assert parsed(arguments) == Configuration(host=host, vms=(vm,))
 
 
 def test_a_tilde_that_the_shell_has_left_is_a_home_directory(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("HOME", "/home/admin")
     for option in ("--control=~/c", "--control=unix:~/c", "--control=unix:/home/admin/c"):
-        assert parsed([*MINIMAL, option]).control == Address("/home/admin/c", server=True)
-    options = parsed([*MINIMAL, "--state-dir=~/s"])
-    assert options.state_dir == Path("/home/admin/s")
+        assert parsed([*MINIMAL, option]).host.control == Address("/home/admin/c", server=True)
+    [vm] = parsed([*MINIMAL, "--state-dir=~/s"]).vms
+    assert vm.state_dir == Path("/home/admin/s")
 
 
 def test_every_name_fits_the_directory_of_the_unit(monkeypatch: pytest.MonkeyPatch) -> None:
     for length in range(1, 65):
         name = "n" * length
         monkeypatch.setenv("RUNTIME_DIRECTORY", f"/run/refault/{name}")
-        control = parsed([*MINIMAL, "--name", name]).control
+        control = parsed([*MINIMAL, "--name", name]).host.control
         assert len(control.path or "") < SUN_PATH
         assert Path(control.path or "").name == f"{name}.control" or length > 42
 
 
 def test_state_directory_of_the_service_manager_is_taken(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("STATE_DIRECTORY", "/dev/shm/a:/dev/shm/b")
-    assert parsed(MINIMAL).state_dir == Path("/dev/shm/a")
+    assert parsed(MINIMAL).vms[0].state_dir == Path("/dev/shm/a")
 
 
 def test_a_tcp_monitor_gives_a_name_too() -> None:
-    assert parsed(["run", "--qemu", "tcp:10.0.0.1:4444", "--listen", "/l"]).name == "10.0.0.1:4444"
+    assert parsed(["run", "--qemu", "tcp:10.0.0.1:4444", "--listen", "/l"]).vms[0].name == "10.0.0.1:4444"
 
 
 @pytest.mark.parametrize(
@@ -186,7 +187,7 @@ def test_what_the_daemon_ends_with_is_a_line_of_the_log(
     monkeypatch: pytest.MonkeyPatch,
     caplog: pytest.LogCaptureFixture,
 ) -> None:
-    async def serve(options: RunOptions) -> None:
+    async def serve(*_: object) -> None:
         raise OperatorError("this; do that")
 
     levels: list[int] = []

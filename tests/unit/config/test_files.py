@@ -8,11 +8,11 @@ from pathlib import Path
 import pytest
 
 from refault.cli.main import main
-from refault.config.files import ConfigError, Configuration, load
+from refault.config.files import ConfigError, load
 from refault.config.options import DaemonTable, ListenerTable, VmTable, WatchTable, fields_of
 from refault.daemon.known.patience import Patience
 from refault.daemon.monitor.address import Address, parse_address, with_access
-from refault.daemon.options import HostOptions, VmOptions
+from refault.daemon.options import Configuration, HostOptions, VmOptions
 from refault.migration.endpoint import Inet
 
 B = '[vm.b]\nqemu = "/q/b"\nlisten = "/l/b"\n'
@@ -225,7 +225,8 @@ BROKEN: list[tuple[str, str]] = [
     (f'[daemon]\ncontrol = "/{"x" * 108}"', "a unix socket's path has at most 107 bytes"),
     ('[daemon]\nstate_dir = "/etc/passwd"', "[daemon] state_dir: /etc/passwd is not a directory"),
     (VM + 'state_dir = "/etc/passwd"', "[vm.a] state_dir: /etc/passwd is not a directory"),
-    ('[daemon]\ncontrol = "/s/a"\nstate_dir = "/s"\n' + VM, "the control socket's path is that of its"),
+    ('[daemon]\ncontrol = "/s/a"\nstate_dir = "/s"\n' + VM, "control: /s/a is the state directory of [vm.a]"),
+    (VM.replace("/l/a", "/run/refault/a"), "listen: unix:/run/refault/a is the state directory of [vm.a]"),
     ("daemon = 1", "[daemon] is a table, 1 is none"),
     ("[[daemon]]", "[daemon] is a table, [a table] is none"),
     ('[defaults]\nqemu = "/q"', "[defaults] qemu: not known; what may stand here: relay, dead_after"),
@@ -308,14 +309,12 @@ def test_check_takes_files_or_a_configuration(tmp_path: Path, capsys: pytest.Cap
 
 def test_what_a_file_says_is_what_the_command_line_says(tmp_path: Path) -> None:
     from refault.cli.main import build_parser
-    from refault.cli.run import run_options
+    from refault.cli.run import configuration
 
     [vm] = loaded(tmp_path, VM + "dead_after = 9\n").vms
     arguments = ["run", "--qemu", "/q/a", "--listen", "/l/a", "--dead-after", "9"]
-    run = run_options(build_parser(arguments).parse_args(arguments))
-    assert replace(vm, state_dir=run.state_dir) == VmOptions(
-        **{key: value for key, value in vars(run).items() if key not in ("metrics", "control")}
-    )
+    [run] = configuration(build_parser(arguments).parse_args(arguments)).vms
+    assert replace(vm, state_dir=run.state_dir) == run
 
 
 def test_every_option_of_files_is_in_configuration_md() -> None:

@@ -2,18 +2,20 @@
 
 from __future__ import annotations
 
-from typing import Any, cast
+from collections.abc import AsyncIterator
+from types import SimpleNamespace
+from typing import cast
 
 import pytest
 import trio
 import trio.testing
 
-from refault.daemon import app
-from refault.daemon.app import EXTENSION, Publisher, _until_stopping_is_safe
+from refault.daemon.app import EXTENSION, Publisher, _stop
 from refault.daemon.host.own_needs import Troubles
 from refault.daemon.telling.snapshot import VmStatus
+from refault.daemon.vm import Vm
 
-from .pictures import IDLE
+from .pictures import IDLE, PICTURE
 
 
 class SlowVm:
@@ -21,10 +23,16 @@ class SlowVm:
 
     name = "vm"
     may_stop = True
+    stopping = False
 
     async def prepare_to_stop(self) -> bool:
         await trio.sleep(40)
         return True
+
+
+async def no_signals() -> AsyncIterator[int]:
+    await trio.sleep_forever()
+    yield 0
 
 
 class Manager:
@@ -41,22 +49,24 @@ async def test_the_manager_is_asked_for_time_as_long_as_stopping_takes(
     autojump_clock: trio.testing.MockClock,
 ) -> None:
     manager = Manager()
-    await _until_stopping_is_safe(SlowVm(), manager)  # type: ignore[arg-type]
+    await _stop([SlowVm(), SlowVm()], no_signals(), manager)  # type: ignore[list-item, arg-type]
     assert trio.current_time() == 40
     assert not manager.late
     assert manager.until > 40 + EXTENSION / 2
 
 
-def test_a_picture_that_cannot_be_made_leaves_the_last_one(monkeypatch: pytest.MonkeyPatch) -> None:
+async def test_a_picture_that_cannot_be_made_leaves_the_last_one(monkeypatch: pytest.MonkeyPatch) -> None:
     fails = False
 
-    def picture(_: object) -> VmStatus:
-        if fails:
+    def told(vm: Vm) -> VmStatus:
+        if fails and vm is broken:
             raise KeyError("of ours")
-        return IDLE
+        return IDLE if vm is broken else PICTURE.vms[0]
 
-    monkeypatch.setattr(app, "picture", picture)
-    publisher = Publisher([cast(Any, None)], Troubles())
+    monkeypatch.setattr("refault.daemon.app.picture", told)
+    broken, other = (cast(Vm, SimpleNamespace(name=name)) for name in (IDLE.name, PICTURE.vms[0].name))
+    publisher = Publisher(lambda: [broken, other], Troubles())
     fails = True
-    assert [each.name for each in publisher.publish().vms] == [IDLE.name]
-    assert publisher.status() is publisher.publish()
+    both = (IDLE, PICTURE.vms[0])
+    assert publisher.publish().vms == both
+    assert (await trio.to_thread.run_sync(publisher.status)).vms == both

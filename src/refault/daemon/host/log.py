@@ -106,6 +106,16 @@ def is_journal(fd: int, environment: Mapping[str, str] = os.environ) -> bool:
     return environment.get("JOURNAL_STREAM") == f"{status.st_dev}:{status.st_ino}"
 
 
+def level_of(name: str) -> int:
+    """The level of this name, in lower case."""
+    return logging.getLevelNamesMapping()[name.upper()]
+
+
+def set_level(level: int) -> None:
+    """What refault logs from now on is of this level, or above it."""
+    logging.getLogger("refault").setLevel(level)
+
+
 def setup_logging(level: int = logging.INFO) -> None:
     """Sends what refault logs, from `level` on, and what others warn of, to standard error. For commands that
     serve, once."""
@@ -114,7 +124,7 @@ def setup_logging(level: int = logging.INFO) -> None:
     handler.addFilter(Sparing())
     logging.root.handlers = [handler]
     logging.root.setLevel(logging.WARNING)
-    logging.getLogger("refault").setLevel(level)
+    set_level(level)
     logging.captureWarnings(True)
     sys.stderr = cast(TextIO, _Told())
 

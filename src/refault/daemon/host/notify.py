@@ -5,7 +5,10 @@ from __future__ import annotations
 import logging
 import os
 import socket
+import time
 from collections.abc import Mapping
+
+import trio
 
 _log = logging.getLogger(__name__)
 
@@ -19,10 +22,25 @@ class Notifier:
 
     def __init__(self, environment: Mapping[str, str] = os.environ) -> None:
         self._address = environment.get("NOTIFY_SOCKET", "")
+        self._watchdog = _seconds_of_watchdog(environment)
 
     def ready(self, text: str) -> None:
         """Start-up is done; `text` is what ``systemctl status`` shows."""
         self._send("READY=1", _status(text))
+
+    def reloading(self) -> None:
+        """A reload has begun, of which `ready` says that it is over (Type=notify-reload)."""
+        now = time.clock_gettime_ns(time.CLOCK_MONOTONIC) // 1000
+        self._send("RELOADING=1", f"MONOTONIC_USEC={now}")
+
+    async def keep_watchdog(self) -> None:
+        """Tells, as long as the event loop turns, that it does, where the manager asks for that
+        (WatchdogSec=)."""
+        if self._watchdog is None:
+            return
+        while True:
+            self._send("WATCHDOG=1")
+            await trio.sleep(self._watchdog / 2)
 
     def stopping(self, text: str) -> None:
         """Shutdown has begun."""
@@ -43,6 +61,14 @@ class Notifier:
                 sender.sendto("\n".join(assignments).encode(), address)
         except OSError as error:
             _log.warning("cannot notify the service manager at %s: %s", self._address, error)
+
+
+def _seconds_of_watchdog(environment: Mapping[str, str]) -> float | None:
+    """As sd_watchdog_enabled(3) has it; None where there is none, or it is another process's."""
+    microseconds = environment.get("WATCHDOG_USEC", "")
+    if not microseconds.isdigit() or environment.get("WATCHDOG_PID", str(os.getpid())) != str(os.getpid()):
+        return None
+    return int(microseconds) / 1_000_000 or None
 
 
 def _status(text: str) -> str:

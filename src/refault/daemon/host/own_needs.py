@@ -30,6 +30,14 @@ class Troubles:
         """A line for each."""
         return tuple(self._why.values())
 
+    def add(self, need: str, text: str) -> None:
+        """What is not as it should be."""
+        self._why[need] = text
+
+    def over(self, need: str) -> None:
+        """It is, or nobody wants it any more."""
+        self._why.pop(need, None)
+
     async def keep(
         self,
         need: str,
@@ -57,7 +65,7 @@ class Troubles:
             except Exception as error:
                 expected = operator_errors(error)
                 why = "; ".join(map(str, expected)) if expected else f"internal error: {error!r}"
-                self._why[need] = f"{need}: {why}"
+                self.add(need, f"{need}: {why}")
                 log.error(
                     "%s: %s; trying again",
                     need,

@@ -13,9 +13,10 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
+import itertools
 import os
 import struct
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 
 import trio
 
@@ -139,10 +140,20 @@ def watched(path: str) -> Iterator[Changes]:
         yield changes
 
 
+async def until_gone(path: str, there: Callable[[], bool]) -> None:
+    """Returns when `there` does not say any more that what is at `path` is what was put there."""
+    while True:
+        with watched(path) as changes:
+            if not there():
+                return
+            await changes.wait()
+
+
 @contextlib.contextmanager
-def entries_watched(directories: Iterable[str]) -> Iterator[Changes]:
-    """Told when anything may have come or gone in one of `directories`, or one of them itself."""
-    with _watch((directory, None, _ENTRIES) for directory in directories) as changes:
+def path_and_entries_watched(path: str, directories: Iterable[str]) -> Iterator[Changes]:
+    """As `watched`, and told when anything may have come or gone in one of `directories`."""
+    entries = ((directory, None, _ENTRIES) for directory in directories)
+    with _watch(itertools.chain(_way_to(os.path.abspath(path)), entries)) as changes:
         yield changes
 
 

@@ -80,6 +80,7 @@ class Course:
         """Whether its QEMU has ended: nothing of it is told any more."""
         self._drive: Callable[[tuple[Action, ...]], None] = lambda _: None
         self._look = trio.Event()
+        self._starts = trio.Event()
 
     @property
     def counters(self) -> Counters:
@@ -113,8 +114,16 @@ class Course:
         if event is Event.CLIENT_PAUSED and before is not State.YIELDED:
             self.paused_channel = self.channel
         self._drive(self.policy.handle(event))
+        if self.under_way:
+            self._starts.set()
         if self.policy.state is not before:
             log.debug("%s: %s: %s -> %s", self.name, event.name, before.value, self.policy.state.value)
+
+    async def until_under_way(self) -> None:
+        """Returns while it is under way; before and after there is nothing to ask for again and again."""
+        while not self.under_way:
+            self._starts = trio.Event()
+            await self._starts.wait()
 
     def repeats(self, subject: str, *what: Hashable) -> dict[str, object]:
         """`extra` of a line that may come again and again for the same loss; without one each is said."""

@@ -98,9 +98,7 @@ class VmState:
         self.name = name
         self.monitor = monitor
         self.counters = Counters()
-        self.alternatives = tuple(parse_uri(uri) for uri in recover_uris)
         self.state_file = state_file
-        self.patience = patience or Patience()
         self.qemu_pid: int | None = None
         """The process behind the monitor, also while the monitor is lost; None where it is not known."""
         self.qemu_threads: tuple[int, ...] = ()
@@ -109,12 +107,20 @@ class VmState:
         """Since when it runs (kernel/process.py), for pids are used again."""
         self.encrypted = False
         """Whether QEMU's channels speak TLS, as it was last asked."""
-        self._relay_allowed = relay_allowed
+        self.set_options(
+            relay_allowed=relay_allowed, recover_uris=recover_uris, patience=patience or Patience()
+        )
         self._reached: dict[str, tuple[QemuInfo | None, bool]] = {}
         """What reaches QEMU, and of which QEMU that was found."""
         self._nursery: trio.Nursery | None = None
         self._not_given: list[socket.socket] = []
         """Ends that QEMU did not take back: they stay open for as long as refault runs."""
+
+    def set_options(self, *, relay_allowed: bool, recover_uris: Sequence[str], patience: Patience) -> None:
+        """What the operator says of migrations: from the next one on."""
+        self._relay_allowed = relay_allowed
+        self.alternatives = tuple(parse_uri(uri) for uri in recover_uris)
+        self.patience = patience
 
     async def run(self, *, task_status: trio.TaskStatus[None] = trio.TASK_STATUS_IGNORED) -> None:
         """Runs what `start_soon` is given, until cancelled."""

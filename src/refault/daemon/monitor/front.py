@@ -11,6 +11,7 @@ from dataclasses import replace
 import trio
 
 from refault.daemon.host.repeats import repeats
+from refault.daemon.kernel.inotify import until_gone
 from refault.daemon.monitor.address import Address
 from refault.daemon.monitor.listener import (
     Access,
@@ -25,7 +26,9 @@ from refault.daemon.monitor.listener import (
 log = logging.getLogger("refault.qmp")
 
 LOOK = 1.0
-"""Seconds between two looks whether a socket file is still there, or can be made."""
+"""Seconds between two looks whether a socket file can be made."""
+SETTLES = 0.2
+"""Seconds that whoever has removed a socket file is left to put something else there."""
 _NO_DESCRIPTOR = 0.5
 _SHORT = frozenset({errno.EMFILE, errno.ENFILE, errno.ENOBUFS, errno.ENOMEM})
 
@@ -113,10 +116,10 @@ class Front:
             log.error("%s: %s; trying again", self._name, error)
 
     async def _until_removed(self, bound: Bound) -> None:
-        if bound.inode is None:
+        if bound.inode is None or self.address.path is None:
             await trio.sleep_forever()
-        while bound.in_place:  # noqa: ASYNC110 - nothing tells of it on every file system
-            await trio.sleep(LOOK)
+        await until_gone(self.address.path, lambda: bound.in_place)
+        await trio.sleep(SETTLES)
 
     async def _accept(self, listener: socket.socket) -> None:
         while True:

@@ -142,9 +142,19 @@ class Monitor:
         self._on_event = on_event
         self._on_connect = on_connect
         self._on_disconnect = on_disconnect
-        limits = limits or Limits()
+        self._limits = limits or Limits()
+        self._listen = tuple(address for address in listen if address.server)
+        self.fronts: list[Front] = []
+        """Where clients come, in the order of `listen`; then where QEMU does, if it is QEMU who connects."""
+        self._fronts_run: dict[Front, trio.CancelScope] = {}
+        self._nursery: trio.Nursery
+        self._gone_on = gone_on
+        """Whether a QEMU was connected to before."""
+        self._make(self._listen)
+
+    def _make(self, listen: Sequence[Address]) -> None:
         self._core = Multiplexer(
-            limits=limits,
+            limits=self._limits,
             watch=self._watch,
             ask=self._ask,
             discard=os.close,
@@ -152,17 +162,32 @@ class Monitor:
             on_ready=self._ready,
             audit=lambda request: self._clients.audit(request),
         )
-        self._presence = Presence()
-        first_client = FirstClient(name, qemu, listen, self._presence, over=gone_on)
-        self._clients = Clients(name, self._core, limits, self._presence, first_client, self._flush)
-        self._upstream = Upstream(
-            name, qemu, self._core, self._presence, first_client, flush=self._flush, lost=self._lost
+        self.presence = Presence()
+        """Whether QEMU is there."""
+        all_listen = (*listen, *self.managers)
+        first_client = FirstClient(
+            self.name, self.qemu_address, all_listen, self.presence, over=self._gone_on
         )
-        self.fronts = [self._clients.front(address) for address in listen if address.server]
-        """Where clients come, in the order of `listen`; then where QEMU does, if it is QEMU who connects."""
-        if qemu.server:
-            self.fronts.append(Front(name, qemu, self._upstream.take))
-        self._nursery: trio.Nursery
+        self._clients = Clients(self.name, self._core, self._limits, self.presence, first_client, self._flush)
+        self._upstream = Upstream(
+            self.name,
+            self.qemu_address,
+            self._core,
+            self.presence,
+            first_client,
+            flush=self._flush,
+            lost=self._lost,
+        )
+        self.fronts = [self._clients.front(address) for address in listen]
+        if self.qemu_address.server:
+            self.fronts.append(Front(self.name, self.qemu_address, self._upstream.take))
+
+    def renew(self) -> None:
+        """After `run` has failed: it can be run again, and what was counted is counted on."""
+        counters, total = self._core.counters, self._clients.total
+        # A port that was chosen stays the same.
+        self._make([front.address for front in self.fronts[: len(self._listen)]])
+        self._core.counters, self._clients.total = counters, total
 
     @property
     def clients_come_to(self) -> list[Address]:
@@ -196,16 +221,57 @@ class Monitor:
                 self._nursery = nursery
                 nursery.start_soon(self._clients.run, self.managers)
                 for front in self.fronts:
-                    nursery.start_soon(front.run)
+                    nursery.start_soon(self._run_front, front)
                 nursery.start_soon(self._upstream.run)
                 with trio.move_on_after(FIRST_LOOK):
-                    await self._presence.until(lambda qemu: qemu not in (Qemu.UNKNOWN, Qemu.DIALLED))
+                    await self.presence.until(lambda qemu: qemu not in (Qemu.UNKNOWN, Qemu.DIALLED))
                 for front in self.fronts:
                     await front.settled.wait()
                 task_status.started()
         finally:
             for front in self.fronts:
                 front.close()
+
+    async def _run_front(self, front: Front) -> None:
+        scope = self._fronts_run[front] = trio.CancelScope()
+        try:
+            with scope:
+                await front.run()
+        finally:
+            del self._fronts_run[front]
+
+    async def listen_at(self, listen: Sequence[Address]) -> None:
+        """Has clients come at these listeners and at no others; who has come stays. Call it while it runs.
+
+        Raises ListenError where one of them cannot be bound; the others are.
+        """
+        kept = dict(zip(self._listen, self.fronts, strict=False))
+        for address, front in kept.items():
+            if address not in listen:
+                self._end_front(front)
+        rest = self.fronts[len(self._listen) :]
+        troubles: list[ListenError] = []
+        now: dict[Address, Front] = {}
+        for address in listen:
+            if address in kept:
+                now[address] = kept[address]
+                continue
+            front = self._clients.front(address)
+            try:
+                await front.prepare()
+            except ListenError as error:
+                troubles.append(error)
+                continue
+            now[address] = front
+            self._nursery.start_soon(self._run_front, front)
+        self._listen, self.fronts = tuple(now), [*now.values(), *rest]
+        if troubles:
+            raise troubles[0]
+
+    def _end_front(self, front: Front) -> None:
+        if front in self._fronts_run:
+            self._fronts_run[front].cancel()
+        front.close()
 
     async def execute(
         self,
@@ -263,6 +329,7 @@ class Monitor:
         assert greeting is not None  # noqa: S101 - the core is ready
         version = ".".join(map(str, greeting.version))
         peer = self._upstream.peer
+        self._gone_on = True
         self.qemu = QemuInfo(peer.pid, peer.uid, version, greeting.version, greeting.package, greeting.oob)
         self._upstream.ready()
         pid = f", pid {peer.pid}" if peer.pid else ""

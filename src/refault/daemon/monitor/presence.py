@@ -41,9 +41,11 @@ class Presence:
     async def pause(self, seconds: float) -> None:
         """Between two looks for a QEMU that was not there: returns at once when it is sought."""
         self._sought = trio.Event()
-        with trio.move_on_after(seconds):
-            await self._sought.wait()
-        self._sought = None
+        try:
+            with trio.move_on_after(seconds):
+                await self._sought.wait()
+        finally:
+            self._sought = None
 
     def seek(self) -> None:
         """A client has come: a QEMU that was not there may have come right before, and is looked for now."""

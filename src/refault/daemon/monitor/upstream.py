@@ -9,6 +9,7 @@ from collections.abc import Awaitable, Callable
 
 import trio
 
+from refault.daemon.kernel.inotify import watched
 from refault.daemon.kernel.peer import Peer, peer_of
 from refault.daemon.monitor.address import Address
 from refault.daemon.monitor.dial import CONNECT_TIMEOUT, dial, pauses, prepare, why
@@ -22,6 +23,9 @@ log = logging.getLogger("refault.qmp")
 
 _READ = 64 << 10
 _GREETING_TIMEOUT = 10.0
+NOT_TOLD = 30.0
+"""Seconds after which a socket's file is looked for where the kernel has not told of it: it may lie behind a
+mount that was made since."""
 
 
 class Upstream:
@@ -74,6 +78,13 @@ class Upstream:
                     " or name a monitor of its own for refault"
                 )
                 pause = trio.sleep
+            except FileNotFoundError as error:
+                self._complain(f"no QEMU at {self._address} yet: {why(error)}")
+                if delay == longest:
+                    self._presence.set(self._nobody)
+                    await self._until_it_comes(self._address.path or "")
+                    delay = shortest
+                    continue
             except OSError as error:
                 self._complain(f"no QEMU at {self._address} yet: {why(error)}")
             self._presence.set(self._nobody)
@@ -126,6 +137,21 @@ class Upstream:
     async def _drain(self, wire: Wire) -> None:
         while wire.backlog and await wire.writable():
             wire.flush()
+
+    async def _until_it_comes(self, path: str) -> None:
+        """Between two looks for a QEMU whose socket's file is not there: the kernel tells when it comes."""
+        with watched(path) as changes:
+            if os.path.lexists(path):  # noqa: ASYNC240 - it waits for nothing
+                return
+            async with trio.open_nursery() as nursery:
+                nursery.start_soon(self._ends_with, changes.wait, nursery.cancel_scope)
+                await self._presence.pause(NOT_TOLD)
+                nursery.cancel_scope.cancel()
+
+    @staticmethod
+    async def _ends_with(wait: Callable[[], Awaitable[None]], scope: trio.CancelScope) -> None:
+        await wait()
+        scope.cancel()
 
     def _complain(self, text: str) -> None:
         """One line for each new trouble, not for each attempt."""

@@ -16,12 +16,16 @@ import trio
 
 from refault.daemon.host.errors import OperatorError
 from refault.daemon.host.paths import make_again, make_if_default, must_be_writable
+from refault.daemon.kernel.inotify import until_gone
 
 log = logging.getLogger("refault.state")
 
 CLAIM_PATIENCE = 1.0
 _CLAIM_LOOK = 0.02
-_LOOK = 5.0
+
+
+class StateTaken(OperatorError):  # noqa: N818 - it says what is
+    """Another refault has it."""
 
 
 class StateLock:
@@ -30,7 +34,8 @@ class StateLock:
     def __init__(self, directory: Path, name: str) -> None:
         self._directory = directory
         self._name = name
-        self._path = directory / f"{name}.lock"
+        self.path = directory / f"{name}.lock"
+        """Removed by whoever gives the lock up."""
         self._fd: int | None = None
         self._was_held = False
 
@@ -39,10 +44,10 @@ class StateLock:
         """Whether the files may be looked at and written."""
         return self._fd is not None
 
-    async def claim(self) -> None:
+    async def claim(self, *, wait: bool = True) -> None:
         """Takes it; where the directory is not usable that is left to `keep`.
 
-        Raises OperatorError where another refault holds it and does not end soon.
+        Raises StateTaken where another refault holds it and does not end soon; without `wait` at once.
         """
         deadline = math.inf
         while True:
@@ -51,6 +56,8 @@ class StateLock:
                     return
             except OperatorError:
                 return
+            if not wait:
+                raise self._taken()
             if deadline == math.inf:
                 deadline = trio.current_time() + CLAIM_PATIENCE
                 log.info(
@@ -65,17 +72,16 @@ class StateLock:
         if not self.held and not self._take():
             raise self._taken()
         task_status.started()
-        while self._is_there(self._fd):  # noqa: ASYNC110 - nothing tells of it
-            await trio.sleep(_LOOK)
+        await until_gone(str(self.path), lambda: self._is_there(self._fd))
         self.release()
-        raise OperatorError(f"{self._path} was removed or replaced; leave it, it says whose the state is")
+        raise OperatorError(f"{self.path} was removed or replaced; leave it, it says whose the state is")
 
     def release(self) -> None:
         """Gives it up."""
         if self._fd is not None:
             if self._is_there(self._fd):
                 with contextlib.suppress(OSError):
-                    self._path.unlink()
+                    self.path.unlink()
             os.close(self._fd)
             self._fd = None
 
@@ -87,7 +93,7 @@ class StateLock:
         must_be_writable(self._directory)
         fd = -1
         try:
-            fd = os.open(self._path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC, 0o600)
+            fd = os.open(self.path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC, 0o600)
             fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError as error:
             if fd >= 0:
@@ -95,7 +101,7 @@ class StateLock:
             if isinstance(error, BlockingIOError):
                 return False
             raise OperatorError(
-                f"cannot keep state in {self._directory}: {self._path.name}: {error.strerror}; remove that"
+                f"cannot keep state in {self._directory}: {self.path.name}: {error.strerror}; remove that"
                 " file, or name another directory with --state-dir"
             ) from error
         if not self._is_there(fd):  # who held it has given it up meanwhile, and removed it
@@ -110,16 +116,16 @@ class StateLock:
     def _is_there(self, fd: int | None) -> bool:
         """Whether the file of that descriptor is the one at the path."""
         try:
-            return fd is not None and os.path.samestat(os.fstat(fd), os.lstat(self._path))
+            return fd is not None and os.path.samestat(os.fstat(fd), os.lstat(self.path))
         except OSError:
             return False
 
-    def _taken(self) -> OperatorError:
+    def _taken(self) -> StateTaken:
         holder = ""
         with contextlib.suppress(OSError, UnicodeDecodeError):
-            holder = self._path.read_text()[:20].strip()
+            holder = self.path.read_text()[:20].strip()
         pid = f" (pid {holder})" if holder.isdigit() else ""
-        return OperatorError(
+        return StateTaken(
             f"another refault{pid} keeps the state of a VM of the name {self._name} in {self._directory};"
             " give this VM another --name or --state-dir, or end that refault first"
         )

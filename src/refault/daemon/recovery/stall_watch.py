@@ -30,6 +30,7 @@ async def watch(course: Course) -> None:
     detector = StallDetector(stall_after)
     handshake, patience = StallDetector(stall_after), stall_after
     while True:
+        await course.until_under_way()
         await trio.sleep(stall_after / _LOOKS)
         if handshake.stalls(trio.current_time(), None, work_left=_in_handshake(course)):
             await _pause(course, patience)

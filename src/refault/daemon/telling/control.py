@@ -18,6 +18,7 @@ import trio
 from refault.daemon.host.errors import OperatorError
 from refault.daemon.host.paths import make_if_default
 from refault.daemon.host.repeats import repeats
+from refault.daemon.kernel.inotify import until_gone
 from refault.daemon.monitor.address import Address
 from refault.daemon.monitor.caller import caller_of, may_speak
 from refault.daemon.monitor.listener import ListenError, bind_unix
@@ -28,8 +29,6 @@ _log = logging.getLogger(__name__)
 
 _ANSWER_SECONDS = 5.0
 """How long a peer may take to read the document."""
-_LOOK_SECONDS = 5.0
-"""Between looks whether the socket's file is still there."""
 
 
 async def serve_control(
@@ -58,8 +57,7 @@ async def serve_control(
         async with trio.open_nursery() as nursery:
             await nursery.start(trio.serve_listeners, answer, [listener])
             task_status.started([listener])
-            while bound.in_place:  # noqa: ASYNC110 - nothing tells of it
-                await trio.sleep(_LOOK_SECONDS)
+            await until_gone(str(path), lambda: bound.in_place)
             raise OperatorError(f"{path} was removed or replaced; leave it, `refault status` asks there")
     finally:
         bound.close()

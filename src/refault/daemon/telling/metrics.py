@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import logging
-import math
+import os
 import select
 import socket
 import sys
@@ -32,9 +32,10 @@ from prometheus_client.registry import Collector
 
 from refault.daemon.host.errors import OperatorError
 from refault.daemon.host.repeats import repeats
+from refault.daemon.kernel.inotify import until_gone
 from refault.daemon.monitor.address import Address, host_port
 from refault.daemon.monitor.caller import caller_of, may_speak
-from refault.daemon.monitor.listener import ListenError, bind
+from refault.daemon.monitor.listener import Bound, ListenError, bind
 from refault.daemon.telling.snapshot import LatencyStatus, Snapshot, Status, VmStatus
 from refault.qmp.access import Callers
 
@@ -44,9 +45,9 @@ _REQUEST_SECONDS = 10.0
 """How long a scraper may take over all of its request before its thread is freed."""
 _CONNECTIONS = 32
 """Scrapers at a time: each takes a thread and a descriptor, of which recovery needs some too."""
-_LOOK_SECONDS = 0.1
-_FILE_LOOK_SECONDS = 5.0
-"""Between looks whether a socket file is still there."""
+_LOOK_SECONDS = 1.0
+"""Between two looks whether a scraper's time is over."""
+_NO_DESCRIPTOR_SECONDS = 0.1
 
 
 class StatusCollector(Collector):
@@ -176,6 +177,8 @@ class _Server(ThreadingMixIn, WSGIServer):
         self._any = select.epoll()
         for listener in listeners:
             self._any.register(listener, select.EPOLLIN)
+        self._end = os.eventfd(0)
+        self._any.register(self._end, select.EPOLLIN)
         # Without HTTPServer's look-up of its own host name, which can wait for a name server.
         self.server_name, self.server_port = "localhost", 0
         if listeners[0].family != socket.AF_UNIX:
@@ -189,18 +192,26 @@ class _Server(ThreadingMixIn, WSGIServer):
     def get_request(self) -> Any:
         """The next connection. Where there is no descriptor for it, it waits as long as the next look."""
         for fd, _ in self._any.poll(0, 1):
+            if fd == self._end:
+                break
             try:
                 request, where = self._listeners[fd].accept()
                 return request, where or ("unix", 0)  # who connects by a socket file has no address
             except BlockingIOError:
                 break
             except OSError:
-                time.sleep(_LOOK_SECONDS)
+                time.sleep(_NO_DESCRIPTOR_SECONDS)
                 raise
         raise BlockingIOError
 
+    def shutdown(self) -> None:
+        """Ends `serve_forever`, without waiting for its next look."""
+        os.eventfd_write(self._end, 1)
+        super().shutdown()
+
     def server_close(self) -> None:
         """Closes the listeners; what was accepted goes on."""
+        os.close(self._end)
         self._any.close()
         for listener in self._listeners.values():
             listener.close()
@@ -286,12 +297,20 @@ async def serve_metrics(
             where = f"http://{host_port(address.host, server.server_port)}/metrics"
         _log.info("metrics on %s", where)
         task_status.started(server.server_port)
-        while bound.in_place:
-            with trio.move_on_after(math.inf if bound.inode is None else _FILE_LOOK_SECONDS):
-                await ended.wait()
-                raise failures[0]
+        async with trio.open_nursery() as nursery:
+            if address.path is not None:
+                nursery.start_soon(_until_removed, address.path, bound, ended)
+            await ended.wait()
+            nursery.cancel_scope.cancel()
+        if failures:
+            raise failures[0]
         raise OperatorError(f"{where} was removed or replaced; leave it, the metrics are asked for there")
     finally:
-        server.shutdown()  # waits for one look of the thread
+        server.shutdown()
         bound.close()
         server.server_close()
+
+
+async def _until_removed(path: str, bound: Bound, ended: trio.Event) -> None:
+    await until_gone(path, lambda: bound.in_place)
+    ended.set()

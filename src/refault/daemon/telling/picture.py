@@ -73,6 +73,9 @@ def picture(of: Vm) -> VmStatus:
         ),
         channel=_channel(counters, passing),
         state=StateStatus(error=troubles.error, errors=troubles.count, torn=troubles.torn),
+        leaving=of.leaving,
+        internal_errors=of.internal_errors,
+        internal_error=of.internal_error,
     )
 
 

@@ -169,6 +169,12 @@ class VmStatus(msgspec.Struct, frozen=True, kw_only=True):
     recovery: RecoveryStatus = RecoveryStatus()
     channel: ChannelStatus = ChannelStatus()
     state: StateStatus = StateStatus()
+    leaving: str | None = None
+    """Why it is about to be fronted no more, as soon as that harms nothing; null where it stays."""
+    internal_errors: int = 0
+    """How often its clients were disconnected and served anew for an error of refault's own."""
+    internal_error: str | None = None
+    """The last of them; null before the first."""
 
 
 class Status(msgspec.Struct, frozen=True, kw_only=True):

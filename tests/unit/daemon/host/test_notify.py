@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import os
 import socket
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from uuid import uuid4
 
 import pytest
+import trio
+import trio.testing
 
 from refault.daemon.host.notify import Notifier
 
@@ -33,6 +37,31 @@ def test_each_notice_is_one_datagram(manager: tuple[socket.socket, str]) -> None
         b"EXTEND_TIMEOUT_USEC=1500000",
         b"STOPPING=1\nSTATUS=two lines READY=1",
     ]
+
+
+def test_a_reload_begins_with_the_time_of_the_manager_s_clock(manager: tuple[socket.socket, str]) -> None:
+    receiver, name = manager
+    before = time.monotonic_ns() // 1000
+    Notifier({"NOTIFY_SOCKET": name}).reloading()
+    said, when = receiver.recv(4096).decode().splitlines()
+    assert said == "RELOADING=1"
+    assert before <= int(when.removeprefix("MONOTONIC_USEC=")) <= time.monotonic_ns() // 1000
+
+
+@pytest.mark.parametrize(("pid", "told"), [(os.getpid(), 4), (1, 0), (None, 4)])
+async def test_the_watchdog_hears_twice_in_its_time(
+    manager: tuple[socket.socket, str], pid: int | None, told: int, autojump_clock: trio.testing.MockClock
+) -> None:
+    receiver, name = manager
+    receiver.setblocking(False)
+    ours = {} if pid is None else {"WATCHDOG_PID": str(pid)}
+    notifier = Notifier({"NOTIFY_SOCKET": name, "WATCHDOG_USEC": "30000000", **ours})
+    with trio.move_on_after(50):
+        await notifier.keep_watchdog()
+    for _ in range(told):
+        assert receiver.recv(4096) == b"WATCHDOG=1"
+    with pytest.raises(BlockingIOError):
+        receiver.recv(4096)
 
 
 @pytest.mark.parametrize("environment", [{}, {"NOTIFY_SOCKET": ""}, {"NOTIFY_SOCKET": "vsock:2:1"}])

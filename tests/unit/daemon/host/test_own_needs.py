@@ -15,7 +15,6 @@ from tests.unit.daemon.pictures import PICTURE
 from refault.daemon.host import own_needs
 from refault.daemon.host.own_needs import Troubles
 from refault.daemon.monitor.address import Address
-from refault.daemon.telling import control
 from refault.daemon.telling.control import query, serve_control
 from refault.daemon.telling.metrics import serve_metrics
 
@@ -23,7 +22,6 @@ from refault.daemon.telling.metrics import serve_metrics
 @pytest.fixture(autouse=True)
 def soon(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(own_needs, "RETRY", (0.01, 0.02))
-    monkeypatch.setattr(control, "_LOOK_SECONDS", 0.01)
 
 
 async def until(troubles: Troubles, count: int) -> tuple[str, ...]:

@@ -11,7 +11,7 @@ import trio
 import trio.testing
 
 from refault.daemon.kernel import inotify
-from refault.daemon.kernel.inotify import Changes, entries_watched, watched
+from refault.daemon.kernel.inotify import Changes, path_and_entries_watched, watched
 
 
 async def is_told(changes: Changes) -> None:
@@ -76,7 +76,10 @@ async def test_a_directory_that_is_removed_is_told_and_another_of_its_name_is_he
 
 async def test_those_who_share_a_directory_hear_each_of_his_own(tmp_path: Path) -> None:
     with watched(str(tmp_path / "b")) as b:
-        with watched(str(tmp_path / "a")) as a, entries_watched([str(tmp_path)]) as both:
+        with (
+            watched(str(tmp_path / "a")) as a,
+            path_and_entries_watched(str(tmp_path / "c"), [str(tmp_path)]) as both,
+        ):
             (tmp_path / "a").touch()
             await is_told(a)
             await is_told(both)
@@ -106,7 +109,8 @@ async def test_where_the_kernel_cannot_tell_it_is_looked(
 
 async def test_nothing_is_left_of_a_watch(tmp_path: Path) -> None:
     before = len(os.listdir("/proc/self/fd"))
-    with watched(str(tmp_path / "a" / "b")), entries_watched([str(tmp_path), str(tmp_path / "none")]):
+    directories = [str(tmp_path), str(tmp_path / "none")]
+    with watched(str(tmp_path / "a" / "b")), path_and_entries_watched(str(tmp_path), directories):
         pass
     hub = inotify._of_this_loop()
     assert hub._watches == {}

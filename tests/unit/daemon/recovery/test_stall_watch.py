@@ -34,6 +34,7 @@ async def test_a_handshake_that_does_not_end_is_paused_where_qemu_survives_it(
         role=Role.SOURCE,
         status="postcopy-recover",
         under_way=True,
+        until_under_way=trio.lowlevel.checkpoint,
         repeats=lambda *_: {},
         vm=SimpleNamespace(
             version=version, patience=Patience(stall_after=AFTER), monitor=SimpleNamespace(execute=execute)

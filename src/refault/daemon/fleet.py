@@ -1,0 +1,263 @@
+"""Which VMs are fronted: those that are wanted, each with a nursery and an end of its own.
+
+A VM that is not wanted any more leaves when that harms nothing (`Vm.may_leave`); one that is wanted otherwise
+is changed in place where that can be done, and else leaves and comes anew.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+from collections.abc import Awaitable, Callable, Iterable, Mapping, Sequence
+from functools import partial
+from pathlib import Path
+
+import trio
+
+from refault.daemon import uses
+from refault.daemon.host.errors import OperatorError, operator_errors
+from refault.daemon.host.own_needs import Troubles
+from refault.daemon.host.paths import make_again, make_if_default
+from refault.daemon.host.repeats import repeats
+from refault.daemon.kernel.inotify import watched
+from refault.daemon.options import VmOptions
+from refault.daemon.record.state_lock import StateLock, StateTaken
+from refault.daemon.vm import Vm, changes_in_place
+
+log = logging.getLogger("refault")
+
+RETRY = (0.5, 2.0)
+"""Seconds: the first and the longest pause before a VM is tried again that could not be fronted."""
+LEAVE_LOOK = 0.5
+"""Seconds between two looks whether a VM may leave."""
+NOT_WANTED = "it is wanted no more"
+CHANGED = "it is configured otherwise: it comes anew"
+
+
+class Member:
+    """One VM that is wanted, or was."""
+
+    def __init__(self, options: VmOptions, troubles: Troubles) -> None:
+        self.name = options.name
+        self.wanted: VmOptions | None = options
+        self.vm: Vm | None = None
+        """While it is fronted."""
+        self._troubles = troubles
+        self._news = trio.Event()
+
+    def want(self, options: VmOptions | None) -> None:
+        """From now on it is to be like this, or to leave."""
+        if options != self.wanted:
+            self.wanted = options
+            self._news.set()
+
+    async def run(self, *, task_status: trio.TaskStatus[None] = trio.TASK_STATUS_IGNORED) -> None:
+        """Fronts it for as long as it is wanted. Started when it is fronted, or could not be.
+
+        What keeps it from that is told, and tried again.
+        """
+        pause, longest = RETRY
+        told = False
+
+        def tell_started() -> None:
+            nonlocal told
+            if not told:
+                told = True
+                task_status.started()
+
+        while (options := self.wanted) is not None:
+            self._news = trio.Event()
+            made = _make_state_dir(options)
+            try:
+                async with trio.open_nursery() as nursery:
+                    await nursery.start(partial(self.front, wait=False), options)
+                    self._troubles.over(self.name)
+                    pause = RETRY[0]
+                    tell_started()
+            except Exception as error:
+                expected = operator_errors(error)
+                why = "; ".join(map(str, expected)) if expected else f"internal error: {error!r}"
+                self._troubles.add(self.name, f"{self.name}: not fronted: {why}")
+                log.error(
+                    "%s: not fronted: %s; trying again",
+                    self.name,
+                    why,
+                    exc_info=None if expected else error,
+                    extra=repeats((self.name, "fronted"), why),
+                )
+                tell_started()
+                with trio.move_on_after(pause):
+                    if len(expected) == 1 and isinstance(expected[0], StateTaken):
+                        await self._news_or_change_of(StateLock(options.state_dir, self.name).path)
+                    else:
+                        await self._news.wait()
+                pause = min(2 * pause, longest)
+            if made:
+                with contextlib.suppress(OSError):  # there may be something in it
+                    options.state_dir.rmdir()
+        tell_started()
+        self._troubles.over(self.name)
+
+    async def _news_or_change_of(self, path: Path) -> None:
+        with watched(str(path)) as changes:
+            async with trio.open_nursery() as nursery:
+
+                async def either(wait: Callable[[], Awaitable[object]]) -> None:
+                    await wait()
+                    nursery.cancel_scope.cancel()
+
+                nursery.start_soon(either, changes.wait)
+                nursery.start_soon(either, self._news.wait)
+
+    async def front(
+        self,
+        options: VmOptions,
+        *,
+        wait: bool = True,
+        task_status: trio.TaskStatus[None] = trio.TASK_STATUS_IGNORED,
+    ) -> None:
+        """Fronts it until it has left. Started when clients can come. `wait`: as for `StateLock.claim`.
+
+        Raises OperatorError where another refault has it, or what ListenError says.
+        """
+        lock = StateLock(options.state_dir, options.name)
+        need = f"{options.name}: state"
+        await lock.claim(wait=wait)
+        try:
+            vm = Vm(options, lock)
+            async with trio.open_nursery() as nursery:
+                await nursery.start(vm.run)
+                self.vm = vm
+                await nursery.start(self._troubles.keep, need, lock.keep)
+                at = ", ".join(map(str, vm.monitor.clients_come_to))
+                log.info("%s: serving %s on %s", options.name, options.qemu, at)
+                task_status.started()
+                await self._until_left(vm)
+                nursery.cancel_scope.cancel()
+        finally:
+            self.vm = None
+            self._troubles.over(need)
+            lock.release()
+
+    async def _until_left(self, vm: Vm) -> None:
+        while True:
+            wanted = self.wanted
+            if wanted is not None and changes_in_place(vm.options, wanted):
+                vm.leaving = None
+                if wanted != vm.options:
+                    await self._change(vm, wanted)
+                await self._news.wait()
+                self._news = trio.Event()
+                continue
+            leaving = NOT_WANTED if wanted is None else CHANGED
+            if vm.leaving != leaving:
+                log.info("%s: %s", self.name, leaving)
+                if not vm.may_leave:
+                    log.warning("%s: leaving when its migration has ended, which needs refault", self.name)
+            vm.leaving = leaving
+            if vm.may_leave and await vm.prepare_to_stop():
+                vm.stopping = True
+                return
+            with trio.move_on_after(LEAVE_LOOK):
+                await self._news.wait()
+            self._news = trio.Event()
+
+    async def _change(self, vm: Vm, options: VmOptions) -> None:
+        try:
+            await vm.change(options)
+        except OperatorError as error:
+            log.error("%s: %s", self.name, error)
+        else:
+            log.info("%s: its options have changed", self.name)
+
+
+def _make_state_dir(options: VmOptions) -> bool:
+    """Makes the directory of a VM below that of all; whether it was not there. What comes to nothing is told
+    by who writes there."""
+    with contextlib.suppress(OperatorError):
+        make_if_default(options.state_dir.parent)
+    if options.state_dir.exists():
+        return False
+    make_again(options.state_dir)
+    return True
+
+
+class Fleet:
+    """All members, by their names."""
+
+    def __init__(self, troubles: Troubles) -> None:
+        self.members: dict[str, Member] = {}
+        self._troubles = troubles
+        self._sources: dict[str, tuple[VmOptions, ...]] = {}
+        self._refused: set[str] = set()
+        self._nursery: trio.Nursery
+
+    @property
+    def vms(self) -> list[Vm]:
+        """Those that are fronted now, in the order in which they came."""
+        return [member.vm for member in self.members.values() if member.vm is not None]
+
+    async def run(self, *, task_status: trio.TaskStatus[None] = trio.TASK_STATUS_IGNORED) -> None:
+        """Runs what is wanted, until cancelled."""
+        async with trio.open_nursery() as self._nursery:
+            task_status.started()
+            await trio.sleep_forever()
+
+    async def want(self, sources: Mapping[str, Sequence[VmOptions]]) -> None:
+        """What each source wants from now on; sources that are not named want what they wanted.
+
+        A VM whose name or address another has is left out, and said. Returns when all that is new is
+        fronted, or could not be.
+        """
+        self._sources.update({source: tuple(vms) for source, vms in sources.items()})
+        wanted = self._without_clashes()
+        async with trio.open_nursery() as starting:
+            for name, member in self.members.items():
+                member.want(wanted.get(name))
+            for name, options in wanted.items():
+                if name not in self.members:
+                    member = self.members[name] = Member(options, self._troubles)
+                    starting.start_soon(self._nursery.start, self._run, member)
+
+    def forget(self, sources: Iterable[str]) -> None:
+        """These sources want nothing any more, with the next `want`."""
+        for source in sources:
+            self._sources.pop(source, None)
+
+    async def _run(
+        self, member: Member, *, task_status: trio.TaskStatus[None] = trio.TASK_STATUS_IGNORED
+    ) -> None:
+        await member.run(task_status=task_status)
+        del self.members[member.name]
+        if (again := self._without_clashes().get(member.name)) is not None:  # wanted as it was going
+            member = self.members[member.name] = Member(again, self._troubles)
+            self._nursery.start_soon(self._run, member)
+
+    def _without_clashes(self) -> dict[str, VmOptions]:
+        wanted: dict[str, VmOptions] = {}
+        taken: list[uses.Use] = []
+        refused: set[str] = set()
+        for source, vms in self._sources.items():
+            for options in vms:
+                mine = uses.of_vm(options.name, options)
+                need = f"{source} {options.name}"
+                clash = next((pair for pair in uses.clashes([*taken, *mine]) if pair[0] in mine), None)
+                why = None
+                if options.name in wanted:
+                    why = "there is a VM of this name already"
+                elif clash is not None:
+                    use, first = clash
+                    why = f"{use.written} is {first.option} of {first.owner} already"
+                if why is not None:
+                    self._troubles.add(need, f"{options.name} of {source}: not fronted: {why}")
+                    log.error(
+                        "%s of %s: not fronted: %s", options.name, source, why, extra=repeats(need, why)
+                    )
+                    refused.add(need)
+                    continue
+                wanted[options.name] = options
+                taken += mine
+        for need in self._refused - refused:
+            self._troubles.over(need)
+        self._refused = refused
+        return wanted

@@ -1,0 +1,100 @@
+"""Which VMs are fronted, of those that several sources want."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+from pathlib import Path
+
+import pytest
+import trio
+
+from refault.daemon import fleet as fleet_module
+from refault.daemon.fleet import Fleet
+from refault.daemon.host.own_needs import Troubles
+from refault.daemon.monitor.address import Address
+from refault.daemon.options import VmOptions
+from refault.daemon.vm import Vm
+
+
+@asynccontextmanager
+async def running(troubles: Troubles) -> AsyncIterator[Fleet]:
+    fleet = Fleet(troubles)
+    async with trio.open_nursery() as nursery:
+        await nursery.start(fleet.run)
+        yield fleet
+        nursery.cancel_scope.cancel()
+
+
+def options(directory: Path, name: str, listen: str | None = None) -> VmOptions:
+    at = Address(str(directory / (listen or name)), server=True)
+    return VmOptions(
+        name=name,
+        qemu=Address(str(directory / f"{name}.real")),
+        listen=(at,),
+        state_dir=directory / f"{name}.d",
+    )
+
+
+def names(fleet: Fleet) -> list[str]:
+    return sorted(vm.name for vm in fleet.vms)
+
+
+async def until(fleet: Fleet, *wanted: str) -> None:
+    with trio.fail_after(10):
+        while names(fleet) != list(wanted):
+            await trio.sleep(0.01)
+
+
+async def test_a_name_and_an_address_have_one_vm_and_the_next_gets_them_when_that_has_gone(
+    tmp_path: Path,
+) -> None:
+    troubles = Troubles()
+    a, b = options(tmp_path, "a"), options(tmp_path, "b")
+    async with running(troubles) as fleet:
+        await fleet.want(
+            {"files": [a, b], "/q/*": [options(tmp_path, "a"), options(tmp_path, "c", listen="b")]}
+        )
+        assert names(fleet) == ["a", "b"]
+        assert troubles.tell() == (
+            "a of /q/*: not fronted: there is a VM of this name already",
+            f"c of /q/*: not fronted: unix:{tmp_path}/b is listen of b already",
+        )
+        await fleet.want({"files": [a]})
+        await until(fleet, "a", "c")
+        assert troubles.tell() == ("a of /q/*: not fronted: there is a VM of this name already",)
+        await fleet.want({"files": [], "/q/*": []})
+        await until(fleet)
+        assert troubles.tell() == ()
+    assert os.listdir(tmp_path) == []
+
+
+async def test_a_vm_whose_migration_needs_refault_leaves_when_that_has_ended_or_stays(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(fleet_module, "LEAVE_LOOK", 0.01)
+    busy = True
+    monkeypatch.setattr(Vm, "may_leave", property(lambda _: not busy))
+    a = options(tmp_path, "a")
+    async with running(Troubles()) as fleet:
+        await fleet.want({"files": [a]})
+        [vm] = fleet.vms
+        await fleet.want({"files": []})
+        await trio.sleep(0.05)
+        assert (fleet.vms, vm.leaving) == ([vm], fleet_module.NOT_WANTED)
+        await fleet.want({"files": [a]})  # wanted again
+        await trio.sleep(0.05)
+        assert (fleet.vms, vm.leaving) == ([vm], None)
+        moved = options(tmp_path, "a", listen="a2")
+        await fleet.want({"files": [moved]})
+        await trio.sleep(0.05)
+        assert (fleet.vms, vm.leaving, vm.options) == ([vm], None, moved)
+        other = VmOptions(name="a", qemu=Address("/q"), listen=moved.listen, state_dir=moved.state_dir)
+        await fleet.want({"files": [other]})
+        await trio.sleep(0.05)
+        assert (fleet.vms, vm.leaving) == ([vm], fleet_module.CHANGED)
+        busy = False
+        with trio.fail_after(10):
+            while [each.options for each in fleet.vms] != [other]:
+                await trio.sleep(0.01)
