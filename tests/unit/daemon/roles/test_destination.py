@@ -296,12 +296,12 @@ async def test_a_door_stays_open_where_descriptors_are_short_for_who_comes(
         if recovered:
             await procedure.attempt()
         monkeypatch.setattr(channels.kept, "begin", short)
-        offer = procedure._wait_in_line if recovered else procedure._begin
+        offer = procedure._arrivals._wait_in_line if recovered else procedure._arrivals._begin
         for _ in range(2):
             with trio.socket.from_stdlib_socket(socket.create_server(("127.0.0.1", 0))) as listening:
                 there = await trio.open_tcp_stream(*listening.getsockname())
                 here, _ = await listening.accept()
-            procedure._gathering._room.enter(here)
+            procedure._arrivals._gathering._room.enter(here)
             with trio.fail_after(2), pytest.raises(OSError, match="Too many"):
                 await offer(here)
             await there.aclose()
@@ -322,15 +322,15 @@ async def test_a_door_through_which_a_part_of_a_channel_came_is_not_opened_again
             procedure._course.joined()
             raise OSError(errno.EMFILE, "Too many open files")
 
-        monkeypatch.setattr(procedure._gathering, "connect", half)
+        monkeypatch.setattr(procedure._arrivals._gathering, "connect", half)
         procedure._doors.open = QemuListens("there")
         with socket.create_server(("127.0.0.1", 0)) as listening:
             there = socket.create_connection(listening.getsockname())
             here, _ = listening.accept()
         with there, trio.socket.from_stdlib_socket(here) as connection:
-            procedure._gathering._room.enter(connection)
+            procedure._arrivals._gathering._room.enter(connection)
             with pytest.raises(OSError, match="many"):
-                await procedure._wait_in_line(connection)
+                await procedure._arrivals._wait_in_line(connection)
         assert procedure._doors.open is None
 
 
@@ -342,16 +342,16 @@ async def test_a_multifd_channel_that_stays_alone_is_not_kept(
             there = socket.create_connection(listening.getsockname())
             here, _ = listening.accept()
         with there, trio.socket.from_stdlib_socket(here) as connection, trio.fail_after(60):
-            procedure._gathering._room.enter(connection)
+            procedure._arrivals._gathering._room.enter(connection)
             there.sendall(bytes.fromhex("11223344 00000001") + bytes(56))
-            await procedure._gathering.offer_multifd(connection)
+            await procedure._arrivals._gathering.offer_multifd(connection)
 
 
 class Comers:
     """Connections that come to a destination, in a room of its own."""
 
     def __init__(self, procedure: Destination) -> None:
-        self._gathering = procedure._gathering
+        self._gathering = procedure._arrivals._gathering
         self._listening = socket.create_server(("127.0.0.1", 0))
         self._there = [self._listening]
         self._came: list[trio.socket.SocketType] = []
@@ -380,7 +380,7 @@ class Comers:
 async def test_a_source_that_has_sent_all_before_its_channel_was_gathered(tmp_path: Path) -> None:
     async with destination(tmp_path, Inet("127.0.0.1", 0)) as (_, _, procedure):
         procedure._course.has(Lanes(multifd=2))
-        gathering = procedure._gathering
+        gathering = procedure._arrivals._gathering
         with contextlib.closing(Comers(procedure)) as comers, trio.fail_after(5):
             async with trio.open_nursery() as nursery:
                 main = comers.come(b"QEVM", ends=True)
@@ -401,7 +401,7 @@ async def test_a_source_that_has_sent_all_before_its_channel_was_gathered(tmp_pa
 async def test_a_peer_that_begins_anew_is_waited_for_no_longer_where_it_began_before(tmp_path: Path) -> None:
     async with destination(tmp_path, Inet("127.0.0.1", 0)) as (_, _, procedure):
         procedure._course.has(Lanes(multifd=1))
-        gathering = procedure._gathering
+        gathering = procedure._arrivals._gathering
         gathered: dict[str, object] = {}
 
         async def gather(name: str, main: trio.socket.SocketType) -> None:
