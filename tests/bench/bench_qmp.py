@@ -111,7 +111,7 @@ def serve_pump(qemu: str, listen: str) -> None:
 
 
 def serve_refault(qemu: str, listen: str) -> None:
-    from refault.daemon.monitor.address import parse_address
+    from refault.daemon.monitor.address_text import parse_address
     from refault.daemon.monitor.monitor import Monitor
 
     trio.run(Monitor("bench", parse_address(qemu), [parse_address(listen, server=True)]).run)

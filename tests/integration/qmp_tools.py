@@ -14,7 +14,8 @@ from typing import Any
 
 import trio
 
-from refault.daemon.monitor.address import Address, parse_address
+from refault.daemon.monitor.address import Address
+from refault.daemon.monitor.address_text import parse_address
 from refault.daemon.monitor.monitor import Monitor
 
 QEMUS = [qemu for qemu in os.environ.get("REFAULT_QEMUS", "qemu-system-x86_64").split(":") if qemu]

@@ -28,7 +28,7 @@ from tests.integration.qmp_tools import (
     refault,
 )
 
-from refault.daemon.monitor.address import parse_address
+from refault.daemon.monitor.address_text import parse_address
 
 pytestmark = pytest.mark.qemu
 

@@ -35,7 +35,7 @@ from tests.integration.qmp_tools import (
 )
 
 from refault.daemon.host.repeats import Sparing
-from refault.daemon.monitor.address import parse_address
+from refault.daemon.monitor.address_text import parse_address
 from refault.daemon.monitor.dial import prepare
 from refault.daemon.monitor.listener import ListenError
 from refault.daemon.monitor.monitor import Limits, Monitor, MonitorLost, QemuInfo

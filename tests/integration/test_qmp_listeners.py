@@ -31,7 +31,8 @@ from tests.integration.qmp_tools import (
 
 from refault.daemon.kernel.unix_diag import listens
 from refault.daemon.monitor import clients
-from refault.daemon.monitor.address import Address, parse_address
+from refault.daemon.monitor.address import Address
+from refault.daemon.monitor.address_text import parse_address
 from refault.daemon.monitor.monitor import Monitor
 from refault.lab.channel import free_port
 

@@ -6,7 +6,8 @@ import os
 import re
 from pathlib import Path
 
-from refault.daemon.monitor.address import Address, parse_address
+from refault.daemon.monitor.address import Address
+from refault.daemon.monitor.address_text import parse_address
 from refault.migration.endpoint import Inet, parse_uri
 from refault.qmp.access import FREE
 

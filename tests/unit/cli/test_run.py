@@ -14,7 +14,8 @@ from refault.cli.run import configuration
 from refault.daemon.host.errors import OperatorError
 from refault.daemon.host.paths import SUN_PATH
 from refault.daemon.known.patience import Patience
-from refault.daemon.monitor.address import Address, parse_address
+from refault.daemon.monitor.address import Address
+from refault.daemon.monitor.address_text import parse_address
 from refault.daemon.options import Configuration, HostOptions, VmOptions
 from refault.migration.endpoint import Inet
 

@@ -11,7 +11,8 @@ from refault.cli.main import main
 from refault.config.files import ConfigError, load
 from refault.config.options import DaemonTable, ListenerTable, VmTable, WatchTable, fields_of
 from refault.daemon.known.patience import Patience
-from refault.daemon.monitor.address import Address, parse_address, with_access
+from refault.daemon.monitor.address import Address
+from refault.daemon.monitor.address_text import parse_address, with_access
 from refault.daemon.options import Configuration, HostOptions, VmOptions
 from refault.migration.endpoint import Inet
 

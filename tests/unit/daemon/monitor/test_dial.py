@@ -7,7 +7,8 @@ import socket
 import pytest
 import trio
 
-from refault.daemon.monitor.address import Address, parse_address
+from refault.daemon.monitor.address import Address
+from refault.daemon.monitor.address_text import parse_address
 from refault.daemon.monitor.dial import dial, pauses
 
 

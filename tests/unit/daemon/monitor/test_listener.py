@@ -13,7 +13,8 @@ from pathlib import Path
 import pytest
 
 from refault.daemon.kernel.unix_diag import listens
-from refault.daemon.monitor.address import Address, parse_address
+from refault.daemon.monitor.address import Address
+from refault.daemon.monitor.address_text import parse_address
 from refault.daemon.monitor.listener import Access, ListenError, NoDirectoryError, bind_tcp, bind_unix, check
 
 ROOT = pytest.mark.skipif(os.geteuid() != 0, reason="files are given to others")

@@ -17,7 +17,8 @@ import trio
 from tests.unit.daemon.pictures import BUSY, PICTURE
 
 from refault.daemon.host.errors import OperatorError
-from refault.daemon.monitor.address import Address, parse_address
+from refault.daemon.monitor.address import Address
+from refault.daemon.monitor.address_text import parse_address
 from refault.daemon.telling import control
 from refault.daemon.telling.snapshot import Status, encode
 

@@ -22,7 +22,8 @@ from prometheus_client.parser import text_string_to_metric_families
 from tests.unit.daemon.pictures import PICTURE
 
 from refault.daemon.host.errors import OperatorError
-from refault.daemon.monitor.address import Address, parse_address
+from refault.daemon.monitor.address import Address
+from refault.daemon.monitor.address_text import parse_address
 from refault.daemon.telling import metrics
 from refault.daemon.telling.metrics import StatusCollector, serve_metrics
 from refault.daemon.telling.snapshot import Status

@@ -5,7 +5,8 @@ import socket
 
 import pytest
 
-from refault.daemon.monitor.address import Address, parse_address, with_access
+from refault.daemon.monitor.address import Address
+from refault.daemon.monitor.address_text import parse_address, with_access
 from refault.qmp.access import Callers, Rule
 
 
