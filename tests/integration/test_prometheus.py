@@ -18,7 +18,7 @@ from tests.support.dashboard import expressions
 
 from refault.lab import bare
 from refault.lab.channel import Loss, free_port, start_channel
-from refault.lab.driver import refault_driver
+from refault.lab.driver import REFAULT, refault_driver
 from refault.lab.guest import Guest
 from refault.lab.process import Process, started
 from refault.lab.qemu import start_pair
@@ -143,11 +143,18 @@ async def test_a_lost_channel_fires_and_its_recovery_clears(tmp_path: Path) -> N
                 await driver.destination.wait_migration("postcopy-active", since=since)
             await until_firing(server, set())
             with trio.fail_after(SOON):
-                while value(server, 'refault_recoveries_total{vm="source"}') != 1:
+                while value(server, 'refault_recovery_seconds_count{vm="source"}') != 1:
                     await trio.sleep(0.1)
                 while shown != set(expressions()):
                     shown |= answered(server)
                     await trio.sleep(0.1)
+            command = [*REFAULT, "events", "--no-follow", "--control", str(driver.controls[0])]
+            events = await trio.run_process(command, capture_stdout=True)
+            told = [json.loads(line) for line in events.stdout.splitlines()]
+            assert [line["event"] for line in told] == ["lost", "recovered"]
+            assert told[1]["seconds"] == pytest.approx(
+                value(server, 'refault_recovery_seconds_sum{vm="source"}')
+            )
         await bare.finish(driver.source)
 
 

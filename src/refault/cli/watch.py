@@ -44,7 +44,7 @@ def add_parser(subparsers: Any) -> None:
 def execute(options: argparse.Namespace) -> int:
     """Shows it until somebody ends it: 0."""
     if not sys.stdout.isatty():
-        raise OperatorError("watch needs a terminal; `refault status` does not")
+        raise OperatorError("watch needs a terminal; `refault status` and `refault events` do not")
     trio.run(_Watch(options).run)
     return 0
 

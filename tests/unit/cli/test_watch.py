@@ -85,4 +85,5 @@ def test_names_do_not_steer_the_terminal() -> None:
 
 def test_without_a_terminal_it_says_so(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["watch"]) == 1
-    assert capsys.readouterr().err == "refault: watch needs a terminal; `refault status` does not\n"
+    said = "refault: watch needs a terminal; `refault status` and `refault events` do not\n"
+    assert capsys.readouterr().err == said

@@ -10,8 +10,8 @@ from typing import Any, cast
 
 import pytest
 
+from refault.daemon.known.counters import Counters
 from refault.daemon.known.patience import Patience
-from refault.daemon.known.vm_state import Counters
 from refault.daemon.migration import Migration
 from refault.daemon.monitor.monitor import Forward, WatchedCommand
 from refault.daemon.record.state_file import StateFile

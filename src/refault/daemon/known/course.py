@@ -13,7 +13,8 @@ from collections.abc import Callable, Hashable
 import trio
 
 from refault.daemon.host.repeats import repeats
-from refault.daemon.known.vm_state import Counters, VmState
+from refault.daemon.known.counters import Counters
+from refault.daemon.known.vm_state import VmState
 from refault.migration.addresses import Addresses
 from refault.migration.endpoint import Endpoint
 from refault.migration.legs import waits_for_pong

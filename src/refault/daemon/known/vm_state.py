@@ -7,7 +7,6 @@ import contextlib
 import logging
 import socket
 from collections.abc import Awaitable, Callable, Mapping, Sequence
-from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import trio
@@ -15,6 +14,7 @@ import trio
 from refault.daemon.host.paths import short_name
 from refault.daemon.kernel.peer import Peer
 from refault.daemon.kernel.process import process_started
+from refault.daemon.known.counters import Counters
 from refault.daemon.known.patience import Patience
 from refault.daemon.monitor.monitor import MonitorLost, QmpError, words
 from refault.daemon.near.local import give_back, has_ended
@@ -42,44 +42,6 @@ NO_DESCRIPTORS = (
     "descriptors do not reach QEMU: what forwards its monitor does not pass them, or a security module"
     " (SELinux, AppArmor) keeps them away"
 )
-
-
-@dataclass
-class Counters:
-    """What is counted over the daemon's life, and the last recovery's seconds."""
-
-    losses: int = 0
-    attempts: int = 0
-    recoveries: int = 0
-    last_seconds: float | None = None
-    last_error: str | None = None
-    bytes_forward: int = 0
-    """What the relays of ended migrations passed."""
-    bytes_return: int = 0
-
-    def lose(self) -> None:
-        """A channel was lost."""
-        self.losses += 1
-
-    def attempt(self) -> None:
-        """A recovery is tried."""
-        self.attempts += 1
-
-    def recover(self, seconds: float | None) -> None:
-        """One came to its end, so long after its loss, where that is known."""
-        self.recoveries += 1
-        self.last_error = None
-        if seconds is not None:
-            self.last_seconds = seconds
-
-    def fail(self, why: str | None) -> None:
-        """What went wrong last; None: what did is of no interest any more."""
-        self.last_error = why
-
-    def add_bytes(self, forward: int, backward: int) -> None:
-        """A relay that has ended passed so many."""
-        self.bytes_forward += forward
-        self.bytes_return += backward
 
 
 class VmState:

@@ -92,6 +92,7 @@ class Attempts:
                 self._course.addresses.recovered()
             case Action.CLEAN_UP:
                 self._cancel_timers()
+                self._course.counters.over()
                 self._ended()
             case Action.RECLAIM | Action.RECLAIM_AS_TOLD:
                 say = say_as_told if action is Action.RECLAIM_AS_TOLD else say_cannot_have_left
@@ -108,10 +109,10 @@ class Attempts:
 
     def _count_loss(self) -> None:
         course = self._course
-        course.counters.lose()
-        self._lost_at = trio.current_time()
-        if (channels := self._channels()) is not None:
-            self._lost_at -= channels.count_loss()
+        channels = self._channels()
+        ago = 0.0 if channels is None else channels.count_loss()
+        self._lost_at = trio.current_time() - ago
+        course.counters.lose(course.role, ago)
         log.warning(
             "%s: the migration channel is lost (loss %d); recovering", course.name, course.counters.losses
         )
@@ -126,6 +127,7 @@ class Attempts:
 
     def _tell_given_up(self) -> None:
         course = self._course
+        course.counters.give_up()
         log.error(
             "%s: ALERT: gave up after %g s (--give-up-after): no further attempt is made for this loss. Last"
             " error: %s. What to do: keep both QEMUs running, the guest is split between them; put right what"

@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import logging
 import os
+import platform
 import select
 import socket
 import sys
@@ -20,7 +21,7 @@ from typing import Any
 from wsgiref.simple_server import WSGIRequestHandler, WSGIServer
 
 import trio
-from prometheus_client import CollectorRegistry, make_wsgi_app
+from prometheus_client import CollectorRegistry, ProcessCollector, make_wsgi_app
 from prometheus_client.core import (
     CounterMetricFamily,
     GaugeMetricFamily,
@@ -36,7 +37,7 @@ from refault.daemon.kernel.inotify import until_gone
 from refault.daemon.monitor.address import Address, host_port
 from refault.daemon.monitor.caller import caller_of, may_speak
 from refault.daemon.monitor.listener import Bound, ListenError, bind
-from refault.daemon.telling.snapshot import LatencyStatus, Snapshot, Status, VmStatus
+from refault.daemon.telling.snapshot import MigrationRole, Snapshot, Status
 from refault.qmp.access import Callers
 
 _log = logging.getLogger(__name__)
@@ -48,6 +49,29 @@ _CONNECTIONS = 32
 _LOOK_SECONDS = 1.0
 """Between two looks whether a scraper's time is over."""
 _NO_DESCRIPTOR_SECONDS = 0.1
+
+
+_STATES = (
+    "none",
+    "setup",
+    "cancelling",
+    "cancelled",
+    "active",
+    "device",
+    "pre-switchover",
+    "postcopy-device",
+    "postcopy-active",
+    "postcopy-paused",
+    "postcopy-recover-setup",
+    "postcopy-recover",
+    "completed",
+    "failing",
+    "failed",
+    "colo",
+    "wait-unplug",
+)
+"""QEMU's words (qapi/migration.json, MigrationStatus); another one has a series while it is so."""
+_ROLES: tuple[MigrationRole, ...] = ("source", "destination")
 
 
 class StatusCollector(Collector):
@@ -63,13 +87,15 @@ class StatusCollector(Collector):
 
 def families(status: Status) -> list[Metric]:
     """The metric families of one picture, each with a sample for each VM."""
-    info = InfoMetricFamily("refault", "The running refault")
+    info = InfoMetricFamily("refault", "The running refault; refault_build_info takes its place")
     info.add_metric([], {"version": status.version})
+    build = InfoMetricFamily("refault_build", "The running refault and its Python")
+    build.add_metric([], {"version": status.version, "python": platform.python_version()})
     dropped = CounterMetricFamily("refault_log_lines_dropped", "Lines of the log that nobody will read")
     dropped.add_metric([], status.log_lines_dropped)
     troubles = GaugeMetricFamily("refault_troubles", "Things refault itself cannot have now and tries to get")
     troubles.add_metric([], len(status.troubles))
-    collected: list[Metric] = [info, dropped, troubles]
+    collected: list[Metric] = [info, build, dropped, troubles]
 
     def gauge(name: str, text: str, *labels: str) -> GaugeMetricFamily:
         family = GaugeMetricFamily(f"refault_{name}", text, labels=["vm", *labels])
@@ -90,6 +116,8 @@ def families(status: Status) -> list[Metric]:
     migration_status = gauge(
         "migration_status", "1 for the status QEMU reports and the VM's role", "role", "status"
     )
+    state = gauge("migration_state", "1 for the status QEMU reports, 0 for the others", "state")
+    role = gauge("migration_role", "1 for the VM's role in its migration, 0 for the others", "role")
     relay_state = gauge("relay_state", "1 for the relay's state: tracking, opaque or off", "state")
     held = gauge("leg_held", "1 while a local leg is held open though its other side is lost")
     channel = counter("channel_bytes", "Bytes of the migration channel relayed", "direction")
@@ -97,6 +125,13 @@ def families(status: Status) -> list[Metric]:
     attempts = counter("recovery_attempts", "Recoveries tried")
     recoveries = counter("recoveries", "Recoveries that brought QEMU back to postcopy-active")
     last = gauge("recovery_last_seconds", "The last recovery, from the noticed loss until postcopy-active")
+    durations = HistogramMetricFamily(
+        "refault_recovery_seconds",
+        "Recoveries, from the noticed loss until postcopy-active",
+        labels=["vm"],
+    )
+    collected.append(durations)
+    last_loss = gauge("last_loss_timestamp_seconds", "When the last channel was lost")
     given_up = gauge("recovery_given_up", "1 while a loss is given up: no further attempt is made for it")
     requested = counter("pages_requested", "Pages requested by the destination")
     repeated = counter("pages_repeated", "Requests that the destination QEMU made again by itself")
@@ -125,6 +160,10 @@ def families(status: Status) -> list[Metric]:
         events.add_metric([vm.name], vm.clients.events)
         if vm.migration.status is not None:
             migration_status.add_metric([vm.name, vm.migration.role, vm.migration.status], 1)
+        for each in dict.fromkeys((*_STATES, vm.migration.status or "none")):
+            state.add_metric([vm.name, each], each == (vm.migration.status or "none"))
+        for each in _ROLES:
+            role.add_metric([vm.name, each], each == vm.migration.role)
         relay_state.add_metric([vm.name, vm.migration.relay], 1)
         held.add_metric([vm.name], vm.migration.held is not None)
         channel.add_metric([vm.name, "forward"], vm.channel.bytes_forward)
@@ -134,26 +173,37 @@ def families(status: Status) -> list[Metric]:
         recoveries.add_metric([vm.name], vm.recovery.recoveries)
         if vm.recovery.last_seconds is not None:
             last.add_metric([vm.name], vm.recovery.last_seconds)
+        taken = vm.recovery.durations
+        _add_histogram(durations, vm.name, taken.buckets, taken.count, taken.sum)
+        if vm.recovery.recent:
+            last_loss.add_metric([vm.name], vm.recovery.recent[-1].lost_at)
         given_up.add_metric([vm.name], vm.recovery.given_up)
         incomplete.add_metric([vm.name], vm.state.error is not None)
         state_errors.add_metric([vm.name], vm.state.errors)
         torn.add_metric([vm.name], vm.state.torn)
-        requested.add_metric([vm.name], vm.pages.requested)
-        repeated.add_metric([vm.name], vm.pages.repeated)
-        arrived.add_metric([vm.name], vm.pages.arrived)
-        replayed.add_metric([vm.name], vm.pages.replayed)
+        requested.add_metric([vm.name], vm.pages_total.requested)
+        repeated.add_metric([vm.name], vm.pages_total.repeated)
+        arrived.add_metric([vm.name], vm.pages_total.arrived)
+        replayed.add_metric([vm.name], vm.pages_total.replayed)
         recorded.add_metric([vm.name], vm.pages.recorded)
         if vm.pages.kernel_waiting is not None:
             kernel.add_metric([vm.name], vm.pages.kernel_waiting)
         for block in vm.pages.blocks:
             outstanding.add_metric([vm.name, block.name], block.outstanding)
-        _add_latency(latency, vm, vm.latency_seconds)
+        answered = vm.latency_seconds
+        _add_histogram(latency, vm.name, answered.buckets, answered.count, answered.sum)
     return collected
 
 
-def _add_latency(family: HistogramMetricFamily, vm: VmStatus, latency: LatencyStatus) -> None:
-    buckets = [(str(bound), float(count)) for bound, count in latency.buckets]
-    family.add_metric([vm.name], buckets=[*buckets, ("+Inf", float(latency.count))], sum_value=latency.sum)
+def _add_histogram(
+    family: HistogramMetricFamily,
+    name: str,
+    upto: Sequence[tuple[float, int]],
+    count: int,
+    total: float,
+) -> None:
+    buckets = [(str(bound), float(within)) for bound, within in upto]
+    family.add_metric([name], buckets=[*buckets, ("+Inf", float(count))], sum_value=total)
 
 
 class _Handler(WSGIRequestHandler):
@@ -257,6 +307,7 @@ class _Server(ThreadingMixIn, WSGIServer):
 def _server(listeners: Sequence[socket.socket], callers: Callers, snapshot: Snapshot) -> _Server:
     registry = CollectorRegistry()
     registry.register(StatusCollector(snapshot))
+    ProcessCollector(registry=registry)
     server = _Server(listeners, callers)
     server.set_app(make_wsgi_app(registry))
     return server

@@ -2,19 +2,24 @@
 
 from __future__ import annotations
 
+import itertools
+
 from refault.channel.relay import Relay
 from refault.daemon.kernel.userfaultfd import Waiting, waiting
-from refault.daemon.known.vm_state import Counters
+from refault.daemon.known.counters import RECOVERY_BOUNDS, Counters, Durations, Loss
 from refault.daemon.migration import NO_MIGRATION, Migration
 from refault.daemon.monitor.monitor import QemuInfo
 from refault.daemon.telling.snapshot import (
     BlockStatus,
     ChannelStatus,
     ClientsStatus,
+    DurationsStatus,
     LatencyStatus,
     ListenerStatus,
+    LossStatus,
     MigrationStatus,
     PagesStatus,
+    PagesTotalStatus,
     QemuStatus,
     RecoveryStatus,
     RelayState,
@@ -62,6 +67,7 @@ def picture(of: Vm) -> VmStatus:
         ),
         migration=_migration(migration, relay),
         pages=_pages(relay, _kernel(info, migration)),
+        pages_total=_pages_total(counters, passing),
         latency_seconds=_latency(relay),
         recovery=RecoveryStatus(
             losses=counters.losses,
@@ -70,6 +76,8 @@ def picture(of: Vm) -> VmStatus:
             last_seconds=counters.last_seconds,
             last_error=counters.last_error,
             given_up=migration is not None and migration.course.policy.state is State.GIVEN_UP,
+            durations=_durations(counters.durations),
+            recent=tuple(_loss(loss) for loss in counters.recent),
         ),
         channel=_channel(counters, passing),
         state=StateStatus(error=troubles.error, errors=troubles.count, torn=troubles.torn),
@@ -130,6 +138,44 @@ def _pages(relay: Relay | None, kernel: Waiting | None) -> PagesStatus:
             for block in relay.blocks()
         ),
     )
+
+
+def _pages_total(counters: Counters, relay: Relay | None) -> PagesTotalStatus:
+    ended = counters.pages
+    if relay is None:
+        return PagesTotalStatus(
+            requested=ended.requested,
+            repeated=ended.repeated,
+            arrived=ended.arrived,
+            replayed=ended.replayed,
+        )
+    now = relay.pages()
+    return PagesTotalStatus(
+        requested=ended.requested + now.requested,
+        repeated=ended.repeated + now.repeated,
+        arrived=ended.arrived + now.arrived,
+        replayed=ended.replayed + now.replayed,
+    )
+
+
+def _loss(loss: Loss) -> LossStatus:
+    return LossStatus(
+        id=loss.id,
+        number=loss.number,
+        role=loss.role.value,
+        lost_at=loss.lost_at,
+        attempts=loss.attempts,
+        error=loss.error,
+        given_up_at=loss.given_up_at,
+        over_at=loss.over_at,
+        seconds=loss.seconds,
+    )
+
+
+def _durations(durations: Durations) -> DurationsStatus:
+    upto = list(itertools.accumulate(durations.counts))
+    buckets = tuple(zip(RECOVERY_BOUNDS, upto[:-1], strict=True))
+    return DurationsStatus(count=upto[-1], sum=durations.sum, buckets=buckets)
 
 
 def _latency(relay: Relay | None) -> LatencyStatus:

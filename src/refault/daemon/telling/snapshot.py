@@ -110,6 +110,15 @@ class PagesStatus(msgspec.Struct, frozen=True, kw_only=True):
     blocks: tuple[BlockStatus, ...] = ()
 
 
+class PagesTotalStatus(msgspec.Struct, frozen=True, kw_only=True):
+    """Page requests of all migrations since the daemon started, as those of `PagesStatus`."""
+
+    requested: int = 0
+    repeated: int = 0
+    arrived: int = 0
+    replayed: int = 0
+
+
 class LatencyStatus(msgspec.Struct, frozen=True, kw_only=True):
     """Time from a page request passing the relay until its page passed, in seconds; null before the first."""
 
@@ -120,6 +129,34 @@ class LatencyStatus(msgspec.Struct, frozen=True, kw_only=True):
     sum: float = 0.0
     buckets: tuple[tuple[float, int], ...] = ()
     """Cumulative: (upper bound in seconds, requests answered within it), bounds ascending and finite."""
+
+
+class LossStatus(msgspec.Struct, frozen=True, kw_only=True):
+    """A lost channel and what became of it. Times are Unix time, in seconds."""
+
+    id: str
+    """Unlike any other's; RECOVERY_ID in the journal."""
+    number: int
+    """Of the daemon's losses of this VM, from 1."""
+    role: MigrationRole
+    lost_at: float
+    attempts: int = 0
+    error: str | None = None
+    """What the last failed attempt failed with."""
+    given_up_at: float | None = None
+    over_at: float | None = None
+    """When it was recovered, or the migration ended without; null while neither is."""
+    seconds: float | None = None
+    """From the loss until it was recovered; null where it was not."""
+
+
+class DurationsStatus(msgspec.Struct, frozen=True, kw_only=True):
+    """How long recoveries took, in seconds."""
+
+    count: int = 0
+    sum: float = 0.0
+    buckets: tuple[tuple[float, int], ...] = ()
+    """As those of `LatencyStatus`."""
 
 
 class RecoveryStatus(msgspec.Struct, frozen=True, kw_only=True):
@@ -134,6 +171,10 @@ class RecoveryStatus(msgspec.Struct, frozen=True, kw_only=True):
     """What the last failed attempt failed with; null after a recovery."""
     given_up: bool = False
     """The last loss is older than --give-up-after: no further attempt is made for it."""
+    durations: DurationsStatus = DurationsStatus()
+    """Of all recoveries."""
+    recent: tuple[LossStatus, ...] = ()
+    """The last losses, at most 32, the newest at the end."""
 
 
 class ChannelStatus(msgspec.Struct, frozen=True, kw_only=True):
@@ -165,6 +206,7 @@ class VmStatus(msgspec.Struct, frozen=True, kw_only=True):
     clients: ClientsStatus = ClientsStatus()
     migration: MigrationStatus = MigrationStatus()
     pages: PagesStatus = PagesStatus()
+    pages_total: PagesTotalStatus = PagesTotalStatus()
     latency_seconds: LatencyStatus = LatencyStatus()
     recovery: RecoveryStatus = RecoveryStatus()
     channel: ChannelStatus = ChannelStatus()

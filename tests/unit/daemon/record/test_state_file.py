@@ -18,8 +18,8 @@ from refault.channel.relay import Relay
 from refault.channel.tracker import Kept, Restored, StateFds
 from refault.daemon import migration as migration_module
 from refault.daemon.kernel.process import process_started
+from refault.daemon.known.counters import Counters
 from refault.daemon.known.patience import Patience
-from refault.daemon.known.vm_state import Counters
 from refault.daemon.migration import Migration
 from refault.daemon.record.state_file import MigrationRecord, StateFile
 from refault.migration.endpoint import Inet

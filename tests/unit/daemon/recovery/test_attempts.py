@@ -8,9 +8,9 @@ from typing import Any, cast
 import trio
 import trio.testing
 
+from refault.daemon.known.counters import Counters
 from refault.daemon.known.course import Course
 from refault.daemon.known.patience import Patience
-from refault.daemon.known.vm_state import Counters
 from refault.daemon.recovery.attempts import Attempts
 from refault.migration.phase import Role
 from refault.migration.recovery import Event, NotPausedYet, Pace, Recovery

@@ -12,9 +12,9 @@ import pytest
 import trio
 
 from refault.channel.relay import LegState, Relay, RelayView
+from refault.daemon.known.counters import Counters
 from refault.daemon.known.course import Course
 from refault.daemon.known.patience import Patience
-from refault.daemon.known.vm_state import Counters
 from refault.daemon.near.local import LocalLeg
 from refault.daemon.relayed.channels import Channels
 from refault.migration.legs import UNTIL_LOADED

@@ -14,9 +14,9 @@ import trio
 from tests.unit.channel import streams
 
 from refault.channel.relay import LegState, Relay
+from refault.daemon.known.counters import Counters
 from refault.daemon.known.course import Course
 from refault.daemon.known.patience import Patience
-from refault.daemon.known.vm_state import Counters
 from refault.daemon.near.local import LocalLeg
 from refault.daemon.relayed.channels import Channels
 from refault.daemon.relayed.closing import PREEMPT_WAKES_WITHIN

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import platform
 import re
 import resource
 import socket
@@ -15,11 +16,12 @@ import urllib.request
 from contextlib import AsyncExitStack, suppress
 from pathlib import Path
 
+import msgspec
 import pytest
 import trio
 from prometheus_client import CollectorRegistry, generate_latest
 from prometheus_client.parser import text_string_to_metric_families
-from tests.unit.daemon.pictures import PICTURE
+from tests.unit.daemon.pictures import BUSY, PICTURE
 
 from refault.daemon.host.errors import OperatorError
 from refault.daemon.monitor.address import Address
@@ -56,6 +58,7 @@ def test_docs_list_every_metric_with_its_type_and_labels_and_no_other() -> None:
     rows = re.findall(r"^\| `(refault_\w+)` \| (\w+) \| (.*?) \|", DOCS.read_text(), flags=re.MULTILINE)
     documented = {name: (kind, frozenset(re.findall(r"`(\w+)`", labels))) for name, kind, labels in rows}
     documented["refault_info"] = ("gauge", frozenset({"version"}))
+    documented["refault_build_info"] = ("gauge", frozenset({"version", "python"}))
     documented["refault_channel_bytes_total"] = ("counter", frozenset({"direction"}))
     documented["refault_pages_outstanding"] = ("gauge", frozenset({"block"}))
     assert len(documented) == len(rows)
@@ -90,10 +93,14 @@ def test_values_are_those_of_the_status() -> None:
     assert value(text, "refault_recovery_attempts_total", vm="vm1") == 6
     assert value(text, "refault_recoveries_total", vm="vm1") == 3
     assert value(text, "refault_recovery_last_seconds", vm="vm1") == 0.012
-    assert value(text, "refault_pages_requested_total", vm="vm1") == 120
-    assert value(text, "refault_pages_repeated_total", vm="vm1") == 5
-    assert value(text, "refault_pages_arrived_total", vm="vm1") == 110
-    assert value(text, "refault_pages_replayed_total", vm="vm1") == 3
+    assert value(text, "refault_recovery_seconds_bucket", vm="vm1", le="0.025") == 2
+    assert value(text, "refault_recovery_seconds_count", vm="vm1") == 3
+    assert value(text, "refault_recovery_seconds_sum", vm="vm1") == 0.5
+    assert value(text, "refault_last_loss_timestamp_seconds", vm="vm1") == 2000.5
+    assert value(text, "refault_pages_requested_total", vm="vm1") == 1120
+    assert value(text, "refault_pages_repeated_total", vm="vm1") == 15
+    assert value(text, "refault_pages_arrived_total", vm="vm1") == 1110
+    assert value(text, "refault_pages_replayed_total", vm="vm1") == 13
     assert value(text, "refault_pages_recorded", vm="vm1") == 14
     assert value(text, "refault_kernel_waiting_threads", vm="vm1") == 8
     assert value(text, "refault_pages_outstanding", vm="vm1", block="pc.ram") == 9
@@ -109,11 +116,31 @@ def test_what_is_not_known_has_no_sample() -> None:
     named = {name for name, labels in samples(exposition(PICTURE)) if ("vm", "vm2") in labels}
     assert "refault_migration_status" not in named
     assert "refault_recovery_last_seconds" not in named
+    assert "refault_last_loss_timestamp_seconds" not in named
+
+
+def test_the_status_is_a_set_of_states_of_which_one_holds() -> None:
+    text = exposition(PICTURE)
+    states = {
+        (labels["vm"], labels["state"]): held
+        for (name, labels_), held in samples(text).items()
+        if name == "refault_migration_state"
+        for labels in [dict(labels_)]
+    }
+    assert {each for each, held in states.items() if held} == {("vm1", "postcopy-paused"), ("vm2", "none")}
+    assert states["vm1", "postcopy-active"] == states["vm2", "completed"] == 0
+    assert value(text, "refault_migration_role", vm="vm1", role="destination") == 1
+    assert value(text, "refault_migration_role", vm="vm1", role="source") == 0
+    unheard = msgspec.structs.replace(BUSY, migration=msgspec.structs.replace(BUSY.migration, status="new"))
+    told = exposition(Status(vms=(unheard,)))
+    assert value(told, "refault_migration_state", vm="vm1", state="new") == 1
+    assert value(told, "refault_migration_state", vm="vm1", state="none") == 0
 
 
 def test_no_vm_is_no_error() -> None:
     assert samples(exposition(Status(version="1"))) == {
         ("refault_info", frozenset({("version", "1")})): 1,
+        ("refault_build_info", frozenset({("version", "1"), ("python", platform.python_version())})): 1,
         ("refault_log_lines_dropped_total", frozenset()): 0,
         ("refault_troubles", frozenset()): 0,
     }
@@ -129,7 +156,9 @@ async def test_server_serves_the_last_picture_and_frees_its_port() -> None:
     picture = Status(version="1")
     async with trio.open_nursery() as nursery:
         port = await nursery.start(serve_metrics, LOCAL, lambda: picture)
-        assert 'refault_info{version="1"}' in await trio.to_thread.run_sync(scrape, port)
+        scraped = await trio.to_thread.run_sync(scrape, port)
+        assert 'refault_info{version="1"}' in scraped
+        assert "process_cpu_seconds_total" in scraped
         picture = Status(version="2")
         assert 'refault_info{version="2"}' in await trio.to_thread.run_sync(scrape, port)
         nursery.cancel_scope.cancel()

@@ -17,8 +17,10 @@ from refault.daemon.telling.snapshot import (
     ClientsStatus,
     LatencyStatus,
     ListenerStatus,
+    LossStatus,
     MigrationStatus,
     PagesStatus,
+    PagesTotalStatus,
     QemuStatus,
     RecoveryStatus,
     Status,
@@ -51,7 +53,7 @@ def fields(struct: type[msgspec.Struct]) -> set[str]:
         ("`vms[].listeners[]`", ListenerStatus),
         ("`vms[].migration`", MigrationStatus),
         ("`vms[].latency_seconds`", LatencyStatus),
-        ("`vms[].recovery`", RecoveryStatus),
+        ("`vms[].pages_total`", PagesTotalStatus),
         ("`vms[].channel`", ChannelStatus),
     ],
 )
@@ -62,6 +64,11 @@ def test_docs_name_every_field_and_no_other(section: str, struct: type[msgspec.S
 def test_docs_name_every_field_of_pages_and_blocks() -> None:
     blocks = {f"blocks[].{name}" for name in fields(BlockStatus)}
     assert documented("`vms[].pages`") == (fields(PagesStatus) - {"blocks"}) | {"blocks[]"} | blocks
+
+
+def test_docs_name_every_field_of_recovery_and_its_losses() -> None:
+    losses = {f"recent[].{name}" for name in fields(LossStatus)}
+    assert documented("`vms[].recovery`") == (fields(RecoveryStatus) - {"recent"}) | {"recent[]"} | losses
 
 
 def test_docs_name_every_object_of_a_vm() -> None:
