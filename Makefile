@@ -27,6 +27,7 @@ SYSCONFDIR ?= /etc
 UNITDIR ?= $(PREFIX)/lib/systemd/system
 SYSUSERSDIR ?= $(PREFIX)/lib/sysusers.d
 TMPFILESDIR ?= $(PREFIX)/lib/tmpfiles.d
+CATALOGDIR ?= $(PREFIX)/lib/systemd/catalog
 LIBDIR := $(PREFIX)/lib/refault
 # Where systemctl reload is to wait until it is done: systemd knows Type=notify-reload from 253 on.
 NOTIFY_RELOAD ?= $(shell systemctl --version 2>/dev/null | awk 'NR == 1 && $$2 >= 253 { print "yes" }')
@@ -199,6 +200,8 @@ install:
 	install -d $(DESTDIR)$(UNITDIR) $(DESTDIR)$(SYSUSERSDIR) $(DESTDIR)$(TMPFILESDIR)
 	sed 's|@PREFIX@|$(PREFIX)|g' systemd/refault@.service >$(DESTDIR)$(UNITDIR)/refault@.service
 	sed -e 's|@PREFIX@|$(PREFIX)|g' $(NOTIFY_RELOAD_UNIT) systemd/refault.service >$(DESTDIR)$(UNITDIR)/refault.service
+	install -d $(DESTDIR)$(CATALOGDIR)
+	install -m 644 systemd/refault.catalog $(DESTDIR)$(CATALOGDIR)/refault.catalog
 	install -m 644 systemd/refault.sysusers $(DESTDIR)$(SYSUSERSDIR)/refault.conf
 	install -m 644 systemd/refault.tmpfiles $(DESTDIR)$(TMPFILESDIR)/refault.conf
 	test -e $(DESTDIR)$(SYSCONFDIR)/refault/example.env || install -m 640 systemd/example.env $(DESTDIR)$(SYSCONFDIR)/refault/example.env

@@ -1,4 +1,4 @@
-"""The log, on standard error: as the journal takes it where that is the journal, else plain lines.
+"""The log, on standard error: in the journal's own form where that is the journal, else plain lines.
 
 Whoever writes to standard error here waits for no reader, the interpreter with its warnings and tracebacks
 included.
@@ -6,6 +6,7 @@ included.
 
 from __future__ import annotations
 
+import contextlib
 import io
 import logging
 import os
@@ -13,9 +14,11 @@ import socket
 import stat
 import struct
 import sys
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from functools import partial
 from typing import TextIO, cast
 
+from refault.daemon.host.journal import JournalSocket, entry, fields_of
 from refault.daemon.host.outlet import Outlet
 from refault.daemon.host.repeats import Sparing
 
@@ -34,12 +37,16 @@ AS_IT_IS: Mapping[str, object] = {"as_it_is": True}
 """`extra` of a line that is not the log's but the command's, as an error that it ends with."""
 
 
+def _priority(record: logging.LogRecord) -> int:
+    return next((priority for level, priority in _PRIORITIES if record.levelno >= level), 7)
+
+
 class JournalFormatter(logging.Formatter):
-    """Puts the priority before each line: the journal takes lines, not records, and has the time itself."""
+    """Puts the priority before each line, for a journal that takes lines alone; it has the time itself."""
 
     def format(self, record: logging.LogRecord) -> str:
         """The record's lines, each with its priority."""
-        priority = next((p for level, p in _PRIORITIES if record.levelno >= level), 7)
+        priority = _priority(record)
         return "\n".join(f"<{priority}>{line}" for line in super().format(record).splitlines() or [""])
 
 
@@ -59,10 +66,10 @@ class PlainFormatter(logging.Formatter):
 class _Handler(logging.Handler):
     """Hands formatted records to an outlet."""
 
-    def __init__(self, fd: int, formatter: logging.Formatter) -> None:
+    def __init__(self, write: Callable[[bytes], int], formatter: logging.Formatter) -> None:
         super().__init__()
         self.setFormatter(formatter)
-        self.outlet = Outlet(fd, self._tell_dropped)
+        self.outlet = Outlet(write, self._tell_dropped)
 
     def emit(self, record: logging.LogRecord) -> None:
         """Never waits."""
@@ -81,6 +88,16 @@ class _Handler(logging.Handler):
     def _tell_dropped(self, count: int) -> bytes:
         text = "%d lines of the log are missing here: nobody read it, or it could not be written"
         return self._line(logging.LogRecord("refault", logging.WARNING, __file__, 0, text, (count,), None))
+
+
+class _JournalHandler(_Handler):
+    """Hands entries of the journal to an outlet."""
+
+    def __init__(self, journal: JournalSocket) -> None:
+        super().__init__(journal.write, logging.Formatter())
+
+    def _line(self, record: logging.LogRecord) -> bytes:
+        return entry(fields_of(record, self.format(record), _priority(record)))
 
 
 class _Told(io.TextIOBase):
@@ -119,14 +136,24 @@ def set_level(level: int) -> None:
 def setup_logging(level: int = logging.INFO) -> None:
     """Sends what refault logs, from `level` on, and what others warn of, to standard error. For commands that
     serve, once."""
-    journal = is_journal(2)
-    handler = _Handler(_duplicate_of_standard_error(), JournalFormatter() if journal else PlainFormatter())
+    handler = _handler()
     handler.addFilter(Sparing())
     logging.root.handlers = [handler]
     logging.root.setLevel(logging.WARNING)
     set_level(level)
     logging.captureWarnings(True)
     sys.stderr = cast(TextIO, _Told())
+
+
+def _handler() -> _Handler:
+    journal, fd = is_journal(2), _duplicate_of_standard_error()
+    if journal:
+        with contextlib.suppress(OSError):  # as where its socket is not in this mount namespace
+            handler = _JournalHandler(JournalSocket())
+            os.close(fd)
+            return handler
+    write = partial(os.write, fd)
+    return _Handler(write, JournalFormatter() if journal else PlainFormatter())
 
 
 def lines_dropped() -> int:

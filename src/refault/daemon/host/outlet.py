@@ -8,7 +8,6 @@ at that place in the log as soon as somebody reads it again.
 
 from __future__ import annotations
 
-import os
 import threading
 from collections import deque
 from collections.abc import Callable
@@ -20,13 +19,13 @@ _GAP = b""
 
 
 class Outlet:
-    """Writes lines to `fd`, which is its own from now on. `tell` makes the line that says how many were
-    dropped."""
+    """Hands lines to `write`, which says how many bytes it took, may wait, and raises OSError where it takes
+    none. `tell` makes the line that says how many were dropped."""
 
-    def __init__(self, fd: int, tell: Callable[[int], bytes]) -> None:
+    def __init__(self, write: Callable[[bytes], int], tell: Callable[[int], bytes]) -> None:
         self.dropped = 0
         """Lines that nobody will read, since the start."""
-        self._fd = fd
+        self._take = write
         self._tell = tell
         self._waiting: deque[bytes] = deque()
         self._bytes = 0
@@ -83,7 +82,7 @@ class Outlet:
         written = 0
         while written < len(line):
             try:
-                written += os.write(self._fd, line[written:])
+                written += self._take(line[written:])
             except BlockingIOError:  # a socket's own deadline (log.py)
                 continue
             except OSError:

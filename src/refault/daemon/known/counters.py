@@ -81,11 +81,13 @@ class Counters:
         """The loss that has been neither recovered nor ended otherwise."""
         return self.recent[-1] if self.recent and self.recent[-1].over_at is None else None
 
-    def lose(self, role: Role, ago: float) -> None:
+    def lose(self, role: Role, ago: float) -> Loss:
         """A channel was lost, so many seconds ago."""
         self.over()
         self.losses += 1
-        self.recent.append(Loss(uuid.uuid4().hex, self.losses, role, time.time() - ago))
+        loss = Loss(uuid.uuid4().hex, self.losses, role, time.time() - ago)
+        self.recent.append(loss)
+        return loss
 
     def attempt(self) -> None:
         """A recovery is tried."""

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING
 
 import trio
 
+from refault.daemon.host import subjects
 from refault.daemon.host.paths import short_name
 from refault.daemon.kernel.peer import Peer
 from refault.daemon.kernel.process import process_started
@@ -58,6 +59,7 @@ class VmState:
         patience: Patience | None = None,
     ) -> None:
         self.name = name
+        subjects.served(name)
         self.monitor = monitor
         self.counters = Counters()
         self.state_file = state_file

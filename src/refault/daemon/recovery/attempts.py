@@ -8,6 +8,7 @@ from typing import Protocol
 
 import trio
 
+from refault.daemon.host import subjects
 from refault.daemon.known.course import Course
 from refault.daemon.known.vm_state import QUERY_TIMEOUT
 from refault.daemon.monitor.monitor import MonitorLost, QmpError, words
@@ -89,6 +90,7 @@ class Attempts:
                 self._cancel_timers()
                 self._tell_given_up()
             case Action.RESET_BACKOFF:
+                subjects.recovering(self._course.name, None)
                 self._course.addresses.recovered()
             case Action.CLEAN_UP:
                 self._cancel_timers()
@@ -112,7 +114,8 @@ class Attempts:
         channels = self._channels()
         ago = 0.0 if channels is None else channels.count_loss()
         self._lost_at = trio.current_time() - ago
-        course.counters.lose(course.role, ago)
+        loss = course.counters.lose(course.role, ago)
+        subjects.recovering(course.name, loss.id)
         log.warning(
             "%s: the migration channel is lost (loss %d); recovering", course.name, course.counters.losses
         )

@@ -9,6 +9,7 @@ import re
 import resource
 import subprocess
 import sys
+from functools import partial
 from pathlib import Path
 
 from refault.daemon.host.log import JournalFormatter, PlainFormatter, is_journal
@@ -86,7 +87,7 @@ def written(reader: int, last: bytes) -> list[bytes]:
 
 def test_nobody_waits_for_a_reader_and_what_is_lost_is_told_of_where_it_is() -> None:
     reader, writer = full_pipe()
-    outlet = Outlet(writer, told)
+    outlet = Outlet(partial(os.write, writer), told)
     line = b"x" * 999 + b"\n"
     for _ in range(MOST_BYTES // len(line) + 100):
         outlet.put(line)
@@ -102,7 +103,7 @@ def test_nobody_waits_for_a_reader_and_what_is_lost_is_told_of_where_it_is() -> 
 
 def test_what_is_lost_is_told_of_though_nothing_follows() -> None:
     reader, writer = full_pipe()
-    outlet = Outlet(writer, told)
+    outlet = Outlet(partial(os.write, writer), told)
     outlet.put(b"first\n")
     outlet.put(b"x" * MOST_BYTES + b"\n")
     assert written(reader, b"missing") == [b"first\n", b"1 missing\n"]
@@ -110,7 +111,7 @@ def test_what_is_lost_is_told_of_though_nothing_follows() -> None:
 
 def test_a_log_that_cannot_be_written_is_counted_and_read_again_later(tmp_path: Path) -> None:
     broken = os.open(tmp_path, os.O_RDONLY)
-    outlet = Outlet(broken, told)
+    outlet = Outlet(partial(os.write, broken), told)
     for _ in range(3):
         outlet.put(b"lost\n")
     outlet.flush(10)
@@ -125,7 +126,7 @@ def test_a_log_that_cannot_be_written_is_counted_and_read_again_later(tmp_path: 
 
 def test_a_line_that_is_torn_ends_before_the_next(tmp_path: Path) -> None:
     """A disk that is full has room for a part of it."""
-    outlet = Outlet(os.open(tmp_path / "log", os.O_WRONLY | os.O_CREAT), told)
+    outlet = Outlet(partial(os.write, os.open(tmp_path / "log", os.O_WRONLY | os.O_CREAT)), told)
     unlimited = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (5, unlimited[1]))
     try:
