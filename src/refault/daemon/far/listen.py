@@ -12,7 +12,7 @@ from collections.abc import Awaitable, Callable, Collection
 import trio
 
 from refault.daemon.far import lookups
-from refault.daemon.far.connection import detached, growing_pauses, peek
+from refault.daemon.far.connection import growing_pauses, peek
 from refault.daemon.far.waiting_room import Arrival, WaitingRoom
 from refault.daemon.kernel.tcp import alive, is_whole
 from refault.migration.endpoint import Inet, socket_address
@@ -177,9 +177,9 @@ class FarListener:
                         break
                 if first == b"":
                     await self._until_nobody_wants(arrival)
-            arrival.silent = None
+            arrival.speaks()
             if arrival.taken is not None:
-                arrival.handed = detached(connection)
+                arrival.hand(connection)
             elif first is None:
                 log.warning(
                     "%s: closed a connection from %s that said nothing", self.endpoint.uri, arrival.peer

@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 
 import trio
 
+from refault.daemon.far.connection import detached
 from refault.daemon.kernel.tcp import alive, is_whole
 
 
@@ -26,6 +27,15 @@ class Arrival:
     """Whether somebody takes it; set when its waiting has ended."""
     handed: trio.socket.SocketType | None = None
     """The connection, out of the listener's hands."""
+
+    def hand(self, connection: trio.socket.SocketType) -> None:
+        """Gives the connection to who takes it."""
+        self.handed = detached(connection)
+
+    def speaks(self, *, frames: bool = False) -> None:
+        """Its first bytes are waited for no longer; whether they are a preempt channel's `frames`."""
+        self.silent = None
+        self.frames |= frames
 
 
 MOST = 512

@@ -87,6 +87,28 @@ class Doors:
         self._has_directory = True
         self._vm.sockets.make()
 
+    def pass_first(self) -> Door | None:
+        """The door for the migration itself, for who comes through it now."""
+        door, self.first = self.first, None
+        return door
+
+    def pass_open(self) -> Door | None:
+        """The door for a recovery, for who comes through it now."""
+        door, self.open = self.open, None
+        return door
+
+    def not_passed(self, door: Door | None, *, recovered: bool) -> None:
+        """Nobody came through it after all; None where it is of no use any more."""
+        if recovered:
+            self.open = door
+        else:
+            self.first = door
+
+    def learn(self, *, lanes: bool) -> bool:
+        """Whether a channel has further connections, by the newest word; whether that is news."""
+        before, self.lanes = self.lanes, lanes
+        return before is not lanes
+
     async def next(self) -> Door:
         """What QEMU is to be told of for the next recovery. Raises as `make_first` does."""
         if not self.lanes:

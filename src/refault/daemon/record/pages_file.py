@@ -86,13 +86,13 @@ class PagesFile:
         try:
             descriptor = os.open(self.path, _OLD)
         except OSError as error:
-            self._troubles.count += 1
+            self._troubles.fail()
             log.warning("%s: what was on record is not known: %s", self._vm, error)
             return -1
         status = os.fstat(descriptor)
         if stat.S_ISREG(status.st_mode) and status.st_uid == os.geteuid() and not status.st_mode & 0o077:
             return descriptor
-        self._troubles.count += 1
+        self._troubles.fail()
         log.warning("%s: ignoring %s: it is not a file of ours alone", self._vm, self.path)
         os.close(descriptor)
         return -1
@@ -100,7 +100,7 @@ class PagesFile:
     def tell(self, relay: Relay) -> None:
         """Tells the operator what a new relay made of the files."""
         if relay.restored in _NOT_USED:
-            self._troubles.count += 1
+            self._troubles.fail()
             log.warning("%s: ignoring %s: %s", self._vm, self.path, _NOT_USED[relay.restored])
         elif relay.restored is not Restored.NOTHING:
             pages = relay.pages()
@@ -112,7 +112,7 @@ class PagesFile:
             )
             lost = pages.torn + pages.refused  # refused: of no RAM block that is known, or for want of room
             if lost:
-                self._troubles.torn += lost
+                self._troubles.tear(lost)
                 log.warning(
                     "%s: %d page requests more were torn in %s: they are not replayed, and threads that wait"
                     " for them wait until QEMU asks again or the background copy comes to their pages",

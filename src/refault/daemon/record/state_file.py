@@ -133,7 +133,7 @@ class StateFile:
         except FileNotFoundError:
             return None
         except (OSError, msgspec.DecodeError) as error:
-            self.troubles.count += 1
+            self.troubles.fail()
             log.warning("%s: ignoring %s: %s", self._vm, self._path, error)
             return None
         known = set(record.qemu_threads) & set(threads) if pid is None else pid
@@ -160,5 +160,5 @@ class StateFile:
             try:
                 path.unlink(missing_ok=True)
             except OSError as error:
-                self.troubles.count += 1
+                self.troubles.fail()
                 log.warning("%s: cannot remove what is on record of the migration: %s", self._vm, error)

@@ -18,6 +18,14 @@ class StateTroubles:
         self.count += 1
         self._now[file] = error
 
+    def fail(self) -> None:
+        """Something failed that does not last."""
+        self.count += 1
+
+    def tear(self, requests: int) -> None:
+        """So many page requests of an earlier refault's file could not be read again."""
+        self.torn += requests
+
     def over(self, file: str) -> None:
         """What is in `file` is as it should be, or there is no need of it any more."""
         self._now.pop(file, None)

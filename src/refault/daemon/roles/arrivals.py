@@ -129,7 +129,7 @@ class Arrivals:
                 gathered.close()
                 self._tell_under_way()
                 return
-        door, self._doors.first = self._doors.first, None
+        door = self._doors.pass_first()
         if door is None:
             door = await self._reach_listener()
         if door is None:
@@ -140,7 +140,7 @@ class Arrivals:
                 door = await self._gathering.reach(door)
             await self._join(migration.channels, door, connection, gathered, recovered=False)
         except (AttemptFailed, OSError):
-            self._doors.first = self._as_it_was(door, before)
+            self._doors.not_passed(self._as_it_was(door, before), recovered=False)
             raise
 
     @property
@@ -178,8 +178,7 @@ class Arrivals:
         if lanes != course.lanes:
             course.has(lanes)
             course.remember()
-        if self._doors.lanes is not (lanes.count > 0):
-            self._doors.lanes = lanes.count > 0
+        if self._doors.learn(lanes=lanes.count > 0):
             vm.start_soon(self._doors.give_up_deposits if lanes.count else self._doors.lay)
 
     async def _reach_listener(self) -> LocalLeg | None:
@@ -225,11 +224,10 @@ class Arrivals:
         try:
             while alive(connection):
                 if (
-                    self._doors.open is not None
-                    and self._line[-1] is connection
+                    self._line[-1] is connection
                     and migration.channels is not None
+                    and (door := self._doors.pass_open()) is not None
                 ):
-                    door, self._doors.open = self._doors.open, None
                     before = course.channel
                     gathered = None
                     try:
@@ -240,7 +238,7 @@ class Arrivals:
                                 return
                         await self._join(migration.channels, door, connection, gathered, recovered=True)
                     except (AttemptFailed, OSError):
-                        self._doors.open = self._as_it_was(door, before)
+                        self._doors.not_passed(self._as_it_was(door, before), recovered=True)
                         raise
                     vm.start_soon(self._watch_handshake, migration.channels)
                     return

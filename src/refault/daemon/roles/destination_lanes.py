@@ -121,14 +121,14 @@ class Gathering:
         """A preempt channel that is in use already: as a multifd channel, but not for longer than a main one
         waits for it."""
         arrival = self._room.arrival_of(connection)
-        arrival.frames = True
+        arrival.speaks(frames=True)
         self._room.tell()
         with trio.move_on_after(ALL_WITHIN):
             # Nothing tells of the peer's end.
             while arrival.taken is None and is_whole(connection):  # noqa: ASYNC110
                 await trio.sleep(_LOOK)
         if arrival.taken is not None:
-            arrival.handed = detached(connection)
+            arrival.hand(connection)
 
     async def gather(self, connection: trio.socket.SocketType, *, recovered: bool) -> Gathered | None:
         """Waits for what belongs to a main connection that has come. None where it did not come."""
