@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import sys
 from collections.abc import AsyncIterator, Sequence
 from pathlib import Path
 
@@ -22,7 +23,7 @@ from refault.lab.channel import Cut, Loss, free_port, start_channel
 from refault.lab.driver import REFAULT, RefaultDriver, refault_driver
 from refault.lab.guest import Guest
 from refault.lab.memory import compare
-from refault.lab.qemu import Pair, PairOptions, Qemu, start_pair
+from refault.lab.qemu import DEFAULT_BINARY, Pair, PairOptions, Qemu, start_pair
 from refault.lab.story import Side
 
 pytestmark = [
@@ -145,3 +146,32 @@ async def test_a_source_that_failed_while_refault_was_dead_is_stopped(tmp_path: 
             while await runs(pair.source):
                 await trio.sleep(0.02)
         await pair.destination.wait_progress()
+
+
+async def test_a_qemu_that_is_killed_while_its_leg_is_held_leaves_no_hold(tmp_path: Path) -> None:
+    """Not in the status, the metrics, or the state directory."""
+    served = f"unix:{tmp_path}/$$.metrics"  # the pid that refault has
+    command = ("sh", "-c", f'exec "$0" -m refault "$@" --metrics "{served}"', sys.executable)
+    async with all_sent(tmp_path, DEFAULT_BINARY, command=command) as (pair, driver):
+        metrics = tmp_path / f"{driver.processes[0].pid}.metrics"
+
+        async def left() -> list[object]:
+            (vm,) = [vm for vm in await driver.statuses() if vm.name == "source"]
+            kept = [path for end in ("json", "pages", "legs") for path in tmp_path.glob(f"source.state/*.{end}")]
+            gauges = [line for line in await scraped(metrics) if line.startswith("refault_leg_held{")]
+            told = [vm.migration.held, vm.migration.status, vm.recovery.last_error]
+            return [*filter(None, told), *kept, *[line for line in gauges if not line.endswith(" 0.0")]]
+
+        held = await left()
+        assert any("refault_leg_held" in str(each) for each in held), held
+        assert len(held) >= 4
+        pair.source.process.kill()
+        with trio.fail_after(20):
+            while await left():
+                await trio.sleep(0.02)
+
+
+async def scraped(metrics: Path) -> list[str]:
+    async with await trio.open_unix_socket(str(metrics)) as stream:
+        await stream.send_all(b"GET /metrics HTTP/1.0\r\n\r\n")
+        return b"".join([chunk async for chunk in stream]).decode().splitlines()
