@@ -65,7 +65,11 @@ class TwoHosts:
         for client in self.clients:
             await bare.set_capabilities(client, *bare.CAPABILITIES)
         postcopy = bandwidth if postcopy_bandwidth is None else postcopy_bandwidth
-        limits = {"max-bandwidth": bandwidth, "max-postcopy-bandwidth": postcopy}
+        limits = {
+            "max-bandwidth": bandwidth,
+            "max-postcopy-bandwidth": postcopy,
+            "downtime-limit": bare.DOWNTIME_LIMIT,
+        }
         await self.clients[0].execute("migrate-set-parameters", limits)
         await self.clients[1].execute("migrate-incoming", {"uri": self.uri})
 

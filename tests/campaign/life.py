@@ -196,7 +196,11 @@ async def _start(stage: _Stage, bandwidth: int) -> None:
     source, destination = stage.driver.source, stage.driver.destination
     for qmp in (source, destination):
         await bare.set_capabilities(qmp, *stage.capabilities)
-    limits = {"max-bandwidth": bandwidth, "max-postcopy-bandwidth": _POSTCOPY_BANDWIDTH}
+    limits = {
+        "max-bandwidth": bandwidth,
+        "max-postcopy-bandwidth": _POSTCOPY_BANDWIDTH,
+        "downtime-limit": bare.DOWNTIME_LIMIT,
+    }
     await source.execute("migrate-set-parameters", limits)
     await destination.execute("migrate-incoming", {"uri": stage.channel.target_uri})
     await stage.channel.wait_open()

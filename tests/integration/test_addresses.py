@@ -44,10 +44,11 @@ async def fronted(
         yield pair, channel, driver
 
 
-async def set_up(driver: RefaultDriver, bandwidth: int = 64 << 20) -> None:
+async def set_up(driver: RefaultDriver) -> None:
     for qmp in (driver.source, driver.destination):
         await bare.set_capabilities(qmp, *bare.CAPABILITIES)
-    limits = {"max-bandwidth": bandwidth, "max-postcopy-bandwidth": 1 << 20}
+    limits = {"max-bandwidth": bare.PRECOPY_BANDWIDTH, "downtime-limit": bare.DOWNTIME_LIMIT}
+    limits["max-postcopy-bandwidth"] = 1 << 20
     await driver.source.execute("migrate-set-parameters", limits)
 
 

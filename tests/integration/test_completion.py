@@ -30,7 +30,8 @@ async def test_a_source_that_would_run_its_guest_again_is_held(tmp_path: Path, b
     ):
         for qmp in (driver.source, driver.destination):
             await bare.set_capabilities(qmp, *bare.CAPABILITIES)
-        limits = {"max-bandwidth": 64 << 20, "max-postcopy-bandwidth": 1 << 20, "downtime-limit": 10}
+        limits = {"max-bandwidth": bare.PRECOPY_BANDWIDTH, "downtime-limit": bare.DOWNTIME_LIMIT}
+        limits["max-postcopy-bandwidth"] = 1 << 20
         await driver.source.execute("migrate-set-parameters", limits)
         await driver.destination.execute("migrate-incoming", {"uri": channel.target_uri})
         await channel.wait_open()

@@ -270,14 +270,15 @@ async def test_a_peer_with_several_addresses_is_one_peer(tmp_path: Path, binary:
         await bare.set_capabilities(dst.client, *LANES[lanes])
         for client in (src.client, dst.client):
             await client.execute("migrate-set-parameters", {"multifd-channels": 4})
-        await src.client.execute("migrate-set-parameters", {"max-bandwidth": 1 << 20})
+        limits = {"max-bandwidth": bare.PRECOPY_BANDWIDTH, "downtime-limit": bare.DOWNTIME_LIMIT}
+        await src.client.execute("migrate-set-parameters", limits)
         await dst.client.execute("migrate-incoming", {"uri": f"tcp:127.0.0.1:{port}"})
         await src.client.execute("migrate", {"uri": f"tcp:127.0.0.1:{way}"})
         with trio.fail_after(20):
             await bare.wait_sent(src.client, 0.1)
             if lanes == "preempt":
                 await src.client.execute("migrate-start-postcopy")
-            await src.client.execute("migrate-set-parameters", {"max-bandwidth": 0})
+            await src.client.execute("migrate-set-parameters", {"max-bandwidth": 0, "downtime-limit": 300})
             await bare.wait_status(src.client, "completed")
             await bare.wait_status(dst.client, "completed")
         await dst.qemu.wait_progress()

@@ -29,7 +29,8 @@ async def test_while_names_take_five_seconds_a_loss_is_recovered(tmp_path: Path,
     ):
         for qmp in (driver.source, driver.destination):
             await bare.set_capabilities(qmp, *bare.CAPABILITIES)
-        limits = {"max-bandwidth": 64 << 20, "max-postcopy-bandwidth": 1 << 20}
+        limits = {"max-bandwidth": bare.PRECOPY_BANDWIDTH, "downtime-limit": bare.DOWNTIME_LIMIT}
+        limits["max-postcopy-bandwidth"] = 1 << 20
         await driver.source.execute("migrate-set-parameters", limits)
         await driver.destination.execute("migrate-incoming", {"uri": channel.target_uri})
         await channel.wait_open()

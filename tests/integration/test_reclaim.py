@@ -37,7 +37,7 @@ async def run_precopy(
         driver.destination,
         channel,
         bandwidth=bandwidth,
-        precopy_bandwidth=64 << 20,
+        precopy_bandwidth=bare.PRECOPY_BANDWIDTH,
         capabilities=capabilities,
     )
     await bare.wait_sent(driver.source, 0.1)

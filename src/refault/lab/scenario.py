@@ -135,6 +135,7 @@ async def _begin(driver: Driver, channel: Channel, options: Options, story: Stor
         limits = {
             "max-bandwidth": max(options.memory // 2, 1 << 20),
             "max-postcopy-bandwidth": options.bandwidth,
+            "downtime-limit": bare.DOWNTIME_LIMIT,
         }
         await source.execute("migrate-set-parameters", limits)
         await destination.execute("migrate-incoming", {"uri": channel.target_uri})
