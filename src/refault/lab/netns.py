@@ -47,6 +47,12 @@ class Host:
         """A TCP socket of this host, for whoever is not inside."""
         return socket_inside(f"/run/netns/{self.namespace}", socket.AF_INET, socket.SOCK_STREAM)
 
+    def receive_buffer(self, size: int) -> None:
+        """Has the kernel hold up to ``size`` bytes for who does not read, on connections that come from now
+        on.
+        """
+        _run([*self.prefix, "sh", "-c", f"echo 4096 {size} {size} >/proc/sys/net/ipv4/tcp_rmem"])
+
     def limit(self, rate: str) -> None:
         """Lets no more out of it than ``rate``, as tc(8) spells it (`100mbit`)."""
         bucket = ["tbf", "rate", rate, "burst", "64k", "latency", "20ms"]
