@@ -13,15 +13,8 @@ import trio
 from refault.daemon.host.repeats import repeats
 from refault.daemon.kernel.inotify import until_gone
 from refault.daemon.monitor.address import Address
-from refault.daemon.monitor.listener import (
-    Access,
-    Bound,
-    ListenError,
-    NoDirectoryError,
-    bind_tcp,
-    bind_unix,
-    check,
-)
+from refault.daemon.monitor.listener import Bound, ListenError, NoDirectoryError, bind_tcp, bind_unix, check
+from refault.daemon.monitor.socket_file import Access
 
 log = logging.getLogger("refault.qmp")
 

@@ -15,7 +15,8 @@ import pytest
 from refault.daemon.kernel.unix_diag import listens
 from refault.daemon.monitor.address import Address
 from refault.daemon.monitor.address_text import parse_address
-from refault.daemon.monitor.listener import Access, ListenError, NoDirectoryError, bind_tcp, bind_unix, check
+from refault.daemon.monitor.listener import ListenError, NoDirectoryError, bind_tcp, bind_unix, check
+from refault.daemon.monitor.socket_file import Access
 
 ROOT = pytest.mark.skipif(os.geteuid() != 0, reason="files are given to others")
 
