@@ -47,7 +47,7 @@ CAMPAIGNS := starvation truth floor strays silence patience huge_pages many last
 
 help:
 	@echo 'make demo     a real migration between two QEMUs, broken and recovered (DEMO="--losses 6")'
-	@echo 'make picture  docs/demo.svg anew, from a run of the demo'
+	@echo 'make picture  docs/demo.svg and docs/watch.svg anew, from a run of the demo'
 	@echo 'make qemus    QEMU 5.2, 10.0 and 11.1 of other Debian suites, in .qemus/ (QEMUS="10"); the tests use them if there'
 	@echo 'make analyzers  QEMU'"'"'s own analyze-migration.py of 7.2 and 10.0, in .qemus/; the tests need them'
 	@echo 'make prometheus  Debian'"'"'s Prometheus, unpacked in .qemus/; the tests of monitoring/ need it'
@@ -100,10 +100,10 @@ demo: build
 	$(BOOTSTRAP) demo
 	tests/tools/with-userfaultfd $(BIN)/refault demo $(DEMO)
 
-# The README's picture of it, anew.
+# The README's pictures, anew.
 picture: build
 	$(BOOTSTRAP) demo
-	tests/tools/with-userfaultfd $(BIN)/python docs/picture.py docs/demo.svg
+	tests/tools/with-userfaultfd $(BIN)/python docs/picture.py docs/demo.svg docs/watch.svg
 
 qemus:
 	tests/tools/qemus $(QEMU_DIR) $(QEMUS)

@@ -58,7 +58,9 @@ def view(picture: Picture, width: int, height: int) -> RenderableType:
         lines += told[: max(room, 0)]
         left -= 1
     if left:
-        lines.append(_line([(f"and {left} more VMs: a higher terminal, or `refault status`", "dim")]))
+        lines.append(
+            _line([(f"and {_count(left, 'more VM')}: a higher terminal, or `refault status`", "dim")])
+        )
     return Group(*lines[:height])
 
 
@@ -68,7 +70,9 @@ def _trouble(vm: VmStatus) -> bool:
 
 def _head(picture: Picture, width: int) -> RenderableType:
     vms = picture.status.vms
-    counts = f"{len(vms)} VMs, {sum(map(is_migrating, vms))} migrating, {sum(map(is_lost, vms))} lost"
+    counts = (
+        f"{_count(len(vms), 'VM')}, {sum(map(is_migrating, vms))} migrating, {sum(map(is_lost, vms))} lost"
+    )
     right = f"{time.strftime('%H:%M:%S', time.localtime(picture.at))}  q quits"
     table = Table.grid(expand=True)
     table.add_column(no_wrap=True, overflow="ellipsis")
@@ -86,7 +90,7 @@ def _vm(vm: VmStatus, rate: float | None, width: int) -> list[RenderableType]:
             [
                 (vm.name, "bold"),
                 (qemu.rstrip(), _GOOD if vm.qemu.connected else _BAD),
-                (f"{vm.clients.connected} clients", ""),
+                (_count(vm.clients.connected, "client"), ""),
             ]
         )
     ]
@@ -109,8 +113,9 @@ def _vm(vm: VmStatus, rate: float | None, width: int) -> list[RenderableType]:
     if is_migrating(vm):
         lines += _channel(vm, rate, width)
     if recovery.losses:
+        lost = _count(recovery.losses, "loss", "losses")
         last = f", the last in {seconds(recovery.last_seconds)}" if recovery.last_seconds else ""
-        lines.append(_line([(f"  {recovery.losses} losses, {recovery.recoveries} recovered{last}", "")]))
+        lines.append(_line([(f"  {lost}, {recovery.recoveries} recovered{last}", "")]))
         if recovery.last_error:
             lines.append(_line([(f"  last error: {recovery.last_error}", _BUSY)]))
     return lines
@@ -130,7 +135,9 @@ def _channel(vm: VmStatus, rate: float | None, width: int) -> list[RenderableTyp
         lines.append(_labelled("memory", bar, Text(f" {amount}")))
     else:
         lines.append(_labelled("channel", Text(f"{size(vm.channel.bytes_forward)} passed   {speed}")))
-    threads = "" if pages.kernel_waiting is None else f"{pages.kernel_waiting} threads wait"
+    threads = (
+        "" if pages.kernel_waiting is None else _count(pages.kernel_waiting, "thread waits", "threads wait")
+    )
     said = f"{pages.outstanding} outstanding of {pages.requested}"
     times = f"p50 {seconds(latency.p50)}, p99 {seconds(latency.p99)}"
     lines.append(_labelled("requests", Text("   ".join(filter(None, (said, threads, times))))))
@@ -154,6 +161,10 @@ def _labelled(label: str, *parts: Text) -> Text:
     for part in parts:
         line.append_text(part)
     return line
+
+
+def _count(number: int, one: str, many: str | None = None) -> str:
+    return f"{number} {one if number == 1 else many or one + 's'}"
 
 
 def _line(words: Sequence[tuple[str, str]]) -> Text:
