@@ -1,0 +1,126 @@
+"""The sessions that an end answers for, and the fence: which HELLO takes the place of which connection.
+
+In this order, and nothing is closed before: the id, compared in a time that says nothing about it; whether a
+session that was begun with a key is asked for with one; the lane; the attempt. The caller then closes the
+lane's old connection with whatever is unread there, reads off its positions, and says WELCOME.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import hmac
+import secrets
+from collections import OrderedDict
+from dataclasses import dataclass, field
+from typing import Generic, TypeVar
+
+from refault.session.wire import Code, Flag, Message
+
+MOST_LANES = 1 << 16
+REMEMBERED = 4096
+"""Sessions that are over: a HELLO of theirs that comes late begins nothing."""
+
+Owner = TypeVar("Owner")
+
+
+@dataclass
+class Lane(Generic[Owner]):
+    """One lane of a session, with whom it belongs to."""
+
+    number: int
+    owner: Owner | None = None
+    highest: int = 0
+    """The highest attempt that was let in."""
+    is_over: bool = False
+
+
+@dataclass
+class _Session(Generic[Owner]):
+    id: bytes
+    proven: bool
+    lanes: list[Lane[Owner]] = field(default_factory=list)
+
+
+@dataclass(frozen=True)
+class Verdict(Generic[Owner]):
+    """What is to be answered; with `Code.OK` also which lane is meant, which has no owner if it is new."""
+
+    code: Code
+    attempt: int
+    lane: Lane[Owner] | None = None
+
+
+class Table(Generic[Owner]):
+    """All sessions of an end. `most` bounds them; `lanes` those of one session."""
+
+    def __init__(self, most: int, lanes: int = 1) -> None:
+        self._most = most
+        self._most_lanes = min(lanes, MOST_LANES)
+        self._secret = secrets.token_bytes(32)
+        self._sessions: dict[bytes, _Session[Owner]] = {}
+        self._over: OrderedDict[bytes, None] = OrderedDict()
+
+    def __len__(self) -> int:
+        return len(self._sessions)
+
+    def judge(self, hello: Message, *, proven: bool) -> Verdict[Owner]:
+        """What becomes of a HELLO that was believed; `proven`: it came with a proof of the key."""
+        slot = self._slot(hello.session)
+        session = self._sessions.get(slot)
+        if session is None or not hmac.compare_digest(session.id, hello.session):
+            if slot in self._over:
+                return Verdict(Code.GONE, hello.attempt)
+            return self._begin(slot, hello, proven)
+        if session.proven and not proven:
+            return Verdict(Code.KEY, hello.attempt)
+        if hello.lane >= len(session.lanes):
+            return self._further_lane(session, hello)
+        lane = session.lanes[hello.lane]
+        if lane.is_over:
+            return Verdict(Code.GONE, hello.attempt)
+        return self._admit(lane, hello)
+
+    def withdraw(self, session: bytes) -> None:
+        """A session that could not begin after all: it may come again."""
+        self._sessions.pop(self._slot(session), None)
+
+    def close(self, session: bytes, number: int) -> None:
+        """A lane is over; the session is, when all of its lanes are."""
+        slot = self._slot(session)
+        known = self._sessions.get(slot)
+        if known is None:
+            return
+        lane = known.lanes[number]
+        lane.is_over, lane.owner = True, None
+        if all(each.is_over for each in known.lanes):
+            del self._sessions[slot]
+            self._over[slot] = None
+            if len(self._over) > REMEMBERED:
+                self._over.popitem(last=False)
+
+    def _slot(self, session: bytes) -> bytes:
+        """Where a session stands: nobody outside can choose ids that stand near each other."""
+        return hashlib.blake2b(session, key=self._secret, digest_size=16).digest()
+
+    def _begin(self, slot: bytes, hello: Message, proven: bool) -> Verdict[Owner]:
+        if not hello.flags & Flag.NEW or hello.lane >= self._most_lanes:
+            return Verdict(Code.UNKNOWN, hello.attempt)
+        if hello.lane > 0 or len(self._sessions) >= self._most:
+            return Verdict(Code.AGAIN, hello.attempt)
+        session = self._sessions[slot] = _Session(hello.session, proven)
+        return self._further_lane(session, hello)
+
+    def _further_lane(self, session: _Session[Owner], hello: Message) -> Verdict[Owner]:
+        if not hello.flags & Flag.NEW or hello.lane >= self._most_lanes:
+            return Verdict(Code.UNKNOWN, hello.attempt)
+        if hello.lane > len(session.lanes):
+            return Verdict(Code.AGAIN, hello.attempt)
+        session.lanes.append(Lane(hello.lane))
+        return self._admit(session.lanes[-1], hello)
+
+    @staticmethod
+    def _admit(lane: Lane[Owner], hello: Message) -> Verdict[Owner]:
+        if hello.attempt <= lane.highest:
+            return Verdict(Code.STALE, lane.highest)
+        lane.highest = hello.attempt
+        return Verdict(Code.OK, hello.attempt, lane)
