@@ -23,6 +23,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     "kernel": {"host"},
     "monitor": _HOST,
     "far": _HOST,
+    "tunnel": _PLAIN | {"far"},
     "near": _PLAIN,
     "record": _HOST,
     "known": _PLAIN | {"near", "record"},
@@ -80,7 +81,7 @@ def test_the_rooms_of_the_daemon_import_one_way() -> None:
     assert wrong == []
 
 
-@pytest.mark.parametrize("package", ["qmp", "migration"])
+@pytest.mark.parametrize("package", ["qmp", "migration", "session"])
 def test_the_rules_do_no_input_or_output(package: str) -> None:
     """Bytes and events in, bytes and actions out."""
     does = {"trio", "socket", "os", "time", "asyncio", "select", "subprocess", "pathlib"}

@@ -17,7 +17,17 @@ from refault import __version__
 from refault.cli import streams
 from refault.daemon.host.errors import operator_errors
 
-COMMANDS: tuple[str, ...] = ("check", "demo", "events", "inspect", "run", "serve", "status", "watch")
+COMMANDS: tuple[str, ...] = (
+    "check",
+    "demo",
+    "events",
+    "inspect",
+    "run",
+    "serve",
+    "status",
+    "tunnel",
+    "watch",
+)
 
 
 class _Once(argparse.Action):

@@ -1,1 +1,1 @@
-"""TCP to the other host, until it is joined. It knows no QEMU."""
+"""TCP to the other host until it is joined, and the session. It knows no QEMU."""

@@ -1,0 +1,191 @@
+"""The end of a lane that answers: who may connect to it, and which connection is the one."""
+
+from __future__ import annotations
+
+import logging
+import socket
+from collections import deque
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import trio
+
+from refault.daemon.far import carry
+from refault.daemon.far.bell import Bell
+from refault.daemon.far.exchange import answers, send
+from refault.daemon.far.lane import LaneEnd
+from refault.daemon.host.repeats import repeats
+from refault.session.course import Event
+from refault.session.handshake import Answering, Keys, Untrusted
+from refault.session.stream import Wrong
+from refault.session.table import Table
+from refault.session.wire import Code, Message
+
+log = logging.getLogger("refault.session")
+
+MOST_STRANGERS = 128
+"""Connections in the handshake at once. One more ends the oldest, who has had the longest time to prove
+itself."""
+
+
+@dataclass(frozen=True)
+class _Offer:
+    sock: socket.socket
+    answering: Answering
+    hello: Message
+
+
+class Answered:
+    """One lane's connections, of which the last that was let in counts."""
+
+    def __init__(self, end: LaneEnd, patience: float) -> None:
+        """`patience`: seconds for which there may be no connection."""
+        self._end = end
+        self._patience = patience
+        self._offer: _Offer | None = None
+        self._offered = Bell()
+        self._scope = trio.CancelScope()
+        self._has_ended = False
+
+    def offer(self, offer: _Offer) -> None:
+        """A connection that takes the place of the one before, which is closed with what is unread there."""
+        if self._has_ended:
+            offer.sock.close()  # who comes again is told so by the table
+            return
+        if self._offer is not None:
+            self._offer.sock.close()
+        self._offer = offer
+        self._offered.ring()
+        self._scope.cancel()
+
+    async def keep(self) -> None:
+        """Carries the lane on whichever connection is offered, until it is over."""
+        end, lost, began = self._end, "", trio.current_time()
+        try:
+            while not end.over.is_set():
+                with trio.move_on_after(self._patience) as patience:
+                    await self._offered.wait()
+                if patience.cancelled_caught:
+                    log.warning(
+                        "%s: the other refault has not come again for %g s: reset; see there whether it runs,"
+                        " and why it cannot reach this host",
+                        end.name,
+                        self._patience,
+                    )
+                    end.tell(Event.IMPATIENT)
+                    return
+                offer, self._offer = self._offer, None
+                if offer is None:
+                    continue
+                with offer.sock, trio.CancelScope() as self._scope:
+                    if lost:
+                        took = trio.current_time() - began
+                        log.info("%s: resumed after %.3f s, attempt %d", end.name, took, offer.hello.attempt)
+                    lost = "the other refault connects anew"
+                    lost = await self._carried(offer)
+                began = trio.current_time()
+                end.stream.lost()
+                if not end.over.is_set():
+                    log.info("%s: the connection of the other refault is lost: %s", end.name, lost)
+        finally:
+            self._has_ended = True
+            if self._offer is not None:
+                self._offer.sock.close()
+
+    async def _carried(self, offer: _Offer) -> str:
+        end, sock, hello = self._end, offer.sock, offer.hello
+        # The connection before is closed: what is told now is so.
+        end.stream.lost()
+        try:
+            end.stream.resume(hello.positions)
+        except Wrong as error:
+            await tell(sock, offer.answering.welcome(hello, Code.GONE, hello.attempt))
+            return f"the other refault is not to be believed: {error}"
+        try:
+            at = end.stream.tell()
+            await send(sock, offer.answering.welcome(hello, Code.OK, hello.attempt, at))
+        except OSError as error:
+            return str(error.strerror)
+        reason = await carry.carry(sock, end)
+        if end.over.is_set():
+            await carry.part(sock)
+        return reason
+
+
+class Reception:
+    """Where who dials comes: the handshake, the table, and the lane that is meant."""
+
+    def __init__(
+        self,
+        keys: Keys,
+        table: Table[Answered],
+        begin: Callable[[bytes], Answered | None],
+    ) -> None:
+        """`begin` makes the end of a new session of that id, or says that there is no room."""
+        self._keys = keys
+        self._table = table
+        self._begin = begin
+        self._strangers: deque[trio.CancelScope] = deque()
+
+    async def receive(self, sock: socket.socket) -> None:
+        """One connection; it is closed, or belongs to a lane afterwards."""
+        if len(self._strangers) >= MOST_STRANGERS:
+            self._strangers.popleft().cancel()
+        scope = trio.CancelScope()
+        self._strangers.append(scope)
+        given = False
+        try:
+            with scope:
+                given = await self._received(sock)
+        finally:
+            if scope in self._strangers:
+                self._strangers.remove(scope)
+            if not given:
+                sock.close()
+
+    async def _received(self, sock: socket.socket) -> bool:
+        try:
+            carry.prepare(sock)
+            peer = sock.getpeername()[0]
+        except OSError:
+            return False  # it has gone again
+        answering = Answering(self._keys)
+        try:
+            hello = await answers(sock, answering)
+            code, attempt = self._judged(sock, answering, hello)
+            if code is Code.OK:
+                return True
+            await send(sock, answering.welcome(hello, code, attempt))
+        except Untrusted as error:
+            log.warning("%s is refused: %s", peer, error, extra=repeats(("refused", peer), str(error)))
+            if error.answer:
+                await tell(sock, error.answer)
+            return False
+        except (OSError, trio.TooSlowError) as error:
+            log.debug("%s came to nothing: %s", peer, error)
+            return False
+        await carry.part(sock)
+        return False
+
+    def _judged(self, sock: socket.socket, answering: Answering, hello: Message) -> tuple[Code, int]:
+        """With OK the connection is the lane's."""
+        verdict = self._table.judge(hello, proven=answering.proven)
+        lane = verdict.lane
+        if verdict.code is not Code.OK or lane is None:
+            return verdict.code, verdict.attempt
+        if lane.owner is None:
+            lane.owner = self._begin(hello.session)
+            if lane.owner is None:
+                self._table.withdraw(hello.session)
+                return Code.AGAIN, verdict.attempt
+        lane.owner.offer(_Offer(sock, answering, hello))
+        return Code.OK, verdict.attempt
+
+
+async def tell(sock: socket.socket, answer: bytes) -> None:
+    """Sends the last message of a connection, which the peer gets if it is still there."""
+    try:
+        await send(sock, answer)
+    except OSError:
+        return
+    await carry.part(sock)

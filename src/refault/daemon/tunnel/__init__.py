@@ -1,0 +1,1 @@
+"""`refault tunnel`: sessions for anybody. It knows no QMP and no QEMU."""
