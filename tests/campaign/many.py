@@ -159,7 +159,7 @@ def main() -> None:
                     "--qemu",
                     f"{path}/{name}.real",
                     "--listen",
-                    f"{path}/{name}",
+                    f"{path}/{name}.qmp",
                     "--name",
                     name,
                 ]

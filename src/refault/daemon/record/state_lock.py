@@ -22,6 +22,8 @@ log = logging.getLogger("refault.state")
 
 CLAIM_PATIENCE = 1.0
 _CLAIM_LOOK = 0.02
+_SETTLES = 5.0
+"""Seconds that a file, or a whole directory, that has gone away is left to be there again."""
 
 
 class StateTaken(OperatorError):  # noqa: N818 - it says what is
@@ -72,7 +74,9 @@ class StateLock:
         if not self.held and not self._take():
             raise self._taken()
         task_status.started()
-        await until_gone(str(self.path), lambda: self._is_there(self._fd))
+        while self._is_there(self._fd):
+            await until_gone(str(self.path), lambda: self._is_there(self._fd))
+            await trio.sleep(_SETTLES)
         self.release()
         raise OperatorError(f"{self.path} was removed or replaced; leave it, it says whose the state is")
 

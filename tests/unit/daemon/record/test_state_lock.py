@@ -92,6 +92,7 @@ async def test_a_directory_that_is_not_usable_keeps_nobody_out(tmp_path: Path) -
 
 
 async def test_a_lock_whose_file_was_removed_is_none(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(state_lock, "_SETTLES", 0.01)
     lock, next_one = StateLock(tmp_path, "vm1"), StateLock(tmp_path, "vm1")
     await lock.claim()
     (tmp_path / "vm1.lock").unlink()
