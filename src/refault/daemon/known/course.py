@@ -123,7 +123,8 @@ class Course:
     async def until_under_way(self) -> None:
         """Returns while it is under way; before and after there is nothing to ask for again and again."""
         while not self.under_way:
-            self._starts = trio.Event()
+            if self._starts.is_set():  # else somebody waits for that one
+                self._starts = trio.Event()
             await self._starts.wait()
 
     def repeats(self, subject: str, *what: Hashable) -> dict[str, object]:
