@@ -183,22 +183,18 @@ async def until(condition: Callable[[], object], seconds: float = 20) -> None:
             await trio.sleep(0.01)
 
 
-GREETING = (
-    b"%s\r\n"
-    % json.dumps(
-        {
-            "QMP": {
-                "version": {"qemu": {"micro": 0, "minor": 2, "major": 7}, "package": ""},
-                "capabilities": [],
-            }
-        }
-    ).encode()
-)
+def greeting(micro: int = 0) -> bytes:
+    """As a QEMU of 7.2 sends it."""
+    version = {"qemu": {"micro": micro, "minor": 2, "major": 7}, "package": ""}
+    return b"%s\r\n" % json.dumps({"QMP": {"version": version, "capabilities": []}}).encode()
 
 
-async def greet(connection: socket.socket, monitor: Monitor) -> None:
+GREETING = greeting()
+
+
+async def greet(connection: socket.socket, monitor: Monitor, micro: int = 0) -> None:
     """What a QEMU says until the monitor has negotiated with it."""
-    connection.sendall(GREETING)
+    connection.sendall(greeting(micro))
     asked = json.loads(await trio.to_thread.run_sync(connection.recv, 4096))
     connection.sendall(json.dumps({"return": {}, "id": asked["id"]}).encode() + b"\r\n")
     await until(lambda: monitor.qemu)

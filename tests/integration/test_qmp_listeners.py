@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import json
 import re
 import shutil
 import socket
@@ -131,6 +132,23 @@ async def test_who_comes_right_behind_a_new_qemu_is_served(kind: str) -> None:
                     await trio.to_thread.run_sync(qemu.wait)
                 await until(lambda: not monitor.qemu)
                 assert await finds(front) == "end"
+
+
+async def test_who_comes_right_behind_the_end_of_a_qemu_finds_the_next() -> None:
+    """Its end may not have been read yet: no client is greeted in its name and then sent away."""
+    with directory() as path, listening(path / "qemu") as qemu:
+        async with refault(path / "qemu", path / "front") as monitor:
+            for micro in range(20):
+                connection, _ = await trio.to_thread.run_sync(qemu.accept)
+                with connection:
+                    await greet(connection, monitor, micro)
+                with socket.socket(socket.AF_UNIX) as client:
+                    client.connect(str(path / "front"))
+                    connection, _ = await trio.to_thread.run_sync(qemu.accept)
+                    with connection:
+                        await greet(connection, monitor, micro + 1)
+                        told = json.loads(await trio.to_thread.run_sync(client.recv, 4096))
+                        assert told["QMP"]["version"]["qemu"]["micro"] == micro + 1
 
 
 async def test_a_client_waits_for_a_qemu_that_is_being_connected_to(monkeypatch: pytest.MonkeyPatch) -> None:

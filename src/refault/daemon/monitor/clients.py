@@ -9,7 +9,6 @@ from __future__ import annotations
 import logging
 import math
 import operator
-import select
 import socket
 from collections.abc import Callable, Sequence
 from functools import partial
@@ -24,7 +23,7 @@ from refault.daemon.monitor.dial import CONNECT_TIMEOUT, dial, pauses, prepare, 
 from refault.daemon.monitor.first_client import FirstClient
 from refault.daemon.monitor.front import Front
 from refault.daemon.monitor.presence import Presence, Qemu
-from refault.daemon.monitor.wire import Wire
+from refault.daemon.monitor.wire import Wire, hung_up
 from refault.qmp.multiplexer import Multiplexer
 from refault.qmp.session import Client, Limits, Request
 
@@ -36,6 +35,7 @@ _READ_MORE = 64 << 10
 _ONE_FD = socket.CMSG_LEN(4)
 """Room for one descriptor: the kernel closes the others, as QEMU would."""
 _GREETED_WITHIN = 10.0
+_END_READ_WITHIN = 1.0
 _CLOSE_TIMEOUT = 5.0
 _FINISH_TIMEOUT = 0.3
 _HANG_UP_CHECK = 1.0
@@ -52,6 +52,7 @@ class Clients:
         presence: Presence,
         first_client: FirstClient,
         flush: Callable[[], None],
+        qemu_has_ended: Callable[[], bool],
     ) -> None:
         self.total = 0
         """Clients since the start."""
@@ -61,6 +62,8 @@ class Clients:
         self._presence = presence
         self._first_client = first_client
         self._flush_all = flush
+        self._qemu_has_ended = qemu_has_ended
+        """Whether its end is there to be read, behind what else is."""
         self._early: dict[Client, bool] = {}
         """Who has not been greeted, and whether he came where wait=on is."""
         self._paused: set[Client] = set()
@@ -145,6 +148,9 @@ class Clients:
         if not self._may_speak(address, sock):
             sock.close()
             return
+        if self._qemu_has_ended():  # who comes now comes for the next one
+            with trio.move_on_after(_END_READ_WITHIN):
+                await self._presence.change()
         self._presence.seek()
         self._nursery.start_soon(self._serve, prepare(sock), address)
         if address.wait:
@@ -268,13 +274,13 @@ class Clients:
             except BlockingIOError:
                 continue
             if not data:
-                if _hung_up(sock):
+                if hung_up(sock):
                     return
                 core.half_close(client)
                 self._flush_all()
                 while True:
                     await trio.sleep(_HANG_UP_CHECK)
-                    if _hung_up(sock):
+                    if hung_up(sock):
                         return
             core.receive(client, data, fd)
             self._flush_all()
@@ -295,7 +301,7 @@ class Clients:
             with trio.move_on_after(_HANG_UP_CHECK):
                 await wire.wake.wait()
                 return True
-            if _hung_up(wire.sock):
+            if hung_up(wire.sock):
                 return False
 
 
@@ -318,10 +324,3 @@ def _descriptor(ancillary: list[tuple[int, int, bytes]]) -> int:
 
 
 _LITTLE = socket.htons(1) != 1
-
-
-def _hung_up(sock: socket.socket) -> bool:
-    """Whether the peer, having closed its sending side, has closed altogether."""
-    poll = select.poll()
-    poll.register(sock, 0)
-    return any(events & (select.POLLHUP | select.POLLERR) for _, events in poll.poll(0))

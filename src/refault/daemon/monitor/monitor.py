@@ -168,7 +168,15 @@ class Monitor:
         first_client = FirstClient(
             self.name, self.qemu_address, all_listen, self.presence, over=self._gone_on
         )
-        self._clients = Clients(self.name, self._core, self._limits, self.presence, first_client, self._flush)
+        self._clients = Clients(
+            self.name,
+            self._core,
+            self._limits,
+            self.presence,
+            first_client,
+            self._flush,
+            lambda: self._upstream.has_ended,
+        )
         self._upstream = Upstream(
             self.name,
             self.qemu_address,

@@ -15,7 +15,7 @@ from refault.daemon.monitor.address import Address
 from refault.daemon.monitor.dial import CONNECT_TIMEOUT, dial, pauses, prepare, why
 from refault.daemon.monitor.first_client import FirstClient
 from refault.daemon.monitor.presence import Presence, Qemu
-from refault.daemon.monitor.wire import Wire
+from refault.daemon.monitor.wire import Wire, hung_up
 from refault.qmp.greeting import NotQmpError
 from refault.qmp.multiplexer import Multiplexer
 
@@ -102,6 +102,11 @@ class Upstream:
     @property
     def _nobody(self) -> Qemu:
         return Qemu.WAITING if self._first_client.holds else Qemu.AWAY
+
+    @property
+    def has_ended(self) -> bool:
+        """Whether the connection's end is there to be read, behind what QEMU said before."""
+        return self._wire is not None and hung_up(self._wire.sock)
 
     def ready(self) -> None:
         """Commands can be sent: what was complained of before is over."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import select
 import socket
 from collections import deque
 
@@ -85,3 +86,10 @@ class Wire:
         self.broken = True
         self.scope.cancel()
         return len(data)
+
+
+def hung_up(sock: socket.socket) -> bool:
+    """Whether the peer has closed altogether, and not its sending side alone."""
+    poll = select.poll()
+    poll.register(sock, 0)
+    return any(events & (select.POLLHUP | select.POLLERR) for _, events in poll.poll(0))
