@@ -48,7 +48,9 @@ def test_a_reload_begins_with_the_time_of_the_manager_s_clock(manager: tuple[soc
     assert before <= int(when.removeprefix("MONOTONIC_USEC=")) <= time.monotonic_ns() // 1000
 
 
-@pytest.mark.parametrize(("pid", "told"), [(os.getpid(), 4), (1, 0), (None, 4)])
+@pytest.mark.parametrize(
+    ("pid", "told"), [(os.getpid(), 4), (1, 0), (None, 4)], ids=["ours", "another", "nobody"]
+)
 async def test_the_watchdog_hears_twice_in_its_time(
     manager: tuple[socket.socket, str], pid: int | None, told: int, autojump_clock: trio.testing.MockClock
 ) -> None:
