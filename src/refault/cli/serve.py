@@ -42,4 +42,7 @@ def execute(arguments: argparse.Namespace) -> int:
         for line in error.lines:
             print(line, file=sys.stderr)
         return 2
+    except OSError as error:
+        print(error, file=sys.stderr)
+        return 2
     return run_daemon(wanted, NAME, reload)

@@ -148,7 +148,7 @@ class _Reader:
         for key, path in {**paths, "state_dir": given.get("state_dir")}.items():
             if path is not None and not os.path.isabs(path):
                 self._wrong.append(f"{where} {key}: {str(path)!r} is not a whole path: begin with /")
-        if self._state_dir.exists() and not self._state_dir.is_dir():
+        if os.path.exists(self._state_dir) and not os.path.isdir(self._state_dir):
             self._wrong.append(f"{where} state_dir: {self._state_dir} is not a directory")
 
     def _read_vms(self, file: Path, vms: object) -> None:
@@ -216,7 +216,7 @@ class _Reader:
             files[owner] = file
             taken += uses.of_vm(owner, vm)
             directories[place_of(vm.state_dir)] = owner
-            if vm.state_dir.exists() and not vm.state_dir.is_dir():
+            if os.path.exists(vm.state_dir) and not os.path.isdir(vm.state_dir):
                 self._wrong.append(f"{file}: {owner} state_dir: {vm.state_dir} is not a directory")
         for use in taken:
             if use.place in directories:

@@ -208,6 +208,11 @@ async def _serve_host(
         await finders.watch(wanted.watches)
         notifier.ready(f"serving {len(fleet.vms)} VMs")
 
+    def tell_internal(error: Exception, at: str) -> None:
+        log.error("%s: internal error in the configuration, %s; all goes on", name, at, exc_info=error)
+        troubles.add(CONFIGURED, f"{name}: internal error in the configuration, {at}: {error!r}")
+        notifier.ready("internal error: see the log")
+
     async def follow() -> None:
         async for _ in reloads:
             notifier.reloading()
@@ -220,8 +225,14 @@ async def _serve_host(
                 troubles.add(CONFIGURED, f"{name}: the configuration is wrong, and the last one holds: {why}")
                 notifier.ready("the configuration is wrong: see the log")
                 continue
+            except Exception as error:  # the legs of all VMs are worth more than a reload
+                tell_internal(error, "reading it")
+                continue
             troubles.over(CONFIGURED)
-            await apply(now)
+            try:
+                await apply(now)
+            except Exception as error:
+                tell_internal(error, "applying it")
 
     async with trio.open_nursery() as nursery:
         nursery.start_soon(_say_not_for_us, name, others)

@@ -4,12 +4,12 @@ The kernel tells of sockets that come (kernel/inotify.py)."""
 
 from __future__ import annotations
 
+import glob
 import logging
 import os
 import re
 import stat
 from collections.abc import Iterator, Sequence
-from pathlib import Path
 
 import trio
 
@@ -190,15 +190,15 @@ def _base(pattern: str) -> str:
 
 def _directories(pattern: str) -> Iterator[str]:
     """Those in which something could come or go that the pattern finds."""
-    base = Path(_base(pattern))
-    if not base.is_dir():
+    base = _base(pattern)  # what may not be looked at counts as not there, as os.path has it
+    if not os.path.isdir(base):
         return
-    yield str(base)
-    rest = pattern.removeprefix(str(base)).lstrip("/").split("/")[:-1]
+    yield base
+    rest = pattern.removeprefix(base).lstrip("/").split("/")[:-1]
     for depth in range(1, len(rest) + 1):
-        for found in base.glob("/".join(rest[:depth])):
-            if found.is_dir():
-                yield str(found)
+        for found in glob.iglob("/".join(rest[:depth]), root_dir=base):
+            if os.path.isdir(path := os.path.join(base, found)):
+                yield path
 
 
 def _sockets(watch: Watch) -> Iterator[tuple[str, _Identity]]:

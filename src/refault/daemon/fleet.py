@@ -8,6 +8,8 @@ from __future__ import annotations
 
 import contextlib
 import logging
+import math
+import os
 from collections.abc import Awaitable, Callable, Iterable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
@@ -67,8 +69,9 @@ class Member:
 
         while (options := self.wanted) is not None:
             self._news = trio.Event()
-            made = _make_state_dir(options)
+            made = False
             try:
+                made = _make_state_dir(options)
                 async with trio.open_nursery() as nursery:
                     await nursery.start(partial(self.front, wait=False), options)
                     self._troubles.over(self.name)
@@ -76,7 +79,7 @@ class Member:
                     tell_started()
             except Exception as error:
                 expected = operator_errors(error)
-                why = "; ".join(map(str, expected)) if expected else f"internal error: {error!r}"
+                why = _why(error)
                 self._troubles.add(self.name, f"{self.name}: not fronted: {why}")
                 log.error(
                     "%s: not fronted: %s; trying again",
@@ -137,16 +140,20 @@ class Member:
         finally:
             self.vm = None
             self._troubles.over(need)
+            self._troubles.over(f"{options.name}: options")
             lock.release()
 
     async def _until_left(self, vm: Vm) -> None:
+        done = True
+        """Whether its options are as they were wanted."""
         while True:
             wanted = self.wanted
             if wanted is not None and changes_in_place(vm.options, wanted):
                 vm.leaving = None
-                if wanted != vm.options:
-                    await self._change(vm, wanted)
-                await self._news.wait()
+                if wanted != vm.options or not done:
+                    done = await self._change(vm, wanted)
+                with trio.move_on_after(math.inf if done else RETRY[1]):
+                    await self._news.wait()
                 self._news = trio.Event()
                 continue
             leaving = NOT_WANTED if wanted is None else CHANGED
@@ -155,20 +162,50 @@ class Member:
                 if not vm.may_leave:
                     log.warning("%s: leaving when its migration has ended, which needs refault", self.name)
             vm.leaving = leaving
-            if vm.may_leave and await vm.prepare_to_stop():
+            # What was so before QEMU was asked need not be so after it.
+            if vm.may_leave and await self._prepared(vm) and vm.may_leave and self.wanted is wanted:
                 vm.stopping = True
                 return
             with trio.move_on_after(LEAVE_LOOK):
                 await self._news.wait()
             self._news = trio.Event()
 
-    async def _change(self, vm: Vm, options: VmOptions) -> None:
+    async def _prepared(self, vm: Vm) -> bool:
+        try:
+            return await vm.prepare_to_stop()
+        except Exception as error:
+            log.error(
+                "%s: internal error as it leaves; trying again",
+                self.name,
+                exc_info=error,
+                extra=repeats((self.name, "leaves"), repr(error)),
+            )
+            return False
+
+    async def _change(self, vm: Vm, options: VmOptions) -> bool:
+        """Whether it is all as `options` say; else that is told, and is to be tried again."""
+        need = f"{self.name}: options"
         try:
             await vm.change(options)
-        except OperatorError as error:
-            log.error("%s: %s", self.name, error)
-        else:
-            log.info("%s: its options have changed", self.name)
+        except Exception as error:
+            why = _why(error)
+            self._troubles.add(need, f"{self.name}: {why}")
+            log.error(
+                "%s: %s; trying again",
+                self.name,
+                why,
+                exc_info=None if operator_errors(error) else error,
+                extra=repeats(need, why),
+            )
+            return False
+        self._troubles.over(need)
+        log.info("%s: its options have changed", self.name)
+        return True
+
+
+def _why(error: Exception) -> str:
+    expected = operator_errors(error)
+    return "; ".join(map(str, expected)) if expected else f"internal error: {error!r}"
 
 
 def _make_state_dir(options: VmOptions) -> bool:
@@ -176,7 +213,7 @@ def _make_state_dir(options: VmOptions) -> bool:
     by who writes there."""
     with contextlib.suppress(OperatorError):
         make_if_default(options.state_dir.parent)
-    if options.state_dir.exists():
+    if os.path.exists(options.state_dir):
         return False
     make_again(options.state_dir)
     return True
@@ -227,8 +264,14 @@ class Fleet:
     async def _run(
         self, member: Member, *, task_status: trio.TaskStatus[None] = trio.TASK_STATUS_IGNORED
     ) -> None:
-        await member.run(task_status=task_status)
-        del self.members[member.name]
+        try:
+            await member.run(task_status=task_status)
+        except Exception:  # it is that VM's trouble alone
+            log.exception("%s: internal error: not fronted any more", member.name)
+            return
+        finally:
+            if self.members.get(member.name) is member:
+                del self.members[member.name]
         if (again := self._without_clashes().get(member.name)) is not None:  # wanted as it was going
             member = self.members[member.name] = Member(again, self._troubles)
             self._nursery.start_soon(self._run, member)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import AsyncIterator
+from pathlib import Path
 from types import SimpleNamespace
 from typing import cast
 
@@ -10,8 +11,10 @@ import pytest
 import trio
 import trio.testing
 
-from refault.daemon.app import EXTENSION, Publisher, _stop
+from refault.daemon.app import EXTENSION, Publisher, _serve_host, _stop
 from refault.daemon.host.own_needs import Troubles
+from refault.daemon.monitor.address import Address
+from refault.daemon.options import Configuration, HostOptions, LogLevel
 from refault.daemon.telling.snapshot import VmStatus
 from refault.daemon.vm import Vm
 
@@ -70,3 +73,28 @@ async def test_a_picture_that_cannot_be_made_leaves_the_last_one(monkeypatch: py
     both = (IDLE, PICTURE.vms[0])
     assert publisher.publish().vms == both
     assert (await trio.to_thread.run_sync(publisher.status)).vms == both
+
+
+async def test_a_reload_that_fails_in_any_way_ends_nothing(tmp_path: Path) -> None:
+    host = HostOptions(metrics=None, control=Address(str(tmp_path / "control"), server=True))
+    wanted = Configuration(host=host, log_level="info", vms=())
+    reload, reloads = trio.open_memory_channel[int](1)
+    end, ends = trio.open_memory_channel[int](1)
+    reads = 0
+
+    def read() -> Configuration:
+        nonlocal reads
+        reads += 1
+        if reads == 1:
+            raise PermissionError("not here")
+        if reads == 3:
+            trio.from_thread.run_sync(end.send_nowait, 15)
+        level = cast(LogLevel, "no level") if reads == 2 else "info"
+        return Configuration(host=host, log_level=level, vms=())
+
+    with trio.fail_after(10):
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(_serve_host, wanted, "host", read, reloads, ends, no_signals())
+            for _ in range(3):
+                await reload.send(1)
+    assert reads == 3

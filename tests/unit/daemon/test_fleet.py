@@ -98,3 +98,72 @@ async def test_a_vm_whose_migration_needs_refault_leaves_when_that_has_ended_or_
         with trio.fail_after(10):
             while [each.options for each in fleet.vms] != [other]:
                 await trio.sleep(0.01)
+
+
+async def test_an_error_in_one_vm_is_that_ones_alone_and_is_tried_again(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(fleet_module, "RETRY", (0.01, 0.01))
+    fails, made = True, fleet_module._make_state_dir
+
+    def make(options: VmOptions) -> bool:
+        if fails and options.name == "a":
+            raise PermissionError("not here")
+        return made(options)
+
+    monkeypatch.setattr(fleet_module, "_make_state_dir", make)
+    troubles = Troubles()
+    a, b = options(tmp_path, "a"), options(tmp_path, "b")
+    async with running(troubles) as fleet:
+        await fleet.want({"files": [a, b]})
+        assert names(fleet) == ["b"]
+        assert troubles.tell() == ("a: not fronted: internal error: PermissionError('not here')",)
+        fails = False
+        await until(fleet, "a", "b")
+        assert troubles.tell() == ()
+
+
+async def test_a_listener_that_cannot_be_had_at_a_reload_is_told_and_comes_when_it_can(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(fleet_module, "RETRY", (0.01, 0.01))
+    troubles = Troubles()
+    a, place = options(tmp_path, "a"), tmp_path / "a2"
+    place.write_text("no socket")
+    async with running(troubles) as fleet:
+        await fleet.want({"files": [a]})
+        [vm] = fleet.vms
+        await fleet.want({"files": [options(tmp_path, "a", listen="a2")]})
+        with trio.fail_after(10):
+            while not troubles.tell():
+                await trio.sleep(0.01)
+            assert "a2: a file that is no socket is there" in troubles.tell()[0]
+            place.unlink()
+            while troubles.tell() or not place.is_socket():
+                await trio.sleep(0.01)
+        assert fleet.vms == [vm]
+
+
+async def test_an_internal_error_in_a_change_leaves_the_vm_as_it_is(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(fleet_module, "RETRY", (0.01, 0.01))
+    changed, change = trio.Event(), Vm.change
+    tries = 0
+
+    async def once_wrong(self: Vm, options: VmOptions) -> None:
+        nonlocal tries
+        tries += 1
+        if tries == 1:
+            raise UnicodeError("label too long")
+        await change(self, options)
+        changed.set()
+
+    monkeypatch.setattr(Vm, "change", once_wrong)
+    async with running(Troubles()) as fleet:
+        await fleet.want({"files": [options(tmp_path, "a")]})
+        [vm] = fleet.vms
+        await fleet.want({"files": [options(tmp_path, "a", listen="a2")]})
+        with trio.fail_after(10):
+            await changed.wait()
+        assert fleet.vms == [vm]

@@ -226,8 +226,8 @@ async def bind_tcp(address: Address) -> Bound:
             type=socket.SOCK_STREAM,
             flags=socket.AI_PASSIVE,
         )
-    except socket.gaierror as error:
-        raise ListenError(address, error.strerror or str(error)) from error
+    except (socket.gaierror, UnicodeError) as error:  # that of IDNA, for a name that cannot be one
+        raise ListenError(address, getattr(error, "strerror", None) or str(error)) from error
     where = list(dict.fromkeys((family, sockaddr) for family, _, _, _, sockaddr in found))
     if address.port == 0:
         ports = [0] * _PORT_TRIES

@@ -148,8 +148,11 @@ class Monitor:
         """Where clients come, in the order of `listen`; then where QEMU does, if it is QEMU who connects."""
         self._fronts_run: dict[Front, trio.CancelScope] = {}
         self._nursery: trio.Nursery
+        self._running = False
         self._gone_on = gone_on
         """Whether a QEMU was connected to before."""
+        self.presence = Presence()
+        """Whether QEMU is there. One for all runs: who waits for it to change waits on."""
         self._make(self._listen)
 
     def _make(self, listen: Sequence[Address]) -> None:
@@ -162,8 +165,7 @@ class Monitor:
             on_ready=self._ready,
             audit=lambda request: self._clients.audit(request),
         )
-        self.presence = Presence()
-        """Whether QEMU is there."""
+        self.presence.set(Qemu.UNKNOWN)
         all_listen = (*listen, *self.managers)
         first_client = FirstClient(
             self.name, self.qemu_address, all_listen, self.presence, over=self._gone_on
@@ -227,6 +229,7 @@ class Monitor:
                 await front.prepare()
             async with trio.open_nursery() as nursery:
                 self._nursery = nursery
+                self._running = True
                 nursery.start_soon(self._clients.run, self.managers)
                 for front in self.fronts:
                     nursery.start_soon(self._run_front, front)
@@ -237,6 +240,7 @@ class Monitor:
                     await front.settled.wait()
                 task_status.started()
         finally:
+            self._running = False
             for front in self.fronts:
                 front.close()
 
@@ -249,7 +253,8 @@ class Monitor:
             del self._fronts_run[front]
 
     async def listen_at(self, listen: Sequence[Address]) -> None:
-        """Has clients come at these listeners and at no others; who has come stays. Call it while it runs.
+        """Has clients come at these listeners and at no others; who has come stays. While it does not
+        run, the next run has them.
 
         Raises ListenError where one of them cannot be bound; the others are.
         """
@@ -257,6 +262,8 @@ class Monitor:
         for address, front in kept.items():
             if address not in listen:
                 self._end_front(front)
+        all_listen = (*listen, *self.managers)
+        self._denied = {address: address.rule.deny for address in all_listen if address.rule.deny}
         rest = self.fronts[len(self._listen) :]
         troubles: list[ListenError] = []
         now: dict[Address, Front] = {}
@@ -266,12 +273,16 @@ class Monitor:
                 continue
             front = self._clients.front(address)
             try:
-                await front.prepare()
+                if self._running:
+                    await front.prepare()
+                    self._nursery.start_soon(self._run_front, front)
             except ListenError as error:
                 troubles.append(error)
                 continue
+            except BaseException:  # its run has ended meanwhile
+                front.close()
+                raise
             now[address] = front
-            self._nursery.start_soon(self._run_front, front)
         self._listen, self.fronts = tuple(now), [*now.values(), *rest]
         if troubles:
             raise troubles[0]
