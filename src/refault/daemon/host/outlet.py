@@ -9,11 +9,14 @@ at that place in the log as soon as somebody reads it again.
 from __future__ import annotations
 
 import threading
+import time
 from collections import deque
 from collections.abc import Callable
 
 MOST_BYTES = 1 << 20
 """What waits for the reader: some ten thousand lines."""
+_FULL = 0.05
+"""Seconds until one that took nothing is tried again."""
 _GAP = b""
 """Stands where lines were dropped."""
 
@@ -83,8 +86,8 @@ class Outlet:
         while written < len(line):
             try:
                 written += self._take(line[written:])
-            except BlockingIOError:  # a socket's own deadline (log.py)
-                continue
+            except BlockingIOError:  # a socket's own deadline (log.py), or a descriptor that does not block
+                time.sleep(_FULL)
             except OSError:
                 break
         return written

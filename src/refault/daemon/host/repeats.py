@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import logging
 import time
+from collections import OrderedDict
 from collections.abc import Callable, Hashable
 from dataclasses import dataclass
 
 FIRST_INTERVAL = 1.0
 LONGEST_INTERVAL = 3600.0
 """Seconds until a line that repeats is said again; twice as long each time."""
+MOST_SUBJECTS = 4096
+"""Remembered; who was not said of for longest is forgotten, and is said of at once the next time."""
 
 
 def repeats(subject: Hashable, what: Hashable) -> dict[str, object]:
@@ -31,7 +34,7 @@ class Sparing(logging.Filter):
     def __init__(self, clock: Callable[[], float] = time.monotonic) -> None:
         super().__init__()
         self._clock = clock
-        self._said: dict[Hashable, _Said] = {}
+        self._said: OrderedDict[Hashable, _Said] = OrderedDict()
 
     def filter(self, record: logging.LogRecord) -> bool:
         """Whether the line is said now."""
@@ -43,13 +46,22 @@ class Sparing(logging.Filter):
         said = self._said.get(subject)
         if said is None or said.what != what:
             self._said[subject] = _Said(what, FIRST_INTERVAL, now + FIRST_INTERVAL)
+            self._said.move_to_end(subject)
+            if len(self._said) > MOST_SUBJECTS:
+                self._said.popitem(last=False)
             return True
+        self._said.move_to_end(subject)
         if now < said.again:
             said.unsaid += 1
             return False
         if said.unsaid:
-            record.msg = f"{record.getMessage()} ({said.unsaid} more of these since the last one said)"
-            record.args = None
+            more = "more of these since the last one said"
+            if record.args and isinstance(record.args, tuple):  # kept: the journal has fields of them
+                record.msg = f"{record.msg} (%d {more})"
+                record.args = (*record.args, said.unsaid)
+            else:
+                record.msg = f"{record.getMessage()} ({said.unsaid} {more})"
+                record.args = None
         said.unsaid = 0
         said.interval = min(said.interval * 2, LONGEST_INTERVAL)
         said.again = now + said.interval

@@ -9,6 +9,7 @@ import re
 import resource
 import subprocess
 import sys
+import time
 from functools import partial
 from pathlib import Path
 
@@ -99,6 +100,23 @@ def test_nobody_waits_for_a_reader_and_what_is_lost_is_told_of_where_it_is() -> 
     assert lines[-1] == told(lost)
     assert lines.count(line) == MOST_BYTES // len(line) + 100 - lost
     assert outlet.dropped == lost
+
+
+def test_a_descriptor_that_does_not_block_is_not_tried_all_the_time() -> None:
+    tries = 0
+
+    def take(line: bytes) -> int:
+        nonlocal tries
+        tries += 1
+        if tries == 1 or time.monotonic() < start + 0.1:
+            raise BlockingIOError
+        return len(line)
+
+    start = time.monotonic()
+    outlet = Outlet(take, told)
+    outlet.put(b"line\n")
+    outlet.flush(10)
+    assert (outlet.dropped, tries <= 4) == (0, True)
 
 
 def test_what_is_lost_is_told_of_though_nothing_follows() -> None:

@@ -4,7 +4,7 @@ import logging
 
 import pytest
 
-from refault.daemon.host.repeats import LONGEST_INTERVAL, Sparing, repeats
+from refault.daemon.host.repeats import LONGEST_INTERVAL, MOST_SUBJECTS, Sparing, repeats
 
 
 class Said:
@@ -51,3 +51,23 @@ def test_one_subject_does_not_silence_another_and_a_line_without_is_always_said(
     assert said("b", subject="another", what=1)
     assert not said("a", what=1)
     assert [said("plain") for _ in range(3)] == ["plain"] * 3
+
+
+def test_what_the_line_is_made_of_is_kept() -> None:
+    """The journal's fields are made of a line's message and arguments."""
+    times = iter((0.0, 0.5, 10.0))
+    sparing = Sparing(lambda: next(times))
+    for _ in range(3):
+        record = logging.LogRecord("refault", logging.WARNING, "", 0, "%s: 100%% lost", ("vm1",), None)
+        vars(record).update(repeats("loss", 1))
+        sparing.filter(record)
+    assert record.args == ("vm1", 1)
+    assert record.getMessage() == "vm1: 100% lost (1 more of these since the last one said)"
+
+
+def test_so_many_subjects_are_remembered(said: Said) -> None:
+    for number in range(MOST_SUBJECTS + 1):
+        assert said("a", subject=str(number), what=1)
+    assert not said("a", subject="1", what=1)
+    assert said("a", subject="0", what=1)
+    assert len(said.sparing._said) == MOST_SUBJECTS
