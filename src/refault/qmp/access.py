@@ -5,11 +5,14 @@ can do in its stead is refused with it: `human-monitor-command` does anything, a
 `qmp_capabilities` is never refused: it changes nothing but the client's own session.
 
 Read-only is a list of what may be said, so that a command that a later QEMU has is refused. Reviewed for it:
-the schemas of QEMU 5.2, 7.2, 10.0 and 11.1. Of their `query-*` none changes the VM or tells a secret that was
-given to QEMU as one. One has an effect: `query-rx-filter` has QEMU tell of the guest's next change of that
-filter again (hw/net/virtio-net.c, virtio_net_query_rxfilter), for which who is told of one asks anyway. Not
-allowed, though they are not meant to change anything:
+the schemas of QEMU 5.2, 7.2, 10.0 and 11.1. Of the `query-*` that it allows none changes the VM or tells a
+secret that was given to QEMU as one. One has an effect: `query-rx-filter` has QEMU tell of the guest's next
+change of that filter again (hw/net/virtio-net.c, virtio_net_query_rxfilter), for which who is told of one
+asks anyway. Not allowed, though they are not meant to change anything:
 
+- `query-cpu-model-expansion`, `-comparison`, `-baseline`: they make a CPU and set the properties that they
+  are given on it, `realized` too, which plugs a vCPU into the guest (target/i386/cpu-sysemu.c,
+  x86_cpu_from_model).
 - `qom-list-types`, `qom-list-properties`, `device-list-properties`: they load modules and make objects. 7.2
   aborts when a device's module is not installed, 10.0 and 11.1 when the modules are of another build than
   they, as after an upgrade (util/module.c).
@@ -34,6 +37,15 @@ READS: Mapping[str, str] = {
 """What read-only allows besides `query-*`, and what it tells."""
 _SECRET_PROPERTY = "data"  # noqa: S105 - a property's name
 """crypto/secret.c, qcrypto_secret_prop_get_data(): `qom-get` of it tells what `object-add` was given."""
+
+_SETS_PROPERTIES = frozenset(
+    ("query-cpu-model-expansion", "query-cpu-model-comparison", "query-cpu-model-baseline")
+)
+"""The `query-*` that change something."""
+
+MOST_READ = 64 << 10
+"""Bytes of one message at a listener that is read-only: no query is near it. QEMU reads byte by byte, and
+what comes behind waits, refault's own out-of-band commands too."""
 
 _MOST_SAID = 80
 """Characters of a client's text in an error or a line of the log."""
@@ -109,6 +121,7 @@ class Rule:
 
 FREE = Rule()
 """Everything may be said, as at QEMU's own socket."""
+_READ_ONLY = Rule(read_only=True)
 
 
 def denied(names: Collection[str]) -> frozenset[str]:
@@ -134,12 +147,14 @@ def canonical(name: str) -> str:
 
 def reads(name: str) -> bool:
     """Whether a command of this name tells something and changes nothing."""
-    return name.startswith("query-") or name in READS
+    return name in READS or (name.startswith("query-") and name not in _SETS_PROPERTIES)
 
 
-def changes(name: str) -> bool:
-    """Whether a command of this name goes on record where that is asked for: what read-only refuses."""
-    return name != CAPABILITIES and not reads(name)
+def changes(name: str, arguments: Callable[[], Mapping[str, object]]) -> bool:
+    """Whether a command goes on record where that is asked for: what read-only refuses, the reading of a
+    secret too. `arguments` decodes them.
+    """
+    return _READ_ONLY.refusal(name, arguments) is not None
 
 
 _IDS = ("id",)
@@ -166,6 +181,7 @@ _SPOKEN: Mapping[str, tuple[str, ...]] = {
     "job-cancel": _JOB,
     "job-complete": _JOB,
     "job-dismiss": _JOB,
+    "qom-get": ("path", "property"),
     "qom-set": ("path", "property"),
     "set_password": ("protocol",),
     "expire_password": ("protocol",),

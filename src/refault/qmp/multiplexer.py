@@ -21,12 +21,12 @@ from __future__ import annotations
 
 from collections import deque
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import msgspec
 
 from refault.qmp import replies
-from refault.qmp.access import FREE, Rule, changes
+from refault.qmp.access import FREE, MOST_READ, Rule, changes
 from refault.qmp.commands import Answer, Forward
 from refault.qmp.decoding import decode, decode_arguments, decode_members, verb_name
 from refault.qmp.descriptors import Descriptors
@@ -75,8 +75,8 @@ class Multiplexer:
 
     `watch`: names of commands about which `ask` is called; it arranges that `answer` is. `discard` closes a
     descriptor. `on_event` gets each event's name and data; `on_ready` is called when commands can go to QEMU.
-    `audit` is told of each command that changes the VM, of clients whose rule asks for it: as it goes to QEMU
-    or to a watcher, or is refused.
+    `audit` is told of each command that read-only refuses, of clients whose rule asks for it, as it goes to
+    QEMU or to a watcher, and of each that is refused.
     """
 
     def __init__(
@@ -133,7 +133,10 @@ class Multiplexer:
     def join(self, transport: object = None, rule: Rule = FREE) -> Client:
         """A client connected. It is greeted as soon as QEMU has greeted."""
         self._last_client += 1
-        client = Client(self._last_client, self.limits, transport=transport, rule=rule)
+        limits = self.limits
+        if rule.read_only:
+            limits = replace(limits, message=min(limits.message, MOST_READ))
+        client = Client(self._last_client, limits, transport=transport, rule=rule)
         self.clients[client.number] = client
         if self.greeting:
             self._greet(client, self.greeting)
@@ -263,7 +266,9 @@ class Multiplexer:
         self.ask(request)
 
     def _on_record(self, request: Request) -> None:
-        if request.client.rule.audit and changes(request.name.decode(errors="replace")):
+        if not request.client.rule.audit:
+            return
+        if request.refusal is not None or changes(request.name.decode(errors="replace"), request.arguments):
             self.audit(request)
 
     def _refused(self, request: Request) -> bytes | None:

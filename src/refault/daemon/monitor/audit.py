@@ -1,4 +1,5 @@
-"""What clients do to the VM, on record: a line of the log for each command that changes it.
+"""What clients do to the VM, on record: a line of the log for each command that changes it, and for those
+refused, of which one client's are spared where they come fast: a client can send more than a log takes.
 
 No value of an argument is told that was not reviewed (`refault.qmp.access`): there are secrets among them.
 """
@@ -8,6 +9,7 @@ from __future__ import annotations
 import logging
 from dataclasses import dataclass
 
+from refault.daemon.host.repeats import repeats
 from refault.daemon.monitor.address import Address
 from refault.daemon.monitor.caller import Caller
 from refault.qmp.access import record
@@ -41,6 +43,11 @@ class Recorded:
             "COMMAND": told.command,
             "REFUSED": int(refused),
         }
+        extra: dict[str, object] = {
+            "journal": {name: str(value) for name, value in fields.items() if value is not None}
+        }
+        if refused:  # nothing of what the client says is in this: it would choose how often it is told
+            extra |= repeats((self.vm, str(self.listener), request.client.number), "refused")
         _log.info(
             "%s: client %d (%s) at %s: %s%s%s",
             self.vm,
@@ -50,5 +57,5 @@ class Recorded:
             "refused: " if refused else "",
             told,
             " (out-of-band)" if request.oob else "",
-            extra={"journal": {name: str(value) for name, value in fields.items() if value is not None}},
+            extra=extra,
         )
