@@ -286,7 +286,9 @@ class Migration:
     def _close_channels(self) -> None:
         if self.channels is not None:
             pages = self.channels.relay.pages()
-            self.course.counters.add_pages(pages.requested, pages.repeated, pages.arrived, pages.replayed)
+            self.course.counters.add_pages(
+                pages.requested, pages.repeated, pages.arrived + pages.reopened, pages.replayed
+            )
             forward, backward = self.channels.close()
             self.channels = None
             self.course.is_relayed(False)

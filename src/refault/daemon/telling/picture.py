@@ -153,7 +153,7 @@ def _pages_total(counters: Counters, relay: Relay | None) -> PagesTotalStatus:
     return PagesTotalStatus(
         requested=ended.requested + now.requested,
         repeated=ended.repeated + now.repeated,
-        arrived=ended.arrived + now.arrived,
+        arrived=ended.arrived + now.arrived + now.reopened,
         replayed=ended.replayed + now.replayed,
     )
 

@@ -111,7 +111,8 @@ class PagesStatus(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class PagesTotalStatus(msgspec.Struct, frozen=True, kw_only=True):
-    """Page requests of all migrations since the daemon started, as those of `PagesStatus`."""
+    """Page requests of all migrations since the daemon started, as those of `PagesStatus`; `arrived`
+    takes nothing back of what a loss took with it."""
 
     requested: int = 0
     repeated: int = 0
