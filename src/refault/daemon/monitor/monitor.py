@@ -364,7 +364,7 @@ class Monitor:
         try:
             told = await self.execute("query-commands", timeout=KNOWN_TIMEOUT)
             commands = [each["name"] for each in msgspec.convert(told, list[dict[str, str]])]
-        except (QmpError, MonitorLost, trio.TooSlowError):
+        except (QmpError, MonitorLost, trio.TooSlowError, msgspec.ValidationError, KeyError):
             return
         for address, names in self._denied.items():
             if strange := unknown(names, commands):
