@@ -29,6 +29,8 @@ SYSUSERSDIR ?= $(PREFIX)/lib/sysusers.d
 TMPFILESDIR ?= $(PREFIX)/lib/tmpfiles.d
 CATALOGDIR ?= $(PREFIX)/lib/systemd/catalog
 LIBDIR := $(PREFIX)/lib/refault
+# What is installed is for all to read, whatever the umask of who installs it.
+READABLE := umask 022 &&
 # Where systemctl reload is to wait until it is done: systemd knows Type=notify-reload from 253 on.
 NOTIFY_RELOAD ?= $(shell systemctl --version 2>/dev/null | awk 'NR == 1 && $$2 >= 253 { print "yes" }')
 NOTIFY_RELOAD_UNIT := $(if $(NOTIFY_RELOAD),-e 's/^Type=notify$$/Type=notify-reload/' -e '/^ExecReload=/d')
@@ -193,21 +195,21 @@ dist: $(VENV)/.dev
 # A virtual environment of its own, so that nothing of the system's Python is touched; its scripts name PREFIX, not DESTDIR.
 install:
 	$(BOOTSTRAP) build
-	install -d $(DESTDIR)$(LIBDIR) $(DESTDIR)$(PREFIX)/bin $(DESTDIR)$(SYSCONFDIR)/refault/vms.d
-	$(PYTHON) -m venv $(DESTDIR)$(LIBDIR)
-	$(DESTDIR)$(LIBDIR)/bin/python -m pip install --quiet --upgrade --force-reinstall .
-	printf '#!%s/bin/python\nfrom refault.cli.main import main\n\nraise SystemExit(main())\n' $(LIBDIR) >$(DESTDIR)$(LIBDIR)/bin/refault
+	$(READABLE) install -d $(DESTDIR)$(LIBDIR) $(DESTDIR)$(PREFIX)/bin $(DESTDIR)$(SYSCONFDIR)/refault/vms.d
+	$(READABLE) $(PYTHON) -m venv $(DESTDIR)$(LIBDIR)
+	$(READABLE) $(DESTDIR)$(LIBDIR)/bin/python -m pip install --quiet --upgrade --force-reinstall .
+	$(READABLE) printf '#!%s/bin/python\nfrom refault.cli.main import main\n\nraise SystemExit(main())\n' $(LIBDIR) >$(DESTDIR)$(LIBDIR)/bin/refault
 	ln -sfn $(LIBDIR)/bin/refault $(DESTDIR)$(PREFIX)/bin/refault
-	$(DESTDIR)$(LIBDIR)/bin/python -m refault.cli.pages $(DESTDIR)$(PREFIX)/share
-	install -d $(DESTDIR)$(UNITDIR) $(DESTDIR)$(SYSUSERSDIR) $(DESTDIR)$(TMPFILESDIR)
-	sed 's|@PREFIX@|$(PREFIX)|g' systemd/refault@.service >$(DESTDIR)$(UNITDIR)/refault@.service
-	sed -e 's|@PREFIX@|$(PREFIX)|g' $(NOTIFY_RELOAD_UNIT) systemd/refault.service >$(DESTDIR)$(UNITDIR)/refault.service
-	install -d $(DESTDIR)$(CATALOGDIR)
+	$(READABLE) $(DESTDIR)$(LIBDIR)/bin/python -m refault.cli.pages $(DESTDIR)$(PREFIX)/share
+	$(READABLE) install -d $(DESTDIR)$(UNITDIR) $(DESTDIR)$(SYSUSERSDIR) $(DESTDIR)$(TMPFILESDIR)
+	$(READABLE) sed 's|@PREFIX@|$(PREFIX)|g' systemd/refault@.service >$(DESTDIR)$(UNITDIR)/refault@.service
+	$(READABLE) sed -e 's|@PREFIX@|$(PREFIX)|g' $(NOTIFY_RELOAD_UNIT) systemd/refault.service >$(DESTDIR)$(UNITDIR)/refault.service
+	$(READABLE) install -d $(DESTDIR)$(CATALOGDIR)
 	install -m 644 systemd/refault.catalog $(DESTDIR)$(CATALOGDIR)/refault.catalog
 	install -m 644 systemd/refault.sysusers $(DESTDIR)$(SYSUSERSDIR)/refault.conf
 	install -m 644 systemd/refault.tmpfiles $(DESTDIR)$(TMPFILESDIR)/refault.conf
 	test -e $(DESTDIR)$(SYSCONFDIR)/refault/example.env || install -m 640 systemd/example.env $(DESTDIR)$(SYSCONFDIR)/refault/example.env
-	test -e $(DESTDIR)$(SYSCONFDIR)/refault/refault.toml || install -m 640 systemd/refault.toml $(DESTDIR)$(SYSCONFDIR)/refault/refault.toml
+	test -e $(DESTDIR)$(SYSCONFDIR)/refault/refault.toml || install -m 644 systemd/refault.toml $(DESTDIR)$(SYSCONFDIR)/refault/refault.toml
 
 # With Debian's own Python, on which the package depends.
 deb:

@@ -58,6 +58,7 @@ def test_unit_of_the_whole_host_is_one_that_systemd_takes(system: Path) -> None:
     assert f"ExecStart={system}/usr/bin/refault serve\n" in unit.read_text()
     assert run("systemd-analyze", "verify", unit) == ""
     files = system / "etc/refault/refault.toml"
+    assert files.stat().st_mode & 0o777 == 0o644
     assert run(system / "usr/bin/refault", "check", "--config", files) == "no VM\n"
     example = re.findall(r"^# (\[.*|\w+ = .*)", files.read_text(), flags=re.MULTILINE)
     files.with_name("example.toml").write_text("\n".join(example))
