@@ -17,6 +17,8 @@ from typing import Generic, TypeVar
 from refault.session.wire import Code, Flag, Message
 
 MOST_LANES = 1 << 16
+_FARTHEST = 1 << 24
+"""An attempt so far above the highest is nobody's: it would leave who dials none to come."""
 REMEMBERED = 4096
 """Sessions that are over: a HELLO of theirs that comes late begins nothing."""
 
@@ -29,9 +31,11 @@ class Lane(Generic[Owner]):
 
     number: int
     owner: Owner | None = None
-    highest: int = 0
-    """The highest attempt that was let in."""
+    highest: int = -1
+    """The highest attempt that was let in; none yet."""
     is_over: bool = False
+    taken: int = 0
+    """Of one that is over: how far the stream of who dials was taken, if it ended in order."""
 
 
 @dataclass
@@ -48,6 +52,8 @@ class Verdict(Generic[Owner]):
     code: Code
     attempt: int
     lane: Lane[Owner] | None = None
+    taken: int = 0
+    """With `Code.GONE`: how far the stream of who dials was taken; 0 where the lane did not end in order."""
 
 
 class Table(Generic[Owner]):
@@ -58,7 +64,7 @@ class Table(Generic[Owner]):
         self._most_lanes = min(lanes, MOST_LANES)
         self._secret = secrets.token_bytes(32)
         self._sessions: dict[bytes, _Session[Owner]] = {}
-        self._over: OrderedDict[bytes, None] = OrderedDict()
+        self._over: OrderedDict[bytes, tuple[int, ...]] = OrderedDict()
 
     def __len__(self) -> int:
         return len(self._sessions)
@@ -69,7 +75,9 @@ class Table(Generic[Owner]):
         session = self._sessions.get(slot)
         if session is None or not hmac.compare_digest(session.id, hello.session):
             if slot in self._over:
-                return Verdict(Code.GONE, hello.attempt)
+                ends = self._over[slot]
+                taken = ends[hello.lane] if hello.lane < len(ends) else 0
+                return Verdict(Code.GONE, hello.attempt, taken=taken)
             return self._begin(slot, hello, proven)
         if session.proven and not proven:
             return Verdict(Code.KEY, hello.attempt)
@@ -77,24 +85,24 @@ class Table(Generic[Owner]):
             return self._further_lane(session, hello)
         lane = session.lanes[hello.lane]
         if lane.is_over:
-            return Verdict(Code.GONE, hello.attempt)
+            return Verdict(Code.GONE, hello.attempt, taken=lane.taken)
         return self._admit(lane, hello)
 
     def withdraw(self, session: bytes) -> None:
         """A session that could not begin after all: it may come again."""
         self._sessions.pop(self._slot(session), None)
 
-    def close(self, session: bytes, number: int) -> None:
-        """A lane is over; the session is, when all of its lanes are."""
+    def close(self, session: bytes, number: int, taken: int = 0) -> None:
+        """A lane is over; the session is, when all of its lanes are. `taken` as `Lane.taken`."""
         slot = self._slot(session)
         known = self._sessions.get(slot)
         if known is None:
             return
         lane = known.lanes[number]
-        lane.is_over, lane.owner = True, None
+        lane.is_over, lane.owner, lane.taken = True, None, taken
         if all(each.is_over for each in known.lanes):
             del self._sessions[slot]
-            self._over[slot] = None
+            self._over[slot] = tuple(each.taken for each in known.lanes)
             if len(self._over) > REMEMBERED:
                 self._over.popitem(last=False)
 
@@ -107,20 +115,28 @@ class Table(Generic[Owner]):
             return Verdict(Code.UNKNOWN, hello.attempt)
         if hello.lane > 0 or len(self._sessions) >= self._most:
             return Verdict(Code.AGAIN, hello.attempt)
-        session = self._sessions[slot] = _Session(hello.session, proven)
-        return self._further_lane(session, hello)
+        session: _Session[Owner] = _Session(hello.session, proven)
+        verdict = self._further_lane(session, hello)
+        if verdict.code is Code.OK:  # else nobody would ever close it
+            self._sessions[slot] = session
+        return verdict
 
     def _further_lane(self, session: _Session[Owner], hello: Message) -> Verdict[Owner]:
         if not hello.flags & Flag.NEW or hello.lane >= self._most_lanes:
             return Verdict(Code.UNKNOWN, hello.attempt)
         if hello.lane > len(session.lanes):
             return Verdict(Code.AGAIN, hello.attempt)
-        session.lanes.append(Lane(hello.lane))
-        return self._admit(session.lanes[-1], hello)
+        lane: Lane[Owner] = Lane(hello.lane)
+        verdict = self._admit(lane, hello)
+        if verdict.code is Code.OK:
+            session.lanes.append(lane)
+        return verdict
 
     @staticmethod
     def _admit(lane: Lane[Owner], hello: Message) -> Verdict[Owner]:
         if hello.attempt <= lane.highest:
             return Verdict(Code.STALE, lane.highest)
+        if hello.attempt > lane.highest + _FARTHEST:
+            return Verdict(Code.GONE, hello.attempt)
         lane.highest = hello.attempt
         return Verdict(Code.OK, hello.attempt, lane)

@@ -131,3 +131,23 @@ def test_memory_keeps_some_for_who_comes_next() -> None:
     memory.end(size + FIRST)
     assert memory.begin()
     assert not Memory(1 << 40).double(LARGEST)
+
+
+def test_a_session_that_is_not_let_in_takes_no_place() -> None:
+    """Its owner would be nobody, who never closes it; and attempt 0 is as good as another."""
+    table: Table[str] = Table(1)
+    assert table.judge(_hello((1 << 32) - 1), proven=False).code is Code.GONE
+    assert len(table) == 0
+    _begun(table, attempt=0)
+    assert table.judge(_hello((1 << 32) - 1, new=False), proven=False).code is Code.GONE
+    assert table.judge(_hello(1, new=False), proven=False).code is Code.OK
+
+
+def test_who_comes_after_the_end_hears_how_far_its_stream_was_taken() -> None:
+    table: Table[str] = Table(10, lanes=2)
+    _begun(table)
+    _begun(table, lane=1)
+    table.close(ID, 0, taken=77)
+    assert table.judge(_hello(2), proven=False).taken == 77
+    table.close(ID, 1)
+    assert [table.judge(_hello(2, lane=lane), proven=False).taken for lane in (0, 1, 2)] == [77, 0, 0]

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import ipaddress
 import logging
 import socket
-from collections import deque
+from collections import Counter, deque
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import trio
 
@@ -14,18 +16,20 @@ from refault.daemon.far import carry
 from refault.daemon.far.bell import Bell
 from refault.daemon.far.exchange import answers, send
 from refault.daemon.far.lane import LaneEnd
+from refault.daemon.far.patience import Patience
 from refault.daemon.host.repeats import repeats
 from refault.session.course import Event
 from refault.session.handshake import Answering, Keys, Untrusted
 from refault.session.stream import Wrong
-from refault.session.table import Table
-from refault.session.wire import Code, Message
+from refault.session.table import Table, Verdict
+from refault.session.wire import Code, Message, Positions
 
 log = logging.getLogger("refault.session")
 
 MOST_STRANGERS = 128
-"""Connections in the handshake at once. One more ends the oldest, who has had the longest time to prove
-itself."""
+"""Connections in the handshake at once. One more ends the oldest of the host that has the most."""
+_NETWORK = 64
+"""Bits of an IPv6 address that tell hosts apart: the others are a host's own to choose."""
 
 
 @dataclass(frozen=True)
@@ -35,6 +39,28 @@ class _Offer:
     hello: Message
 
 
+class _Stranger(NamedTuple):
+    scope: trio.CancelScope
+    host: str
+
+
+def host_of(peer: str) -> str:
+    """What stands for a peer's host, of its address as the kernel gives it."""
+    address = ipaddress.ip_address(peer.partition("%")[0])
+    if isinstance(address, ipaddress.IPv4Address):
+        return str(address)
+    if address.ipv4_mapped is not None:
+        return str(address.ipv4_mapped)
+    return str(ipaddress.ip_network((address, _NETWORK), strict=False))
+
+
+def who_goes(strangers: deque[_Stranger]) -> _Stranger:
+    """The oldest of the host that has the most: so no host takes the places of others."""
+    count = Counter(each.host for each in strangers)
+    most = max(count.values())
+    return next(each for each in strangers if count[each.host] == most)
+
+
 class Answered:
     """One lane's connections, of which the last that was let in counts."""
 
@@ -42,6 +68,7 @@ class Answered:
         """`patience`: seconds for which there may be no connection."""
         self._end = end
         self._patience = patience
+        self._rest = Patience(patience, end.stream)
         self._offer: _Offer | None = None
         self._offered = Bell()
         self._scope = trio.CancelScope()
@@ -58,12 +85,17 @@ class Answered:
         self._offered.ring()
         self._scope.cancel()
 
+    def give_up(self) -> None:
+        """The lane is over, and nobody needs to hear of it: `keep` ends."""
+        self._scope.cancel()
+        self._offered.ring()
+
     async def keep(self) -> None:
         """Carries the lane on whichever connection is offered, until it is over."""
-        end, lost, began = self._end, "", trio.current_time()
+        end, rest, lost, began = self._end, self._rest, "", trio.current_time()
         try:
             while not end.over.is_set():
-                with trio.move_on_after(self._patience) as patience:
+                with trio.move_on_after(rest.left) as patience:
                     await self._offered.wait()
                 if patience.cancelled_caught:
                     log.warning(
@@ -77,6 +109,8 @@ class Answered:
                 offer, self._offer = self._offer, None
                 if offer is None:
                     continue
+                rest.waited(trio.current_time() - began)
+                rest.connected()
                 with offer.sock, trio.CancelScope() as self._scope:
                     if lost:
                         took = trio.current_time() - began
@@ -85,6 +119,7 @@ class Answered:
                     lost = await self._carried(offer)
                 began = trio.current_time()
                 end.stream.lost()
+                rest.lost()
                 if not end.over.is_set():
                     log.info("%s: the connection of the other refault is lost: %s", end.name, lost)
         finally:
@@ -125,39 +160,43 @@ class Reception:
         self._keys = keys
         self._table = table
         self._begin = begin
-        self._strangers: deque[trio.CancelScope] = deque()
+        self._strangers: deque[_Stranger] = deque()
 
     async def receive(self, sock: socket.socket) -> None:
         """One connection; it is closed, or belongs to a lane afterwards."""
-        if len(self._strangers) >= MOST_STRANGERS:
-            self._strangers.popleft().cancel()
-        scope = trio.CancelScope()
-        self._strangers.append(scope)
-        given = False
-        try:
-            with scope:
-                given = await self._received(sock)
-        finally:
-            if scope in self._strangers:
-                self._strangers.remove(scope)
-            if not given:
-                sock.close()
-
-    async def _received(self, sock: socket.socket) -> bool:
         try:
             carry.prepare(sock)
             peer = sock.getpeername()[0]
-        except OSError:
-            return False  # it has gone again
+        except OSError:  # it has gone again
+            sock.close()
+            return
+        if len(self._strangers) >= MOST_STRANGERS:
+            leaving = who_goes(self._strangers)
+            self._strangers.remove(leaving)
+            leaving.scope.cancel()
+        stranger = _Stranger(trio.CancelScope(), host_of(peer))
+        self._strangers.append(stranger)
+        given = False
+        try:
+            with stranger.scope:
+                given = await self._received(sock, peer)
+        finally:
+            if stranger in self._strangers:
+                self._strangers.remove(stranger)
+            if not given:
+                sock.close()
+
+    async def _received(self, sock: socket.socket, peer: str) -> bool:
         answering = Answering(self._keys)
         try:
             hello = await answers(sock, answering)
-            code, attempt = self._judged(sock, answering, hello)
-            if code is Code.OK:
+            verdict = self._judged(sock, answering, hello)
+            if verdict.code is Code.OK:
                 return True
-            await send(sock, answering.welcome(hello, code, attempt))
+            at = Positions(written=verdict.taken)
+            await send(sock, answering.welcome(hello, verdict.code, verdict.attempt, at))
         except Untrusted as error:
-            log.warning("%s is refused: %s", peer, error, extra=repeats(("refused", peer), str(error)))
+            log.warning("%s is refused: %s", peer, error, extra=repeats("refused", ""))
             if error.answer:
                 await tell(sock, error.answer)
             return False
@@ -167,19 +206,19 @@ class Reception:
         await carry.part(sock)
         return False
 
-    def _judged(self, sock: socket.socket, answering: Answering, hello: Message) -> tuple[Code, int]:
+    def _judged(self, sock: socket.socket, answering: Answering, hello: Message) -> Verdict[Answered]:
         """With OK the connection is the lane's."""
         verdict = self._table.judge(hello, proven=answering.proven)
         lane = verdict.lane
         if verdict.code is not Code.OK or lane is None:
-            return verdict.code, verdict.attempt
+            return verdict
         if lane.owner is None:
             lane.owner = self._begin(hello.session)
             if lane.owner is None:
                 self._table.withdraw(hello.session)
-                return Code.AGAIN, verdict.attempt
+                return Verdict(Code.AGAIN, verdict.attempt)
         lane.owner.offer(_Offer(sock, answering, hello))
-        return Code.OK, verdict.attempt
+        return verdict
 
 
 async def tell(sock: socket.socket, answer: bytes) -> None:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import logging
 import secrets
 import socket
-from collections.abc import Iterator
 
 import trio
 
@@ -13,6 +12,7 @@ from refault.daemon.far import carry
 from refault.daemon.far.dial import connect
 from refault.daemon.far.exchange import HANDSHAKE_TIMEOUT, dials
 from refault.daemon.far.lane import LaneEnd
+from refault.daemon.far.patience import Patience
 from refault.daemon.host.repeats import repeats
 from refault.migration.endpoint import Inet
 from refault.session.course import Event
@@ -24,7 +24,8 @@ log = logging.getLogger("refault.session")
 
 DIAL_TIMEOUT = 1.0
 """The kernel repeats a SYN ever later: dialling anew finds a path that is back sooner."""
-_FIRST_PAUSE, _LONGEST_PAUSE = 0.01, 0.5
+_LAST_ATTEMPT = (1 << 32) - 1
+"""The field has no higher one."""
 
 
 class NotYet(Exception):  # noqa: N818 - it says what is
@@ -40,6 +41,7 @@ class Dialled:
         self._to = to
         self._keys = keys
         self._patience = patience
+        self._rest = Patience(patience, end.stream)
         self._session = secrets.token_bytes(ID_BYTES)
         self._attempt = 0
         self._welcomed = False
@@ -53,26 +55,29 @@ class Dialled:
             if sock is None:
                 return
             with sock:
+                self._rest.connected()
                 lost = await carry.carry(sock, end)
             end.stream.lost()
+            self._rest.lost()
             if not end.over.is_set():
                 log.info("%s: the connection to the other refault is lost: %s; resuming", end.name, lost)
 
     async def _connected(self, lost: str) -> socket.socket | None:
         """A connection that carries on from where the last one ended; None where the lane is over."""
-        end, began, pauses = self._end, trio.current_time(), _pauses()
-        with trio.move_on_after(self._patience):
+        end, began, rest = self._end, trio.current_time(), self._rest
+        with trio.move_on_after(rest.left):
+            if not rest.is_fresh:
+                await trio.sleep(rest.pause())
             while True:
                 try:
                     sock = await self._attempted()
                 except (NotYet, OSError, Untrusted, trio.TooSlowError) as error:
                     self._say(error)
-                    await trio.sleep(next(pauses))
+                    await trio.sleep(rest.pause())
                     continue
-                if sock is None:
-                    log.warning("%s: the other refault knows this session no more: reset", end.name)
-                elif lost:
-                    took = trio.current_time() - began
+                took = trio.current_time() - began
+                rest.waited(took)
+                if sock is not None and lost:
                     log.info("%s: resumed after %.3f s, attempt %d", end.name, took, self._attempt)
                 return sock
         log.warning(
@@ -91,6 +96,9 @@ class Dialled:
 
     async def _attempted(self) -> socket.socket | None:
         """One attempt. None where the lane is over; raises where it came to nothing."""
+        if self._attempt >= _LAST_ATTEMPT:
+            self._forgotten(0)
+            return None
         self._attempt += 1
         connection = await connect(self._to, DIAL_TIMEOUT)
         sock = socket.socket(fileno=connection.detach())
@@ -113,7 +121,7 @@ class Dialled:
         dialling = Dialling(self._keys, hello, proven=self._proven)
         welcome = await dials(sock, dialling)
         if welcome.code in (Code.UNKNOWN, Code.GONE):
-            end.tell(Event.FORGOTTEN)
+            self._forgotten(welcome.positions.written)
             return False
         if welcome.code is not Code.OK:
             if welcome.code is Code.STALE:
@@ -127,11 +135,12 @@ class Dialled:
         self._proven = self._proven or dialling.proven
         return True
 
-
-def _pauses() -> Iterator[float]:
-    """Seconds between two attempts."""
-    yield 0.0
-    pause = _FIRST_PAUSE
-    while True:
-        yield pause
-        pause = min(pause * 2, _LONGEST_PAUSE)
+    def _forgotten(self, taken: int) -> None:
+        """The other end knows the lane no more; of ours it had `taken` all before, if it ended in order."""
+        end = self._end
+        facts = end.stream.facts()
+        if facts.finished and facts.taken and taken == facts.here.end:
+            end.tell(Event.DONE)  # all is delivered on both sides, and only END was lost
+        elif not end.is_done:
+            log.warning("%s: the other refault knows this session no more: reset", end.name)
+        end.tell(Event.FORGOTTEN)

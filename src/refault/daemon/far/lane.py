@@ -48,8 +48,23 @@ class LaneEnd:
         self.over = trio.Event()
         self._course = Course(role)
         self._memory = memory
+        self.done_at = 0
+        """Where the peer's stream ended, when both streams were over in order; else 0."""
         self._widened_at = 0
         self._stopped = False
+
+    @property
+    def is_done(self) -> bool:
+        """Both streams were over in order."""
+        return self.done_at > 0
+
+    def attach(self, local: Local) -> None:
+        """There is a local side, which is told what has happened before it was there."""
+        self.local = local
+        if self._stopped:
+            local.say_no_more()
+        if self._course.state is not State.OPEN:
+            local.reset()
 
     def heard(self) -> None:
         """Frames have come, and the stream has taken them."""
@@ -67,7 +82,10 @@ class LaneEnd:
 
     def tell(self, event: Event) -> None:
         """What the stream does not know has happened."""
-        self._do(self._course.take(event))
+        actions = self._course.take(event)
+        if event is Event.DONE and actions:
+            self.done_at = self.stream.facts().here.written
+        self._do(actions)
 
     def grow(self) -> bool:
         """Makes room for what the local side says, where the peer has room for it; False where there is none
@@ -93,6 +111,8 @@ class LaneEnd:
         Once for each promise, however often the peer asks on the way."""
         facts = self.stream.facts()
         here, size = facts.here, facts.in_size
+        if here.received < facts.wanted:  # who has filled its room has sent that before it asks for more
+            return
         if not facts.wanted or facts.wanted < self._widened_at or here.received - here.written > size // 2:
             return
         if self._memory.double(size):

@@ -21,6 +21,16 @@ _LOOK = 0.25
 _AT_ONCE = struct.pack("ii", 1, 0)
 """struct linger: a close that is a reset."""
 
+_THROWN_AWAY = memoryview(bytearray(64 << 10))
+
+
+def break_off(sock: socket.socket) -> None:
+    """Closes a connection by a reset; a unix socket knows none."""
+    if sock.fileno() >= 0 and sock.family != socket.AF_UNIX:
+        with contextlib.suppress(OSError):
+            sock.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, _AT_ONCE)
+    sock.close()
+
 
 class Plain:
     """A connected socket, this object's from now on, and the end of the lane by which it is relayed."""
@@ -34,13 +44,20 @@ class Plain:
         self._room = Bell()
         self._came = Bell()
         self._scope = trio.CancelScope()
+        self._in_order = False
 
     async def run(self) -> None:
-        """Passes on until the connection is closed or reset."""
-        with self._sock, self._scope:
-            async with trio.open_nursery() as nursery:
-                nursery.start_soon(self._read)
-                nursery.start_soon(self._write)
+        """Passes on until the connection is closed, or reset: that is how it ends by any way but `close`."""
+        try:
+            with self._scope:
+                async with trio.open_nursery() as nursery:
+                    nursery.start_soon(self._read)
+                    nursery.start_soon(self._write)
+        finally:
+            if self._in_order:
+                self._sock.close()
+            else:
+                break_off(self._sock)
 
     # what the lane says (refault.daemon.far.lane.Local)
 
@@ -51,6 +68,7 @@ class Plain:
 
     def close(self) -> None:
         """All is said and taken: `run` closes the connection and ends."""
+        self._in_order = True
         self._scope.cancel()
 
     def reset(self) -> None:
@@ -58,9 +76,8 @@ class Plain:
         with contextlib.suppress(OSError):  # it takes no more now, or broke itself
             while data := self._stream.unwritten():
                 self._stream.wrote(self._sock.send(data, socket.MSG_NOSIGNAL))
-        if not self._is_unix and self._sock.fileno() >= 0:
-            self._sock.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, _AT_ONCE)
-        self.close()
+        self._in_order = False
+        self._scope.cancel()
 
     def say_no_more(self) -> None:
         """Nobody takes what comes from here any more: over a unix socket that can be told."""
@@ -93,6 +110,17 @@ class Plain:
             else:
                 stream.finish()
             end.said()
+            await trio.lowlevel.checkpoint()
+        ended = False
+        while not ended:  # what nobody takes is thrown away: a close with bytes unread would be a reset
+            try:
+                ended = not sock.recv_into(_THROWN_AWAY)
+            except BlockingIOError:
+                await trio.lowlevel.wait_readable(sock)
+                continue
+            except OSError:
+                end.tell(Event.BROKE_HERE)
+                return
             await trio.lowlevel.checkpoint()
         while True:  # until the other direction has ended too
             await self._until(self._room)

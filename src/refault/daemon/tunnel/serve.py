@@ -7,8 +7,10 @@ No connection knows of another: each has a nursery of its own, and an internal e
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import logging
+import resource
 import signal
 import socket
 from collections.abc import Awaitable, Callable
@@ -18,12 +20,13 @@ import trio
 
 from refault.daemon.far.answered import Answered, Reception
 from refault.daemon.far.dialled import Dialled
+from refault.daemon.far.exchange import HANDSHAKE_TIMEOUT
 from refault.daemon.far.lane import LaneEnd
 from refault.daemon.host.notify import Notifier
 from refault.daemon.host.repeats import repeats
 from refault.daemon.monitor import dial, listener
 from refault.daemon.tunnel.options import TunnelOptions
-from refault.daemon.tunnel.plain import Plain
+from refault.daemon.tunnel.plain import Plain, break_off
 from refault.migration.endpoint import Inet
 from refault.session.course import Event, Role
 from refault.session.memory import Memory
@@ -35,6 +38,8 @@ TARGET_TIMEOUT = 10.0
 STOP_PATIENCE = 1.0
 """Seconds for the other refault to hear that this one ends."""
 _ACCEPT_PAUSE = 0.1
+_OTHER_DESCRIPTORS = 256
+"""For what is not a connection's own two: handshakes, those that take another's place, the journal."""
 _ENDS = (signal.SIGTERM, signal.SIGINT, signal.SIGQUIT)
 _TRANSIENT = (errno.ECONNABORTED, errno.EINTR)
 
@@ -45,7 +50,8 @@ class Tunnel:
     def __init__(self, options: TunnelOptions) -> None:
         self._options = options
         self._memory = Memory()
-        self._table: Table[Answered] = Table(self._memory.most_lanes)
+        self._most = min(self._memory.most_lanes, max(1, (_descriptors() - _OTHER_DESCRIPTORS) // 2))
+        self._table: Table[Answered] = Table(self._most)
         self._reception = Reception(options.keys, self._table, self._begin_answered)
         self._ends: set[LaneEnd] = set()
         self._count = 0
@@ -96,7 +102,7 @@ class Tunnel:
         try:
             await handle(sock)
         except Exception:
-            sock.close()
+            break_off(sock)
             log.exception("internal error with a connection that has come: it is closed, the others go on")
 
     async def _relay(self, sock: socket.socket) -> None:
@@ -108,10 +114,14 @@ class Tunnel:
             return
         end = self._new_end(Role.DIALS)
         if end is None:
-            log.warning("no memory for one more connection: it is closed", extra=repeats("memory", ""))
+            log.warning(
+                "no memory, or no descriptors (ulimit -n), for one more connection: it is closed",
+                extra=repeats("memory", ""),
+            )
             sock.close()
             return
-        plain = end.local = Plain(sock, end)
+        plain = Plain(sock, end)
+        end.attach(plain)
         to = Inet(self._options.to.host, self._options.to.port)
         far = Dialled(end, to, self._options.keys, self._options.patience)
         await self._live(end, plain.run, far.keep)
@@ -127,14 +137,23 @@ class Tunnel:
 
     async def _answer(self, end: LaneEnd, far: Answered, session: bytes) -> None:
         try:
-            await self._live(end, partial(self._reach_target, end), far.keep)
+            await self._live(end, partial(self._reach_target, end, far), far.keep)
         finally:
-            self._table.close(session, 0)
+            if end.first_heard.is_set():
+                self._table.close(session, 0, end.done_at)
+            else:  # who has not heard that it began may yet begin it
+                self._table.withdraw(session)
 
-    async def _reach_target(self, end: LaneEnd) -> None:
+    async def _reach_target(self, end: LaneEnd, far: Answered) -> None:
         """Dials the target once the other refault has shown that it goes on with this session: what comes of
         a HELLO that was late is nobody's business there."""
-        await end.first_heard.wait()
+        # Who lost its first connection at once has as long as for any other.
+        with trio.move_on_after(max(2 * HANDSHAKE_TIMEOUT, self._options.patience)) as waiting:
+            await end.first_heard.wait()
+        if waiting.cancelled_caught:
+            end.tell(Event.IMPATIENT)
+            far.give_up()
+            return
         target = self._options.to
         try:
             sock = await dial.dial(target, TARGET_TIMEOUT)
@@ -143,12 +162,15 @@ class Tunnel:
             log.warning("%s: %s cannot be reached: %s", end.name, target, why, extra=repeats("target", why))
             end.tell(Event.BROKE_HERE)
             return
-        plain = end.local = Plain(sock, end)
+        plain = Plain(sock, end)
+        end.attach(plain)
         end.said()
         await plain.run()
 
     def _new_end(self, role: Role) -> LaneEnd | None:
         self._count += 1
+        if len(self._ends) >= self._most:
+            return None
         try:
             return LaneEnd(role, f"connection {self._count}", self._memory)
         except MemoryError:
@@ -172,6 +194,15 @@ class Tunnel:
                 end.local.reset()
             end.over.set()
             end.release()
+
+
+def _descriptors() -> int:
+    """How many this process may have; as many as it may ask for, from now on."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    with contextlib.suppress(OSError, ValueError):
+        resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
+        soft = hard
+    return 1 << 20 if soft == resource.RLIM_INFINITY else soft
 
 
 async def serve(options: TunnelOptions) -> None:
