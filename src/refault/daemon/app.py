@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import importlib
 import logging
 import signal
 import threading
@@ -28,6 +29,7 @@ log = logging.getLogger("refault")
 
 PICTURE_PATIENCE = 1.0
 CONFIGURED = "the configuration"
+METRICS = "refault.daemon.telling.metrics"
 STOP_PATIENCE = 60.0
 """Seconds that a stop may take where it would harm a guest; after that it happens all the same."""
 PHASE_PATIENCE = 2.0
@@ -184,8 +186,7 @@ async def _serve(
         await _set_services(services, wanted.host, Publisher(vms, troubles))
         notifier.ready(f"serving {options.qemu}")
         await _until_end(name, ends, notifier)
-        await _stop(vms(), ends, notifier)
-        nursery.cancel_scope.cancel()
+        await _stop(vms, ends, notifier, nursery.cancel_scope)
 
 
 async def _serve_host(
@@ -198,7 +199,7 @@ async def _serve_host(
 ) -> None:
     troubles, notifier = Troubles(), Notifier()
     fleet = Fleet(troubles)
-    finders = Finders(fleet)
+    finders = Finders(fleet, troubles)
     services = _Services(name, troubles)
 
     async def apply(wanted: Configuration) -> None:
@@ -214,11 +215,14 @@ async def _serve_host(
         notifier.ready("internal error: see the log")
 
     async def follow() -> None:
+        await apply(wanted)
+        log.info("%s: serving %d VMs", name, len(fleet.vms))
+        importlib.import_module(METRICS)  # while it is of the same release as what runs
         async for _ in reloads:
             notifier.reloading()
             log.info("%s: SIGHUP, reading the configuration anew", name)
             try:
-                now = await trio.to_thread.run_sync(reload)
+                now = await trio.to_thread.run_sync(reload, abandon_on_cancel=True)
             except OperatorError as error:
                 why = "; ".join(str(error).splitlines())
                 log.error("%s: the configuration is wrong, so nothing is changed: %s", name, why)
@@ -237,16 +241,15 @@ async def _serve_host(
     async with trio.open_nursery() as nursery:
         nursery.start_soon(_say_not_for_us, name, others)
         await nursery.start(fleet.run)
-        await nursery.start(finders.run)
         await nursery.start(services.run)
         publisher = Publisher(lambda: fleet.vms, troubles)
         nursery.start_soon(notifier.keep_watchdog)
-        await apply(wanted)
-        log.info("%s: serving %d VMs", name, len(fleet.vms))
-        nursery.start_soon(follow)
-        await _until_end(name, ends, notifier)
-        await _stop(fleet.vms, ends, notifier)
-        nursery.cancel_scope.cancel()
+        async with trio.open_nursery() as following:
+            await following.start(finders.run)
+            following.start_soon(follow)
+            await _until_end(name, ends, notifier)
+            following.cancel_scope.cancel()
+        await _stop(lambda: fleet.vms, ends, notifier, nursery.cancel_scope)
 
 
 def _fronted(members: Sequence[Member]) -> list[Vm]:
@@ -271,18 +274,28 @@ async def _until_end(name: str, ends: AsyncIterator[int], notifier: Notifier) ->
         return
 
 
-async def _stop(vms: Sequence[Vm], ends: AsyncIterator[int], notifier: Notifier) -> None:
-    """Waits, for a time, until all may end; a second signal ends it."""
-    for vm in vms:
-        vm.stopping = True
+async def _stop(
+    vms: Callable[[], Sequence[Vm]], ends: AsyncIterator[int], notifier: Notifier, all_of_it: trio.CancelScope
+) -> None:
+    """Cancels all when all VMs may end in the same moment, or after a time, or at a second signal."""
     with trio.move_on_after(STOP_PATIENCE):
         async with trio.open_nursery() as nursery:
             nursery.start_soon(_second_signal, ends, nursery.cancel_scope)
             nursery.start_soon(_ask_for_time, notifier)
-            async with trio.open_nursery() as stopping:
-                for vm in vms:
-                    stopping.start_soon(_until_stopping_is_safe, vm)
+            while True:
+                asked = list(vms())
+                for vm in asked:
+                    vm.stopping = True
+                async with trio.open_nursery() as stopping:
+                    for vm in asked:
+                        stopping.start_soon(_until_stopping_is_safe, vm)
+                # While one was waited for, another may have come to where its end does harm.
+                if all(vm in asked and vm.safe_now for vm in vms()):
+                    break
+                await trio.sleep(STOP_POLL)
+            all_of_it.cancel()
             nursery.cancel_scope.cancel()
+    all_of_it.cancel()
 
 
 async def _say_not_for_us(name: str, signals: AsyncIterator[int]) -> None:
@@ -308,13 +321,21 @@ async def _until_stopping_is_safe(vm: Vm) -> None:
     with trio.move_on_after(PHASE_PATIENCE):
         while not vm.may_stop:  # noqa: ASYNC110 - nothing tells of it
             await trio.sleep(STOP_POLL)
-    while not await vm.prepare_to_stop():
+    while not await _prepared_to_stop(vm):
         log.warning(
             "%s: not ending yet: a leg may not be closed now, and QEMU does not hold it; a second signal"
             " ends refault all the same",
             vm.name,
         )
         await trio.sleep(1)
+
+
+async def _prepared_to_stop(vm: Vm) -> bool:
+    try:
+        return await vm.prepare_to_stop()
+    except Exception:  # the others are to end without harm all the same
+        log.exception("%s: internal error before the end", vm.name)
+        return False
 
 
 async def _ask_for_time(notifier: Notifier) -> None:

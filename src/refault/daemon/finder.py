@@ -14,6 +14,7 @@ from collections.abc import Iterator, Sequence
 import trio
 
 from refault.daemon.fleet import Fleet
+from refault.daemon.host.own_needs import Troubles
 from refault.daemon.host.repeats import repeats
 from refault.daemon.kernel.inotify import path_and_entries_watched
 from refault.daemon.kernel.unix_diag import listens
@@ -34,8 +35,9 @@ _Identity = tuple[int, int, int]
 class Finders:
     """One finder for each pattern."""
 
-    def __init__(self, fleet: Fleet) -> None:
+    def __init__(self, fleet: Fleet, troubles: Troubles) -> None:
         self._fleet = fleet
+        self._troubles = troubles
         self._finders: dict[str, tuple[Finder, trio.CancelScope]] = {}
         self._nursery: trio.Nursery
 
@@ -61,13 +63,17 @@ class Finders:
                 scope = trio.CancelScope()
                 finder = Finder(watch, self._fleet)
                 self._finders[pattern] = finder, scope
-                await self._nursery.start(self._run, finder, scope)
+                await self._nursery.start(self._run, pattern, finder, scope)
 
     async def _run(
-        self, finder: Finder, scope: trio.CancelScope, *, task_status: trio.TaskStatus[None]
+        self, pattern: str, finder: Finder, scope: trio.CancelScope, *, task_status: trio.TaskStatus[None]
     ) -> None:
-        with scope:
-            await finder.run(task_status=task_status)
+        need = f"[[watch]] {pattern}"
+        try:
+            with scope:
+                await self._troubles.keep(need, finder.run, task_status=task_status)
+        finally:
+            self._troubles.over(need)
 
 
 class Finder:
@@ -87,6 +93,8 @@ class Finder:
         base = _base(self._watch.pattern)
         started = False
         async with trio.open_nursery() as self._nursery:
+            for path in self._found:  # before it failed
+                self._nursery.start_soon(self._follow, path)
             while True:
                 directories = sorted(_directories(self._watch.pattern))
                 with path_and_entries_watched(base, directories) as changes:
@@ -141,7 +149,8 @@ class Finder:
             identity, options = self._found[path]
             vm = self._fronted(options)
             if vm is None:
-                if _identity(path) != identity:
+                now = _identity(path)
+                if now is None or now[:2] != identity[:2]:  # its times change with its mode
                     break
                 await trio.sleep(GONE_AFTER)  # it is tried again, or is another's
                 continue
@@ -153,10 +162,11 @@ class Finder:
             if not vm.state.qemu_lives and not _listened(vm):
                 log.info("%s: its QEMU has ended: no longer looked for", options.name)
                 break
-        self._found.pop(path, None)
-        if (left := _identity(path)) is not None:
-            self._ended[path] = left
+        was = self._found.pop(path, None)
+        if was is not None and _identity(path) == was[0]:  # else it is another's, who is looked for
+            self._ended[path] = was[0]
         await self._want()
+        await self._look()
 
     def _fronted(self, options: VmOptions) -> Vm | None:
         member = self._fleet.members.get(options.name)

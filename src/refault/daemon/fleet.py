@@ -30,6 +30,8 @@ log = logging.getLogger("refault")
 
 RETRY = (0.5, 2.0)
 """Seconds: the first and the longest pause before a VM is tried again that could not be fronted."""
+START_PATIENCE = 5.0
+"""Seconds that a start or a reload waits for what is new; it goes on to come after that."""
 LEAVE_LOOK = 0.5
 """Seconds between two looks whether a VM may leave."""
 NOT_WANTED = "it is wanted no more"
@@ -46,6 +48,8 @@ class Member:
         """While it is fronted."""
         self._troubles = troubles
         self._news = trio.Event()
+        self.started = trio.Event()
+        """Set when it is fronted, or could not be."""
 
     def want(self, options: VmOptions | None) -> None:
         """From now on it is to be like this, or to leave."""
@@ -53,20 +57,9 @@ class Member:
             self.wanted = options
             self._news.set()
 
-    async def run(self, *, task_status: trio.TaskStatus[None] = trio.TASK_STATUS_IGNORED) -> None:
-        """Fronts it for as long as it is wanted. Started when it is fronted, or could not be.
-
-        What keeps it from that is told, and tried again.
-        """
+    async def run(self) -> None:
+        """Fronts it for as long as it is wanted. What keeps it from that is told, and tried again."""
         pause, longest = RETRY
-        told = False
-
-        def tell_started() -> None:
-            nonlocal told
-            if not told:
-                told = True
-                task_status.started()
-
         while (options := self.wanted) is not None:
             self._news = trio.Event()
             made = False
@@ -76,7 +69,7 @@ class Member:
                     await nursery.start(partial(self.front, wait=False), options)
                     self._troubles.over(self.name)
                     pause = RETRY[0]
-                    tell_started()
+                    self.started.set()
             except Exception as error:
                 expected = operator_errors(error)
                 why = _why(error)
@@ -88,7 +81,7 @@ class Member:
                     exc_info=None if expected else error,
                     extra=repeats((self.name, "fronted"), why),
                 )
-                tell_started()
+                self.started.set()
                 with trio.move_on_after(pause):
                     if len(expected) == 1 and isinstance(expected[0], StateTaken):
                         await self._news_or_change_of(StateLock(options.state_dir, self.name).path)
@@ -98,7 +91,6 @@ class Member:
             if made:
                 with contextlib.suppress(OSError):  # there may be something in it
                     options.state_dir.rmdir()
-        tell_started()
         self._troubles.over(self.name)
 
     async def _news_or_change_of(self, path: Path) -> None:
@@ -244,37 +236,39 @@ class Fleet:
         """What each source wants from now on; sources that are not named want what they wanted.
 
         A VM whose name or address another has is left out, and said. Returns when all that is new is
-        fronted, or could not be.
+        fronted, or could not be, or takes long. Where it is cancelled, what is wanted is wanted.
         """
         self._sources.update({source: tuple(vms) for source, vms in sources.items()})
         wanted = self._without_clashes()
-        async with trio.open_nursery() as starting:
-            for name, member in self.members.items():
-                member.want(wanted.get(name))
-            for name, options in wanted.items():
-                if name not in self.members:
-                    member = self.members[name] = Member(options, self._troubles)
-                    starting.start_soon(self._nursery.start, self._run, member)
+        for name, member in self.members.items():
+            member.want(wanted.get(name))
+        new = [self._start(options) for name, options in wanted.items() if name not in self.members]
+        with trio.move_on_after(START_PATIENCE):
+            for member in new:
+                await member.started.wait()
+
+    def _start(self, options: VmOptions) -> Member:
+        member = self.members[options.name] = Member(options, self._troubles)
+        self._nursery.start_soon(self._run, member)
+        return member
 
     def forget(self, sources: Iterable[str]) -> None:
         """These sources want nothing any more, with the next `want`."""
         for source in sources:
             self._sources.pop(source, None)
 
-    async def _run(
-        self, member: Member, *, task_status: trio.TaskStatus[None] = trio.TASK_STATUS_IGNORED
-    ) -> None:
+    async def _run(self, member: Member) -> None:
         try:
-            await member.run(task_status=task_status)
+            await member.run()
         except Exception:  # it is that VM's trouble alone
             log.exception("%s: internal error: not fronted any more", member.name)
             return
         finally:
+            member.started.set()
             if self.members.get(member.name) is member:
                 del self.members[member.name]
         if (again := self._without_clashes().get(member.name)) is not None:  # wanted as it was going
-            member = self.members[member.name] = Member(again, self._troubles)
-            self._nursery.start_soon(self._run, member)
+            self._start(again)
 
     def _without_clashes(self) -> dict[str, VmOptions]:
         wanted: dict[str, VmOptions] = {}

@@ -25,6 +25,7 @@ from refault.daemon.monitor.monitor import (
     WatchedCommand,
     words,
 )
+from refault.daemon.monitor.presence import Qemu
 from refault.daemon.options import VmOptions
 from refault.daemon.record.state_file import MigrationRecord, StateFile
 from refault.daemon.record.state_lock import StateLock
@@ -142,6 +143,7 @@ class Vm:
                 self.state.start_soon(routes.watch, self._path_changed)
                 task_status.started()
         finally:
+            self.monitor.presence.set(Qemu.AWAY)  # for who waits for it to change
             if self._pending is not None:
                 self._pending.close()
             if self.migration is not None:
@@ -154,6 +156,7 @@ class Vm:
         pause, longest = FRONT_PAUSES
         started = False
         while True:
+            began: float | None = None
             try:
                 async with trio.open_nursery() as nursery:
                     await nursery.start(self.monitor.run)
@@ -166,7 +169,7 @@ class Vm:
                     raise
                 self.internal_errors += 1
                 self.internal_error = repr(_first(error))
-                if trio.current_time() - began > FRONT_LASTS:
+                if began is not None and trio.current_time() - began > FRONT_LASTS:
                     pause = FRONT_PAUSES[0]
                 log.error(
                     "%s: internal error: clients are disconnected, and served again in %g s; a migration"
@@ -198,6 +201,16 @@ class Vm:
             return True
         channels, cost = self.migration.channels, self.migration.cost_of_stopping()
         return not (channels is not None and channels.delivers) and (cost is None or cost[0])
+
+    @property
+    def safe_now(self) -> bool:
+        """Whether the end of refault does no harm in this moment, after `prepare_to_stop`."""
+        channels = self.migration.channels if self.migration is not None else None
+        return self.may_stop or (
+            channels is not None
+            and not channels.delivers
+            and (channels.kept.by_qemu or channels.kept.main is None)
+        )
 
     @property
     def may_leave(self) -> bool:

@@ -12,6 +12,8 @@ import trio
 import trio.testing
 
 from refault.daemon.app import EXTENSION, Publisher, _serve_host, _stop
+from refault.daemon.fleet import Fleet
+from refault.daemon.host.notify import Notifier
 from refault.daemon.host.own_needs import Troubles
 from refault.daemon.monitor.address import Address
 from refault.daemon.options import Configuration, HostOptions, LogLevel
@@ -26,6 +28,7 @@ class SlowVm:
 
     name = "vm"
     may_stop = True
+    safe_now = True
     stopping = False
 
     async def prepare_to_stop(self) -> bool:
@@ -52,10 +55,54 @@ async def test_the_manager_is_asked_for_time_as_long_as_stopping_takes(
     autojump_clock: trio.testing.MockClock,
 ) -> None:
     manager = Manager()
-    await _stop([SlowVm(), SlowVm()], no_signals(), manager)  # type: ignore[list-item, arg-type]
+    vms, scope = [cast(Vm, SlowVm()), cast(Vm, SlowVm())], trio.CancelScope()
+    await _stop(lambda: vms, no_signals(), cast(Notifier, manager), scope)
+    assert scope.cancel_called
     assert trio.current_time() == 40
     assert not manager.late
     assert manager.until > 40 + EXTENSION / 2
+
+
+class MovingVm(SlowVm):
+    """One that is not safe any more right after it was said to be, once; and fails, once."""
+
+    asked = 0
+
+    async def prepare_to_stop(self) -> bool:
+        self.asked += 1
+        if self.asked == 1:
+            raise KeyError("of ours")
+        self.safe_now = self.asked > 2
+        return True
+
+
+async def test_all_are_safe_in_the_moment_of_the_end(autojump_clock: trio.testing.MockClock) -> None:
+    moving, scope = MovingVm(), trio.CancelScope()
+    vms = [cast(Vm, moving)]
+    with trio.move_on_after(50):
+        await _stop(lambda: vms, no_signals(), cast(Notifier, Manager()), scope)
+    assert (moving.asked, scope.cancel_called) == (3, True)
+
+
+async def test_an_end_is_heard_while_what_is_wanted_first_is_waited_for(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked = trio.Event()
+
+    async def never(*_: object) -> None:
+        asked.set()
+        await trio.sleep_forever()
+
+    monkeypatch.setattr(Fleet, "want", never)
+    host = HostOptions(control=Address(str(tmp_path / "control"), server=True))
+    end, ends = trio.open_memory_channel[int](1)
+    _, reloads = trio.open_memory_channel[int](1)
+    with trio.fail_after(10):
+        async with trio.open_nursery() as nursery:
+            wanted = Configuration(host=host, vms=())
+            nursery.start_soon(_serve_host, wanted, "host", lambda: wanted, reloads, ends, no_signals())
+            await asked.wait()
+            await end.send(15)
 
 
 async def test_a_picture_that_cannot_be_made_leaves_the_last_one(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -51,20 +51,25 @@ class Front:
         """Whether who connects now reaches us."""
         return self._bound is not None
 
-    async def prepare(self) -> None:
+    async def prepare(self, *, must: bool = True) -> None:
         """Binds what stays bound; of a socket file checks that it will be possible. Raises ListenError, but
-        not where only the directory is not there yet.
+        not where only the directory is not there yet; and not at all unless it `must` be had now.
         """
+        try:
+            await self._prepare()
+        except ListenError as error:
+            if must and not isinstance(error, NoDirectoryError):
+                raise
+            self._tell(error)
+
+    async def _prepare(self) -> None:
         if self.address.path is None:
             self._bound = await bind_tcp(self.address)
             if self.address.port == 0 or self.address.to:
                 log.info("%s: %s is %s", self._name, self.address, self._bound.address)
             self.address = replace(self.address, port=self._bound.address.port)
             return
-        try:
-            check(self.address)
-        except NoDirectoryError as error:
-            self._tell(error)
+        check(self.address)
 
     async def run(self) -> None:
         """Listens, and again when its file is gone, until cancelled; after `prepare`."""
@@ -91,7 +96,10 @@ class Front:
     async def _bind(self) -> Bound:
         while True:
             try:
-                bound = bind_unix(self.address, self._access)
+                if self.address.path is None:
+                    bound = await bind_tcp(self.address)
+                else:
+                    bound = bind_unix(self.address, self._access)
             except ListenError as error:
                 self._tell(error)
                 self.settled.set()

@@ -148,7 +148,7 @@ class Monitor:
         """Where clients come, in the order of `listen`; then where QEMU does, if it is QEMU who connects."""
         self._fronts_run: dict[Front, trio.CancelScope] = {}
         self._nursery: trio.Nursery
-        self._running = False
+        self._running = self._has_run = False
         self._gone_on = gone_on
         """Whether a QEMU was connected to before."""
         self.presence = Presence()
@@ -226,10 +226,10 @@ class Monitor:
         """
         try:
             for front in self.fronts:
-                await front.prepare()
+                await front.prepare(must=not self._has_run)
             async with trio.open_nursery() as nursery:
                 self._nursery = nursery
-                self._running = True
+                self._running = self._has_run = True
                 nursery.start_soon(self._clients.run, self.managers)
                 for front in self.fronts:
                     nursery.start_soon(self._run_front, front)
