@@ -10,16 +10,20 @@ import pytest
 import trio
 import trio.testing
 
-from refault.daemon.far.answered import _Stranger, host_of, who_goes
+from refault.daemon.far.answered import _Offer, _Stranger, host_of, who_goes
 from refault.daemon.far.dialled import Dialled
 from refault.daemon.far.lane import LaneEnd
 from refault.daemon.far.patience import Patience
+from refault.daemon.monitor.address_text import parse_address
+from refault.daemon.tunnel.options import TunnelOptions
 from refault.daemon.tunnel.plain import Plain
+from refault.daemon.tunnel.serve import Tunnel
 from refault.migration.endpoint import Inet
 from refault.session.course import Event, Role
-from refault.session.handshake import Keys
+from refault.session.handshake import Answering, Keys
 from refault.session.memory import FIRST, Memory
 from refault.session.stream import Stream
+from refault.session.wire import Code, Flag, Kind, Message
 
 
 class Told:
@@ -189,3 +193,32 @@ def test_a_host_with_many_strangers_does_not_take_the_places_of_others() -> None
     assert stranger("fe80::1%lo").host == stranger("fe80::2").host
     assert who_goes(deque([one, two, three])) is two
     assert who_goes(deque([one, two])) is one
+
+
+async def test_who_is_welcomed_and_silent_may_begin_anew(
+    autojump_clock: trio.testing.MockClock,
+) -> None:
+    """Its connection stays, and is ended here; who dials may have lost the WELCOME, and comes with NEW."""
+    del autojump_clock
+    here = parse_address("tcp:127.0.0.1:1", server=False)
+    tunnel = Tunnel(TunnelOptions(here, here, answers=True))
+    hello = Message(Kind.HELLO, bytes(16), 0, 1, flags=Flag.NEW)
+    client, sock = _pair()
+    sock.setblocking(False)
+    table = tunnel._table
+    with client:
+        async with trio.open_nursery() as tunnel._nursery:
+            assert table.judge(hello, proven=False).code is Code.OK
+            far = tunnel._begin_answered(hello.session)
+            assert far is not None
+            far.offer(_Offer(sock, Answering(Keys()), hello))
+        assert len(table) == 0
+        assert table.judge(hello, proven=False).code is Code.OK
+
+
+async def test_who_has_made_every_attempt_gives_the_lane_up() -> None:
+    end, told = _end()
+    far = Dialled(end, Inet("127.0.0.1", 1), Keys(), 5.0)
+    far._attempt = (1 << 32) - 1
+    await far.keep()
+    assert told.said == ["reset"]
