@@ -50,6 +50,11 @@ class FirstClient:
         """Whether who came stays though nobody is there: the first QEMU of all is waited for."""
         return bool(self._awaited) and self._gone_on is None
 
+    def listen_at(self, listeners: Iterable[Address]) -> None:
+        """Clients come at these from now on."""
+        self._awaited = {address for address in listeners if address.wait}
+        self._news.set()
+
     def came(self, listener: Address) -> None:
         """A client has come at `listener`."""
         self._came.add(listener)
@@ -57,9 +62,8 @@ class FirstClient:
 
     def connected(self) -> None:
         """QEMU has greeted: it has gone on."""
-        if self._awaited:
-            self._gone_on, self._seen = self._identity(), self._listens()
-            self._came.clear()
+        self._gone_on, self._seen = self._identity(), self._listens()
+        self._came.clear()
 
     async def wait(self) -> None:
         """Returns when QEMU may be connected to."""

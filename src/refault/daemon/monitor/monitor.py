@@ -167,7 +167,7 @@ class Monitor:
         )
         self.presence.set(Qemu.UNKNOWN)
         all_listen = (*listen, *self.managers)
-        first_client = FirstClient(
+        first_client = self._first_client = FirstClient(
             self.name, self.qemu_address, all_listen, self.presence, over=self._gone_on
         )
         self._clients = Clients(
@@ -264,6 +264,7 @@ class Monitor:
                 self._end_front(front)
         all_listen = (*listen, *self.managers)
         self._denied = {address: address.rule.deny for address in all_listen if address.rule.deny}
+        self._first_client.listen_at(all_listen)
         rest = self.fronts[len(self._listen) :]
         troubles: list[ListenError] = []
         now: dict[Address, Front] = {}
