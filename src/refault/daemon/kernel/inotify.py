@@ -6,7 +6,8 @@
                 break
             await changes.wait()
 
-One descriptor serves all of an event loop, for a user has only few of them (fs.inotify.max_user_instances).
+One descriptor serves all of an event loop, for a user has only few of them (fs.inotify.max_user_instances);
+it is closed when nothing is watched any more.
 """
 
 from __future__ import annotations
@@ -63,6 +64,9 @@ class _Hub:
         self._fd = _libc.inotify_init1(_ACCESSIBLE)
         if self._fd < 0:
             raise OSError(ctypes.get_errno(), "inotify")
+        self.users = 0
+        """How many `_watch` are open; the last closes it."""
+        self.closed = False
         self._watches: dict[int, dict[bytes | None, list[Changes]]] = {}
         """By watch descriptor: who is to hear of a name in that directory; under None of any name."""
 
@@ -85,16 +89,29 @@ class _Hub:
             del names[name]
         if not names:
             del self._watches[number]
-            _libc.inotify_rm_watch(self._fd, number)
+            if not self.closed:
+                _libc.inotify_rm_watch(self._fd, number)
 
     async def run(self) -> None:
-        """Tells, until the event loop ends."""
+        """Tells, until it is closed or the event loop ends."""
         try:
-            while True:
-                await trio.lowlevel.wait_readable(self._fd)
-                with contextlib.suppress(BlockingIOError):
-                    self._take(os.read(self._fd, _READ))
+            with contextlib.suppress(trio.ClosedResourceError):
+                while not self.closed:  # or the number may be another file's
+                    await trio.lowlevel.wait_readable(self._fd)
+                    if not self.closed:
+                        self._take_what_is_there()
         finally:
+            self.close()
+
+    def _take_what_is_there(self) -> None:
+        with contextlib.suppress(BlockingIOError):
+            self._take(os.read(self._fd, _READ))
+
+    def close(self) -> None:
+        """Nothing is told any more."""
+        if not self.closed:
+            self.closed = True
+            trio.lowlevel.notify_closing(self._fd)
             os.close(self._fd)
 
     def _take(self, events: bytes) -> None:
@@ -120,17 +137,28 @@ def _tell(names: dict[bytes | None, list[Changes]]) -> None:
             changes.tell()
 
 
-_hub: trio.lowlevel.RunVar[_Hub] = trio.lowlevel.RunVar("inotify")
+_hub: trio.lowlevel.RunVar[_Hub | None] = trio.lowlevel.RunVar("inotify")
 
 
 def _of_this_loop() -> _Hub:
-    try:
-        return _hub.get()
-    except LookupError:
+    hub = _hub.get(None)
+    if hub is None or hub.closed:
         hub = _Hub()
         _hub.set(hub)
         trio.lowlevel.spawn_system_task(hub.run)
-        return hub
+    return hub
+
+
+@contextlib.contextmanager
+def _used() -> Iterator[_Hub]:
+    hub = _of_this_loop()
+    hub.users += 1
+    try:
+        yield hub
+    finally:
+        hub.users -= 1
+        if not hub.users:
+            hub.close()
 
 
 @contextlib.contextmanager
@@ -176,7 +204,7 @@ def _watch(wanted: Iterable[tuple[str, bytes | None, int]]) -> Iterator[Changes]
     changes = Changes()
     with contextlib.ExitStack() as stack:
         try:
-            hub = _of_this_loop()
+            hub = stack.enter_context(_used())
             for directory, name, mask in wanted:
                 with contextlib.suppress(FileNotFoundError, NotADirectoryError):
                     number = hub.add(directory, name, mask, changes)

@@ -111,7 +111,13 @@ async def test_nothing_is_left_of_a_watch(tmp_path: Path) -> None:
     before = len(os.listdir("/proc/self/fd"))
     directories = [str(tmp_path), str(tmp_path / "none")]
     with watched(str(tmp_path / "a" / "b")), path_and_entries_watched(str(tmp_path), directories):
-        pass
-    hub = inotify._of_this_loop()
+        hub = inotify._of_this_loop()
+        assert len(os.listdir("/proc/self/fd")) == before + 1
     assert hub._watches == {}
-    assert len(os.listdir("/proc/self/fd")) == before + 1  # one descriptor, for as long as the loop runs
+    assert len(os.listdir("/proc/self/fd")) == before
+    for _ in range(3):  # as soon as it has begun: the same number again
+        with watched(str(tmp_path / "a")) as changes:
+            pass
+    with watched(str(tmp_path / "a")) as changes:
+        (tmp_path / "a").touch()
+        await is_told(changes)
