@@ -14,7 +14,7 @@ from collections.abc import Awaitable, Callable
 import trio
 
 from refault.daemon.far.lane import LaneEnd
-from refault.daemon.far.silence import is_silent, watch
+from refault.daemon.kernel.tcp import is_silent, show_gone
 from refault.session.stream import Wrong
 
 SILENT_AFTER = 5
@@ -34,7 +34,7 @@ def prepare(sock: socket.socket) -> None:
     sock.setblocking(False)
     sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
     sock.setsockopt(socket.IPPROTO_TCP, _TCP_NOTSENT_LOWAT, _UNSENT)
-    watch(sock, SILENT_AFTER)
+    show_gone(sock, SILENT_AFTER)
 
 
 async def carry(sock: socket.socket, end: LaneEnd) -> str:

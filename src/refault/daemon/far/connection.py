@@ -16,13 +16,13 @@ def detached(connection: trio.socket.SocketType) -> trio.socket.SocketType:
     return trio.socket.from_stdlib_socket(socket.socket(fileno=connection.detach()))
 
 
-def growing_pauses() -> Iterator[float]:
-    """Seconds to wait for the rest of what has begun to come: short ones at first, for it mostly follows at
-    once, and no more than a few in a second where it does not."""
-    pause = 0.001
+def growing_pauses(first: float = 0.001, longest: float = 0.25) -> Iterator[float]:
+    """Seconds, each twice the last. As they are by default they are to wait for the rest of what has begun to
+    come: it mostly follows at once, and is looked for no more than a few times in a second where not."""
+    pause = first
     while True:
         yield pause
-        pause = min(pause * 2, 0.25)
+        pause = min(pause * 2, longest)
 
 
 async def peek(connection: trio.socket.SocketType, count: int = FIRST_BYTES) -> bytes:

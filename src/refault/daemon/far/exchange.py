@@ -17,22 +17,23 @@ async def dials(sock: socket.socket, dialling: Dialling) -> Message:
     """The handshake of who dials, to WELCOME. Raises OSError, Untrusted, trio.TooSlowError."""
     with trio.fail_after(HANDSHAKE_TIMEOUT):
         await send(sock, dialling.begin())
-        while True:
-            answer = dialling.heard(await _receive(sock))
-            if isinstance(answer, Message):
-                return answer
-            await send(sock, answer)
+        return await _converse(sock, dialling)
 
 
 async def answers(sock: socket.socket, answering: Answering) -> Message:
     """The handshake of who answers, to a HELLO that may be judged. Raises OSError, Untrusted,
     trio.TooSlowError."""
     with trio.fail_after(HANDSHAKE_TIMEOUT):
-        while True:
-            answer = answering.heard(await _receive(sock))
-            if isinstance(answer, Message):
-                return answer
-            await send(sock, answer)
+        return await _converse(sock, answering)
+
+
+async def _converse(sock: socket.socket, side: Dialling | Answering) -> Message:
+    """Hears and answers until there is a message that ends the handshake."""
+    while True:
+        answer = side.heard(await _receive(sock))
+        if isinstance(answer, Message):
+            return answer
+        await send(sock, answer)
 
 
 async def send(sock: socket.socket, data: bytes) -> None:

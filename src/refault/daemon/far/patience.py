@@ -7,6 +7,7 @@ from collections.abc import Iterator
 import trio
 
 from refault.daemon.far.carry import SILENT_AFTER
+from refault.daemon.far.connection import growing_pauses
 from refault.session.stream import Stream
 
 _FIRST_PAUSE, _LONGEST_PAUSE = 0.01, 0.5
@@ -54,7 +55,4 @@ class Patience:
 
 def _pauses() -> Iterator[float]:
     yield 0.0
-    pause = _FIRST_PAUSE
-    while True:
-        yield pause
-        pause = min(pause * 2, _LONGEST_PAUSE)
+    yield from growing_pauses(_FIRST_PAUSE, _LONGEST_PAUSE)

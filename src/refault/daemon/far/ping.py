@@ -13,14 +13,14 @@ import socket
 
 import trio
 
-from refault.daemon.kernel.tcp import alive, watch_over
+from refault.daemon.kernel.tcp import alive, keep_alive
 from refault.migration.messages import PING, PONG, REQUESTS
 
 
 async def ask(connection: trio.socket.SocketType, dead_after: float) -> None:
     """Sends the PING, as the first bytes. From now on the kernel ends the connection when the other host is
     silent for `dead_after` seconds."""
-    watch_over(connection)
+    keep_alive(connection, 1)
     # The window is never closed here, so this does no wrong.
     connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT, int(dead_after * 1000))
     await connection.send(PING)  # all of it: nothing is queued yet

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import socket
+import struct
 from pathlib import Path
 
 import trio
@@ -13,6 +14,11 @@ from refault.daemon.kernel.process import holds
 _ESTABLISHED = 1
 _SYN_SENT = 2
 _CLOSE_WAIT = 8
+
+_PROBES = 3
+_UNANSWERED_PROBES = 2
+_INFO = struct.Struct("=8B13I")
+"""struct tcp_info (linux/tcp.h) as far as tcpi_last_ack_recv, which is the 14th of its 32-bit words."""
 
 
 def alive(connection: socket.socket | trio.socket.SocketType) -> bool:
@@ -30,12 +36,36 @@ def _state(connection: socket.socket | trio.socket.SocketType) -> int:
     return info[0] if isinstance(info, bytes) else info
 
 
-def watch_over(connection: trio.socket.SocketType) -> None:
-    """Has the kernel ask the peer every second, so that one that went silently is not `alive` for long."""
-    for option in (socket.TCP_KEEPIDLE, socket.TCP_KEEPINTVL):
-        connection.setsockopt(socket.IPPROTO_TCP, option, 1)
-    connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_KEEPCNT, 3)
+def is_silent(connection: socket.socket, seconds: float) -> bool:
+    """Whether there was no sign of life for so long though TCP asked for one: bytes that were sent again and
+    not acknowledged, or window probes that nobody answers. As cext/leg.c finds it for the pump, and never by
+    TCP_USER_TIMEOUT, which kills a live peer whose window is closed.
+    """
+    info = connection.getsockopt(socket.IPPROTO_TCP, socket.TCP_INFO, _INFO.size)
+    fields: tuple[int, ...] = _INFO.unpack(info)
+    retransmits, probes, backoff = fields[2:5]
+    unacked, last_ack_recv_ms = fields[8 + 4], fields[8 + 12]
+    sent_again = unacked > 0 and (retransmits > 0 or backoff > 0)
+    return last_ack_recv_ms > seconds * 1000 and (sent_again or probes >= _UNANSWERED_PROBES)
+
+
+def keep_alive(
+    connection: socket.socket | trio.socket.SocketType, idle: int, interval: int = 1, probes: int = _PROBES
+) -> None:
+    """Has the kernel ask a peer that has said nothing for `idle` seconds, every `interval` seconds, and end
+    the connection where `probes` in a row are not answered."""
+    for option, value in (
+        (socket.TCP_KEEPIDLE, idle),
+        (socket.TCP_KEEPINTVL, interval),
+        (socket.TCP_KEEPCNT, probes),
+    ):
+        connection.setsockopt(socket.IPPROTO_TCP, option, value)
     connection.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
+
+
+def show_gone(connection: socket.socket, seconds: int) -> None:
+    """Has a peer that is gone show on an idle connection within `seconds`."""
+    keep_alive(connection, max(seconds - _PROBES, 1))
 
 
 def connects(pid: int, port: int) -> bool:

@@ -9,6 +9,7 @@ import stat
 
 import trio
 
+from refault.daemon.kernel.tcp import keep_alive
 from refault.daemon.monitor.address import Address
 
 CONNECT_TIMEOUT = 10.0
@@ -23,10 +24,7 @@ def prepare(sock: socket.socket) -> socket.socket:
     sock.setblocking(False)
     if sock.family in (socket.AF_INET, socket.AF_INET6):
         sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
-        sock.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
-        sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_KEEPIDLE, 15)
-        sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_KEEPINTVL, 5)
-        sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_KEEPCNT, 3)
+        keep_alive(sock, 15, interval=5)
     return sock
 
 

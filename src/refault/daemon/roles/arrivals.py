@@ -12,7 +12,7 @@ from refault.daemon.far.announce import Ends, announce
 from refault.daemon.far.connection import peek
 from refault.daemon.far.waiting_room import WaitingRoom
 from refault.daemon.host.repeats import repeats
-from refault.daemon.kernel.tcp import alive, watch_over
+from refault.daemon.kernel.tcp import alive, keep_alive
 from refault.daemon.migration import Migration
 from refault.daemon.monitor.monitor import MonitorLost, QmpError
 from refault.daemon.near.doors import Door, Doors
@@ -216,7 +216,7 @@ class Arrivals:
         migration = self._migration
         course = self._course
         vm = self._vm
-        watch_over(connection)
+        keep_alive(connection, 1)
         self._line.append(connection)
         came = trio.current_time()
         lives_after = vm.patience.dead_after + LIVES_AFTER
