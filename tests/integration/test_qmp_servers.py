@@ -65,7 +65,7 @@ async def fronted(path: Path, name: str) -> AsyncIterator[Vm]:
     async with trio.open_nursery() as nursery:
         await nursery.start(vm.run)
         yield vm
-        vm.stopping = True
+        vm.ends_soon()
         nursery.cancel_scope.cancel()
 
 

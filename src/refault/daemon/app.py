@@ -285,7 +285,7 @@ async def _stop(
             while True:
                 asked = list(vms())
                 for vm in asked:
-                    vm.stopping = True
+                    vm.ends_soon()
                 async with trio.open_nursery() as stopping:
                     for vm in asked:
                         stopping.start_soon(_until_stopping_is_safe, vm)

@@ -141,7 +141,7 @@ class Member:
         while True:
             wanted = self.wanted
             if wanted is not None and changes_in_place(vm.options, wanted):
-                vm.leaving = None
+                vm.leaves(None)
                 if wanted != vm.options or not done:
                     done = await self._change(vm, wanted)
                 with trio.move_on_after(math.inf if done else RETRY[1]):
@@ -153,10 +153,10 @@ class Member:
                 log.info("%s: %s", self.name, leaving)
                 if not vm.may_leave:
                     log.warning("%s: leaving when its migration has ended, which needs refault", self.name)
-            vm.leaving = leaving
+            vm.leaves(leaving)
             # What was so before QEMU was asked need not be so after it.
             if vm.may_leave and await self._prepared(vm) and vm.may_leave and self.wanted is wanted:
-                vm.stopping = True
+                vm.ends_soon()
                 return
             with trio.move_on_after(LEAVE_LOOK):
                 await self._news.wait()

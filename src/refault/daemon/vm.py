@@ -118,8 +118,8 @@ class Vm:
             state_file=state_file,
             patience=options.patience,
         )
-        self.stopping = False
-        """Whether the daemon is about to end: then a lost monitor is no news."""
+        self._ends_soon = False
+        """Whether it is about to end: then a lost monitor is no news."""
         self.info: QemuInfo | None = None
         """The QEMU that was connected to last; None before the first, and when it has ended."""
         self._one_set_up = trio.Lock()
@@ -127,8 +127,7 @@ class Vm:
         """One whose command QEMU has yet to answer: it takes the last one's place once QEMU has taken it."""
         self._shuts_down = False
         """Whether QEMU has said that it ends."""
-        self.leaving: str | None = None
-        """Why it is about to be fronted no more."""
+        self._leaving: str | None = None
         self.internal_errors = 0
         """How often its front was made anew."""
         self.internal_error: str | None = None
@@ -217,6 +216,19 @@ class Vm:
         """Whether nobody need come after: no migration is under way or about to be, and no leg is open that
         has yet something to deliver."""
         return self._pending is None and not self._under_way and self.may_stop
+
+    @property
+    def leaving(self) -> str | None:
+        """Why it is about to be fronted no more."""
+        return self._leaving
+
+    def leaves(self, why: str | None) -> None:
+        """It is about to be fronted no more; None: it stays."""
+        self._leaving = why
+
+    def ends_soon(self) -> None:
+        """Nobody serves it in a moment."""
+        self._ends_soon = True
 
     async def prepare_to_stop(self) -> bool:
         """Makes our ends harmless to QEMU. False where that could not be done."""
@@ -441,7 +453,7 @@ class Vm:
         self._drop_pending()  # what QEMU had not answered it never does
         if self.migration is not None:
             self.migration.course.client_paused()
-        if self.stopping:
+        if self._ends_soon:
             return
         self.state.start_soon(self._follow_end, self.migration)
 

@@ -29,7 +29,9 @@ class SlowVm:
     name = "vm"
     may_stop = True
     safe_now = True
-    stopping = False
+
+    def ends_soon(self) -> None:
+        pass
 
     async def prepare_to_stop(self) -> bool:
         await trio.sleep(40)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import errno
 import logging
 import socket
 from collections.abc import Awaitable, Callable
@@ -12,6 +11,7 @@ import trio
 
 from refault.daemon.host.repeats import repeats
 from refault.daemon.kernel.inotify import until_gone
+from refault.daemon.monitor.accept import accepted
 from refault.daemon.monitor.address import Address
 from refault.daemon.monitor.listener import Bound, ListenError, NoDirectoryError, bind_tcp, bind_unix, check
 from refault.daemon.monitor.socket_file import Access
@@ -22,8 +22,6 @@ LOOK = 1.0
 """Seconds between two looks whether a socket file can be made."""
 SETTLES = 0.2
 """Seconds that whoever has removed a socket file is left to put something else there."""
-_NO_DESCRIPTOR = 0.5
-_SHORT = frozenset({errno.EMFILE, errno.ENFILE, errno.ENOBUFS, errno.ENOMEM})
 
 
 class Front:
@@ -122,22 +120,15 @@ class Front:
         await until_gone(self.address.path, lambda: bound.in_place)
         await trio.sleep(SETTLES)
 
-    async def _accept(self, listener: socket.socket) -> None:
+    async def _accept(self, listening: socket.socket) -> None:
         while True:
-            await trio.lowlevel.wait_readable(listener)
-            try:
-                sock, _ = listener.accept()
-            except BlockingIOError:
-                continue
-            except OSError as error:
-                if error.errno in _SHORT:
-                    log.error(
-                        "%s: cannot accept a connection at %s: %s",
-                        self._name,
-                        self.address,
-                        error.strerror,
-                        extra=repeats((self._name, "accept"), error.errno),
-                    )
-                    await trio.sleep(_NO_DESCRIPTOR)
-                continue
-            await self._take(sock)
+            await self._take(await accepted(listening, self._tell_not_accepted))
+
+    def _tell_not_accepted(self, error: OSError) -> None:
+        log.error(
+            "%s: cannot accept a connection at %s: %s",
+            self._name,
+            self.address,
+            error.strerror,
+            extra=repeats((self._name, "accept"), error.errno),
+        )

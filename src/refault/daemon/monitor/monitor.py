@@ -137,7 +137,6 @@ class Monitor:
         """Who is connected to, as a client."""
         self.qemu: QemuInfo | None = None
         """The QEMU that commands can go to now, or None."""
-        self._denied = {address: address.rule.deny for address in listen if address.rule.deny}
         self._watch = dict(watch or {})
         self._on_event = on_event
         self._on_connect = on_connect
@@ -198,6 +197,11 @@ class Monitor:
         # A port that was chosen stays the same.
         self._make([front.address for front in self.fronts[: len(self._listen)]])
         self._core.counters, self._clients.total = counters, total
+
+    @property
+    def _all_listen(self) -> tuple[Address, ...]:
+        """As they were asked for."""
+        return (*self._listen, *self.managers)
 
     @property
     def clients_come_to(self) -> list[Address]:
@@ -262,9 +266,7 @@ class Monitor:
         for address, front in kept.items():
             if address not in listen:
                 self._end_front(front)
-        all_listen = (*listen, *self.managers)
-        self._denied = {address: address.rule.deny for address in all_listen if address.rule.deny}
-        self._first_client.listen_at(all_listen)
+        self._first_client.listen_at((*listen, *self.managers))
         rest = self.fronts[len(self._listen) :]
         troubles: list[ListenError] = []
         now: dict[Address, Front] = {}
@@ -355,7 +357,7 @@ class Monitor:
         pid = f", pid {peer.pid}" if peer.pid else ""
         note = "" if greeting.oob else "; it offers no out-of-band commands"
         log.info("%s: connected to QEMU %s%s at %s%s", self.name, version, pid, self.qemu_address, note)
-        if self._denied:
+        if any(address.rule.deny for address in self._all_listen):
             self._upstream.start_soon(self._check_denied, version)
         if self._on_connect is not None:
             self._upstream.start_soon(self._tell_connected, self.qemu)
@@ -367,8 +369,8 @@ class Monitor:
             commands = [each["name"] for each in msgspec.convert(told, list[dict[str, str]])]
         except (QmpError, MonitorLost, trio.TooSlowError, msgspec.ValidationError, KeyError):
             return
-        for address, names in self._denied.items():
-            if strange := unknown(names, commands):
+        for address in self._all_listen:
+            if strange := unknown(address.rule.deny, commands):
                 log.warning(
                     "%s: at %s is denied what QEMU %s does not have: %s; look at how it is spelt",
                     self.name,

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import itertools
 
+import msgspec
+
 from refault.channel.relay import Relay
 from refault.daemon.kernel.userfaultfd import Waiting, waiting
-from refault.daemon.known.counters import RECOVERY_BOUNDS, Counters, Durations, Loss
+from refault.daemon.known.counters import RECOVERY_BOUNDS, Counters, Durations
 from refault.daemon.migration import NO_MIGRATION, Migration
 from refault.daemon.monitor.monitor import QemuInfo
 from refault.daemon.telling.snapshot import (
@@ -77,7 +79,7 @@ def picture(of: Vm) -> VmStatus:
             last_error=counters.last_error,
             given_up=migration is not None and migration.course.policy.state is State.GIVEN_UP,
             durations=_durations(counters.durations),
-            recent=tuple(_loss(loss) for loss in counters.recent),
+            recent=tuple(msgspec.convert(loss, LossStatus, from_attributes=True) for loss in counters.recent),
         ),
         channel=_channel(counters, passing),
         state=StateStatus(error=troubles.error, errors=troubles.count, torn=troubles.torn),
@@ -155,20 +157,6 @@ def _pages_total(counters: Counters, relay: Relay | None) -> PagesTotalStatus:
         repeated=ended.repeated + now.repeated,
         arrived=ended.arrived + now.arrived + now.reopened,
         replayed=ended.replayed + now.replayed,
-    )
-
-
-def _loss(loss: Loss) -> LossStatus:
-    return LossStatus(
-        id=loss.id,
-        number=loss.number,
-        role=loss.role.value,
-        lost_at=loss.lost_at,
-        attempts=loss.attempts,
-        error=loss.error,
-        given_up_at=loss.given_up_at,
-        over_at=loss.over_at,
-        seconds=loss.seconds,
     )
 
 

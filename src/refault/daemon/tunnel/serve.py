@@ -8,7 +8,6 @@ No connection knows of another: each has a nursery of its own, and an internal e
 from __future__ import annotations
 
 import contextlib
-import errno
 import logging
 import resource
 import signal
@@ -25,6 +24,7 @@ from refault.daemon.far.lane import LaneEnd
 from refault.daemon.host.notify import Notifier
 from refault.daemon.host.repeats import repeats
 from refault.daemon.monitor import dial, listener
+from refault.daemon.monitor.accept import accepted
 from refault.daemon.tunnel.options import TunnelOptions
 from refault.daemon.tunnel.plain import Plain, break_off
 from refault.migration.endpoint import Inet
@@ -37,11 +37,9 @@ log = logging.getLogger("refault.tunnel")
 TARGET_TIMEOUT = 10.0
 STOP_PATIENCE = 1.0
 """Seconds for the other refault to hear that this one ends."""
-_ACCEPT_PAUSE = 0.1
 _OTHER_DESCRIPTORS = 256
 """For what is not a connection's own two: handshakes, those that take another's place, the journal."""
 _ENDS = (signal.SIGTERM, signal.SIGINT, signal.SIGQUIT)
-_TRANSIENT = (errno.ECONNABORTED, errno.EINTR)
 
 
 class Tunnel:
@@ -82,18 +80,7 @@ class Tunnel:
     ) -> None:
         assert self._nursery is not None  # noqa: S101 - it runs in it
         while True:
-            await trio.lowlevel.wait_readable(listening)
-            try:
-                sock, _ = listening.accept()
-            except BlockingIOError:
-                continue
-            except OSError as error:
-                if error.errno not in _TRANSIENT:
-                    log.warning(
-                        "cannot accept a connection: %s", error.strerror, extra=repeats("accept", error.errno)
-                    )
-                    await trio.sleep(_ACCEPT_PAUSE)
-                continue
+            sock = await accepted(listening, _tell_not_accepted)
             sock.setblocking(False)
             self._nursery.start_soon(self._handled, handle, sock)
 
@@ -194,6 +181,10 @@ class Tunnel:
                 end.local.reset()
             end.over.set()
             end.release()
+
+
+def _tell_not_accepted(error: OSError) -> None:
+    log.warning("cannot accept a connection: %s", error.strerror, extra=repeats("accept", error.errno))
 
 
 def _descriptors() -> int:

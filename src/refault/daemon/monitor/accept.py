@@ -1,0 +1,42 @@
+"""Connections taken from a socket that listens, whatever becomes of one of them."""
+
+from __future__ import annotations
+
+import errno
+import socket
+from collections.abc import Callable
+
+import trio
+
+PAUSE = 0.5
+"""Seconds until it is tried again where none can be taken now: the one that waits waits on."""
+_OF_THE_CONNECTION = frozenset(
+    {
+        errno.ECONNABORTED,
+        errno.EPERM,
+        errno.EPROTO,
+        errno.ENOPROTOOPT,
+        errno.EOPNOTSUPP,
+        errno.ENETDOWN,
+        errno.ENETUNREACH,
+        errno.EHOSTDOWN,
+        errno.EHOSTUNREACH,
+        errno.ENONET,
+    }
+)
+"""What accept(2) says of a connection that is gone by then, or that a firewall forbids: the next comes."""
+
+
+async def accepted(listening: socket.socket, tell: Callable[[OSError], None]) -> socket.socket:
+    """The next connection. `tell` hears why none can be taken now, each time that it is tried."""
+    while True:
+        await trio.lowlevel.wait_readable(listening)
+        try:
+            return listening.accept()[0]
+        except BlockingIOError:
+            continue
+        except OSError as error:
+            if error.errno in _OF_THE_CONNECTION:
+                continue
+            tell(error)
+        await trio.sleep(PAUSE)
