@@ -432,10 +432,11 @@ class Multiplexer:
     # from QEMU
 
     def upstream_connected(self, negotiation_id: bytes) -> None:
-        """A connection to QEMU stands. `negotiation_id`: JSON, unique among all that was ever sent to this
-        QEMU.
+        """A connection to QEMU stands. `negotiation_id`: a JSON string without escapes, unique among all that
+        was ever sent to this QEMU.
         """
         self._splitter = Splitter(max_bytes=MAX_REPLY, lenient=True)
+        self._descriptors.names.token = negotiation_id.decode().strip('"')
         self._negotiation = negotiation_id
         self.ungreeted = b""
 

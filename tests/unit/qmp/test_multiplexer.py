@@ -446,6 +446,25 @@ def test_names_of_descriptors() -> None:
 ADDRESS = {"type": "fd", "str": "mine"}
 
 
+def test_a_name_of_ours_is_no_earlier_refaults() -> None:
+    """Its descriptors are still with QEMU, where a getfd of the same name would close one that is in use."""
+    names = set()
+    for negotiation in (b'"refault-1234"', b'"refault-5678"'):
+        played = Played()
+        played.core.upstream_lost()
+        played.negotiation = negotiation
+        played.core.upstream_connected(negotiation)
+        played.core.receive_upstream(GREETING % b"")
+        played.take()
+        played.core.receive_upstream(b'{"return": {}, "id": %s}' % negotiation)
+        for number in (1, 2):
+            played.core.receive(played.client(), command("getfd", number, fdname="n"), 100 + number)
+            [sent] = played.commands()
+            names.add(sent["arguments"]["fdname"])
+            played.reply(sent["id"])
+    assert names == {"n", "refault-1234-1-n", "refault-5678-1-n"}
+
+
 @pytest.mark.parametrize(
     ("name", "arguments"),
     [

@@ -3,9 +3,9 @@ that we size. Or a connection to where a QEMU was told on its command line to li
 
 from __future__ import annotations
 
-import itertools
 import logging
 import os
+import secrets
 import select
 import socket
 from collections import deque
@@ -28,8 +28,6 @@ DESTINATION_SEND_BUFFER = 32 * 1024
 """Likewise, that we have written and a destination has not read."""
 
 log = logging.getLogger("refault.local")
-
-_numbers = itertools.count(1)
 
 
 class Executes(Protocol):
@@ -140,7 +138,7 @@ async def lay(monitor: Executes) -> LocalLeg:
 
 async def hand_connection(monitor: Executes, fd: int) -> str:
     """Gives QEMU a connection; the name by which it knows it. Raises what `execute` raises."""
-    name = f"refault-{os.getpid()}-{next(_numbers)}"
+    name = f"refault-{_never_used()}"
     await monitor.execute("getfd", {"fdname": name}, fd=fd, timeout=GETFD_TIMEOUT)
     return name
 
@@ -180,7 +178,14 @@ async def take_back(monitor: Executes, *names: str) -> None:
 
 def kept_name() -> str:
     """A new name for an end of ours that QEMU is to hold."""
-    return f"refault-kept-{os.getpid()}-{next(_numbers)}"
+    return f"refault-kept-{_never_used()}"
+
+
+def _never_used() -> str:
+    """A getfd of a name that QEMU knows closes what it knows by it (monitor/fds.c, monitor_add_fd), be it an
+    earlier refault's; and in a container each has the same pid.
+    """
+    return secrets.token_hex(8)
 
 
 async def give_back(monitor: Executes, ours: socket.socket, name: str | None = None) -> str | None:

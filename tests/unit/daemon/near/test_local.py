@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
 from typing import Any
 
 from refault.daemon.near.local import Deposits
@@ -50,3 +52,29 @@ async def test_all_that_were_laid_are_closed_at_the_end() -> None:
     await deposits.drain(qemu)
     assert qemu.known == []
     assert deposits.take() is None
+
+
+NAMES = """
+import os, socket, trio
+os.getpid = lambda: 1
+from refault.daemon.near.local import give_back, hand_connection
+class Qemu:
+    name = "vm1"
+    async def execute(self, command, arguments=None, **_):
+        print(arguments["fdname"])
+async def main():
+    for _ in range(2):
+        await hand_connection(Qemu(), 0)
+        await give_back(Qemu(), socket.socket())
+trio.run(main)
+"""
+
+
+def test_no_name_is_used_twice_with_a_qemu_though_every_refault_has_the_same_pid() -> None:
+    """As in a container. A getfd of the same name would close what QEMU keeps from the last one."""
+    said = [
+        subprocess.run([sys.executable, "-c", NAMES], capture_output=True, check=True).stdout for _ in "12"
+    ]
+    names = b"".join(said).split()
+    assert len(set(names)) == len(names) == 8
+    assert all(name.startswith(b"refault-") and len(name.rpartition(b"-")[2]) == 16 for name in names)
