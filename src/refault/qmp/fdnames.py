@@ -46,9 +46,9 @@ class FdNames:
     def __init__(self) -> None:
         self._upstream: dict[tuple[int, str], str] = {}
         self._owner: dict[str, int] = {}
-        self.token = "refault"
-        """What names of ours begin with. An earlier refault's descriptors are still there, so it is unlike what
-        any other has used with this QEMU."""
+        self.prefix = "refault"
+        """What names of ours begin with. An earlier refault's descriptors are still there, so it is unlike
+        what any other has used with this QEMU."""
         self._serial = 0
 
     def __bool__(self) -> bool:
@@ -98,7 +98,7 @@ class FdNames:
 
     def _private(self, name: str) -> str:
         self._serial += 1
-        return f"{self.token}-{self._serial}-{name}"
+        return f"{self.prefix}-{self._serial}-{name}"
 
 
 def rename(arguments: Mapping[str, object], change: Callable[[str], str]) -> dict[str, object]:

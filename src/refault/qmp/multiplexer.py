@@ -436,7 +436,7 @@ class Multiplexer:
         was ever sent to this QEMU.
         """
         self._splitter = Splitter(max_bytes=MAX_REPLY, lenient=True)
-        self._descriptors.names.token = negotiation_id.decode().strip('"')
+        self._descriptors.names.prefix = negotiation_id.decode().strip('"')
         self._negotiation = negotiation_id
         self.ungreeted = b""
 

@@ -8,6 +8,8 @@ from collections.abc import Callable
 
 import trio
 
+from refault.daemon.monitor.wire import readable
+
 PAUSE = 0.5
 """Seconds until it is tried again where none can be taken now: the one that waits waits on."""
 _OF_THE_CONNECTION = frozenset(
@@ -31,6 +33,8 @@ async def accepted(listening: socket.socket, tell: Callable[[OSError], None]) ->
     """The next connection. `tell` hears why none can be taken now, each time that it is tried."""
     while True:
         await trio.lowlevel.wait_readable(listening)
+        if not readable(listening):  # it may be a blocking one, where QEMU holds it too
+            continue
         try:
             return listening.accept()[0]
         except BlockingIOError:

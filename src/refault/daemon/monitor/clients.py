@@ -34,6 +34,7 @@ _READ_MORE = 64 << 10
 """Bytes to read from a client at a time, and while it is in the midst of a longer message."""
 _ONE_FD = socket.CMSG_LEN(4)
 """Room for one descriptor: the kernel closes the others, as QEMU would."""
+_FLAGS = socket.MSG_DONTWAIT | socket.MSG_CMSG_CLOEXEC
 _GREETED_WITHIN = 10.0
 _END_READ_WITHIN = 1.0
 _CLOSE_TIMEOUT = 5.0
@@ -266,11 +267,11 @@ class Clients:
             size = _READ if splitter.held < _READ else _READ_MORE
             try:
                 if passes_fds:
-                    data, ancillary, _, _ = sock.recvmsg(size, _ONE_FD, socket.MSG_CMSG_CLOEXEC)
+                    data, ancillary, _, _ = sock.recvmsg(size, _ONE_FD, _FLAGS)
                     if ancillary:
                         fd = _descriptor(ancillary)
                 else:
-                    data = sock.recv(size)
+                    data = sock.recv(size, _FLAGS)
             except BlockingIOError:
                 continue
             if not data:

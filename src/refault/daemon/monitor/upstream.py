@@ -179,7 +179,7 @@ class Upstream:
         try:
             with sock:
                 self.peer = peer_of(sock)
-                core.upstream_connected(b'"refault-%s"' % os.urandom(6).hex().encode())
+                core.upstream_connected(b'"refault-%s"' % os.urandom(8).hex().encode())
                 trouble: Exception | None = None
                 async with trio.open_nursery() as nursery:
                     self._connection = nursery
@@ -206,7 +206,7 @@ class Upstream:
         while True:
             await trio.lowlevel.wait_readable(sock)
             try:
-                data = sock.recv(_READ)
+                data = sock.recv(_READ, socket.MSG_DONTWAIT)
             except BlockingIOError:
                 continue
             except OSError:  # reset, or over TCP nobody there any more (keepalive)

@@ -88,6 +88,13 @@ class Wire:
         return len(data)
 
 
+def readable(sock: socket.socket) -> bool:
+    """Whether there is something to be read now, or somebody to be accepted."""
+    poll = select.poll()
+    poll.register(sock, select.POLLIN)
+    return bool(poll.poll(0))
+
+
 def hung_up(sock: socket.socket) -> bool:
     """Whether the peer has closed altogether, and not its sending side alone."""
     poll = select.poll()

@@ -225,7 +225,7 @@ def may_be(peer: Peer, qemu: Peer) -> bool:
 
 def _ended(sock: socket.socket) -> bool:
     try:
-        return sock.recv(1, socket.MSG_PEEK) == b""
+        return sock.recv(1, socket.MSG_PEEK | socket.MSG_DONTWAIT) == b""
     except BlockingIOError:
         return False
     except OSError:

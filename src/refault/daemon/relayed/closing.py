@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import contextlib
 import math
+import socket
 
 import trio
 
@@ -136,7 +137,7 @@ class Closing:
                 # than need be: one that has sent all is in its completion.
                 while self._course.status == WAITS_FOR_PONG and channel == self._channel:
                     with trio.move_on_after(_SIP_EVERY):
-                        await leg.recv(_SIP)
+                        await leg.recv(_SIP, socket.MSG_DONTWAIT)
                     await trio.sleep(_SIP_EVERY)
 
     async def swallow(self) -> None:
@@ -146,7 +147,7 @@ class Closing:
         """
         if self._kept.main is not None:
             with trio.socket.from_stdlib_socket(self._kept.main.dup()) as leg, contextlib.suppress(OSError):
-                while await leg.recv(1 << 16):
+                while await leg.recv(1 << 16, socket.MSG_DONTWAIT):
                     pass
 
     def _preempt_thread_wakes(self) -> bool:

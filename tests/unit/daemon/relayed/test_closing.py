@@ -7,19 +7,21 @@ import socket
 from collections.abc import Iterator
 from contextlib import contextmanager
 from types import SimpleNamespace
-from typing import Any
+from typing import Any, cast
 
 import pytest
 import trio
+import trio.testing
 from tests.unit.channel import streams
 
 from refault.channel.relay import LegState, Relay
 from refault.daemon.known.counters import Counters
 from refault.daemon.known.course import Course
 from refault.daemon.known.patience import Patience
-from refault.daemon.near.local import LocalLeg
+from refault.daemon.near.kept_ends import KeptEnds
+from refault.daemon.near.local import Executes, LocalLeg
 from refault.daemon.relayed.channels import Channels
-from refault.daemon.relayed.closing import PREEMPT_WAKES_WITHIN
+from refault.daemon.relayed.closing import PREEMPT_WAKES_WITHIN, Closing
 from refault.daemon.relayed.losses import Losses
 from refault.migration.legs import UNTIL_LOADED, WAITS_FOR_PONG
 from refault.migration.messages import RESUME_ACK
@@ -151,6 +153,25 @@ async def test_a_source_that_cannot_be_read_is_let_write_on_until_it_takes_note_
                 await trio.sleep(0.01)
         assert channels.held is None
         channels.close()
+
+
+@pytest.mark.timeout(10)
+async def test_a_leg_that_qemu_has_made_blocking_is_read_without_waiting_for_it(
+    nursery: trio.Nursery, relay: Relay
+) -> None:
+    """It is passed our end (kept_ends.py), and the flag is the open file's, which is ours too."""
+    ours, qemu = socket.socketpair()
+    kept = KeptEnds(cast(Executes, None))
+    kept.begin(ours)
+    with ours, qemu:
+        nursery.start_soon(Closing(cast(Course, None), relay, kept).swallow)
+        await trio.testing.wait_all_tasks_blocked()
+        ours.setblocking(True)
+        qemu.send(b"all that there is")
+        with trio.fail_after(5):
+            await trio.testing.wait_all_tasks_blocked()
+        nursery.cancel_scope.cancel()
+    kept.drop()
 
 
 class Holder:
