@@ -35,7 +35,8 @@ MAY_IMPORT: dict[str, set[str]] = {
     "vm": _VM,
     "telling": _VM,
     "uses": {"monitor", "options"},
-    "fleet": _VM | {"uses"},
+    "wanted": {"uses", "options"},
+    "fleet": _VM | {"wanted"},
     "finder": _VM | {"fleet"},
     "app": _VM | {"telling", "fleet", "finder"},
 }

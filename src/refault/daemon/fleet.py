@@ -10,21 +10,21 @@ import contextlib
 import logging
 import math
 import os
-from collections.abc import Awaitable, Callable, Iterable, Mapping, Sequence
+from collections.abc import Awaitable, Callable, Collection, Iterable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 
 import trio
 
-from refault.daemon import uses
 from refault.daemon.host.errors import OperatorError, operator_errors
 from refault.daemon.host.own_needs import Troubles
 from refault.daemon.host.paths import make_again, make_if_default
 from refault.daemon.host.repeats import repeats
 from refault.daemon.kernel.inotify import watched
-from refault.daemon.options import VmOptions
+from refault.daemon.options import VmOptions, changes_in_place
 from refault.daemon.record.state_lock import StateLock, StateTaken
-from refault.daemon.vm import Vm, changes_in_place
+from refault.daemon.vm import Vm
+from refault.daemon.wanted import judge
 
 log = logging.getLogger("refault")
 
@@ -46,15 +46,22 @@ class Member:
         self.wanted: VmOptions | None = options
         self.vm: Vm | None = None
         """While it is fronted."""
+        self._begins: VmOptions | None = None
         self._troubles = troubles
         self._news = trio.Event()
-        self.started = trio.Event()
-        """Set when it is fronted, or could not be."""
+        self.settled = trio.Event()
+        """Set when it is as it is wanted, or cannot be now."""
+
+    @property
+    def has(self) -> VmOptions | None:
+        """Whose addresses it has, or is about to."""
+        return self.vm.options if self.vm is not None else self._begins
 
     def want(self, options: VmOptions | None) -> None:
         """From now on it is to be like this, or to leave."""
         if options != self.wanted:
             self.wanted = options
+            self.settled = trio.Event()
             self._news.set()
 
     async def run(self) -> None:
@@ -62,6 +69,7 @@ class Member:
         pause, longest = RETRY
         while (options := self.wanted) is not None:
             self._news = trio.Event()
+            self._begins = options
             made = False
             try:
                 made = _make_state_dir(options)
@@ -69,8 +77,8 @@ class Member:
                     await nursery.start(partial(self.front, wait=False), options)
                     self._troubles.over(self.name)
                     pause = RETRY[0]
-                    self.started.set()
             except Exception as error:
+                self._begins = None
                 expected = operator_errors(error)
                 why = _why(error)
                 self._troubles.add(self.name, f"{self.name}: not fronted: {why}")
@@ -81,7 +89,7 @@ class Member:
                     exc_info=None if expected else error,
                     extra=repeats((self.name, "fronted"), why),
                 )
-                self.started.set()
+                self.settled.set()
                 with trio.move_on_after(pause):
                     if len(expected) == 1 and isinstance(expected[0], StateTaken):
                         await self._news_or_change_of(StateLock(options.state_dir, self.name).path)
@@ -144,6 +152,8 @@ class Member:
                 vm.leaves(None)
                 if wanted != vm.options or not done:
                     done = await self._change(vm, wanted)
+                if self.wanted is wanted:
+                    self.settled.set()
                 with trio.move_on_after(math.inf if done else RETRY[1]):
                     await self._news.wait()
                 self._news = trio.Event()
@@ -158,6 +168,8 @@ class Member:
             if vm.may_leave and await self._prepared(vm) and vm.may_leave and self.wanted is wanted:
                 vm.ends_soon()
                 return
+            if self.wanted is wanted:
+                self.settled.set()
             with trio.move_on_after(LEAVE_LOOK):
                 await self._news.wait()
             self._news = trio.Event()
@@ -218,7 +230,7 @@ class Fleet:
         self.members: dict[str, Member] = {}
         self._troubles = troubles
         self._sources: dict[str, tuple[VmOptions, ...]] = {}
-        self._refused: set[str] = set()
+        self._refused: dict[tuple[str, str], str] = {}
         self._nursery: trio.Nursery
 
     @property
@@ -235,22 +247,35 @@ class Fleet:
     async def want(self, sources: Mapping[str, Sequence[VmOptions]]) -> None:
         """What each source wants from now on; sources that are not named want what they wanted.
 
-        A VM whose name or address another has is left out, and said. Returns when all that is new is
-        fronted, or could not be, or takes long. Where it is cancelled, what is wanted is wanted.
+        A VM whose name or address another has is left out, and said (`refault.daemon.wanted`). Returns when
+        all is as it is wanted, or cannot be now, or takes long. Where it is cancelled, what is wanted is
+        wanted.
         """
+        before = [options for source in sources for options in self._sources.get(source, ())]
         self._sources.update({source: tuple(vms) for source, vms in sources.items()})
-        wanted = self._without_clashes()
-        for name, member in self.members.items():
-            member.want(wanted.get(name))
-        new = [self._start(options) for name, options in wanted.items() if name not in self.members]
+        names = {options.name for vms in (before, *sources.values()) for options in vms}
+        self._apply()
         with trio.move_on_after(START_PATIENCE):
-            for member in new:
-                await member.started.wait()
+            while unsettled := [each for each in self._of(names) if not each.settled.is_set()]:
+                await unsettled[0].settled.wait()
 
-    def _start(self, options: VmOptions) -> Member:
+    def _apply(self) -> None:
+        """Has each VM be as it is wanted, as far as its name and addresses are not another's."""
+        held = {name: member.has for name, member in self.members.items()}
+        verdict = judge(self._sources, {name: has for name, has in held.items() if has is not None})
+        self._tell({**verdict.refused, **verdict.waiting})
+        for name, member in self.members.items():
+            member.want(verdict.wanted.get(name))
+        for name, options in verdict.wanted.items():
+            if name not in self.members:
+                self._start(options)
+
+    def _of(self, names: Collection[str]) -> list[Member]:
+        return [member for name, member in self.members.items() if name in names]
+
+    def _start(self, options: VmOptions) -> None:
         member = self.members[options.name] = Member(options, self._troubles)
         self._nursery.start_soon(self._run, member)
-        return member
 
     def forget(self, sources: Iterable[str]) -> None:
         """These sources want nothing any more, with the next `want`."""
@@ -261,40 +286,20 @@ class Fleet:
         try:
             await member.run()
         except Exception:  # it is that VM's trouble alone
-            log.exception("%s: internal error: not fronted any more", member.name)
-            return
+            log.exception("%s: internal error: not fronted for %g s", member.name, RETRY[1])
+            await trio.sleep(RETRY[1])
         finally:
-            member.started.set()
-            if self.members.get(member.name) is member:
-                del self.members[member.name]
-        if (again := self._without_clashes().get(member.name)) is not None:  # wanted as it was going
-            self._start(again)
+            del self.members[member.name]
+            member.settled.set()
+        self._apply()  # it may be wanted again by now, and others want what it had
 
-    def _without_clashes(self) -> dict[str, VmOptions]:
-        wanted: dict[str, VmOptions] = {}
-        taken: list[uses.Use] = []
-        refused: set[str] = set()
-        for source, vms in self._sources.items():
-            for options in vms:
-                mine = uses.of_vm(options.name, options)
-                need = f"{source} {options.name}"
-                clash = next((pair for pair in uses.clashes([*taken, *mine]) if pair[0] in mine), None)
-                why = None
-                if options.name in wanted:
-                    why = "there is a VM of this name already"
-                elif clash is not None:
-                    use, first = clash
-                    why = f"{use.written} is {first.option} of {first.owner} already"
-                if why is not None:
-                    self._troubles.add(need, f"{options.name} of {source}: not fronted: {why}")
-                    log.error(
-                        "%s of %s: not fronted: %s", options.name, source, why, extra=repeats(need, why)
-                    )
-                    refused.add(need)
-                    continue
-                wanted[options.name] = options
-                taken += mine
-        for need in self._refused - refused:
-            self._troubles.over(need)
-        self._refused = refused
-        return wanted
+    def _tell(self, refused: Mapping[tuple[str, str], str]) -> None:
+        """Of VMs that are left out."""
+        for need in self._refused.keys() - refused.keys():
+            self._troubles.over(" ".join(need))
+        for (source, name), why in refused.items():
+            text = f"{name} of {source}: not fronted: {why}"
+            self._troubles.add(f"{source} {name}", text)
+            if self._refused.get((source, name)) != why:
+                log.error("%s", text)
+        self._refused = dict(refused)

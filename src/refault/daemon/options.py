@@ -33,6 +33,16 @@ class VmOptions:
     patience: Patience = field(default_factory=Patience)
 
 
+def changes_in_place(old: VmOptions, new: VmOptions) -> bool:
+    """Whether a VM that is served can go over from one to the other and keep its clients."""
+
+    def fixed(options: VmOptions) -> tuple[object, ...]:
+        managers = [address for address in options.listen if not address.server]
+        return options.name, options.qemu, managers, options.state_dir
+
+    return fixed(old) == fixed(new)
+
+
 @dataclass(frozen=True, kw_only=True)
 class HostOptions:
     """What is one for all VMs."""

@@ -67,16 +67,6 @@ SENT_ALL = (
 )
 
 
-def changes_in_place(old: VmOptions, new: VmOptions) -> bool:
-    """Whether a VM that is served can go over from one to the other (`Vm.change`)."""
-
-    def fixed(options: VmOptions) -> tuple[object, ...]:
-        managers = [address for address in options.listen if not address.server]
-        return options.name, options.qemu, managers, options.state_dir
-
-    return fixed(old) == fixed(new)
-
-
 def _first(error: BaseException) -> BaseException:
     """What a nursery's group is about."""
     while isinstance(error, BaseExceptionGroup):

@@ -27,11 +27,11 @@ async def running(troubles: Troubles) -> AsyncIterator[Fleet]:
         nursery.cancel_scope.cancel()
 
 
-def options(directory: Path, name: str, listen: str | None = None) -> VmOptions:
+def options(directory: Path, name: str, listen: str | None = None, qemu: str | None = None) -> VmOptions:
     at = Address(str(directory / (listen or name)), server=True)
     return VmOptions(
         name=name,
-        qemu=Address(str(directory / f"{name}.real")),
+        qemu=Address(str(directory / f"{qemu or name}.real")),
         listen=(at,),
         state_dir=directory / f"{name}.d",
     )
@@ -98,6 +98,35 @@ async def test_a_vm_whose_migration_needs_refault_leaves_when_that_has_ended_or_
         with trio.fail_after(10):
             while [each.options for each in fleet.vms] != [other]:
                 await trio.sleep(0.01)
+
+
+async def test_what_one_that_leaves_has_is_free_when_it_has_left(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As where a VM gets another name while its migration needs refault."""
+    monkeypatch.setattr(fleet_module, "LEAVE_LOOK", 0.01)
+    busy = True
+    monkeypatch.setattr(Vm, "may_leave", property(lambda vm: vm.name != "a" or not busy))
+    troubles = Troubles()
+    a, b, c = options(tmp_path, "a"), options(tmp_path, "b", qemu="a"), options(tmp_path, "c")
+    async with running(troubles) as fleet:
+        await fleet.want({"files": [a]})
+        await fleet.want({"files": [b, c]})
+        assert names(fleet) == ["a", "c"]
+        assert troubles.tell() == (
+            f"b of files: not fronted: unix:{tmp_path}/a.real is qemu of a, which is leaving",
+        )
+        [vm, _] = fleet.vms
+        await fleet.want({"files": [a]})  # wanted again under its old name
+        await until(fleet, "a")
+        assert (fleet.vms, vm.leaving, troubles.tell()) == ([vm], None, ())
+        await fleet.want({"files": [b]})
+        assert names(fleet) == ["a"]
+        busy = False
+        await until(fleet, "b")
+        assert troubles.tell() == ()
+        await fleet.want({"files": [a]})  # nothing keeps it: the new name is there when this returns
+        assert names(fleet) == ["a"]
 
 
 async def test_an_error_in_one_vm_is_that_ones_alone_and_is_tried_again(
