@@ -6,6 +6,7 @@ import argparse
 import shutil
 import sys
 import textwrap
+from collections.abc import Iterator
 from typing import Any
 
 from refault.cli.daemons import (
@@ -18,7 +19,7 @@ from refault.cli.daemons import (
     exit_status,
     join,
 )
-from refault.cli.words import printable, seconds, size
+from refault.cli.words import group_name, printable, seconds, size, user_name
 from refault.daemon.telling import snapshot
 from refault.daemon.telling.snapshot import ListenerStatus, Status, VmStatus
 
@@ -131,9 +132,32 @@ def _vm_lines(vm: VmStatus, width: int) -> list[str]:
 
 
 def _listener(listener: ListenerStatus) -> str:
-    if listener.listening:
-        return listener.address
-    return f"NOT at {listener.address}: {listener.trouble or 'there is no QEMU'}"
+    where = listener.address
+    if not listener.listening:
+        where = f"NOT at {where}: {listener.trouble or 'there is no QEMU'}"
+    return "; ".join((where, *_rules(listener)))
+
+
+def _rules(listener: ListenerStatus) -> Iterator[str]:
+    """Who may speak there and what, in the words of the options."""
+    if listener.mode is not None:
+        yield f"mode {listener.mode}"
+    if listener.owner is not None:
+        yield f"owner {user_name(listener.owner)}"
+    if listener.group is not None:
+        yield f"group {group_name(listener.group)}"
+    for word, allowed, name in (
+        ("users", listener.allow_users, user_name),
+        ("groups", listener.allow_groups, group_name),
+    ):
+        if allowed:
+            yield f"allowed {word} {', '.join(map(name, allowed))}"
+    if listener.read_only:
+        yield "read-only"
+    if listener.deny:
+        yield f"denied {', '.join(listener.deny)}"
+    if listener.audit:
+        yield "audit"
 
 
 def _page_table(vm: VmStatus, width: int) -> list[str]:

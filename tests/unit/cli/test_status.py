@@ -23,7 +23,10 @@ from refault.cli.main import main
 from refault.cli.status import render
 from refault.daemon.host.paths import short_name
 from refault.daemon.monitor.address import Address
+from refault.daemon.monitor.address_text import parse_address
+from refault.daemon.monitor.front import Front
 from refault.daemon.telling.control import serve_control
+from refault.daemon.telling.picture import _listener
 from refault.daemon.telling.snapshot import Status, decode
 
 
@@ -179,6 +182,30 @@ def test_what_refault_itself_lacks_is_told() -> None:
         "",
         "7 lines of the log are lost: not read, or a full disk",
     ]
+
+
+@pytest.mark.parametrize(
+    ("options", "told"),
+    [
+        ("", ""),
+        (",read-only=on,audit=on", "; read-only; audit"),
+        (",deny=quit,deny=device_add", "; denied device_add, quit"),
+        (",mode=0660,owner=root,group=4294967290", "; mode 0660; owner root; group 4294967290"),
+        (
+            ",allow-user=root,allow-user=4294967290,allow-group=root",
+            "; mode 0666; allowed users root, 4294967290; allowed groups root",
+        ),
+    ],
+)
+def test_who_may_speak_where_and_what(options: str, told: str) -> None:
+    front = Front("vm", parse_address(f"unix:/run/x{options}", server=True), take)
+    listeners = (_listener(front),)
+    words = " ".join(render(Status(vms=(msgspec.structs.replace(IDLE, listeners=listeners),)), 200).split())
+    assert f"listens NOT at unix:/run/x: there is no QEMU{told} clients" in words
+
+
+async def take(sock: socket.socket) -> None:
+    sock.close()
 
 
 @pytest.mark.parametrize("width", [60, 80, 120])

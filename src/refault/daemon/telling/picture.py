@@ -10,6 +10,7 @@ from refault.channel.relay import Relay
 from refault.daemon.kernel.userfaultfd import Waiting, waiting
 from refault.daemon.known.counters import RECOVERY_BOUNDS, Counters, Durations
 from refault.daemon.migration import NO_MIGRATION, Migration
+from refault.daemon.monitor.front import Front
 from refault.daemon.monitor.monitor import QemuInfo
 from refault.daemon.telling.snapshot import (
     BlockStatus,
@@ -56,10 +57,7 @@ def picture(of: Vm) -> VmStatus:
             pid=info.pid if info else None,
             version=info.version if info else None,
         ),
-        listeners=tuple(
-            ListenerStatus(address=str(front.address), listening=front.listening, trouble=front.trouble)
-            for front in monitor.fronts
-        ),
+        listeners=tuple(_listener(front) for front in monitor.fronts),
         clients=ClientsStatus(
             connected=monitor.clients,
             total=monitor.clients_total,
@@ -86,6 +84,23 @@ def picture(of: Vm) -> VmStatus:
         leaving=of.leaving,
         internal_errors=of.internal_errors,
         internal_error=of.internal_error,
+    )
+
+
+def _listener(front: Front) -> ListenerStatus:
+    address, rule = front.address, front.address.rule
+    return ListenerStatus(
+        address=str(address),
+        listening=front.listening,
+        trouble=front.trouble,
+        mode=f"{address.mode:04o}" if address.mode is not None else None,
+        owner=address.owner,
+        group=address.group,
+        allow_users=tuple(sorted(address.callers.users)),
+        allow_groups=tuple(sorted(address.callers.groups)),
+        read_only=rule.read_only,
+        deny=tuple(sorted(rule.deny)),
+        audit=rule.audit,
     )
 
 

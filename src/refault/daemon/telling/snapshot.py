@@ -41,6 +41,16 @@ class ListenerStatus(msgspec.Struct, frozen=True, kw_only=True):
     """Whether who connects reaches refault; a socket file is there only while a QEMU is."""
     trouble: str | None = None
     """Why it cannot listen, though it should."""
+    mode: str | None = None
+    """What the socket file is given, octal as in "0660"; null where nothing was said, as of the next two."""
+    owner: int | None = None
+    group: int | None = None
+    allow_users: tuple[int, ...] = ()
+    """Who may speak, by peer credentials; where both are empty, whoever the socket lets in."""
+    allow_groups: tuple[int, ...] = ()
+    read_only: bool = False
+    deny: tuple[str, ...] = ()
+    audit: bool = False
 
 
 class ClientsStatus(msgspec.Struct, frozen=True, kw_only=True):
