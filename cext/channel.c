@@ -9,6 +9,7 @@ enum {
     PRECOPY_CHUNK = RF_PIPE_ROOM, /* before postcopy throughput counts */
     POSTCOPY_CHUNK = 16 * 1024,   /* from then on what is queued is latency */
     RETURN_AT_ONCE = 64 * 1024,   /* a replay of millions of requests is not to keep all else waiting */
+    LOOKS_AT_ONCE = 4096,         /* nor is the search for what is to be replayed among millions of records */
     LAST_ROUNDS = 64,             /* of moves, before a channel is closed */
     SILENCE_LOOK_MS = 250,
     STILL_LOOK_MS = 100,
@@ -139,12 +140,13 @@ static void say(struct rf_channel *channel) {
 static void return_write(struct rf_channel *channel) {
     struct rf_leg *to = forward_from(channel);
     struct rf_replay *replay = &channel->replay;
+    unsigned looks = LOOKS_AT_ONCE;
     size_t written = 0;
 
     for (;;) {
         size_t n;
 
-        rf_replay_refill(replay, now_ns());
+        rf_replay_refill(replay, &looks, now_ns());
         if (rf_replay_pending(replay) == 0) {
             break;
         }
@@ -524,6 +526,10 @@ unsigned rf_channel_want(const struct rf_channel *channel, struct pollfd *polls)
 }
 
 int rf_channel_timeout_ms(const struct rf_channel *channel) {
+    if (rf_pagemap_is_sweeping(rf_tracker_pagemap(channel->tracker)) ||
+        rf_replay_looks_on(&channel->replay)) {
+        return 0;
+    }
     if (channel->stage == RF_STAGE_UNACKED) {
         return ACKED_LOOK_MS;
     }
@@ -557,6 +563,7 @@ void rf_channel_move(struct rf_channel *channel, const struct pollfd *polls) {
     move_forward(channel, from_events, to_events);
     move_return(channel, to_events, from_events);
     move_lanes(channel, &polls[RF_POLL_LANES]);
+    (void)rf_pagemap_sweep(rf_tracker_pagemap(channel->tracker));
     mind_silence(channel);
     settle(channel);
 }

@@ -18,6 +18,7 @@
 #define IRREGULAR_MAX 64
 /* How far from the oldest record an answered one is looked for when room is needed. */
 #define EVICTION_REACH 256
+#define SWEEP_STEP 1024 /* records of one page; each may be several misses of the cache */
 #define READ_RETRIES 64
 #define CELLS 64
 
@@ -57,6 +58,7 @@ struct block {
     _Atomic uint32_t cells[CELLS];
     uint64_t unit;                 /* what one request covers: the page size, or as the first request says */
     uint32_t bitmap_channel;       /* the channel on which its received bitmap came whole */
+    bool disowned;                 /* that was another VM's: what it has confirmed is to be taken back */
     struct rf_bitmap *forwarded;   /* has passed towards the destination */
     struct rf_bitmap *missing;     /* requested, and has not passed since */
     struct rf_bitmap *unconfirmed; /* requested, and not confirmed by a received bitmap */
@@ -109,7 +111,8 @@ struct rf_pagemap {
     uint32_t oldest;
     uint32_t newest;
     uint64_t last_id;
-    uint32_t cursor; /* the slot given last by next_record */
+    uint32_t cursor; /* the slot given last, or the one before it if that has ended */
+    uint32_t sweep;  /* the next slot to be judged by the received bitmaps; NONE: all are */
     uint32_t irregular[IRREGULAR_MAX];
     uint32_t irregular_length;
 
@@ -169,7 +172,7 @@ struct rf_pagemap *rf_pagemap_new(uint64_t ceiling, uint64_t host_page_size) {
     map->page_bits = DEFAULT_PAGE_BITS;
     map->channel = 1;
     map->forward_seen = true;
-    map->free_slot = map->oldest = map->newest = map->cursor = map->bitmap_block = NONE;
+    map->free_slot = map->oldest = map->newest = map->cursor = map->sweep = map->bitmap_block = NONE;
     put(&map->counters.memory, map->budget.used);
     return map;
 }
@@ -378,6 +381,12 @@ static void end_record(struct rf_pagemap *map, uint32_t slot) {
         }
     }
     unchain_record(map, slot);
+    if (map->sweep == slot) {
+        map->sweep = record->next;
+    }
+    if (map->cursor == slot) {
+        map->cursor = record->previous;
+    }
     if (record->previous == NONE) {
         map->oldest = record->next;
     } else {
@@ -416,29 +425,6 @@ static void refuse_record(struct rf_pagemap *map, uint32_t slot) {
     subtract(&block->requested, 1);
 }
 
-/* Forgets an old answered record: the least loss when there is no room. */
-static bool evict(struct rf_pagemap *map) {
-    uint32_t slot = map->oldest;
-    for (unsigned reach = 0; slot != NONE && reach < EVICTION_REACH; reach++) {
-        if (!record_at(map, slot)->outstanding) {
-            end_record(map, slot);
-            add(&map->counters.evicted, 1);
-            return true;
-        }
-        slot = record_at(map, slot)->next;
-    }
-    return false;
-}
-
-static uint32_t take_slot(struct rf_pagemap *map) {
-    uint32_t slot = map->free_slot == NONE ? add_slot(map) : NONE;
-    if (slot == NONE && (map->free_slot != NONE || evict(map))) {
-        slot = map->free_slot;
-        map->free_slot = record_at(map, slot)->next;
-    }
-    return slot;
-}
-
 /* Notes the record's pages as missing and recorded; false without memory. */
 static bool note_pages(struct rf_pagemap *map, struct block *block, const struct record *record) {
     uint64_t first = first_page(map, record);
@@ -460,26 +446,118 @@ static bool note_pages(struct rf_pagemap *map, struct block *block, const struct
     return true;
 }
 
-/* An answer was lost: the pages that no received bitmap confirmed are missing again. */
+/* The pages that no received bitmap has confirmed and that have not passed are missing. Whether there are
+ * any; without memory for all of them it stays outstanding until a bitmap confirms it. */
+static bool miss_pages(const struct rf_pagemap *map, const struct record *record) {
+    struct block *block = block_at(map, record->block);
+    uint64_t first = first_page(map, record);
+    uint64_t count = page_count(map, record);
+    if (rf_bitmap_count_range(block->unconfirmed, first, count) == count &&
+        rf_bitmap_count_range(block->forwarded, first, count) == 0) {
+        (void)rf_bitmap_set_range(block->missing, first, count);
+        return true;
+    }
+    bool any = false;
+    for (uint64_t page = rf_bitmap_next(block->unconfirmed, first); page < first + count;
+         page = rf_bitmap_next(block->unconfirmed, page + 1)) {
+        if (!rf_bitmap_test(block->forwarded, page)) {
+            any = true;
+            (void)rf_bitmap_set(block->missing, page);
+        }
+    }
+    return any;
+}
+
+/* An answer was lost. */
 static void reopen(struct rf_pagemap *map, uint32_t slot) {
     const struct record *record = record_at(map, slot);
-    struct block *block = block_at(map, record->block);
-    uint64_t end = first_page(map, record) + page_count(map, record);
     if (record->outstanding) {
         return;
     }
     set_outstanding(map, slot, true);
     add(&map->counters.reopened, 1);
-    if (block->missing == NULL) {
-        return;
+    if (block_at(map, record->block)->missing != NULL) {
+        (void)miss_pages(map, record);
     }
-    uint64_t page = rf_bitmap_next(block->unconfirmed, first_page(map, record));
-    while (page < end) {
-        if (!rf_bitmap_test(block->forwarded, page) && rf_bitmap_set(block->missing, page) < 0) {
-            return; /* it stays outstanding until a bitmap confirms it */
+}
+
+/* Whether a received bitmap has confirmed all pages of the record. */
+static bool is_confirmed(const struct rf_pagemap *map, const struct record *record) {
+    const struct block *block = block_at(map, record->block);
+    uint64_t end = first_page(map, record) + page_count(map, record);
+    return block->bitmap_channel == map->channel &&
+           rf_bitmap_next(block->unconfirmed, first_page(map, record)) >= end;
+}
+
+/* What another VM's bitmap has confirmed is not. Without memory it stays so, and the destination's own
+ * repetition must do. */
+static void take_back(const struct rf_pagemap *map, const struct record *record) {
+    struct block *block = block_at(map, record->block);
+    (void)rf_bitmap_set_range(block->unconfirmed, first_page(map, record), page_count(map, record));
+    if (record->outstanding) {
+        (void)miss_pages(map, record);
+    }
+}
+
+/*
+ * Makes of the record what its block's received bitmap says, if one has come on this channel: it ends, or
+ * what has not passed again since is missing. As often as one likes; a record that the sweep has not come to
+ * is judged before anything else is made of it. False if it has ended.
+ */
+static bool judge(struct rf_pagemap *map, uint32_t slot) {
+    const struct record *record = record_at(map, slot);
+    const struct block *block = block_at(map, record->block);
+    if (block->disowned) {
+        take_back(map, record);
+    }
+    if (block->bitmap_channel != map->channel) {
+        return true;
+    }
+    if (is_confirmed(map, record)) {
+        end_record(map, slot);
+        add(&map->counters.confirmed, 1);
+        return false;
+    }
+    if (miss_pages(map, record)) {
+        add(&map->counters.reopened, !record->outstanding);
+        set_outstanding(map, slot, true);
+    } else if (rf_bitmap_next(block->missing, first_page(map, record)) >=
+               first_page(map, record) + page_count(map, record)) {
+        set_outstanding(map, slot, false);
+    }
+    return true;
+}
+
+/* What judging it takes, as so many records of one page. */
+static unsigned weight(const struct rf_pagemap *map, const struct record *record) {
+    return 1 + (unsigned)(page_count(map, record) / 64);
+}
+
+/* Forgets an old answered record: the least loss when there is no room. */
+static bool evict(struct rf_pagemap *map) {
+    uint32_t slot = map->oldest;
+    for (unsigned reach = 0; slot != NONE && reach < EVICTION_REACH; reach++) {
+        uint32_t next = record_at(map, slot)->next;
+        if (!judge(map, slot)) {
+            return true;
         }
-        page = rf_bitmap_next(block->unconfirmed, page + 1);
+        if (!record_at(map, slot)->outstanding) {
+            end_record(map, slot);
+            add(&map->counters.evicted, 1);
+            return true;
+        }
+        slot = next;
     }
+    return false;
+}
+
+static uint32_t take_slot(struct rf_pagemap *map) {
+    uint32_t slot = map->free_slot == NONE ? add_slot(map) : NONE;
+    if (slot == NONE && (map->free_slot != NONE || evict(map))) {
+        slot = map->free_slot;
+        map->free_slot = record_at(map, slot)->next;
+    }
+    return slot;
 }
 
 /* Blocks. */
@@ -730,7 +808,7 @@ static int request(struct rf_pagemap *map, const char *name, size_t name_length,
         return status;
     }
     uint32_t slot = find_record(map, (uint32_t)index, start, length);
-    if (slot != NONE) {
+    if (slot != NONE && judge(map, slot)) {
         repeat(map, slot);
         return 1;
     }
@@ -944,11 +1022,18 @@ static int bitmap_begin(struct rf_pagemap *map, const char *name, size_t name_le
         return index;
     }
     struct block *block = block_at(map, (uint32_t)index);
+    if (block->disowned) {
+        while (rf_pagemap_sweep(map)) { /* else what a stranger confirmed is mixed with what this one does */
+        }
+        block->disowned = false;
+    }
     if (block->forwarded == NULL) {
         if (size % 8 != 0 || size > LENGTH_MAX >> map->page_bits >> 3) {
             return RF_BAD_SIZE;
         }
+        write_begin(map);
         int status = set_size(map, (uint32_t)index, size * 8 << map->page_bits);
+        write_end(map);
         if (status < 0) {
             return status;
         }
@@ -963,11 +1048,8 @@ static int bitmap_begin(struct rf_pagemap *map, const char *name, size_t name_le
 }
 
 int rf_pagemap_bitmap_begin(struct rf_pagemap *map, const char *name, size_t name_length, uint64_t size) {
-    write_begin(map);
     map->bitmap_block = NONE;
-    int index = bitmap_begin(map, name, name_length, size);
-    write_end(map);
-    return index;
+    return bitmap_begin(map, name, name_length, size);
 }
 
 static bool known_loaded(const struct rf_pagemap *map, const struct block *block, uint64_t page) {
@@ -1038,49 +1120,47 @@ void rf_pagemap_bitmap_disown(struct rf_pagemap *map) {
     if (map->bitmap_block == NONE) {
         return;
     }
-    write_begin(map);
-    struct block *block = block_at(map, map->bitmap_block);
-    for (uint32_t slot = map->oldest; slot != NONE; slot = record_at(map, slot)->next) {
-        struct record *record = record_at(map, slot);
-        if (record->block == map->bitmap_block) {
-            /* Without memory it is confirmed too early, and the destination's own repetition must do. */
-            (void)rf_bitmap_set_range(block->unconfirmed, first_page(map, record), page_count(map, record));
-            reopen(map, slot);
+    block_at(map, map->bitmap_block)->bitmap_channel = map->channel;
+    for (uint32_t i = 0; i < blocks_length(map); i++) {
+        struct block *block = block_at(map, i);
+        if (block->bitmap_channel == map->channel) {
+            block->bitmap_channel = 0;
+            block->disowned = true;
         }
     }
+    map->sweep = map->oldest;
     map->bitmap_block = NONE;
-    write_end(map);
 }
 
 int rf_pagemap_bitmap_end(struct rf_pagemap *map, struct rf_bitmap_report *report) {
     if (map->bitmap_block == NONE) {
         return RF_UNKNOWN_BLOCK;
     }
-    write_begin(map);
-    uint32_t index = map->bitmap_block;
-    struct block *block = block_at(map, index);
-    uint32_t slot = map->oldest;
-    while (slot != NONE) {
-        struct record *record = record_at(map, slot);
-        uint32_t next = record->next;
-        if (record->block == index) {
-            uint64_t end = first_page(map, record) + page_count(map, record);
-            if (rf_bitmap_next(block->unconfirmed, first_page(map, record)) < end) {
-                reopen(map, slot);
-                map->report.records_left++;
-            } else {
-                end_record(map, slot);
-                add(&map->counters.confirmed, 1);
-                map->report.records_ended++;
-            }
-        }
-        slot = next;
-    }
-    block->bitmap_channel = map->channel;
+    block_at(map, map->bitmap_block)->bitmap_channel = map->channel;
+    map->sweep = map->oldest;
     map->bitmap_block = NONE;
     *report = map->report;
-    write_end(map);
     return RF_OK;
+}
+
+bool rf_pagemap_is_sweeping(const struct rf_pagemap *map) { return map->sweep != NONE; }
+
+bool rf_pagemap_sweep(struct rf_pagemap *map) {
+    if (map->sweep == NONE) {
+        return false;
+    }
+    write_begin(map);
+    for (unsigned done = 0; done < SWEEP_STEP && map->sweep != NONE;) {
+        uint32_t slot = map->sweep;
+        done += weight(map, record_at(map, slot));
+        map->sweep = record_at(map, slot)->next;
+        (void)judge(map, slot);
+    }
+    for (uint32_t i = 0; map->sweep == NONE && i < blocks_length(map); i++) {
+        block_at(map, i)->disowned = false;
+    }
+    write_end(map);
+    return map->sweep != NONE;
 }
 
 /* The state file. */
@@ -1151,10 +1231,8 @@ int rf_pagemap_restore(struct rf_pagemap *map, const struct rf_statefile_image *
 /* Walking the records. */
 
 static uint32_t slot_after(const struct rf_pagemap *map, uint64_t after) {
-    if (map->cursor != NONE && record_at(map, map->cursor)->id == after && after != 0) {
-        return record_at(map, map->cursor)->next;
-    }
-    uint32_t slot = map->oldest;
+    bool behind = map->cursor != NONE && record_at(map, map->cursor)->id <= after;
+    uint32_t slot = behind ? map->cursor : map->oldest;
     while (slot != NONE && record_at(map, slot)->id <= after) {
         slot = record_at(map, slot)->next;
     }
@@ -1183,17 +1261,32 @@ int rf_pagemap_next_record(struct rf_pagemap *map, uint64_t after, struct rf_req
     return give_record(map, slot_after(map, after), out);
 }
 
-static bool to_replay(const struct rf_pagemap *map, const struct record *record) {
-    return record->outstanding && block_at(map, record->block)->bitmap_channel == map->channel &&
-           record->requested_on != map->channel && record->replayed_on != map->channel;
+/* The sweep ends those that are confirmed: here they would keep the others waiting. */
+static bool to_replay(struct rf_pagemap *map, uint32_t slot) {
+    const struct record *record = record_at(map, slot);
+    return block_at(map, record->block)->bitmap_channel == map->channel &&
+           record->requested_on != map->channel && record->replayed_on != map->channel &&
+           !is_confirmed(map, record) && judge(map, slot) && record->outstanding;
 }
 
-int rf_pagemap_replay_next(struct rf_pagemap *map, uint64_t after, struct rf_request *out) {
+int rf_pagemap_replay_next(struct rf_pagemap *map, uint64_t after, unsigned *looks, struct rf_request *out) {
     uint32_t slot = slot_after(map, after);
-    while (slot != NONE && !to_replay(map, record_at(map, slot))) {
+    bool found = false;
+    write_begin(map);
+    while (slot != NONE && *looks > 0) {
+        unsigned taken = weight(map, record_at(map, slot));
+        *looks -= taken < *looks ? taken : *looks;
+        found = to_replay(map, slot);
+        if (found || *looks == 0) {
+            break;
+        }
         slot = record_at(map, slot)->next;
     }
-    return give_record(map, slot, out);
+    write_end(map);
+    if (give_record(map, slot, out) == 0) {
+        return 0;
+    }
+    return found ? 1 : RF_LOOK_ON;
 }
 
 int rf_pagemap_replayed(struct rf_pagemap *map, uint64_t id) {
@@ -1223,6 +1316,7 @@ void rf_pagemap_complete(struct rf_pagemap *map) {
         add(&block->arrived, get(&block->outstanding));
         put(&block->outstanding, 0);
         put(&block->recorded, 0);
+        block->disowned = false;
         for (uint32_t cell = 0; cell < CELLS; cell++) {
             atomic_store_explicit(&block->cells[cell], 0, memory_order_relaxed);
         }
@@ -1235,7 +1329,7 @@ void rf_pagemap_complete(struct rf_pagemap *map) {
     put(&map->counters.outstanding, 0);
     put(&map->counters.recorded, 0);
     map->slots = map->irregular_length = 0; /* the chunks stay: to free millions of records takes long too */
-    map->free_slot = map->oldest = map->newest = map->cursor = NONE;
+    map->free_slot = map->oldest = map->newest = map->cursor = map->sweep = NONE;
     write_end(map);
 }
 

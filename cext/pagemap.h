@@ -79,9 +79,9 @@ struct rf_bitmap_report {
     uint64_t forwarded_not_received; /* was in flight */
     uint64_t received_not_forwarded; /* never passed here: another VM's, if the whole stream was seen */
     uint64_t loaded_not_received;    /* known to be loaded: another VM's, or another QEMU's */
-    uint64_t records_ended;
-    uint64_t records_left;
 };
+
+enum { RF_LOOK_ON = 2 };
 
 struct rf_pagemap;
 
@@ -145,8 +145,9 @@ int rf_pagemap_channel_lost(struct rf_pagemap *map);
 void rf_pagemap_channel_begin(struct rf_pagemap *map);
 
 /* A received bitmap, of `size` bytes. begin: the block's index, RF_BAD_SIZE, RF_UNKNOWN_BLOCK, RF_NO_MEMORY.
- * data: in order, any sizes. end: the records of the block that are not confirmed are outstanding again.
- * RF_NO_MEMORY of data: should the handshake fail, what was forwarded is no longer known whole. */
+ * data: in order, any sizes. end: the records of the block end that are confirmed, and the others are
+ * outstanding again, both as the sweep comes to them or they are asked for; nothing else shows that it has
+ * not. RF_NO_MEMORY of data: should the handshake fail, what was forwarded is no longer known whole. */
 int rf_pagemap_bitmap_begin(struct rf_pagemap *map, const char *name, size_t name_length, uint64_t size);
 int rf_pagemap_bitmap_data(struct rf_pagemap *map, uint64_t offset, const uint8_t *dense, size_t bytes);
 int rf_pagemap_bitmap_end(struct rf_pagemap *map, struct rf_bitmap_report *report);
@@ -155,9 +156,14 @@ int rf_pagemap_bitmap_end(struct rf_pagemap *map, struct rf_bitmap_report *repor
 bool rf_pagemap_bitmap_is_foreign(const struct rf_pagemap *map);
 /* Whether it lacks a page that is known to be loaded. */
 bool rf_pagemap_bitmap_lacks_loaded(const struct rf_pagemap *map);
-/* In place of end: it is another VM's and confirms nothing, nor do those before it on this channel once it is
- * lost, save that records which those have ended do not come back. */
+/* In place of end: it is another VM's and confirms nothing, nor do those before it on this channel, save that
+ * records which the sweep has ended by those do not come back. The channel is to be lost. */
 void rf_pagemap_bitmap_disown(struct rf_pagemap *map);
+
+/* Judges some more records by the received bitmaps, the oldest first, in well below a millisecond. Whether
+ * some are left. */
+bool rf_pagemap_sweep(struct rf_pagemap *map);
+bool rf_pagemap_is_sweeping(const struct rf_pagemap *map);
 
 /* RESUME_ACK: the received bitmaps of this channel hold, and what they say is known to be loaded. */
 void rf_pagemap_handshake_over(struct rf_pagemap *map);
@@ -168,8 +174,9 @@ int rf_pagemap_next_record(struct rf_pagemap *map, uint64_t after, struct rf_req
 
 /* The same among those to replay: recorded, of a block whose received bitmap has come on this channel without
  * confirming it, not answered and not asked for again by the destination since the channel began, not
- * replayed on it yet. */
-int rf_pagemap_replay_next(struct rf_pagemap *map, uint64_t after, struct rf_request *out);
+ * replayed on it yet. It looks at *looks records at the most, above 0, fewer of huge pages, and takes from it
+ * those that it has; RF_LOOK_ON: at all, and *out is the last: ask again behind that. */
+int rf_pagemap_replay_next(struct rf_pagemap *map, uint64_t after, unsigned *looks, struct rf_request *out);
 
 /* The record was written to the source. RF_OUT_OF_RANGE: no such record. */
 int rf_pagemap_replayed(struct rf_pagemap *map, uint64_t id);

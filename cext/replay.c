@@ -190,7 +190,12 @@ void rf_replay_feed(struct rf_replay *replay, const uint8_t *buf, size_t len, ui
     }
 }
 
-void rf_replay_refill(struct rf_replay *replay, uint64_t now_ns) {
+bool rf_replay_looks_on(const struct rf_replay *replay) {
+    return replay->replaying && replay->partial_len == 0 && rf_replay_pending(replay) == 0 &&
+           rf_tracker_return_at_boundary(replay->tracker);
+}
+
+void rf_replay_refill(struct rf_replay *replay, unsigned *looks, uint64_t now_ns) {
     struct rf_pagemap *map = rf_tracker_pagemap(replay->tracker);
 
     if (!replay->replaying || replay->partial_len > 0 || !rf_tracker_return_at_boundary(replay->tracker)) {
@@ -199,17 +204,21 @@ void rf_replay_refill(struct rf_replay *replay, uint64_t now_ns) {
     if (rf_replay_pending(replay) == 0) {
         bytes_clear(&replay->out);
     }
-    while (rf_replay_pending(replay) < RF_REPLAY_BURST &&
+    while (*looks > 0 && rf_replay_pending(replay) < RF_REPLAY_BURST &&
            replay->out.room - replay->out.len >= RF_REPLAY_MESSAGE_MAX) {
         uint8_t message[RF_REPLAY_MESSAGE_MAX];
         struct rf_request request;
+        int found = rf_pagemap_replay_next(map, replay->after, looks, &request);
         size_t n;
 
-        if (!rf_pagemap_replay_next(map, replay->after, &request)) {
+        if (found == 0) {
             replay->replaying = false;
             return;
         }
         replay->after = request.id;
+        if (found == RF_LOOK_ON) {
+            return;
+        }
         n = rf_returnpath_encode_request_id(message, sizeof(message), request.name, request.name_length,
                                             request.start, request.length);
         if (n > 0 && bytes_put(&replay->out, message, n)) {

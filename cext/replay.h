@@ -100,8 +100,12 @@ void rf_replay_feed(struct rf_replay *replay, const uint8_t *buf, size_t len, ui
 /* To be called when something has passed from the source, and from time to time, while nothing is pending. */
 void rf_replay_forward_passed(struct rf_replay *replay, uint64_t now_ns);
 
-/* Puts more of the replay into `out`, behind what waits there, where one is under way. */
-void rf_replay_refill(struct rf_replay *replay, uint64_t now_ns);
+/* Puts more of the replay into `out`, behind what waits there, where one is under way. It looks at *looks
+ * records at the most, and takes from it those that it has. */
+void rf_replay_refill(struct rf_replay *replay, unsigned *looks, uint64_t now_ns);
+
+/* Whether the next one to replay is yet to be found: refill again, without waiting for anything. */
+bool rf_replay_looks_on(const struct rf_replay *replay);
 
 /* Bytes that wait for the local leg: out.data[out.off] and on. */
 size_t rf_replay_pending(const struct rf_replay *replay);

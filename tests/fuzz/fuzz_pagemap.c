@@ -70,7 +70,8 @@ static void received(struct rf_pagemap *map, struct input *in, const char *name)
 static void replay(struct rf_pagemap *map, uint64_t limit) {
     struct rf_request request;
     uint64_t after = 0;
-    while (limit-- > 0 && rf_pagemap_replay_next(map, after, &request)) {
+    unsigned looks = 1000;
+    while (limit-- > 0 && rf_pagemap_replay_next(map, after, &looks, &request) == 1) {
         CHECK(request.id > after && request.outstanding);
         after = request.id;
         CHECK(rf_pagemap_replayed(map, request.id) == RF_OK);
@@ -114,6 +115,10 @@ static void step(struct rf_pagemap *map, struct input *in, uint64_t now) {
             break;
         case 2:
             rf_pagemap_pong_passed(map);
+            break;
+        case 3:
+        case 4:
+            rf_pagemap_sweep(map);
             break;
         default:
             break;

@@ -5,7 +5,6 @@ from __future__ import annotations
 from pathlib import Path
 
 import trio
-from refault.channel._channel import lib
 from tests.support.pagemap import Request, walk
 
 from refault.channel.relay import LegState, Relay
@@ -79,4 +78,4 @@ class RelayTap(Channel):
         """What is on record, oldest first. Only while both legs are closed: the pump writes nothing then."""
         view = self.relay.look()
         assert LegState.OPEN not in (view.local, view.far)
-        return list(walk(self.relay._map, lib.rf_pagemap_next_record))
+        return list(walk(self.relay._map))

@@ -46,19 +46,33 @@ class BitmapReport:
     forwarded_not_received: int
     received_not_forwarded: int
     loaded_not_received: int
-    records_ended: int
-    records_left: int
 
 
-def walk(pointer: Any, step: Any) -> Iterator[Request]:
+def walk_to_replay(pointer: Any, looks: int = 1000) -> Iterator[Request]:
+    """What is to be replayed of a ``struct rf_pagemap *``, looking at so many records with each call.
+
+    Only for the thread that writes to it.
+    """
+    left = ffi.new("unsigned *")
+
+    def step(pointer: Any, after: int, raw: Any) -> int:
+        left[0] = looks
+        return int(lib.rf_pagemap_replay_next(pointer, after, left, raw))
+
+    return walk(pointer, step)
+
+
+def walk(pointer: Any, step: Any = lib.rf_pagemap_next_record) -> Iterator[Request]:
     """The records that `step`, one of pagemap.h's walks, gives of a ``struct rf_pagemap *``.
 
     Only for the thread that writes to it.
     """
     raw = ffi.new("struct rf_request *")
     after = 0
-    while step(pointer, after, raw):
+    while found := step(pointer, after, raw):
         after = int(raw.id)
+        if found == lib.RF_LOOK_ON:
+            continue
         name = bytes(ffi.buffer(raw.name, raw.name_length))
         yield Request(after, name, int(raw.start), int(raw.length), int(raw.time), bool(raw.outstanding))
 
@@ -114,7 +128,9 @@ class PageMap:
         """RESUME_ACK has passed: the received bitmaps hold, though the channel be lost."""
         lib.rf_pagemap_handshake_over(self._map)
 
-    def received(self, name: bytes, dense: bytes, chunk: int = 1 << 16) -> BitmapReport:
+    def received(
+        self, name: bytes, dense: bytes, chunk: int = 1 << 16, *, sweep: bool = True
+    ) -> BitmapReport:
         """A whole received bitmap, fed in chunks of so many bytes. Raises `PageMapError`."""
         _checked(lib.rf_pagemap_bitmap_begin(self._map, name, len(name), len(dense)))
         for offset in range(0, len(dense), chunk):
@@ -122,15 +138,21 @@ class PageMap:
             _checked(lib.rf_pagemap_bitmap_data(self._map, offset, part, len(part)))
         raw = ffi.new("struct rf_bitmap_report *")
         _checked(lib.rf_pagemap_bitmap_end(self._map, raw))
+        while sweep and self.sweep():
+            pass
         return BitmapReport(*(int(getattr(raw, field)) for field in BitmapReport.__slots__))
+
+    def sweep(self) -> bool:
+        """Judges some more records by the received bitmaps; whether some are left."""
+        return bool(lib.rf_pagemap_sweep(self._map))
 
     def records(self) -> Iterator[Request]:
         """What is on record, oldest first."""
-        return walk(self._map, lib.rf_pagemap_next_record)
+        return walk(self._map)
 
-    def to_replay(self) -> Iterator[Request]:
+    def to_replay(self, looks: int = 1000) -> Iterator[Request]:
         """What is to be written to the source again on this channel, oldest first."""
-        return walk(self._map, lib.rf_pagemap_replay_next)
+        return walk_to_replay(self._map, looks)
 
     def replayed(self, request_id: int) -> None:
         """The record was written to the source. Raises `PageMapError` if there is none."""

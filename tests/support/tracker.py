@@ -16,7 +16,7 @@ from refault.channel.pagemap import (
 )
 from refault.channel.tracker import Fact, Kept, Restored, StateFds
 
-from .pagemap import Request, walk
+from .pagemap import Request, walk, walk_to_replay
 
 
 class Tracker:
@@ -51,7 +51,7 @@ class Tracker:
         lib.rf_tracker_preempt_forward(self._tracker, data, len(data), now)
 
     def backward(self, data: bytes, now: int) -> None:
-        """What passed from the destination."""
+        """What passed from the destination, and all that follows from it."""
         event = ffi.new("struct rf_returnpath_event *")
         with ffi.from_buffer("uint8_t[]", data) as buffer:
             position = 0
@@ -59,6 +59,8 @@ class Tracker:
                 position += lib.rf_tracker_return_next(
                     self._tracker, buffer + position, len(data) - position, now, event
                 )
+        while lib.rf_pagemap_sweep(self._map):
+            pass
 
     def trust_bitmaps(self) -> None:
         """Takes no received bitmap for another VM's."""
@@ -112,8 +114,8 @@ class Tracker:
 
     def records(self) -> Iterator[Request]:
         """What is on record, oldest first."""
-        yield from walk(self._map, lib.rf_pagemap_next_record)  # which keeps the tracker, and so its map
+        yield from walk(self._map)  # which keeps the tracker, and so its map
 
     def to_replay(self) -> Iterator[Request]:
         """What is to be written to the source again on this channel, oldest first."""
-        yield from walk(self._map, lib.rf_pagemap_replay_next)
+        yield from walk_to_replay(self._map)

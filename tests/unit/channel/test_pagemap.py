@@ -63,6 +63,7 @@ class Model(RuleBasedStateMachine):
         self.channel = 1
         self.requested = self.answers = self.repeated = self.confirmed = 0
         self.pinged = self.loaded_known = self.passed = False
+        self.unswept = self.was_unswept = False
 
     def tick(self) -> int:
         self.now += 10
@@ -104,14 +105,22 @@ class Model(RuleBasedStateMachine):
                 record.missing -= gone
                 self.answers += not record.missing
 
+    @rule()
+    def sweep(self) -> None:
+        while self.map.sweep():
+            pass
+        self.unswept = False
+
     @rule(name=NAMES, page=st.integers(0, 255))
     def discard(self, name: bytes, page: int) -> None:
+        self.sweep()  # none comes behind a received bitmap
         page %= BLOCKS[name][0] // PAGE
         self.map.discarded(self.index[name], page * PAGE, PAGE)
         self.blocks[name].forwarded -= {page}
 
     @rule()
     def lose(self) -> None:
+        self.sweep()  # what is not judged by then is by the bitmaps of the next channel
         self.map.channel_lost()
         for block in self.blocks.values():  # what a handshake that came to nothing took out
             block.forwarded |= block.in_flight
@@ -146,16 +155,18 @@ class Model(RuleBasedStateMachine):
     def recover(self, names: list[bytes], seed: int) -> None:
         self.lose()
         for name in names:
-            self.received(name, seed, 8)
+            self.received(name, seed, 8, sweep=True)
         self.handshake_over()
 
-    @rule(name=NAMES, seed=st.integers(0, 1 << 30), chunk=st.integers(1, 9))
-    def received(self, name: bytes, seed: int, chunk: int) -> None:
+    @rule(name=NAMES, seed=st.integers(0, 1 << 30), chunk=st.integers(1, 9), sweep=st.booleans())
+    def received(self, name: bytes, seed: int, chunk: int, sweep: bool) -> None:
         rng = random.Random(seed)
         total = BLOCKS[name][0] // PAGE
         there = {page for page in range(total) if rng.random() < rng.choice([0.1, 0.9])}
         block = self.blocks[name]
-        report = self.map.received(name, bitmap_of(there, total), chunk)
+        report = self.map.received(name, bitmap_of(there, total), chunk, sweep=sweep)
+        self.unswept = not sweep
+        self.was_unswept |= self.unswept
         assert report.received == len(there)
         assert report.forwarded_not_received == len(block.forwarded - there)
         assert report.received_not_forwarded == len(there - block.forwarded)
@@ -171,13 +182,8 @@ class Model(RuleBasedStateMachine):
                 if not record.unconfirmed:
                     self.confirmed += 1
                     continue
-                record.missing = (record.missing - there) or set(record.unconfirmed)
+                record.missing = set(record.unconfirmed)
             left.append(record)
-        ended = len(self.records) - len(left)
-        assert (report.records_ended, report.records_left) == (
-            ended,
-            sum(record.name == name for record in left),
-        )
         self.records = left
 
     @rule(count=st.integers(0, 3))
@@ -201,12 +207,13 @@ class Model(RuleBasedStateMachine):
 
     @rule()
     def complete(self) -> None:
+        self.sweep()
         self.map.complete()
         self.records.clear()
 
     @invariant()
     def same(self) -> None:
-        if not hasattr(self, "map"):
+        if not hasattr(self, "map") or self.unswept:
             return
         stats = self.map.stats()
         live = sum(bool(record.missing) for record in self.records)
@@ -217,7 +224,8 @@ class Model(RuleBasedStateMachine):
             self.confirmed,
         )
         assert stats.requested == stats.arrived + stats.outstanding
-        assert self.map.latency().count == self.answers
+        answers = self.map.latency().count  # one that passed before the sweep came is not known to be one
+        assert answers <= self.answers if self.was_unswept else answers == self.answers
         for block in self.map.blocks():
             mine = [record for record in self.records if record.name == block.name]
             assert (block.recorded, block.outstanding) == (len(mine), sum(bool(r.missing) for r in mine))
@@ -367,6 +375,50 @@ def test_a_table_that_grows_or_ends_does_not_stop_the_pump() -> None:
     assert page_map.stats().memory <= held
 
 
+@pytest.mark.parametrize("confirmed", [True, False])
+def test_a_received_bitmap_does_not_stop_the_pump_for_the_records_it_judges(confirmed: bool) -> None:
+    """In CPU time, but for one step, which an interrupt may have met; bench_pagemap.py goes on to 2^21."""
+    requests = 1 << 16
+    page_map = PageMap()
+    page_map.declare(b"pc.ram", requests * PAGE)
+    for page in range(requests):
+        page_map.request(b"pc.ram", page * 7919 % requests * PAGE, PAGE, page)
+    page_map.arrived(0, 0, requests * PAGE, requests)
+    page_map.channel_lost()
+    page_map.channel_begin()
+    dense = bitmap_of(set(range(requests) if confirmed else [7]), requests)
+    before = time.thread_time_ns()
+    page_map.received(b"pc.ram", dense, sweep=False)
+    steps = [time.thread_time_ns() - before]
+    if not confirmed:  # judged as they are looked for
+        assert page_map.stats().outstanding == 0
+        before = time.thread_time_ns()
+        assert next(page_map.to_replay()).start == 0
+        steps.append(time.thread_time_ns() - before)
+    more = True
+    while more:
+        before = time.thread_time_ns()
+        more = page_map.sweep()
+        steps.append(time.thread_time_ns() - before)
+    assert len(steps) > 10
+    assert sorted(steps)[-2] < 5_000_000
+    stats = page_map.stats()
+    left = 0 if confirmed else requests - 1
+    assert (stats.recorded, stats.outstanding, stats.confirmed) == (left, left, requests - left)
+
+
+def test_a_record_is_found_for_the_replay_behind_any_number_that_need_none() -> None:
+    requests = 5000
+    page_map = PageMap()
+    page_map.declare(b"pc.ram", requests * PAGE)
+    for page in range(requests):
+        page_map.request(b"pc.ram", page * PAGE, PAGE, page)
+    page_map.channel_lost()
+    page_map.channel_begin()
+    page_map.received(b"pc.ram", bitmap_of(set(range(requests - 1)), requests), sweep=False)
+    assert [record.start for record in page_map.to_replay(looks=10)] == [(requests - 1) * PAGE]
+
+
 def test_blocks_known_by_name_until_a_bitmap_tells_their_size() -> None:
     page_map = PageMap()
     page_map.request(b"pc.ram", 7 * PAGE, PAGE, 1)
@@ -374,8 +426,8 @@ def test_blocks_known_by_name_until_a_bitmap_tells_their_size() -> None:
     (block,) = page_map.blocks()
     assert (block.declared, block.used_length, block.outstanding) == (False, 0, 2)
     page_map.channel_begin()
-    report = page_map.received(b"pc.ram", bytes(64))
-    assert (report.records_left, page_map.stats().refused) == (1, 1)
+    page_map.received(b"pc.ram", bytes(64))
+    assert (page_map.stats().recorded, page_map.stats().refused) == (1, 1)
     (block,) = page_map.blocks()
     assert (block.used_length, block.requested, block.outstanding) == (512 * PAGE, 1, 1)
     page_map.arrived(0, 7 * PAGE, PAGE, 4)
