@@ -6,15 +6,15 @@
 
 bool rf_orders_init(struct rf_orders *orders) {
     *orders = (struct rf_orders){.event = eventfd(0, EFD_CLOEXEC | EFD_NONBLOCK)};
-    pthread_mutex_init(&orders->lock, NULL);
-    return orders->event >= 0;
+    return orders->event >= 0 && pthread_mutex_init(&orders->lock, NULL) == 0;
 }
 
 void rf_orders_free(struct rf_orders *orders) {
     if (orders->event >= 0) {
         close(orders->event);
+        orders->event = -1;
+        pthread_mutex_destroy(&orders->lock);
     }
-    pthread_mutex_destroy(&orders->lock);
 }
 
 void rf_orders_put(struct rf_orders *orders, struct rf_order *order) {

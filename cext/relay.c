@@ -38,14 +38,13 @@ struct told {
 enum { POLL_ORDERS, POLL_CHANNEL, POLL_MAX = POLL_CHANNEL + RF_CHANNEL_POLLS };
 
 struct rf_relay {
-    pthread_t thread;
     struct rf_orders orders;
     struct rf_order stop; /* for which there is always memory */
     int notify_event;
-    _Atomic int holders; /* the pump, and who started it: the last one frees */
     pthread_mutex_t lock;
-    pthread_cond_t ended; /* `has_ended` was set */
-    bool has_ended;
+    pthread_cond_t changed; /* one of these was set */
+    bool has_ended;         /* the pump does nothing more than free all */
+    bool is_left;           /* who started it does nothing more with it */
 
     /* The sequence lock: odd while the pump writes. */
     _Atomic uint64_t sequence;
@@ -240,16 +239,17 @@ static bool turn(struct rf_relay *relay) {
     return go_on;
 }
 
-static void let_go(struct rf_relay *relay) {
-    if (atomic_fetch_sub(&relay->holders, 1) > 1) {
-        return;
-    }
+static void close_events(struct rf_relay *relay) {
     rf_orders_free(&relay->orders);
-    pthread_cond_destroy(&relay->ended);
-    pthread_mutex_destroy(&relay->lock);
     if (relay->notify_event >= 0) {
         close(relay->notify_event);
+        relay->notify_event = -1;
     }
+}
+
+static void free_all(struct rf_relay *relay) {
+    pthread_cond_destroy(&relay->changed);
+    pthread_mutex_destroy(&relay->lock);
     rf_channel_free(&relay->channel);
     rf_tracker_free(relay->tracker);
     free(relay);
@@ -262,9 +262,13 @@ static void *pump(void *opaque) {
     }
     pthread_mutex_lock(&relay->lock);
     relay->has_ended = true;
-    pthread_cond_signal(&relay->ended);
+    pthread_cond_signal(&relay->changed);
+    while (!relay->is_left) {
+        pthread_cond_wait(&relay->changed, &relay->lock);
+    }
     pthread_mutex_unlock(&relay->lock);
-    let_go(relay);
+    close_events(relay);
+    free_all(relay); /* here, for millions of records take 10 ms */
     return NULL;
 }
 
@@ -276,13 +280,12 @@ static void init_ending(struct rf_relay *relay) {
     pthread_mutex_init(&relay->lock, NULL);
     pthread_condattr_init(&monotonic);
     pthread_condattr_setclock(&monotonic, CLOCK_MONOTONIC);
-    pthread_cond_init(&relay->ended, &monotonic);
+    pthread_cond_init(&relay->changed, &monotonic);
     pthread_condattr_destroy(&monotonic);
 }
 
-static void wait_for_the_end(struct rf_relay *relay) {
+static void leave(struct rf_relay *relay) {
     struct timespec until;
-    bool has_ended;
     int error = 0;
 
     clock_gettime(CLOCK_MONOTONIC, &until);
@@ -293,27 +296,31 @@ static void wait_for_the_end(struct rf_relay *relay) {
     }
     pthread_mutex_lock(&relay->lock);
     while (!relay->has_ended && error == 0) {
-        error = pthread_cond_timedwait(&relay->ended, &relay->lock, &until);
+        error = pthread_cond_timedwait(&relay->changed, &relay->lock, &until);
     }
-    has_ended = relay->has_ended;
+    if (relay->has_ended) {
+        close_events(relay);
+    }
+    relay->is_left = true;
+    pthread_cond_signal(&relay->changed);
     pthread_mutex_unlock(&relay->lock);
-    if (has_ended) {
-        pthread_join(relay->thread, NULL); /* it does nothing more */
-    } else {
-        pthread_detach(relay->thread);
-    }
 }
 
 static int start_thread(struct rf_relay *relay) {
     sigset_t all;
     sigset_t before;
+    pthread_attr_t detached;
+    pthread_t thread;
     int error;
 
+    pthread_attr_init(&detached);
+    pthread_attr_setdetachstate(&detached, PTHREAD_CREATE_DETACHED);
     sigfillset(&all);
     rf_crash_let_through(&all);
     pthread_sigmask(SIG_SETMASK, &all, &before);
-    error = pthread_create(&relay->thread, NULL, pump, relay);
+    error = pthread_create(&thread, &detached, pump, relay);
     pthread_sigmask(SIG_SETMASK, &before, NULL);
+    pthread_attr_destroy(&detached);
     return error;
 }
 
@@ -327,7 +334,6 @@ struct rf_relay *rf_relay_start(int side, uint64_t ceiling, unsigned dead_after_
         return NULL;
     }
     init_ending(relay);
-    relay->holders = 1;
     relay->stop.kind = RF_ORDER_STOP;
     relay->notify_event = eventfd(0, EFD_CLOEXEC | EFD_NONBLOCK);
     if (!rf_orders_init(&relay->orders) || relay->notify_event < 0) {
@@ -343,14 +349,11 @@ struct rf_relay *rf_relay_start(int side, uint64_t ceiling, unsigned dead_after_
         if (!source_side) {
             rf_tracker_trust_bitmaps(relay->tracker);
         }
-        relay->holders = 2;
         error = start_thread(relay);
-        if (error != 0) {
-            relay->holders = 1;
-        }
     }
     if (error != 0) {
-        let_go(relay);
+        close_events(relay);
+        free_all(relay);
         errno = error;
         return NULL;
     }
@@ -423,6 +426,5 @@ int rf_relay_complete(struct rf_relay *relay) {
 void rf_relay_stop(struct rf_relay *relay, bool keep_local) {
     relay->stop.keep_local = keep_local;
     rf_orders_put(&relay->orders, &relay->stop);
-    wait_for_the_end(relay);
-    let_go(relay);
+    leave(relay);
 }

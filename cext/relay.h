@@ -113,8 +113,8 @@ int rf_relay_close_channel(struct rf_relay *relay, uint64_t channel);
 int rf_relay_complete(struct rf_relay *relay);
 
 /*
- * Ends the thread, closes both legs after what they hold has been offered to the kernel, and frees all. Waits
- * for that no longer than 20 ms; a thread that takes longer frees all itself.
+ * Ends the thread, which closes both legs after what they hold has been offered to the kernel. Waits for that
+ * no longer than 20 ms. The thread frees all behind it.
  * `keep_local`: the local leg's socket has been duplicated, and QEMU is not to see it end.
  */
 void rf_relay_stop(struct rf_relay *relay, bool keep_local);

@@ -1,15 +1,32 @@
 /* Preloaded: every other poll(2) outside the main thread fails for want of memory, and so does what asks for
- * as much at once as a lane takes. */
+ * as much at once as a lane takes. What the main thread frees of the size of a chunk of records (pagemap.c)
+ * is counted. */
 #include <errno.h>
+#include <malloc.h>
 #include <poll.h>
 #include <stdatomic.h>
 #include <stddef.h>
 #include <sys/syscall.h>
 #include <unistd.h>
 
+enum { CHUNK_AT_LEAST = 15 * 1024, CHUNK_AT_MOST = 16 * 1024 };
 enum { LANE_AT_LEAST = 128 * 1024, LANE_AT_MOST = 160 * 1024 };
 
 void *__libc_calloc(size_t count, size_t size);
+void __libc_free(void *memory);
+
+static unsigned chunks_freed;
+
+unsigned chunks_freed_by_main(void) { return chunks_freed; }
+
+void free(void *memory) {
+    if (memory != NULL && gettid() == getpid()) {
+        size_t size = malloc_usable_size(memory);
+
+        chunks_freed += size >= CHUNK_AT_LEAST && size <= CHUNK_AT_MOST;
+    }
+    __libc_free(memory);
+}
 
 int poll(struct pollfd *polls, nfds_t count, int timeout) {
     static atomic_uint calls;
