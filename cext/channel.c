@@ -119,6 +119,19 @@ static void forward_write(struct rf_channel *channel) {
     }
 }
 
+static void forward_pass_last(struct rf_channel *channel) {
+    size_t n;
+
+    if (!unread(channel) && channel->lane_count < channel->lanes_wanted) {
+        return; /* it might be what is not to pass before the lanes are there */
+    }
+    n = rf_pipe_pass_last(&channel->forward, forward_from(channel), forward_to(channel));
+    if (n > 0) {
+        rf_tracker_forward(channel->tracker, channel->forward.data, n, now_ns());
+        channel->forward_bytes += n;
+    }
+}
+
 static void forward_read(struct rf_channel *channel) {
     bool postcopy = channel->in_postcopy || rf_tracker_facts(channel->tracker) & RF_FACT_PACKAGED_BEGUN;
     size_t chunk = postcopy ? POSTCOPY_CHUNK : PRECOPY_CHUNK;
@@ -198,6 +211,8 @@ static void move_forward(struct rf_channel *channel, short from_events, short to
     if (rf_flow_due(RF_FORWARD, forward_flow(channel), forward_from(channel), from_events, to_events)) {
         if (rf_pipe_pending(&channel->forward)) {
             forward_write(channel);
+        } else if (forward_to(channel)->at_last) {
+            forward_pass_last(channel);
         } else {
             forward_read(channel);
         }

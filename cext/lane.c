@@ -74,7 +74,19 @@ void rf_lane_want(const struct rf_lane *lane, struct pollfd *polls) {
     rf_flow_want(RF_RETURN, backward_flow(lane), to, from, to_poll, from_poll);
 }
 
+static uint64_t pass_last(struct rf_lane *lane, struct rf_tracker *tracker, uint64_t now_ns) {
+    size_t n = rf_pipe_pass_last(&lane->forward, forward_from(lane), forward_to(lane));
+
+    if (n > 0 && lane->kind == RF_LANE_PREEMPT) {
+        rf_tracker_preempt_forward(tracker, lane->forward.data, n, now_ns);
+    }
+    return n;
+}
+
 static uint64_t move_forward(struct rf_lane *lane, struct rf_tracker *tracker, uint64_t now_ns) {
+    if (!rf_pipe_pending(&lane->forward) && forward_to(lane)->at_last) {
+        return pass_last(lane, tracker, now_ns);
+    }
     if (!rf_pipe_pending(&lane->forward)) {
         size_t most = lane->kind == RF_LANE_PREEMPT ? PREEMPT_CHUNK : MULTIFD_CHUNK;
         size_t n = rf_pipe_read(&lane->forward, forward_from(lane), forward_to(lane), most);

@@ -41,14 +41,14 @@ static void take_note(struct rf_leg *leg, enum rf_leg_state state, int error) {
 
 static bool is_later(int error) { return error == EAGAIN || error == EWOULDBLOCK; }
 
-size_t rf_leg_read(struct rf_leg *leg, uint8_t *buf, size_t len) {
+static size_t receive(struct rf_leg *leg, uint8_t *buf, size_t len, int flags) {
     ssize_t n;
 
     if (!leg->may_read) {
         return 0;
     }
     do {
-        n = recv(leg->fd, buf, len, MSG_DONTWAIT);
+        n = recv(leg->fd, buf, len, MSG_DONTWAIT | flags);
     } while (n < 0 && errno == EINTR);
     if (n > 0) {
         return (size_t)n;
@@ -62,6 +62,10 @@ size_t rf_leg_read(struct rf_leg *leg, uint8_t *buf, size_t len) {
     }
     return 0;
 }
+
+size_t rf_leg_read(struct rf_leg *leg, uint8_t *buf, size_t len) { return receive(leg, buf, len, 0); }
+
+size_t rf_leg_peek(struct rf_leg *leg, uint8_t *buf, size_t len) { return receive(leg, buf, len, MSG_PEEK); }
 
 size_t rf_leg_write(struct rf_leg *leg, const uint8_t *buf, size_t len) {
     ssize_t n;

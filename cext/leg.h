@@ -50,6 +50,9 @@ void rf_leg_adopt(struct rf_leg *leg, int fd);
 /* Reads at most `len` bytes. Returns the count; 0 when nothing is there now, or nothing will be. */
 size_t rf_leg_read(struct rf_leg *leg, uint8_t *buf, size_t len);
 
+/* The same, but that the kernel keeps them. */
+size_t rf_leg_peek(struct rf_leg *leg, uint8_t *buf, size_t len);
+
 /* Writes what the kernel takes of `len` bytes and returns the count; 0 when it takes none now, or none any
  * more. */
 size_t rf_leg_write(struct rf_leg *leg, const uint8_t *buf, size_t len);

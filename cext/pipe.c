@@ -31,6 +31,19 @@ size_t rf_pipe_read(struct rf_pipe *pipe, struct rf_leg *from, const struct rf_l
     return n;
 }
 
+size_t rf_pipe_pass_last(struct rf_pipe *pipe, struct rf_leg *from, struct rf_leg *to) {
+    size_t there = rf_leg_peek(from, pipe->data, RF_PIPE_ROOM);
+    size_t taken = there > 0 ? rf_leg_write(to, pipe->data, there) : 0;
+    size_t left = taken;
+    size_t n;
+
+    do {
+        n = left > 0 ? rf_leg_read(from, pipe->data + taken - left, left) : 0;
+        left -= n;
+    } while (n > 0);
+    return taken;
+}
+
 enum rf_flow rf_pipe_flow(const struct rf_pipe *pipe, enum rf_direction direction, const struct rf_leg *from,
                           const struct rf_leg *to, bool gated) {
     enum rf_taker taker = !to->may_write ? RF_TAKER_GONE

@@ -36,6 +36,12 @@ size_t rf_pipe_write(struct rf_pipe *pipe, struct rf_leg *to);
  */
 size_t rf_pipe_read(struct rf_pipe *pipe, struct rf_leg *from, const struct rf_leg *to, size_t most);
 
+/*
+ * At the last (rf_leg_take_all) what is read and not written would be counted as passed on and is not: reads
+ * no more than `to` has taken. The count; they are at the beginning of `data`. Only while nothing is pending.
+ */
+size_t rf_pipe_pass_last(struct rf_pipe *pipe, struct rf_leg *from, struct rf_leg *to);
+
 /* What it does now. `gated`: what it holds is not to be written yet. */
 enum rf_flow rf_pipe_flow(const struct rf_pipe *pipe, enum rf_direction direction, const struct rf_leg *from,
                           const struct rf_leg *to, bool gated);

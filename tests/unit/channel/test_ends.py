@@ -17,6 +17,7 @@ from contextlib import contextmanager
 
 import pytest
 from refault.channel._channel import lib
+from tests.support.tracker import Tracker
 
 from refault.channel.relay import Lane, LegState, Relay
 from refault.channel.tracker import Fact
@@ -545,6 +546,47 @@ def test_a_channel_that_is_closed_passes_on_what_its_reader_has_room_for(
             until(lambda: unacknowledged(host) == 0, "it has arrived")
         ends.relay.close_channel(ends.relay.look().channel)
         assert len(to_its_end(reader)) == sent + len(behind)
+
+
+@pytest.mark.parametrize("preempt", [False, True])
+@pytest.mark.parametrize("role", list(Role))
+def test_of_a_channel_that_is_closed_only_what_its_reader_gets_is_counted(role: Role, preempt: bool) -> None:
+    """Its kernel takes a part of what the writer's holds; what was read beyond that would be lost."""
+    before = BEGINNING + DEVICE_STATE if preempt else BEGINNING + s.part()
+    pages = b"".join(s.page(number * PAGE, BLOCK) for number in range(PAGES))
+    with relaying(role) as ends:
+        local, qemu = socket.socketpair()
+        far, host = tcp_pair()
+        far.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, 60_000)
+        qemu.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, 200_000)
+        writer, reader = (qemu, host) if role is Role.SOURCE else (host, qemu)
+        ends.others += [qemu, host]
+        if preempt:
+            ends.channel(lanes=1)
+            (ends.qemu if role is Role.SOURCE else ends.host).sendall(before)
+            ends.relay.add_lane(1, Lane.PREEMPT, local.detach(), far.detach())
+        else:
+            ends.relay.attach(local.detach(), far.detach(), recovered=False, may_replay=True)
+            writer.sendall(before)
+            assert read_exactly(reader, len(before)) == before
+        writer.setblocking(False)
+        sent, since = 0, time.monotonic()
+        while time.monotonic() - since < 0.1:
+            with contextlib.suppress(BlockingIOError):
+                sent, since = sent + writer.send(pages[sent:]), time.monotonic()
+            time.sleep(0.001)
+        ends.relay.close_channel(1)
+        got = to_its_end(reader)
+        assert len(got) < sent < len(pages)
+        expected = Tracker()
+        expected.channel_begin(recovered=False)
+        expected.forward(before, 1)
+        if preempt:
+            expected.preempt_begin()
+            expected.preempt_forward(got, 1)
+        else:
+            expected.forward(got, 1)
+        assert ends.relay.pages().forwarded == expected.stats().forwarded
 
 
 def test_a_closed_relay_says_so_and_takes_no_descriptor() -> None:
