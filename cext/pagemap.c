@@ -5,15 +5,13 @@
 
 #include "bitmap.h"
 #include "budget.h"
+#include "records.h"
 
 #define BLOCKS_MAX 4096
 #define NAME_MAX_LENGTH 255
 #define LENGTH_MAX ((uint64_t)1 << 56)
 #define DEFAULT_PAGE_BITS 12
-#define NONE UINT32_MAX
-#define RECORDS_CHUNK 256
-#define CHUNKS_FIRST 64
-#define RECORDS_MAX ((uint32_t)1 << 30)
+#define NONE RF_NO_RECORD
 /* Requests for something else than one page of their block. QEMU makes none, so a few are plenty. */
 #define IRREGULAR_MAX 64
 /* How far from the oldest record an answered one is looked for when room is needed. */
@@ -66,25 +64,6 @@ struct block {
     struct rf_bitmap *unproven;    /* of `forwarded`, not known to be loaded; NULL: none. See enum proof */
 };
 
-struct record {
-    uint64_t id; /* 0: a free slot, `next` leads to the next one */
-    uint64_t start;
-    uint64_t time;
-    uint32_t length;
-    uint32_t block;
-    uint32_t previous; /* by id, oldest first */
-    uint32_t next;
-    uint32_t chain;        /* next in its hash bucket */
-    uint32_t requested_on; /* the last channel on which the destination asked the source, 0: none */
-    uint32_t replayed_on;
-    bool outstanding;
-};
-
-struct chunk {
-    struct record records[RECORDS_CHUNK];
-    uint32_t buckets[RECORDS_CHUNK]; /* the first of each hash bucket's chain, or NONE */
-};
-
 /* What is known of which forwarded pages the destination has loaded. */
 enum proof {
     PROOF_NONE = 0,  /* nothing */
@@ -103,14 +82,7 @@ struct rf_pagemap {
     bool pages_passed; /* on this channel */
     enum proof proof;
 
-    struct chunk **chunks;
-    uint32_t chunks_length; /* as many as there have ever been slots for */
-    uint32_t chunks_room;
-    uint32_t slots; /* in use or free; and so many hash buckets */
-    uint32_t free_slot;
-    uint32_t oldest;
-    uint32_t newest;
-    uint64_t last_id;
+    struct rf_records records;
     uint32_t cursor; /* the slot given last, or the one before it if that has ended */
     uint32_t sweep;  /* the next slot to be judged by the received bitmaps; NONE: all are */
     uint32_t irregular[IRREGULAR_MAX];
@@ -172,7 +144,8 @@ struct rf_pagemap *rf_pagemap_new(uint64_t ceiling, uint64_t host_page_size) {
     map->page_bits = DEFAULT_PAGE_BITS;
     map->channel = 1;
     map->forward_seen = true;
-    map->free_slot = map->oldest = map->newest = map->cursor = map->sweep = map->bitmap_block = NONE;
+    rf_records_init(&map->records, &map->budget);
+    map->cursor = map->sweep = map->bitmap_block = NONE;
     put(&map->counters.memory, map->budget.used);
     return map;
 }
@@ -199,10 +172,7 @@ void rf_pagemap_free(struct rf_pagemap *map) {
         free_bitmaps(block_at(map, i));
         rf_budget_free(&map->budget, block_at(map, i), sizeof(struct block));
     }
-    for (uint32_t i = 0; i < map->chunks_length; i++) {
-        rf_budget_free(&map->budget, map->chunks[i], sizeof(struct chunk));
-    }
-    rf_budget_free(&map->budget, map->chunks, map->chunks_room * sizeof(*map->chunks));
+    rf_records_free(&map->records);
     rf_budget_free(NULL, map, sizeof(*map));
 }
 
@@ -218,117 +188,22 @@ int rf_pagemap_set_target_page_bits(struct rf_pagemap *map, uint32_t bits) {
     return RF_OK;
 }
 
-/* Records: slots in chunks, chained by hash of what they ask for and linked by age. */
+/* Records. */
 
-static struct record *record_at(const struct rf_pagemap *map, uint32_t slot) {
-    return &map->chunks[slot / RECORDS_CHUNK]->records[slot % RECORDS_CHUNK];
+static struct rf_record *record_at(const struct rf_pagemap *map, uint32_t slot) {
+    return rf_records_at(&map->records, slot);
 }
 
-static uint32_t *bucket_at(const struct rf_pagemap *map, uint32_t bucket) {
-    return &map->chunks[bucket / RECORDS_CHUNK]->buckets[bucket % RECORDS_CHUNK];
-}
-
-static uint32_t hash_of(uint32_t block, uint64_t start) {
-    uint64_t mixed = (start >> 10) * UINT64_C(0x9e3779b97f4a7c15) + block * UINT64_C(0xc2b2ae3d27d4eb4f);
-    return (uint32_t)(mixed >> 32);
-}
-
-/* Of so many buckets, above 0. With one more, one bucket's entries part: those that come to the new one were
- * in the bucket of its number without the highest bit. */
-static uint32_t bucket_of(uint32_t hash, uint32_t buckets) {
-    uint32_t mask = buckets > 1 ? UINT32_MAX >> __builtin_clz(buckets - 1) : 0;
-    uint32_t bucket = hash & mask;
-    return bucket < buckets ? bucket : hash & mask >> 1;
-}
-
-static uint32_t *bucket_for(const struct rf_pagemap *map, uint32_t block, uint64_t start) {
-    return bucket_at(map, bucket_of(hash_of(block, start), map->slots));
-}
-
-static uint32_t find_record(const struct rf_pagemap *map, uint32_t block, uint64_t start, uint64_t length) {
-    if (map->slots == 0) {
-        return NONE;
-    }
-    uint32_t slot = *bucket_for(map, block, start);
-    while (slot != NONE) {
-        const struct record *record = record_at(map, slot);
-        if (record->block == block && record->start == start && record->length == length) {
-            return slot;
-        }
-        slot = record->chain;
-    }
-    return NONE;
-}
-
-static void chain_record(struct rf_pagemap *map, uint32_t slot) {
-    struct record *record = record_at(map, slot);
-    uint32_t *bucket = bucket_for(map, record->block, record->start);
-    record->chain = *bucket;
-    *bucket = slot;
-}
-
-static void unchain_record(struct rf_pagemap *map, uint32_t slot) {
-    const struct record *record = record_at(map, slot);
-    uint32_t *link = bucket_for(map, record->block, record->start);
-    while (*link != slot) {
-        link = &record_at(map, *link)->chain;
-    }
-    *link = record->chain;
-}
-
-static bool add_chunk(struct rf_pagemap *map) {
-    uint32_t number = map->chunks_length;
-    if (number == map->chunks_room) {
-        uint32_t room = number == 0 ? CHUNKS_FIRST : number * 2;
-        struct chunk **chunks =
-            rf_budget_grow(&map->budget, map->chunks, number * sizeof(*chunks), room * sizeof(*chunks));
-        if (chunks == NULL) {
-            return false;
-        }
-        map->chunks = chunks;
-        map->chunks_room = room;
-    }
-    map->chunks[number] = rf_budget_alloc(&map->budget, sizeof(struct chunk));
-    map->chunks_length += map->chunks[number] != NULL;
-    return map->chunks[number] != NULL;
-}
-
-/* One slot more, and one hash bucket, so that the table grows by steps of one size. NONE without memory. */
-static uint32_t add_slot(struct rf_pagemap *map) {
-    uint32_t added = map->slots;
-    if (added == RECORDS_MAX || (added / RECORDS_CHUNK == map->chunks_length && !add_chunk(map))) {
-        return NONE;
-    }
-    map->slots++;
-    *bucket_at(map, added) = NONE;
-    if (added == 0) {
-        return added;
-    }
-    uint32_t highest = UINT32_C(1) << (31 - __builtin_clz(added));
-    uint32_t *link = bucket_at(map, added - highest);
-    while (*link != NONE) {
-        uint32_t slot = *link;
-        struct record *record = record_at(map, slot);
-        if (bucket_of(hash_of(record->block, record->start), map->slots) == added) {
-            *link = record->chain;
-            chain_record(map, slot);
-        } else {
-            link = &record->chain;
-        }
-    }
-    return added;
-}
-
-static uint64_t first_page(const struct rf_pagemap *map, const struct record *record) {
+static uint64_t first_page(const struct rf_pagemap *map, const struct rf_record *record) {
     return record->start >> map->page_bits;
 }
 
-static uint64_t page_count(const struct rf_pagemap *map, const struct record *record) {
+static uint64_t page_count(const struct rf_pagemap *map, const struct rf_record *record) {
     return record->length >> map->page_bits;
 }
 
 /* Among those outstanding, by where in the block it is; not before the size is known. */
-static void count_in_cell(struct block *block, const struct record *record, bool more) {
+static void count_in_cell(struct block *block, const struct rf_record *record, bool more) {
     uint64_t size = get(&block->used_length);
     if (size == 0) {
         return;
@@ -341,7 +216,7 @@ static void count_in_cell(struct block *block, const struct record *record, bool
 
 /* Between the two states of a request: requested is arrived + outstanding, always. */
 static void set_outstanding(struct rf_pagemap *map, uint32_t slot, bool outstanding) {
-    struct record *record = record_at(map, slot);
+    struct rf_record *record = record_at(map, slot);
     struct block *block = block_at(map, record->block);
     if (outstanding == record->outstanding) {
         return;
@@ -364,7 +239,7 @@ static void set_outstanding(struct rf_pagemap *map, uint32_t slot, bool outstand
 
 /* What ends is answered, whether or not we saw it pass. */
 static void end_record(struct rf_pagemap *map, uint32_t slot) {
-    struct record *record = record_at(map, slot);
+    struct rf_record *record = record_at(map, slot);
     struct block *block = block_at(map, record->block);
     rf_statefile_end(map->kept, slot);
     set_outstanding(map, slot, false);
@@ -380,30 +255,17 @@ static void end_record(struct rf_pagemap *map, uint32_t slot) {
             break;
         }
     }
-    unchain_record(map, slot);
     if (map->sweep == slot) {
         map->sweep = record->next;
     }
     if (map->cursor == slot) {
         map->cursor = record->previous;
     }
-    if (record->previous == NONE) {
-        map->oldest = record->next;
-    } else {
-        record_at(map, record->previous)->next = record->next;
-    }
-    if (record->next == NONE) {
-        map->newest = record->previous;
-    } else {
-        record_at(map, record->next)->previous = record->previous;
-    }
-    record->id = 0;
-    record->next = map->free_slot;
-    map->free_slot = slot;
+    rf_records_remove(&map->records, slot);
 }
 
 static void keep_record(struct rf_pagemap *map, uint32_t slot) {
-    const struct record *record = record_at(map, slot);
+    const struct rf_record *record = record_at(map, slot);
     rf_statefile_record(map->kept, slot,
                         &(struct rf_statefile_record){
                             .id = record->id,
@@ -426,7 +288,7 @@ static void refuse_record(struct rf_pagemap *map, uint32_t slot) {
 }
 
 /* Notes the record's pages as missing and recorded; false without memory. */
-static bool note_pages(struct rf_pagemap *map, struct block *block, const struct record *record) {
+static bool note_pages(struct rf_pagemap *map, struct block *block, const struct rf_record *record) {
     uint64_t first = first_page(map, record);
     uint64_t count = page_count(map, record);
     if (rf_bitmap_set_range(block->unconfirmed, first, count) < 0) {
@@ -448,7 +310,7 @@ static bool note_pages(struct rf_pagemap *map, struct block *block, const struct
 
 /* The pages that no received bitmap has confirmed and that have not passed are missing. Whether there are
  * any; without memory for all of them it stays outstanding until a bitmap confirms it. */
-static bool miss_pages(const struct rf_pagemap *map, const struct record *record) {
+static bool miss_pages(const struct rf_pagemap *map, const struct rf_record *record) {
     struct block *block = block_at(map, record->block);
     uint64_t first = first_page(map, record);
     uint64_t count = page_count(map, record);
@@ -470,7 +332,7 @@ static bool miss_pages(const struct rf_pagemap *map, const struct record *record
 
 /* An answer was lost. */
 static void reopen(struct rf_pagemap *map, uint32_t slot) {
-    const struct record *record = record_at(map, slot);
+    const struct rf_record *record = record_at(map, slot);
     if (record->outstanding) {
         return;
     }
@@ -482,7 +344,7 @@ static void reopen(struct rf_pagemap *map, uint32_t slot) {
 }
 
 /* Whether a received bitmap has confirmed all pages of the record. */
-static bool is_confirmed(const struct rf_pagemap *map, const struct record *record) {
+static bool is_confirmed(const struct rf_pagemap *map, const struct rf_record *record) {
     const struct block *block = block_at(map, record->block);
     uint64_t end = first_page(map, record) + page_count(map, record);
     return block->bitmap_channel == map->channel &&
@@ -491,7 +353,7 @@ static bool is_confirmed(const struct rf_pagemap *map, const struct record *reco
 
 /* What another VM's bitmap has confirmed is not. Without memory it stays so, and the destination's own
  * repetition must do. */
-static void take_back(const struct rf_pagemap *map, const struct record *record) {
+static void take_back(const struct rf_pagemap *map, const struct rf_record *record) {
     struct block *block = block_at(map, record->block);
     (void)rf_bitmap_set_range(block->unconfirmed, first_page(map, record), page_count(map, record));
     if (record->outstanding) {
@@ -505,7 +367,7 @@ static void take_back(const struct rf_pagemap *map, const struct record *record)
  * is judged before anything else is made of it. False if it has ended.
  */
 static bool judge(struct rf_pagemap *map, uint32_t slot) {
-    const struct record *record = record_at(map, slot);
+    const struct rf_record *record = record_at(map, slot);
     const struct block *block = block_at(map, record->block);
     if (block->disowned) {
         take_back(map, record);
@@ -529,13 +391,13 @@ static bool judge(struct rf_pagemap *map, uint32_t slot) {
 }
 
 /* What judging it takes, as so many records of one page. */
-static unsigned weight(const struct rf_pagemap *map, const struct record *record) {
+static unsigned weight(const struct rf_pagemap *map, const struct rf_record *record) {
     return 1 + (unsigned)(page_count(map, record) / 64);
 }
 
 /* Forgets an old answered record: the least loss when there is no room. */
 static bool evict(struct rf_pagemap *map) {
-    uint32_t slot = map->oldest;
+    uint32_t slot = map->records.oldest;
     for (unsigned reach = 0; slot != NONE && reach < EVICTION_REACH; reach++) {
         uint32_t next = record_at(map, slot)->next;
         if (!judge(map, slot)) {
@@ -549,15 +411,6 @@ static bool evict(struct rf_pagemap *map) {
         slot = next;
     }
     return false;
-}
-
-static uint32_t take_slot(struct rf_pagemap *map) {
-    uint32_t slot = map->free_slot == NONE ? add_slot(map) : NONE;
-    if (slot == NONE && (map->free_slot != NONE || evict(map))) {
-        slot = map->free_slot;
-        map->free_slot = record_at(map, slot)->next;
-    }
-    return slot;
 }
 
 /* Blocks. */
@@ -634,9 +487,9 @@ static int set_size(struct rf_pagemap *map, uint32_t index, uint64_t used_length
         return RF_NO_MEMORY;
     }
     put(&block->used_length, used_length);
-    uint32_t slot = map->oldest;
+    uint32_t slot = map->records.oldest;
     while (slot != NONE) {
-        struct record *record = record_at(map, slot);
+        struct rf_record *record = record_at(map, slot);
         uint32_t next = record->next;
         if (record->block == index) {
             if (record->outstanding) {
@@ -741,7 +594,7 @@ static bool all_forwarded(const struct rf_pagemap *map, const struct block *bloc
 }
 
 static void repeat(struct rf_pagemap *map, uint32_t slot) {
-    struct record *record = record_at(map, slot);
+    struct rf_record *record = record_at(map, slot);
     struct block *block = block_at(map, record->block);
     add(&map->counters.repeated, 1);
     record->requested_on = map->channel;
@@ -757,28 +610,20 @@ static int record_request(struct rf_pagemap *map, uint32_t index, uint64_t start
     if (!regular && map->irregular_length == IRREGULAR_MAX) {
         return RF_FULL;
     }
-    uint32_t slot = take_slot(map);
-    if (slot == NONE) {
-        return RF_FULL;
-    }
-    struct record *record = record_at(map, slot);
-    *record = (struct record){
-        .id = ++map->last_id,
+    const struct rf_record made = {
         .start = start,
         .time = now,
         .length = length,
         .block = index,
-        .previous = map->newest,
-        .next = NONE,
         .requested_on = map->channel,
     };
-    chain_record(map, slot);
-    if (map->newest == NONE) {
-        map->oldest = slot;
-    } else {
-        record_at(map, map->newest)->next = slot;
+    uint32_t slot = rf_records_add(&map->records, &made);
+    if (slot == NONE && evict(map)) {
+        slot = rf_records_add(&map->records, &made);
     }
-    map->newest = slot;
+    if (slot == NONE) {
+        return RF_FULL;
+    }
     add(&map->counters.recorded, 1);
     add(&block->recorded, 1);
     add(&map->counters.requested, 1);
@@ -789,7 +634,7 @@ static int record_request(struct rf_pagemap *map, uint32_t index, uint64_t start
     if (!regular) {
         map->irregular[map->irregular_length++] = slot;
     }
-    if (block->forwarded != NULL && !note_pages(map, block, record)) {
+    if (block->forwarded != NULL && !note_pages(map, block, record_at(map, slot))) {
         refuse_record(map, slot);
         return RF_NO_MEMORY;
     }
@@ -807,7 +652,7 @@ static int request(struct rf_pagemap *map, const char *name, size_t name_length,
     if (status < 0) {
         return status;
     }
-    uint32_t slot = find_record(map, (uint32_t)index, start, length);
+    uint32_t slot = rf_records_find(&map->records, (uint32_t)index, start, length);
     if (slot != NONE && judge(map, slot)) {
         repeat(map, slot);
         return 1;
@@ -830,7 +675,7 @@ int rf_pagemap_request(struct rf_pagemap *map, const char *name, size_t name_len
 void rf_pagemap_not_asked(struct rf_pagemap *map, const char *name, size_t name_length, uint64_t start,
                           uint32_t length) {
     int index = rf_pagemap_find(map, name, name_length);
-    uint32_t slot = index < 0 ? NONE : find_record(map, (uint32_t)index, start, length);
+    uint32_t slot = index < 0 ? NONE : rf_records_find(&map->records, (uint32_t)index, start, length);
     if (slot != NONE) {
         record_at(map, slot)->requested_on = 0;
     }
@@ -838,7 +683,7 @@ void rf_pagemap_not_asked(struct rf_pagemap *map, const char *name, size_t name_
 
 /* Answered, if none of its pages is missing any more. */
 static void settle(struct rf_pagemap *map, struct block *block, uint32_t slot, uint64_t now) {
-    struct record *record = record_at(map, slot);
+    struct rf_record *record = record_at(map, slot);
     uint64_t end = first_page(map, record) + page_count(map, record);
     if (!record->outstanding || rf_bitmap_next(block->missing, first_page(map, record)) < end) {
         return;
@@ -896,7 +741,7 @@ static int arrived(struct rf_pagemap *map, uint32_t index, uint64_t offset, uint
         uint64_t unit_end = (unit_start + block->unit) >> map->page_bits;
         uint64_t upto = unit_end < first + count ? unit_end : first + count;
         rf_bitmap_clear_range(block->missing, page, upto - page);
-        uint32_t slot = find_record(map, index, unit_start, block->unit);
+        uint32_t slot = rf_records_find(&map->records, index, unit_start, block->unit);
         if (slot != NONE) {
             settle(map, block, slot, now);
         }
@@ -1128,7 +973,7 @@ void rf_pagemap_bitmap_disown(struct rf_pagemap *map) {
             block->disowned = true;
         }
     }
-    map->sweep = map->oldest;
+    map->sweep = map->records.oldest;
     map->bitmap_block = NONE;
 }
 
@@ -1137,7 +982,7 @@ int rf_pagemap_bitmap_end(struct rf_pagemap *map, struct rf_bitmap_report *repor
         return RF_UNKNOWN_BLOCK;
     }
     block_at(map, map->bitmap_block)->bitmap_channel = map->channel;
-    map->sweep = map->oldest;
+    map->sweep = map->records.oldest;
     map->bitmap_block = NONE;
     *report = map->report;
     return RF_OK;
@@ -1172,7 +1017,7 @@ void rf_pagemap_keep(struct rf_pagemap *map, struct rf_statefile *file) {
         rf_statefile_block(file, i, block_at(map, i)->name, block_at(map, i)->name_length);
         keep_sizes(map, i);
     }
-    for (uint32_t slot = map->oldest; slot != NONE; slot = record_at(map, slot)->next) {
+    for (uint32_t slot = map->records.oldest; slot != NONE; slot = record_at(map, slot)->next) {
         keep_record(map, slot);
     }
 }
@@ -1200,7 +1045,7 @@ static int restore_block(struct rf_pagemap *map, const struct rf_statefile_block
 static int restore_record(struct rf_pagemap *map, const struct rf_statefile_record *kept) {
     struct block *block = block_at(map, kept->block);
     if (check_request(map, block, kept->start, kept->length) < 0 ||
-        find_record(map, kept->block, kept->start, kept->length) != NONE) {
+        rf_records_find(&map->records, kept->block, kept->start, kept->length) != NONE) {
         add(&map->counters.refused, 1);
         return RF_OK;
     }
@@ -1232,7 +1077,7 @@ int rf_pagemap_restore(struct rf_pagemap *map, const struct rf_statefile_image *
 
 static uint32_t slot_after(const struct rf_pagemap *map, uint64_t after) {
     bool behind = map->cursor != NONE && record_at(map, map->cursor)->id <= after;
-    uint32_t slot = behind ? map->cursor : map->oldest;
+    uint32_t slot = behind ? map->cursor : map->records.oldest;
     while (slot != NONE && record_at(map, slot)->id <= after) {
         slot = record_at(map, slot)->next;
     }
@@ -1243,7 +1088,7 @@ static int give_record(struct rf_pagemap *map, uint32_t slot, struct rf_request 
     if (slot == NONE) {
         return 0;
     }
-    const struct record *record = record_at(map, slot);
+    const struct rf_record *record = record_at(map, slot);
     const struct block *block = block_at(map, record->block);
     map->cursor = slot;
     out->id = record->id;
@@ -1263,7 +1108,7 @@ int rf_pagemap_next_record(struct rf_pagemap *map, uint64_t after, struct rf_req
 
 /* The sweep ends those that are confirmed: here they would keep the others waiting. */
 static bool to_replay(struct rf_pagemap *map, uint32_t slot) {
-    const struct record *record = record_at(map, slot);
+    const struct rf_record *record = record_at(map, slot);
     return block_at(map, record->block)->bitmap_channel == map->channel &&
            record->requested_on != map->channel && record->replayed_on != map->channel &&
            !is_confirmed(map, record) && judge(map, slot) && record->outstanding;
@@ -1310,7 +1155,7 @@ int rf_pagemap_replayed(struct rf_pagemap *map, uint64_t id) {
 
 void rf_pagemap_complete(struct rf_pagemap *map) {
     write_begin(map);
-    rf_statefile_end_all(map->kept, map->last_id);
+    rf_statefile_end_all(map->kept, map->records.last_id);
     for (uint32_t i = 0; i < blocks_length(map); i++) {
         struct block *block = block_at(map, i);
         add(&block->arrived, get(&block->outstanding));
@@ -1328,8 +1173,9 @@ void rf_pagemap_complete(struct rf_pagemap *map) {
     add(&map->counters.arrived, get(&map->counters.outstanding));
     put(&map->counters.outstanding, 0);
     put(&map->counters.recorded, 0);
-    map->slots = map->irregular_length = 0; /* the chunks stay: to free millions of records takes long too */
-    map->free_slot = map->oldest = map->newest = map->cursor = map->sweep = NONE;
+    rf_records_forget(&map->records);
+    map->irregular_length = 0;
+    map->cursor = map->sweep = NONE;
     write_end(map);
 }
 

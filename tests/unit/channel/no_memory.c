@@ -1,5 +1,5 @@
 /* Preloaded: every other poll(2) outside the main thread fails for want of memory, and so does what asks for
- * as much at once as a lane takes. What the main thread frees of the size of a chunk of records (pagemap.c)
+ * as much at once as a lane takes. What the main thread frees of the size of a chunk of records (records.c)
  * is counted. */
 #include <errno.h>
 #include <malloc.h>
