@@ -19,8 +19,11 @@ SECONDS ?= 60
 # Other QEMUs than the machine's own, as make qemus unpacks them: .qemus/qemu-10 and so on.
 QEMUS ?= 5.2 10 11
 QEMU_DIR := $(CURDIR)/.qemus
+NSPAWN_DIR := $(CURDIR)/.nspawn
 export PATH := $(PATH):$(QEMU_DIR)
 
+# What make install and make deb install: this checkout, or the wheel that make dist has built from it (PACKAGE=dist/NAME.whl).
+PACKAGE ?= .
 PREFIX ?= /usr/local
 DESTDIR ?=
 SYSCONFDIR ?= /etc
@@ -43,7 +46,7 @@ C_WARNINGS := -std=c11 -D_GNU_SOURCE -Wall -Wextra -Werror -Icext -fsyntax-only
 # Each has a module of its own in tests/campaign.
 CAMPAIGNS := starvation truth floor strays silence patience huge_pages many last_bytes tunnel
 
-.PHONY: help build demo picture qemus analyzers prometheus analyze matrix qtests test campaign campaign-kill \
+.PHONY: help build demo picture qemus analyzers prometheus analyze matrix qtests test systemd campaign campaign-kill \
         campaign-preempt $(CAMPAIGNS:%=campaign-%) lint bench fuzz tsan ends nightly dist install deb clean
 .NOTPARALLEL:
 
@@ -55,6 +58,7 @@ help:
 	@echo 'make prometheus  Debian'"'"'s Prometheus, unpacked in .qemus/; the tests of monitoring/ need it'
 	@echo 'make analyze  the forward decoder beside them, on streams that QEMUs save'
 	@echo 'make test     unit and integration tests (TEST=tests/unit for some of them)'
+	@echo 'make systemd  of these, the units under a real systemd, in a container'
 	@echo 'make campaign  20 losses of each class, over the whole life of a migration (CAMPAIGN="--help")'
 	@echo 'make campaign-kill  of these, kill -9 of either refault alone (CAMPAIGN="--qemu qemu-10 --each 17")'
 	@echo 'make lint     ruff, mypy, clang-format, gcc and clang'
@@ -77,7 +81,7 @@ help:
 	@echo 'make campaign-patience  slow migrations, a blocked main thread, a source that nobody answers'
 	@echo 'make nightly  all that is too long for CI, for hours; goes on where it was (NIGHTLY="fuzz qtests" for some steps)'
 	@echo 'make dist     sdist and wheel, in dist/'
-	@echo 'make install  program, man pages, completion, systemd units and directories (DESTDIR, PREFIX)'
+	@echo 'make install  program, man pages, completion, systemd units and directories (DESTDIR, PREFIX, PACKAGE)'
 	@echo 'make deb      a Debian package of all that, for this release of Debian, in dist/'
 	@echo 'make clean    removes what was built, .venv included'
 
@@ -129,6 +133,12 @@ ifeq ($(TEST),)
 else
 	tests/tools/with-userfaultfd $(BIN)/python -m pytest $(TEST)
 endif
+
+# In a Debian of their own, kept in .nspawn, which make test has as well.
+systemd: build $(VENV)/.dev
+	$(BOOTSTRAP) test
+	tests/tools/nspawn $(NSPAWN_DIR)
+	$(BIN)/python -m pytest tests/integration/test_systemd.py
 
 campaign: build $(VENV)/.dev
 	$(BOOTSTRAP) test
@@ -197,7 +207,7 @@ install:
 	$(BOOTSTRAP) build
 	$(READABLE) install -d $(DESTDIR)$(LIBDIR) $(DESTDIR)$(PREFIX)/bin $(DESTDIR)$(SYSCONFDIR)/refault/vms.d
 	$(READABLE) $(PYTHON) -m venv $(DESTDIR)$(LIBDIR)
-	$(READABLE) $(DESTDIR)$(LIBDIR)/bin/python -m pip install --quiet --upgrade --force-reinstall .
+	$(READABLE) $(DESTDIR)$(LIBDIR)/bin/python -m pip install --quiet --upgrade --force-reinstall $(PACKAGE)
 	$(READABLE) printf '#!%s/bin/python\nfrom refault.cli.main import main\n\nraise SystemExit(main())\n' $(LIBDIR) >$(DESTDIR)$(LIBDIR)/bin/refault
 	ln -sfn $(LIBDIR)/bin/refault $(DESTDIR)$(PREFIX)/bin/refault
 	$(READABLE) $(DESTDIR)$(LIBDIR)/bin/python -m refault.cli.pages $(DESTDIR)$(PREFIX)/share
@@ -217,6 +227,6 @@ deb:
 	packaging/deb/build dist
 
 clean:
-	rm -rf $(VENV) $(QEMU_DIR) build dist .mypy_cache .pytest_cache .ruff_cache .hypothesis src/refault.egg-info
+	rm -rf $(VENV) $(QEMU_DIR) $(NSPAWN_DIR) build dist .mypy_cache .pytest_cache .ruff_cache .hypothesis src/refault.egg-info
 	find src tests cext -name __pycache__ -type d -prune -exec rm -rf {} +
 	find src -name '*.so' -delete

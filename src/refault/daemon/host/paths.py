@@ -67,15 +67,17 @@ def make_if_default(path: Path) -> None:
 
 
 def make_default_directory(path: Path) -> None:
-    """Makes the runtime directory where no service manager has, with mode 0755 for root and 0700 for others.
+    """Makes the runtime directory where no service manager has, with mode 0755 for root; for others, who may
+    pass by its parent may pass.
 
     Raises `OperatorError`.
     """
     if path.is_dir():
         return
     try:
-        path.mkdir(mode=_mode())
-        path.chmod(_mode())  # whatever the umask
+        mode = _mode(path)
+        path.mkdir(mode=mode)
+        path.chmod(mode)  # whatever the umask
     except FileExistsError:
         return
     except OSError as error:
@@ -84,8 +86,9 @@ def make_default_directory(path: Path) -> None:
         ) from error
 
 
-def _mode() -> int:
-    return 0o755 if os.getuid() == 0 else 0o700
+def _mode(path: Path) -> int:
+    """Who may pass by what it lies in may pass here: QEMU may be another user's. Raises OSError."""
+    return 0o755 if os.getuid() == 0 else 0o700 | path.parent.stat().st_mode & 0o055
 
 
 def must_be_writable(path: Path) -> None:
@@ -107,5 +110,6 @@ def make_again(path: Path) -> None:
     """
     if not path.exists():
         with contextlib.suppress(OSError):
-            path.mkdir(mode=_mode())
-            path.chmod(_mode())
+            mode = _mode(path)
+            path.mkdir(mode=mode)
+            path.chmod(mode)

@@ -21,7 +21,7 @@ from refault.daemon.monitor.socket_file import (
     Access,
     access_of,
     by_number,
-    give,
+    give_as_said,
     inode_of,
     is_free,
     open_path,
@@ -128,7 +128,7 @@ def bind_unix(address: Address, access: Access | None = None) -> Bound:
                 plain = access_of(fd)
                 bound = Bound((sock,), address, inode_of(status), plain)
                 try:
-                    give(fd, address, plain, access)
+                    give_as_said(fd, address, plain, access)
                 except OSError as error:
                     os.unlink(address.sun_path)
                     raise OSError(error.errno, f"cannot give its file away: {error.strerror}") from error

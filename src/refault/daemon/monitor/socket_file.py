@@ -9,12 +9,12 @@ import stat
 from collections.abc import Iterator
 from dataclasses import dataclass
 
+from refault.daemon.kernel.giving import ACL, give
 from refault.daemon.monitor.address import Address
 
 log = logging.getLogger("refault.qmp")
 
 MODE = 0o600
-_ACL = "system.posix_acl_access"
 
 
 @dataclass(frozen=True)
@@ -61,13 +61,13 @@ def access_of(fd: int) -> Access:
     """What a file has."""
     status = os.fstat(fd)
     try:
-        acl = os.getxattr(by_number(fd), _ACL)
+        acl = os.getxattr(by_number(fd), ACL)
     except OSError:  # there is none, or there are none on this file system
         acl = None
     return Access(stat.S_IMODE(status.st_mode) & 0o777, status.st_uid, status.st_gid, acl)
 
 
-def give(fd: int, address: Address, plain: Access, access: Access | None) -> None:
+def give_as_said(fd: int, address: Address, plain: Access, access: Access | None) -> None:
     """Has the file at `fd` what the address says, or else what `access` does. Raises OSError."""
     mode, owner, group = address.mode, address.owner, address.group
     if access is not None and is_free(address):
@@ -88,11 +88,16 @@ def give(fd: int, address: Address, plain: Access, access: Access | None) -> Non
 
 
 def _change(fd: int, plain: Access, gid: int, uid: int | None, mode: int, acl: bytes | None) -> None:
-    """The group first, for its rights; the owner last, for only he can change the rest."""
-    if gid != plain.gid:
-        os.chown(by_number(fd), -1, gid)
-    os.chmod(by_number(fd), mode)
-    if acl is not None:
-        os.setxattr(by_number(fd), _ACL, acl)
-    if uid is not None and uid != plain.uid:
-        os.chown(by_number(fd), uid, -1)
+    path = by_number(fd)
+    owner = None if uid == plain.uid else uid
+    group = None if gid == plain.gid else gid
+    if acl is None:
+        give(path, mode, owner, group)
+        return
+    # The group first, for its rights; the owner last, for only he can change the rest.
+    if group is not None:
+        os.chown(path, -1, group)
+    os.chmod(path, mode)
+    os.setxattr(path, ACL, acl)
+    if owner is not None:
+        os.chown(path, owner, -1)

@@ -4,8 +4,8 @@ connections at the address that it was given.
     source:       refault listens, QEMU connects, main channel first
     destination:  QEMU listens, refault connects, only with what the far side has sent in hand
 
-The sockets lie in a directory of mode 0700 that is QEMU's, each attempt at a path of its own, so that nobody
-else comes to them; and whoever does must be the QEMU behind the monitor.
+The sockets lie in a directory that is QEMU's alone, or ours and QEMU's, each attempt at a path of its own, so
+that nobody else comes to them; and whoever does must be the QEMU behind the monitor.
 """
 
 from __future__ import annotations
@@ -15,7 +15,6 @@ import os
 import secrets
 import shutil
 import socket
-import stat
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -23,6 +22,7 @@ from pathlib import Path
 import trio
 
 from refault.daemon.host.paths import SUN_PATH
+from refault.daemon.kernel.giving import give, is_given
 from refault.daemon.kernel.peer import Peer, peer_of
 from refault.daemon.kernel.unix_diag import (
     peer_inode,
@@ -49,7 +49,7 @@ class PrivateSockets:
     """Whether the directory is this VM's, or is another's that has its name."""
 
     def make(self) -> None:
-        """Makes the directory anew, empty. Raises OSError, also where QEMU's user cannot be given it, or the
+        """Makes the directory anew, empty. Raises OSError, also where QEMU's user cannot be let in, or the
         kernel does not tell what `connect` must know.
         """
         if not self.usable:
@@ -57,7 +57,7 @@ class PrivateSockets:
         shutil.rmtree(self.directory, ignore_errors=True)
         self.directory.mkdir(mode=0o700)
         if self.qemu.uid is not None and self.qemu.uid != os.getuid():
-            os.chown(self.directory, self.qemu.uid, -1)
+            give(self.directory, 0o700, self.qemu.uid)
         if len(os.fsencode(self.directory)) + PATH_BYTES >= SUN_PATH:
             raise OSError(f"{self.directory} is too long a path for a unix socket")
         one, other = socket.socketpair()
@@ -70,12 +70,8 @@ class PrivateSockets:
 
     def make_if_missing(self) -> None:
         """Makes it where it is not there, or not as it is to be. Raises as `make` does."""
-        try:
-            there = os.lstat(self.directory)
-        except FileNotFoundError:
-            self.make()
-            return
-        if stat.S_IMODE(there.st_mode) != 0o700 or self.qemu.uid not in (None, there.st_uid):
+        uid = os.getuid() if self.qemu.uid is None else self.qemu.uid
+        if not (self.directory.exists() and is_given(self.directory, 0o700, uid)):
             self.make()
 
     def remove(self) -> None:
@@ -97,7 +93,7 @@ class PrivateSockets:
         try:
             sock.bind(path)
             if self.qemu.uid is not None and self.qemu.uid != os.getuid():
-                os.chown(path, self.qemu.uid, -1)
+                give(path, 0o600, self.qemu.uid)
             sock.listen(0 if shut else _BACKLOG)
             filler = _fill_queue(path) if shut else None
         except BaseException:

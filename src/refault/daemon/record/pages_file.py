@@ -90,10 +90,10 @@ class PagesFile:
             log.warning("%s: what was on record is not known: %s", self._vm, error)
             return -1
         status = os.fstat(descriptor)
-        if stat.S_ISREG(status.st_mode) and status.st_uid == os.geteuid() and not status.st_mode & 0o077:
+        if stat.S_ISREG(status.st_mode) and status.st_uid in (0, os.geteuid()) and not status.st_mode & 0o077:
             return descriptor
         self._troubles.fail()
-        log.warning("%s: ignoring %s: it is not a file of ours alone", self._vm, self.path)
+        log.warning("%s: ignoring %s: it is not a file of ours alone, nor of root", self._vm, self.path)
         os.close(descriptor)
         return -1
 

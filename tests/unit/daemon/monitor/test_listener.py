@@ -155,11 +155,16 @@ def test_an_owner_and_a_group_by_number(at: Address) -> None:
     assert not os.path.lexists(at.sun_path)
 
 
-def test_a_file_that_cannot_be_given_away_is_not_left(at: Address, monkeypatch: pytest.MonkeyPatch) -> None:
-    def chown(*_: object) -> None:
+def forbid(monkeypatch: pytest.MonkeyPatch, *calls: str) -> None:
+    def forbidden(*_: object) -> None:
         raise PermissionError(errno.EPERM, "Operation not permitted")
 
-    monkeypatch.setattr(os, "chown", chown)
+    for call in calls:
+        monkeypatch.setattr(os, call, forbidden)
+
+
+def test_a_file_that_cannot_be_given_away_is_not_left(at: Address, monkeypatch: pytest.MonkeyPatch) -> None:
+    forbid(monkeypatch, "chown", "setxattr")
     with pytest.raises(ListenError, match="cannot give its file away: Operation not permitted"):
         bind_unix(replace(at, group=4242))
     assert not os.path.lexists(at.sun_path)
@@ -168,10 +173,7 @@ def test_a_file_that_cannot_be_given_away_is_not_left(at: Address, monkeypatch: 
 def test_a_group_that_cannot_be_given_again_opens_nothing(
     at: Address, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    def chown(*_: object) -> None:
-        raise PermissionError(errno.EPERM, "Operation not permitted")
-
-    monkeypatch.setattr(os, "chown", chown)
+    forbid(monkeypatch, "chown", "setxattr")
     bound = bind_unix(at, Access(0o660, os.geteuid(), 4242))
     assert is_now(at) == (0o600, os.geteuid(), os.getegid())
     assert "cannot give it group 4242 again" in caplog.text

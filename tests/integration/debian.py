@@ -1,0 +1,159 @@
+"""A Debian of its own that systemd boots, in a container: what is installed there stays there."""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import os
+import signal
+import subprocess
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import TypeVar
+
+ROOT = Path(__file__).parents[2]
+BASE = ROOT / ".nspawn"
+T = TypeVar("T")
+PATIENCE = 60
+# The system is an overlay over what tests/tools/nspawn has made, in memory, seen by this process tree alone.
+_BOOT = """
+mount -t tmpfs -o mode=755 tmpfs "$place"
+mkdir "$place/changed" "$place/work" "$place/system"
+layers=lowerdir=$below,upperdir=$place/changed,workdir=$place/work
+mount -t overlay overlay -o "$layers" "$place/system"
+exec systemd-nspawn --quiet --register=no --keep-unit --boot --console=pipe --machine="debian-$$" \
+    --directory="$place/system" --private-network --system-call-filter='userfaultfd pidfd_getfd' \
+    --bind-ro=/usr:/host/usr --bind-ro="$checkout:/host/checkout"
+"""
+_ENVIRONMENT = {"PATH": "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin", "HOME": "/root"}
+
+
+class Debian:
+    """It runs. Commands are run there as root."""
+
+    def __init__(self, init: int) -> None:
+        self._enter = ["nsenter", f"--target={init}", "--all", "--wdns=/", "--"]
+
+    def is_running(self) -> bool:
+        return self.attempt("systemctl", "is-system-running").stdout.strip() == "running"
+
+    def failed(self) -> str:
+        """What keeps it from running."""
+        return self.attempt("sh", "-c", "systemctl is-system-running; systemctl --failed").stdout
+
+    def attempt(self, *command: str, timeout: float = PATIENCE) -> subprocess.CompletedProcess[str]:
+        """Runs a command and says what became of it, with standard error in standard output."""
+        return subprocess.run(
+            [*self._enter, *command],
+            env=_ENVIRONMENT,
+            stdin=subprocess.DEVNULL,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+            timeout=timeout,
+            check=False,
+        )
+
+    def run(self, *command: str, timeout: float = PATIENCE) -> str:
+        """What a command says that must not fail."""
+        done = self.attempt(*command, timeout=timeout)
+        assert done.returncode == 0, f"{command} ended with {done.returncode}: {done.stdout}"
+        return done.stdout
+
+    def sh(self, script: str, timeout: float = PATIENCE) -> str:
+        """The same, of a script each of whose commands must not fail."""
+        return self.run("sh", "-euc", script, timeout=timeout)
+
+    def show(self, unit: str, key: str) -> str:
+        """A property of a unit."""
+        return self.run("systemctl", "show", "--value", f"--property={key}", unit).strip()
+
+    def journal(self, unit: str) -> str:
+        return self.run("journalctl", "--no-pager", "--output=cat", "--unit", unit)
+
+    def write(self, path: str, text: str) -> None:
+        self.run("sh", "-euc", 'mkdir -p "${1%/*}" && printf %s "$2" >"$1"', "-", path, text)
+
+
+@contextlib.contextmanager
+def booted(directory: Path, *layers: Path) -> Iterator[Debian]:
+    """Boots one with its files in `directory`, what is in `layers` laid over it, and this checkout as
+    /host/checkout, read-only. All that runs there is killed at the end.
+    """
+    subprocess.run([ROOT / "tests/tools/nspawn", BASE], check=True)
+    place, log = directory / "debian", directory / "debian.log"
+    place.mkdir()
+    words = {"place": place, "below": ":".join(map(str, [*layers, BASE / "debian"])), "checkout": ROOT}
+    with contextlib.ExitStack() as stack:
+        join = "".join(f'echo $$ >"{each}/cgroup.procs"\n' for each in stack.enter_context(_cgroups()))
+        output = stack.enter_context(log.open("wb"))
+        nspawn = subprocess.Popen(
+            ["unshare", "--mount", "sh", "-euc", join + _BOOT],
+            env=os.environ | {name: str(word) for name, word in words.items()},
+            stdin=subprocess.DEVNULL,
+            stdout=output,
+            stderr=output,
+        )
+        stack.enter_context(nspawn)
+        stack.callback(nspawn.kill)
+        init = _first_process(nspawn, log)
+        stack.callback(os.kill, init, signal.SIGKILL)
+        debian = Debian(init)
+        _until(debian.is_running, debian.failed)
+        yield debian
+
+
+def _first_process(nspawn: subprocess.Popen[bytes], log: Path) -> int:
+    """The process that is number 1 there, once it is systemd."""
+    children = Path(f"/proc/{nspawn.pid}/task/{nspawn.pid}/children")
+
+    def booting() -> list[int]:
+        assert nspawn.poll() is None, log.read_text()
+        pids = [int(pid) for pid in children.read_text().split()]
+        return [pid for pid in pids if Path(f"/proc/{pid}/comm").read_text() == "systemd\n"]
+
+    return _until(booting, log.read_text)[0]
+
+
+def _until(look: Callable[[], T], tell: Callable[[], str]) -> T:
+    end = time.monotonic() + PATIENCE
+    while not (seen := look()):
+        assert time.monotonic() < end, tell()
+        time.sleep(0.05)
+    return seen
+
+
+@contextlib.contextmanager
+def _cgroups() -> Iterator[list[Path]]:
+    """A control group for the container in each hierarchy that systemd keeps its units in."""
+    mounts = {}
+    for line in Path("/proc/self/mountinfo").read_text().splitlines():
+        before, _, after = line.partition(" - ")
+        kind, _, options = after.split()[:3]
+        if kind == "cgroup2":
+            mounts[""] = before.split()[4]
+        elif kind == "cgroup" and "name=systemd" in options.split(","):
+            mounts["name=systemd"] = before.split()[4]
+    groups = []
+    for line in Path("/proc/self/cgroup").read_text().splitlines():
+        _, controllers, path = line.split(":", 2)
+        if controllers in mounts:
+            groups.append(Path(f"{mounts[controllers]}{path}", f"debian-{os.getpid()}-{time.monotonic_ns()}"))
+    for group in groups:
+        group.mkdir()
+    try:
+        yield groups
+    finally:
+        _until(lambda: all(map(_removed, groups)), lambda: f"processes are left in {groups}")
+
+
+def _removed(group: Path) -> bool:
+    """A killed process is in its group until it is reaped."""
+    try:
+        for directory, _, _ in os.walk(group, topdown=False):
+            os.rmdir(directory)
+    except OSError as error:
+        if error.errno != errno.EBUSY:
+            raise
+    return not group.exists()
