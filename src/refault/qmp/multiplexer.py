@@ -477,9 +477,15 @@ class Multiplexer:
         client.held = None
         client.ready = False
 
+    @property
+    def upstream_more(self) -> bool:
+        """Whether QEMU has said more than was taken: `receive_upstream` with nothing, after others had their
+        turn."""
+        return self._splitter.more
+
     def receive_upstream(self, data: bytes) -> None:
-        """Bytes from QEMU. Raises NotQmpError where they cannot be."""
-        for message in self._splitter.feed(data):
+        """Bytes from QEMU; one batch of messages is taken. Raises NotQmpError where they cannot be."""
+        for message in self._splitter.feed(data, batch=True):
             if message.problem is not None:
                 raise NotQmpError(f"it sent {message.raw[:60]!r}")
             verb = message.shape & VERB_MASK

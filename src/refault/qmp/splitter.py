@@ -26,8 +26,9 @@ EXTENDED: int = lib.RF_EXTENDED
 BROKEN: int = lib.RF_BROKEN
 EMPTY: int = lib.RF_EMPTY
 
-BATCH = 32
-"""Messages that are taken in one go from a client: what the others wait for."""
+BATCH = 8
+"""Messages that are taken in one go from a client, or from QEMU: what the others wait for, of this VM and of
+all that the daemon serves."""
 
 _SIZE: int = lib.RF_RECORD_SIZE
 _WELL_FORMED: int = lib.RF_JSON_VALUE

@@ -23,6 +23,7 @@ from refault.daemon.monitor.dial import CONNECT_TIMEOUT, dial, pauses, prepare, 
 from refault.daemon.monitor.first_client import FirstClient
 from refault.daemon.monitor.front import Front
 from refault.daemon.monitor.presence import Presence, Qemu
+from refault.daemon.monitor.turns import Turns
 from refault.daemon.monitor.wire import Wire, hung_up
 from refault.qmp.multiplexer import Multiplexer
 from refault.qmp.session import Client, Limits, Request
@@ -69,6 +70,7 @@ class Clients:
         """Who has not been greeted, and whether he came where wait=on is."""
         self._paused: set[Client] = set()
         self._recorded: dict[Client, Recorded] = {}
+        self._turns = Turns()
         self._nursery: trio.Nursery
 
     async def run(self, managers: Sequence[Address]) -> None:
@@ -283,16 +285,16 @@ class Clients:
                     await trio.sleep(_HANG_UP_CHECK)
                     if hung_up(sock):
                         return
-            core.receive(client, data, fd)
-            self._flush_all()
-            while (splitter.more or client.paused) and not client.closing:
-                if client.paused:
-                    if not await self._until_resumable(client, wire):
-                        return
-                else:
-                    await trio.lowlevel.checkpoint()
-                    core.receive(client, b"")
-                    self._flush_all()
+            while True:
+                turn = self._turns.begin()
+                core.receive(client, data, fd)
+                self._flush_all()
+                await self._turns.end(turn, more=splitter.more)
+                if client.paused and not client.closing and not await self._until_resumable(client, wire):
+                    return
+                if client.closing or not splitter.more:
+                    break
+                data, fd = b"", -1
 
     async def _until_resumable(self, client: Client, wire: Wire) -> bool:
         """Waits; False if the client is gone meanwhile, which reading would have told."""

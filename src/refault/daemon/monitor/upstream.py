@@ -15,6 +15,7 @@ from refault.daemon.monitor.address import Address
 from refault.daemon.monitor.dial import CONNECT_TIMEOUT, dial, pauses, prepare, why
 from refault.daemon.monitor.first_client import FirstClient
 from refault.daemon.monitor.presence import Presence, Qemu
+from refault.daemon.monitor.turns import Turns
 from refault.daemon.monitor.wire import Wire, hung_up
 from refault.qmp.greeting import NotQmpError
 from refault.qmp.multiplexer import Multiplexer
@@ -57,6 +58,7 @@ class Upstream:
         self._wire: Wire | None = None
         self._connection: trio.Nursery | None = None
         self._last_complaint = ""
+        self._turns = Turns()
 
     async def run(self) -> None:
         """Connects, or is connected to, again and again, until cancelled."""
@@ -213,12 +215,17 @@ class Upstream:
                 return
             if not data:
                 return
-            core.receive_upstream(data)
-            if core.greeting and self._presence.qemu is not Qemu.THERE:
-                greeting.deadline = float("inf")
-                self._first_client.connected()
-                self._presence.set(Qemu.THERE)
-            self._flush_all()
+            more = True
+            while more:
+                turn = self._turns.begin()
+                core.receive_upstream(data)
+                if core.greeting and self._presence.qemu is not Qemu.THERE:
+                    greeting.deadline = float("inf")
+                    self._first_client.connected()
+                    self._presence.set(Qemu.THERE)
+                self._flush_all()
+                data, more = b"", core.upstream_more
+                await self._turns.end(turn, more=more)
 
     def _lose(self) -> None:
         wire, self._wire, self._connection = self._wire, None, None

@@ -1,0 +1,178 @@
+"""One VM's trouble is its own: how long `query-status` takes at the others behind the same `refault serve`
+while one VM's QEMU or client misbehaves, beside how long it takes while all is quiet.
+
+    make campaign-troubles CAMPAIGN="--vms 99 --seconds 10"
+
+Quiet and trouble take turns, so that what else the machine does befalls both.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import signal
+import socket
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from tests.campaign.many import REFAULT, connected, processes, until
+from tests.support.troublemaker import KINDS, QEMUS, QUIET
+
+HANGS = "QEMU hangs"
+TROUBLES = (HANGS, *KINDS)
+BAD = "bad"
+STRETCH = 0.15
+"""Seconds of quiet, and of trouble, by turns."""
+SETTLES = 0.05
+"""Seconds for what has been sent to be read."""
+MOST = 2.0
+"""How many times the quiet 99th percentile that of the trouble may be."""
+
+
+@dataclass
+class Times:
+    """Round trips, in seconds."""
+
+    quiet: list[float] = field(default_factory=list)
+    trouble: list[float] = field(default_factory=list)
+
+    @property
+    def ratio(self) -> float:
+        """Of the 99th percentiles."""
+        return percentile(self.trouble, 99) / percentile(self.quiet, 99)
+
+
+def percentile(times: list[float], percent: int) -> float:
+    """The smallest that is not smaller than so many of all."""
+    return sorted(times)[-(-len(times) * percent // 100) - 1]
+
+
+class Client:
+    """One who is always there, and asks one thing at a time."""
+
+    def __init__(self, path: Path) -> None:
+        self._socket = socket.socket(socket.AF_UNIX)
+        self._socket.settimeout(30)
+        self._socket.connect(str(path))
+        assert b"QMP" in self._socket.recv(4096)
+        self._told(b'{"execute": "qmp_capabilities"}')
+
+    def _told(self, command: bytes) -> bytes:
+        self._socket.sendall(command)
+        return self._socket.recv(4096)
+
+    def ask(self) -> float:
+        """How long query-status takes. Raises AssertionError where it is not answered."""
+        began = time.perf_counter()
+        reply = self._told(b'{"execute": "query-status"}')
+        took = time.perf_counter() - began
+        assert b"running" in reply, reply
+        return took
+
+    def close(self) -> None:
+        self._socket.close()
+
+
+class Host:
+    """A `refault serve` in front of so many idle VMs, and of one that is in trouble."""
+
+    def __init__(self, directory: Path, clients: list[Client]) -> None:
+        self.bad = directory / BAD
+        self._directory = directory
+        self._clients = clients
+        self._asked = 0
+
+    def _ask_for(self, seconds: float, times: list[float]) -> None:
+        end = time.perf_counter() + seconds
+        while time.perf_counter() < end:
+            times.append(self._clients[self._asked % len(self._clients)].ask())
+            self._asked += 1
+
+    def during(self, trouble: str, enough: Callable[[Times], bool]) -> Times:
+        """How long the others take, until it is `enough`."""
+        times = Times()
+        with self._making(trouble) as (begin, end):
+            while True:
+                end()
+                time.sleep(SETTLES)
+                self._ask_for(STRETCH, times.quiet)
+                begin()
+                time.sleep(SETTLES)
+                self._ask_for(STRETCH, times.trouble)
+                if enough(times):
+                    return times
+
+    @contextlib.contextmanager
+    def _making(self, trouble: str) -> Iterator[tuple[Callable[[], None], Callable[[], None]]]:
+        """How the trouble is begun and ended."""
+        self.bad.unlink(missing_ok=True)
+        qemu = [*QUIET, "-qmp", f"unix:{self.bad},server=on,wait=off"]
+        maker = [sys.executable, "-m", "tests.support.troublemaker", trouble, str(self.bad)]
+        commands = [maker] if trouble in QEMUS else [qemu] if trouble == HANGS else [qemu, maker]
+        with processes(commands, self._directory) as running:
+            until(self.bad.exists)
+
+            def tell(process: subprocess.Popen[bytes], number: int) -> Callable[[], None]:
+                return lambda: process.send_signal(number)
+
+            begin, end = signal.SIGCONT, signal.SIGSTOP
+            if trouble == HANGS:
+                begin, end = end, begin
+            time.sleep(STRETCH)  # it is in the midst of it
+            yield tell(running[-1], begin), tell(running[-1], end)
+            running[-1].send_signal(signal.SIGCONT)
+
+
+@contextlib.contextmanager
+def host(directory: Path, vms: int) -> Iterator[Host]:
+    """Runs them, until the end."""
+    names = [f"vm{number}" for number in range(vms)]
+    tables = [
+        f'[vm.{name}]\nqemu = "{directory}/{name}"\nlisten = "{directory}/{name}.qmp"\n'
+        f'state_dir = "{directory}/{name}.d"\n'
+        for name in (*names, BAD)
+    ]
+    (directory / "refault.toml").write_text("".join(tables))
+    qemus = [[*QUIET, "-qmp", f"unix:{directory}/{name},server=on,wait=off"] for name in names]
+    serve = [*REFAULT, "serve", "--config", str(directory / "refault.toml")]
+    with contextlib.ExitStack() as stack:
+        stack.enter_context(processes([*qemus, serve], directory))
+        until(lambda: connected([directory / "refault.control"]) == vms)
+        clients = [
+            stack.enter_context(contextlib.closing(Client(directory / f"{name}.qmp"))) for name in names
+        ]
+        yield Host(directory, clients)
+
+
+def main() -> None:
+    """Prints a table, and exits with 1 where one VM's trouble is another's."""
+    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0] if __doc__ else "")
+    parser.add_argument("--vms", type=int, default=99, help="others")
+    parser.add_argument("--seconds", type=float, default=10.0, help="for each trouble")
+    options = parser.parse_args()
+    wrong = []
+    print("| one VM's trouble | others, p50, quiet, ms | in trouble | p99, quiet, ms | in trouble | ratio |")
+    print("|---|---|---|---|---|---|")
+    with tempfile.TemporaryDirectory(prefix="refault-") as path, host(Path(path), options.vms) as fronted:
+        for trouble in TROUBLES:
+            until_then = time.monotonic() + options.seconds
+            times = fronted.during(trouble, lambda _, end=until_then: time.monotonic() > end)  # type: ignore[misc]
+            cells = [
+                f"{1000 * percentile(each, percent):.2f}"
+                for percent in (50, 99)
+                for each in (times.quiet, times.trouble)
+            ]
+            print(f"| {trouble} | {' | '.join(cells)} | {times.ratio:.2f} |", flush=True)
+            if times.ratio > MOST:
+                wrong.append(trouble)
+    if wrong:
+        sys.exit(f"more than {MOST:g} times: {', '.join(wrong)}")
+
+
+if __name__ == "__main__":
+    main()
