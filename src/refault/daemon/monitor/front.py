@@ -122,7 +122,12 @@ class Front:
 
     async def _accept(self, listening: socket.socket) -> None:
         while True:
-            await self._take(await accepted(listening, self._tell_not_accepted))
+            sock = await accepted(listening, self._tell_not_accepted)
+            try:
+                await self._take(sock)
+            except BaseException:
+                sock.close()  # whoever waits there has an end
+                raise
 
     def _tell_not_accepted(self, error: OSError) -> None:
         log.error(
