@@ -2,8 +2,9 @@
 
     make campaign-many CAMPAIGN="--vms 100 --seconds 20"
 
-The QEMUs are real and idle (`-M none`). Memory is what the processes have to themselves and their part of
-what they share (Pss, /proc/PID/smaps_rollup); time on a core is what the kernel counts (/proc/PID/stat).
+The QEMUs are real and idle (`-M none`); `--fakes 1000` measures one daemon alone, in front of as many that
+one process pretends to be. Memory is what the processes have to themselves and their part of what they share
+(Pss, /proc/PID/smaps_rollup); time on a core is what the kernel counts (/proc/PID/stat).
 """
 
 from __future__ import annotations
@@ -125,14 +126,20 @@ def main() -> None:
     parser.add_argument("--vms", type=int, default=100)
     parser.add_argument("--seconds", type=float, default=20.0, help="how long idle is measured")
     parser.add_argument("--qemu", default="qemu-system-x86_64")
+    parser.add_argument("--fakes", type=int, default=0)
     options = parser.parse_args()
-    names = [f"vm{number}" for number in range(options.vms)]
+    vms = options.fakes or options.vms
+    names = [f"vm{number}" for number in range(vms)]
     with tempfile.TemporaryDirectory(prefix="refault-") as path:
         directory = Path(path)
         quiet = ["-machine", "none", "-nodefaults", "-display", "none"]
         qemus = [
             [options.qemu, *quiet, "-qmp", f"unix:{path}/{name}.real,server=on,wait=off"] for name in names
         ]
+        if options.fakes:
+            qemus = [
+                [sys.executable, "-m", "tests.support.fake_qemus", *(f"{path}/{name}.real" for name in names)]
+            ]
         with processes(qemus, directory):
             until(lambda: all((directory / f"{name}.real").exists() for name in names))
             time.sleep(2)
@@ -140,7 +147,7 @@ def main() -> None:
                 "| in front of the QEMUs | ready, s | memory, MB | of a core, idle, % | wake-ups a second |"
             )
             print("|---|---|---|---|---|")
-            for count in sorted({1, options.vms}):
+            for count in sorted({1, vms}):
                 files = directory / f"{count}"
                 files.mkdir()
                 tables = [
@@ -152,6 +159,8 @@ def main() -> None:
                 control = directory / "refault.control"
                 cost = measure([command], [control], count, options.seconds, directory)
                 tell(f"one `refault serve`, {count}", cost)
+            if options.fakes:
+                return
             commands = [
                 [
                     *REFAULT,

@@ -5,12 +5,14 @@ from __future__ import annotations
 import contextlib
 import json
 import os
+import resource
 import signal
 import socket
 import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -31,6 +33,7 @@ from refault.lab.qemu import PairOptions, start_pair
 
 pytestmark = [pytest.mark.qemu, pytest.mark.timeout(90)]
 
+HARD = resource.getrlimit(resource.RLIMIT_NOFILE)[1]
 GUEST = Guest(vcpus=1, log_pages=14, tick_ns=1_000_000)
 CRASHING = """
 import sys
@@ -74,6 +77,8 @@ class Served:
                 stdout=log,
                 stderr=log,
                 env=environment,
+                # fewer descriptors than it needs, as in a shell
+                preexec_fn=partial(resource.setrlimit, resource.RLIMIT_NOFILE, (48, HARD)),
             )
 
     def until_ready(self) -> list[str]:

@@ -7,9 +7,7 @@ No connection knows of another: each has a nursery of its own, and an internal e
 
 from __future__ import annotations
 
-import contextlib
 import logging
-import resource
 import signal
 import socket
 from collections.abc import Awaitable, Callable
@@ -21,6 +19,7 @@ from refault.daemon.far.answered import Answered, Reception
 from refault.daemon.far.dialled import Dialled
 from refault.daemon.far.exchange import HANDSHAKE_TIMEOUT
 from refault.daemon.far.lane import LaneEnd
+from refault.daemon.host.descriptors import raise_limit
 from refault.daemon.host.notify import Notifier
 from refault.daemon.host.repeats import repeats
 from refault.daemon.monitor import dial, listener
@@ -48,7 +47,7 @@ class Tunnel:
     def __init__(self, options: TunnelOptions) -> None:
         self._options = options
         self._memory = Memory()
-        self._most = min(self._memory.most_lanes, max(1, (_descriptors() - _OTHER_DESCRIPTORS) // 2))
+        self._most = min(self._memory.most_lanes, max(1, (raise_limit() - _OTHER_DESCRIPTORS) // 2))
         self._table: Table[Answered] = Table(self._most)
         self._reception = Reception(options.keys, self._table, self._begin_answered)
         self._ends: set[LaneEnd] = set()
@@ -185,15 +184,6 @@ class Tunnel:
 
 def _tell_not_accepted(error: OSError) -> None:
     log.warning("cannot accept a connection: %s", error.strerror, extra=repeats("accept", error.errno))
-
-
-def _descriptors() -> int:
-    """How many this process may have; as many as it may ask for, from now on."""
-    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
-    with contextlib.suppress(OSError, ValueError):
-        resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
-        soft = hard
-    return 1 << 20 if soft == resource.RLIM_INFINITY else soft
 
 
 async def serve(options: TunnelOptions) -> None:
