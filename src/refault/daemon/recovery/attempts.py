@@ -193,13 +193,13 @@ class Attempts:
         with scope:
             # One cancelled while QEMU had its command ends first: never two at once.
             async with self._one_at_a_time:
-                outcome = await self._try()
+                outcome = await self._try(scope)
         if self._scope is scope:
             self._scope = None
         if outcome is not None and not scope.cancel_called:
             self._course.feed(outcome)
 
-    async def _try(self) -> Event | None:
+    async def _try(self, scope: trio.CancelScope) -> Event | None:
         course = self._course
         try:
             await self._procedure.attempt()
@@ -209,6 +209,8 @@ class Attempts:
             expected = (AttemptFailed, QmpError, MonitorLost, trio.TooSlowError, OSError)
             if not isinstance(error, expected):
                 log.exception("%s: internal error in a recovery attempt", course.name)
+            elif scope.cancel_called:
+                return None  # QEMU or the migration has ended: who looks now is not told of it
             course.counters.fail(words(error))
             last = self._course.policy.state is State.GIVEN_UP
             log.warning(
