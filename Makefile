@@ -130,7 +130,7 @@ test: build $(VENV)/.dev
 	$(BOOTSTRAP) test
 ifeq ($(TEST),)
 	tests/tools/with-userfaultfd $(BIN)/python -m pytest -n auto tests/unit
-	tests/tools/with-userfaultfd $(BIN)/python -m pytest tests/integration
+	tests/tools/with-userfaultfd $(BIN)/python -m pytest -n $$(($$(nproc) + 1)) --dist loadgroup tests/integration
 else
 	tests/tools/with-userfaultfd $(BIN)/python -m pytest $(TEST)
 endif

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Generator
+import tempfile
+from collections.abc import Generator, Iterator
+from pathlib import Path
 
 import pytest
 from hypothesis import HealthCheck, settings
@@ -14,6 +16,13 @@ IN_CI = bool(os.environ.get("CI"))
 settings.register_profile("busy", deadline=None, suppress_health_check=[HealthCheck.too_slow])
 if not IN_CI:
     settings.load_profile("busy")
+
+
+@pytest.fixture
+def tmp_path() -> Iterator[Path]:
+    """A short one, for unix sockets lie in it, and pytest's own are long where several workers run."""
+    with tempfile.TemporaryDirectory(prefix="t", ignore_cleanup_errors=True) as path:
+        yield Path(path)
 
 
 def _fail_if_skipped(report: pytest.TestReport | pytest.CollectReport) -> None:

@@ -192,6 +192,9 @@ async def test_who_is_not_allowed_gets_nothing(caplog: pytest.LogCaptureFixture)
         rule = "allow-user=4242,allow-group=4300"
         listen = [f"unix:{path}/front,{rule}", f"unix:{name},abstract=on,{rule}"]
         async with refault(path / "qemu", *(parse_address(each, server=True) for each in listen)) as monitor:
+            with trio.fail_after(20):
+                while monitor.qemu is None:  # without QEMU nobody is let in
+                    await trio.sleep(0.01)
             for where in (f"{path}/front", f"\0{name}".encode()):
                 assert await greets(where, 4242, [])
                 assert await greets(where, 4244, [4299, 4300])

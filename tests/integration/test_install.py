@@ -13,11 +13,13 @@ import refault
 from refault.cli.main import COMMANDS
 
 ROOT = Path(__file__).parents[2]
+# One worker for all: what they look at is installed once.
+pytestmark = [pytest.mark.xdist_group("install"), pytest.mark.timeout(300)]
 
 
 def run(*command: str | Path, **more: str) -> str:
     done = subprocess.run(
-        command, cwd=ROOT, capture_output=True, text=True, timeout=110, check=False, env=os.environ | more
+        command, cwd=ROOT, capture_output=True, text=True, timeout=280, check=False, env=os.environ | more
     )
     assert done.returncode == 0, done.stdout + done.stderr
     return done.stdout + done.stderr

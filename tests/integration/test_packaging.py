@@ -20,9 +20,15 @@ COMPILED = [module.name for module in ffi.MODULES]
 
 
 def run(*command: str | Path, cwd: Path) -> str:
-    done = subprocess.run(command, cwd=cwd, capture_output=True, text=True, timeout=110, check=False)
+    done = subprocess.run(command, cwd=cwd, capture_output=True, text=True, timeout=280, check=False)
     assert done.returncode == 0, done.stdout + done.stderr
     return done.stdout
+
+
+pytestmark = [
+    pytest.mark.xdist_group("packaging"),
+    pytest.mark.timeout(300),
+]  # what they look at is made once
 
 
 @pytest.fixture(scope="module")

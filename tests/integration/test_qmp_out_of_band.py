@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import statistics
 import time
 from collections.abc import Iterator
 from contextlib import AsyncExitStack, contextmanager
@@ -74,8 +73,9 @@ async def test_while_the_main_loop_is_blocked_and_100_clients_wait() -> None:
                 for _ in range(5):
                     one += await times(direct, 40)
                     other += await times(through, 40)
-                # The quickest tenth: the slower ones tell what else the machine did.
-                near, far = (statistics.quantiles(found, n=10)[0] for found in (one, other))
+                # The quickest: the slower ones tell what else the machine did, and one that waits behind the
+                # others' commands is never quick, for those are not answered before the end.
+                near, far = min(one), min(other)
                 print(f"direct {near * 1e6:.0f} us, through {far * 1e6:.0f} us")
                 assert far <= 1.5 * near + 0.001
                 await times(late, 10)

@@ -11,8 +11,8 @@ import trio.testing
 from refault.daemon.known.counters import Counters
 from refault.daemon.known.course import Course
 from refault.daemon.known.patience import Patience
-from refault.daemon.recovery.attempts import Attempts
 from refault.daemon.monitor.monitor import MonitorLost
+from refault.daemon.recovery.attempts import Attempts
 from refault.migration.phase import Role
 from refault.migration.recovery import Event, NotPausedYet, Pace, Recovery
 
