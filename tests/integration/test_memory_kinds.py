@@ -33,6 +33,7 @@ async def test_xbzrle(tmp_path: Path) -> None:
     await kinds.migrate(tmp_path, kinds.XBZRLE)
 
 
+@pytest.mark.xdist_group("huge pages")  # the machine's pool is one
 @pytest.mark.usefixtures("huge_pages")
 @pytest.mark.parametrize("binary", BINARIES)
 async def test_huge_pages(tmp_path: Path, binary: str) -> None:

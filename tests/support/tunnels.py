@@ -36,6 +36,13 @@ class Refault:
         """What it has logged so far."""
         return self.log.read_text()
 
+    def says(self, what: str) -> None:
+        """Waits until its log holds `what`, for it is written beside the work. Raises AssertionError."""
+        until = time.monotonic() + 20
+        while what not in self.text():
+            assert time.monotonic() < until, self.text()
+            time.sleep(0.01)
+
     def memory(self) -> int:
         """Its resident memory, in bytes."""
         status = Path(f"/proc/{self.process.pid}/status").read_text()
