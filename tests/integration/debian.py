@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import contextlib
 import errno
+import json
 import os
 import signal
 import subprocess
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import TypeVar
+from typing import Any, TypeVar
 
 ROOT = Path(__file__).parents[2]
 BASE = ROOT / ".nspawn"
@@ -23,7 +24,7 @@ mkdir "$place/changed" "$place/work" "$place/system"
 layers=lowerdir=$below,upperdir=$place/changed,workdir=$place/work
 mount -t overlay overlay -o "$layers" "$place/system"
 exec systemd-nspawn --quiet --register=no --keep-unit --boot --console=pipe --machine="debian-$$" \
-    --directory="$place/system" --private-network --system-call-filter='userfaultfd pidfd_getfd' \
+    --directory="$place/system" --private-network --system-call-filter='userfaultfd pidfd_getfd @memlock' \
     --bind-ro=/usr:/host/usr --bind-ro="$checkout:/host/checkout"
 """
 _ENVIRONMENT = {"PATH": "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin", "HOME": "/root"}
@@ -75,11 +76,33 @@ class Debian:
     def write(self, path: str, text: str) -> None:
         self.run("sh", "-euc", 'mkdir -p "${1%/*}" && printf %s "$2" >"$1"', "-", path, text)
 
+    def status(self) -> dict[str, Any]:
+        """What `refault status` says, by VM."""
+        told = self.sh("refault status --json 2>/run/said || [ $? -eq 6 ] || { cat /run/said; exit 1; }")
+        return {vm["name"]: vm for vm in json.loads(told)["vms"]}
+
+
+def migration(python: str, source: str, destination: str, what: str) -> list[str]:
+    """The command that runs `under_units` there, with that refault's Python and with /var/lib/lab."""
+    # userfaultfd catches the kernel's own faults with that capability alone.
+    who = ["setpriv", "--reuid=vm", "--regid=vm", "--clear-groups"]
+    who += ["--inh-caps=+sys_ptrace", "--ambient-caps=+sys_ptrace"]
+    script = "/host/checkout/tests/integration/under_units.py"
+    return [*who, python, script, "/var/lib/lab", source, destination, what]
+
+
+def make_environment() -> dict[str, str]:
+    """For `make install` and `make deb`: of the wheel that CI has built, if it has, and of no other make."""
+    environment = os.environ | {"MAKEFLAGS": ""}
+    if built := os.environ.get("REFAULT_DIST"):
+        environment["PACKAGE"] = str(next(Path(built).glob("refault-*.whl")))
+    return environment
+
 
 @contextlib.contextmanager
 def booted(directory: Path, *layers: Path) -> Iterator[Debian]:
-    """Boots one with its files in `directory`, what is in `layers` laid over it, and this checkout as
-    /host/checkout, read-only. All that runs there is killed at the end.
+    """Boots one with its files in `directory`, what is in `layers` laid over it, this checkout as
+    /host/checkout, read-only, and a user `vm`. All that runs there is killed at the end.
     """
     subprocess.run([ROOT / "tests/tools/nspawn", BASE], check=True)
     place, log = directory / "debian", directory / "debian.log"
@@ -100,7 +123,10 @@ def booted(directory: Path, *layers: Path) -> Iterator[Debian]:
         init = _first_process(nspawn, log)
         stack.callback(os.kill, init, signal.SIGKILL)
         debian = Debian(init)
-        _until(debian.is_running, debian.failed)
+        until(debian.is_running, debian.failed)
+        if os.path.exists("/dev/kvm"):
+            debian.run("mknod", "--mode=666", "/dev/kvm", "c", "10", "232")
+        debian.run("useradd", "--system", "--user-group", "vm")
         yield debian
 
 
@@ -113,10 +139,11 @@ def _first_process(nspawn: subprocess.Popen[bytes], log: Path) -> int:
         pids = [int(pid) for pid in children.read_text().split()]
         return [pid for pid in pids if Path(f"/proc/{pid}/comm").read_text() == "systemd\n"]
 
-    return _until(booting, log.read_text)[0]
+    return until(booting, log.read_text)[0]
 
 
-def _until(look: Callable[[], T], tell: Callable[[], str]) -> T:
+def until(look: Callable[[], T], tell: Callable[[], str]) -> T:
+    """Looks until there is something to see. Fails with what `tell` says."""
     end = time.monotonic() + PATIENCE
     while not (seen := look()):
         assert time.monotonic() < end, tell()
@@ -145,7 +172,7 @@ def _cgroups() -> Iterator[list[Path]]:
     try:
         yield groups
     finally:
-        _until(lambda: all(map(_removed, groups)), lambda: f"processes are left in {groups}")
+        until(lambda: all(map(_removed, groups)), lambda: f"processes are left in {groups}")
 
 
 def _removed(group: Path) -> bool:

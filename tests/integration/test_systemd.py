@@ -2,16 +2,12 @@
 
 from __future__ import annotations
 
-import json
 import os
 import subprocess
-import time
-from collections.abc import Callable, Iterator
-from pathlib import Path
-from typing import Any
+from collections.abc import Iterator
 
 import pytest
-from tests.integration.debian import PATIENCE, ROOT, Debian, booted
+from tests.integration.debian import ROOT, Debian, booted, make_environment, migration, until
 
 pytestmark = [
     pytest.mark.qemu,
@@ -25,36 +21,19 @@ VM = '[vm.vm1]\nqemu = "/run/vms/vm1.real"\nlisten = "/run/vms/vm1,mode=0660,gro
 
 @pytest.fixture(scope="module")
 def debian(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Debian]:
-    """With refault installed, by somebody with a strict umask, and a user whose QEMUs may use KVM."""
+    """With refault installed, by somebody with a strict umask, and a directory for sockets."""
     directory = tmp_path_factory.mktemp("installed")
     layer = directory / "layer"
     # The machine's own Python is the container's, too.
     command = ["make", "install", f"DESTDIR={layer}", "PREFIX=/usr/local", "PYTHON=/usr/bin/python3"]
-    if built := os.environ.get("REFAULT_DIST"):
-        command += [f"PACKAGE={next(Path(built).glob('refault-*.whl'))}"]
-    subprocess.run(command, cwd=ROOT, umask=0o077, env=os.environ | {"MAKEFLAGS": ""}, check=True)
+    subprocess.run(command, cwd=ROOT, umask=0o077, env=make_environment(), check=True)
     with booted(directory, layer) as debian:
-        if os.path.exists("/dev/kvm"):
-            debian.run("mknod", "--mode=666", "/dev/kvm", "c", "10", "232")
-        debian.sh("useradd --system --user-group vm; install -d --owner=vm /run/vms")
+        debian.sh("install -d --owner=vm /run/vms")
         yield debian
 
 
-def until(look: Callable[[], object], tell: Callable[[], str]) -> None:
-    end = time.monotonic() + PATIENCE
-    while not look():
-        assert time.monotonic() < end, tell()
-        time.sleep(0.05)
-
-
-def status(debian: Debian) -> dict[str, Any]:
-    """What `refault status` says, by VM."""
-    told = debian.sh("refault status --json 2>/run/said || [ $? -eq 6 ] || { cat /run/said; exit 1; }")
-    return {vm["name"]: vm for vm in json.loads(told)["vms"]}
-
-
 def until_fronted(debian: Debian, unit: str) -> None:
-    until(lambda: status(debian)["vm1"]["qemu"]["connected"], lambda: debian.journal(unit))
+    until(lambda: debian.status()["vm1"]["qemu"]["connected"], lambda: debian.journal(unit))
 
 
 def test_from_installation_to_stop(debian: Debian) -> None:
@@ -62,7 +41,7 @@ def test_from_installation_to_stop(debian: Debian) -> None:
     qemu += ["-qmp", "unix:/run/vms/vm1.real,server=on,wait=off"]
     debian.run("systemd-run", "--unit=qemu-vm1", "--uid=vm", *qemu)
     debian.run("systemctl", "enable", "--now", "refault")
-    assert status(debian) == {}
+    assert debian.status() == {}
     main = debian.show("refault", "MainPID")
 
     debian.write("/etc/refault/vms.d/vm1.toml", VM)
@@ -77,7 +56,7 @@ def test_from_installation_to_stop(debian: Debian) -> None:
     debian.write("/etc/refault/vms.d/vm2.toml", "[vm.vm2]\nqemu = 7\n")
     debian.run("systemctl", "reload", "refault")
     until(lambda: "qemu: 7 is not" in debian.journal("refault"), lambda: debian.journal("refault"))
-    assert list(status(debian)) == ["vm1"]
+    assert list(debian.status()) == ["vm1"]
     assert debian.attempt("systemctl", "restart", "refault").returncode != 0
     assert debian.show("refault", "ActiveState") == "failed"
     assert debian.show("refault", "ExecMainStatus") == "2"
@@ -122,12 +101,8 @@ def test_a_migration_is_recovered_by_confined_refaults(debian: Debian, units: li
             text = f'[vm.{end}]\nqemu = "{qemu}"\nlisten = "{listen}"\n'
             debian.write(f"/etc/refault/vms.d/{end}.toml", text)
     debian.run("systemctl", "restart", *units)
-    # userfaultfd catches the kernel's own faults with that capability alone.
-    who = ["setpriv", "--reuid=vm", "--regid=vm", "--clear-groups"]
-    who += ["--inh-caps=+sys_ptrace", "--ambient-caps=+sys_ptrace"]
-    script = "/host/checkout/tests/integration/under_units.py"
-    debian.run(*who, PYTHON, script, "/var/lib/lab", "/run/vms", timeout=120)
-    for vm in status(debian).values():
+    debian.run(*migration(PYTHON, "/run/vms/src", "/run/vms/dst", "lose"), timeout=120)
+    for vm in debian.status().values():
         assert (vm["recovery"]["losses"], vm["recovery"]["recoveries"]) == (3, 3)
         assert vm["pages_total"]["requested"] > 0
         assert vm["state"]["errors"] == 0

@@ -1,0 +1,103 @@
+"""The commands of docs/first-migration.md and docs/upgrade.md, in a fresh Debian, and the package."""
+
+from __future__ import annotations
+
+import os
+import re
+import subprocess
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+from tests.integration.debian import ROOT, Debian, booted, make_environment, migration, until
+
+pytestmark = [
+    pytest.mark.qemu,
+    pytest.mark.timeout(300),  # the first of all makes the system
+    pytest.mark.skipif(os.geteuid() != 0, reason="root alone may boot a container"),
+]
+
+PYTHON = "/usr/lib/refault/bin/python"
+
+
+def commands(page: str) -> list[str]:
+    """What a page says is to be typed, in its blocks."""
+    text = (ROOT / "docs" / page).read_text()
+    return re.findall(r"^```sh\n(.*?)^```", text, flags=re.MULTILINE | re.DOTALL)
+
+
+@pytest.fixture(scope="module")
+def package() -> Path:
+    """What the first command of first-migration.md makes."""
+    (command,) = commands("first-migration.md")[:1]
+    subprocess.run(command, shell=True, cwd=ROOT, env=make_environment(), check=True)
+    return max((ROOT / "dist").glob("refault_*.deb"), key=lambda file: file.stat().st_mtime)
+
+
+@pytest.fixture(scope="module")
+def debian(tmp_path_factory: pytest.TempPathFactory, package: Path) -> Iterator[Debian]:
+    with booted(tmp_path_factory.mktemp("fresh")) as debian:
+        debian.sh(f"mkdir /root/dist; cp /host/checkout/dist/{package.name} /root/dist")
+        yield debian
+
+
+def test_a_newcomer_reaches_a_recovered_migration(debian: Debian) -> None:
+    _, *rest = commands("first-migration.md")
+    told = debian.sh("set -x; cd /root\n" + "\n".join(rest), timeout=120)
+    assert "postcopy-active" in told
+    assert "1 losses, " in told
+    assert '"status": "running"' in told
+    until(lambda: not debian.status(), lambda: debian.journal("refault"))
+    for page in ("refault", "refault-serve"):
+        debian.run("test", "-e", f"/usr/share/man/man1/{page}.1.gz")
+
+
+def test_an_upgrade_takes_over_a_postcopy_that_is_paused(debian: Debian) -> None:
+    """Of vm1 and vm2, which are its ends; vm3 goes back again."""
+    files, daemon, vm_by_vm, back = commands("upgrade.md")
+    names = ("vm1", "vm2", "vm3")
+    debian.sh(f"test -x {PYTHON} || apt install -y /root/dist/*.deb; systemctl stop refault")
+    debian.sh("install -d --owner=vm /var/lib/lab; mkdir -p /run/qemu")
+    for name, end in (("vm1", "src"), ("vm2", "dst")):
+        debian.run("ln", "-s", f"/var/lib/lab/{end}.qmp", f"/run/qemu/{name}-qemu.qmp")
+    qemu = ["qemu-system-x86_64", "-M", "none", "-nodefaults", "-display", "none"]
+    qemu += ["-qmp", "unix:/run/qemu/vm3-qemu.qmp,server=on,wait=off"]
+    debian.run("systemd-run", "--unit=vm3", *qemu)
+    for name in names:
+        arguments = f"--qemu /run/qemu/{name}-qemu.qmp --listen /run/qemu/{name}.qmp,mode=0660,group=vm"
+        debian.write(f"/etc/refault/{name}.env", f'ARGS="{arguments} --client-wait 600"\n')
+    debian.run("systemctl", "enable", "--now", *(f"refault@{name}" for name in names))
+    paused = "/var/lib/lab/paused"
+    lab = migration(PYTHON, "/run/qemu/vm1.qmp", "/run/qemu/vm2.qmp", "pause")
+    debian.run("systemd-run", "--unit=lab", *lab)
+    until(lambda: debian.attempt("test", "-e", paused).returncode == 0, lambda: debian.journal("lab"))
+
+    for name in names:
+        debian.sh(files.replace("vm1", name))
+    told = debian.sh(daemon)
+    for name in names:
+        assert f"{name}: not fronted: another refault (pid" in told
+    assert debian.status()["vm1"]["migration"]["status"] == "postcopy-paused"
+    for name in names:
+        debian.sh(vm_by_vm.replace("vm1", name))
+    until(
+        lambda: all(debian.status()[name]["recovery"]["recoveries"] for name in names[:2]),
+        lambda: debian.journal("refault"),
+    )
+    debian.run("rm", paused)
+    until(lambda: debian.show("lab", "ActiveState") != "active", lambda: debian.journal("lab"))
+    assert debian.show("lab", "Result") == "success", debian.journal("lab")
+
+    debian.sh(back.replace("vm1", "vm3"), timeout=60)
+    assert debian.show("refault@vm3", "ActiveState") == "active"
+    assert debian.status()["vm3"]["qemu"]["connected"]
+
+
+def test_the_package_goes_without_a_trace(debian: Debian) -> None:
+    """But for what the operator has made. To install it anew restarts nothing."""
+    main = debian.show("refault", "MainPID")
+    debian.run("sh", "-c", "dpkg --install /root/dist/*.deb")
+    assert debian.show("refault", "MainPID") == main
+    debian.sh("dpkg -V refault; apt-get -q purge -y refault; rm -rf /run/refault /etc/refault /root/dist")
+    assert debian.sh("systemctl --plain --no-legend list-units 'refault*'") == ""
+    assert debian.sh("find / -xdev -name '*refault*' -not -path '/var/log/*'") == ""
