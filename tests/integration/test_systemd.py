@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import subprocess
 from collections.abc import Iterator
+from functools import partial
 
 import pytest
 from tests.integration.debian import ROOT, Debian, booted, make_environment, migration, until
@@ -69,6 +70,11 @@ def test_from_installation_to_stop(debian: Debian) -> None:
     assert debian.sh("ls /run/vms").split() == ["vm1.real"]
 
 
+def told_since(debian: Debian, unit: str, told: str) -> bool:
+    """Whether the event loop has told again that it turns."""
+    return debian.show(unit, "WatchdogTimestampMonotonic") != told
+
+
 @pytest.mark.parametrize("unit", ["refault", "refault@vm1"])
 def test_a_hung_event_loop_is_killed_and_begun_anew(debian: Debian, unit: str) -> None:
     debian.write("/etc/refault/vms.d/vm1.toml", VM)
@@ -79,6 +85,10 @@ def test_a_hung_event_loop_is_killed_and_begun_anew(debian: Debian, unit: str) -
     debian.sh(f"systemctl daemon-reload; systemctl restart {unit}")
     try:
         hung = debian.show(unit, "MainPID")
+        for _ in range(3):  # it turns for longer than that
+            told = debian.show(unit, "WatchdogTimestampMonotonic")
+            until(partial(told_since, debian, unit, told), partial(debian.journal, unit))
+        assert debian.show(unit, "NRestarts") == "0"
         debian.sh(f"kill -STOP {hung}")
         until(lambda: debian.show(unit, "NRestarts") == "1", lambda: debian.journal(unit))
         until(lambda: debian.show(unit, "ActiveState") == "active", lambda: debian.journal(unit))

@@ -181,6 +181,7 @@ async def _serve(
     member = Member(options, troubles)
     async with trio.open_nursery() as nursery:
         nursery.start_soon(_say_not_for_us, name, others)
+        nursery.start_soon(notifier.keep_watchdog)
         await nursery.start(member.front, options)
         vms = partial(_fronted, [member])
         services = _Services(name, troubles)
