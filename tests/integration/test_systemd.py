@@ -100,6 +100,31 @@ def test_a_hung_event_loop_is_killed_and_begun_anew(debian: Debian, unit: str) -
         debian.run("systemctl", "daemon-reload")
 
 
+def test_sockets_of_the_managers_own_outlive_the_daemon(debian: Debian) -> None:
+    """And have it started when somebody comes."""
+    debian.write("/etc/refault/vms.d/vm1.toml", VM)
+    sockets = "ListenStream=/run/refault/refault.control\nListenStream=/run/vms/vm1\n"
+    sockets += "SocketMode=0660\nSocketGroup=vm\nRemoveOnStop=yes\n"
+    debian.write("/run/systemd/system/refault.socket", f"[Socket]\n{sockets}")
+    debian.sh("systemctl stop refault; systemctl daemon-reload; systemctl start refault.socket")
+    try:
+        inode = debian.run("stat", "--format=%i %a %G", "/run/vms/vm1")
+        assert inode.split()[1:] == ["660", "vm"]
+        assert debian.show("refault", "ActiveState") == "inactive"
+        greet = "import socket; client = socket.socket(socket.AF_UNIX); client.settimeout(30); "
+        greet += "client.connect('/run/vms/vm1'); print(client.recv(6).decode())"
+        assert debian.run("python3", "-c", greet) == '{"QMP"\n'
+        assert debian.show("refault", "ActiveState") == "active"
+        assert debian.status()["vm1"]["listeners"][0]["listening"]
+        debian.run("systemctl", "restart", "refault")
+        assert debian.run("stat", "--format=%i %a %G", "/run/vms/vm1") == inode
+        assert debian.run("python3", "-c", greet) == '{"QMP"\n'
+        assert "TROUBLE" not in debian.attempt("refault", "status").stdout
+    finally:
+        debian.run("systemctl", "stop", "refault.socket", "refault")
+        debian.sh("rm /run/systemd/system/refault.socket; systemctl daemon-reload")
+
+
 @pytest.mark.parametrize("units", [["refault"], ["refault@src", "refault@dst"]], ids=["one", "instances"])
 def test_a_migration_is_recovered_by_confined_refaults(debian: Debian, units: list[str]) -> None:
     """Whose QEMUs and clients are another user's, as on any host that has one for them."""

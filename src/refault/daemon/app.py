@@ -14,6 +14,7 @@ import trio
 
 from refault.daemon.finder import Finders
 from refault.daemon.fleet import Fleet, Member
+from refault.daemon.host import handed
 from refault.daemon.host.descriptors import raise_limit
 from refault.daemon.host.errors import OperatorError
 from refault.daemon.host.log import level_of, lines_dropped, set_level
@@ -159,6 +160,7 @@ async def serve(wanted: Configuration, name: str, reload: Callable[[], Configura
     What else cannot be had is told, and tried again.
     """
     raise_limit()
+    handed.adopt()
     for number in (signal.SIGTTIN, signal.SIGTTOU):  # a terminal that it is in the background of
         signal.signal(number, signal.SIG_IGN)
     not_for_us = _NOT_FOR_US - ({signal.SIGHUP} if reload is not None else set())

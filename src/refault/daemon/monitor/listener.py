@@ -14,6 +14,7 @@ from dataclasses import dataclass
 import trio
 
 from refault.daemon.host.errors import OperatorError
+from refault.daemon.host.handed import handed, is_handed
 from refault.daemon.kernel.unix_diag import listens
 from refault.daemon.monitor.address import Address
 from refault.daemon.monitor.socket_file import (
@@ -102,12 +103,14 @@ async def bind(address: Address) -> Bound:
 
 
 def bind_unix(address: Address, access: Access | None = None) -> Bound:
-    """Listens on a unix socket. Raises ListenError.
+    """Listens on a unix socket, or is at the one that the service manager has there. Raises ListenError.
 
     Its file has the mode, owner and group that the address says; else those of the stale socket file that it
     replaces, if that is root's or ours; else `access`; else mode 0600, whatever the umask.
     """
     with _listen_error(address):
+        if (given := handed(address.sun_path)) is not None:
+            return Bound((given,), address)
         sock = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM | socket.SOCK_NONBLOCK)
         try:
             if address.abstract:
@@ -140,6 +143,8 @@ def bind_unix(address: Address, access: Access | None = None) -> Bound:
 
 def check(address: Address) -> None:
     """Raises ListenError where a unix socket cannot be bound as things are; changes nothing."""
+    if is_handed(address.sun_path):
+        return
     with _listen_error(address):
         if address.abstract:
             if _told_to_listen(address):
@@ -229,6 +234,9 @@ async def bind_tcp(address: Address) -> Bound:
     except (socket.gaierror, UnicodeError) as error:  # that of IDNA, for a name that cannot be one
         raise ListenError(address, getattr(error, "strerror", None) or str(error)) from error
     where = list(dict.fromkeys((family, sockaddr) for family, _, _, _, sockaddr in found))
+    given = [sock for _, sockaddr in where if (sock := handed(sockaddr)) is not None]
+    if given:
+        return Bound(tuple(given), address)
     if address.port == 0:
         ports = [0] * _PORT_TRIES
     else:
