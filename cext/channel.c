@@ -133,8 +133,7 @@ static void forward_pass_last(struct rf_channel *channel) {
 }
 
 static void forward_read(struct rf_channel *channel) {
-    bool postcopy = channel->in_postcopy || rf_tracker_facts(channel->tracker) & RF_FACT_PACKAGED_BEGUN;
-    size_t chunk = postcopy ? POSTCOPY_CHUNK : PRECOPY_CHUNK;
+    size_t chunk = rf_channel_is_short(channel) ? POSTCOPY_CHUNK : PRECOPY_CHUNK;
     size_t n = rf_pipe_read(&channel->forward, forward_from(channel), forward_to(channel), chunk);
 
     if (n > 0) {
@@ -394,6 +393,10 @@ static bool all_is_sent(const struct rf_channel *channel) {
     return channel->source_side ? !rf_pipe_pending(&channel->forward) : return_flow(channel) == RF_FLOW_OVER;
 }
 
+bool rf_channel_is_short(const struct rf_channel *channel) {
+    return channel->in_postcopy || rf_tracker_facts(channel->tracker) & RF_FACT_PACKAGED_BEGUN;
+}
+
 static bool in_postcopy(const struct rf_channel *channel) {
     return rf_tracker_facts(channel->tracker) & RF_FACT_PACKAGED_BEGUN ||
            has_passed(channel, RF_FACT_RECV_BITMAP_ASKED);
@@ -555,6 +558,10 @@ int rf_channel_timeout_ms(const struct rf_channel *channel) {
     return channel->probing && channel->far.state == RF_LEG_OPEN ? SILENCE_LOOK_MS : -1;
 }
 
+bool rf_channel_ready(const struct rf_channel *channel, const struct pollfd *polls) {
+    return rf_leg_ready(&channel->far, &polls[RF_POLL_FAR]);
+}
+
 static void move_lanes(struct rf_channel *channel, const struct pollfd *polls) {
     for (unsigned i = 0; i < channel->lane_count; i++) {
         struct rf_lane *lane = channel->lanes[i];
@@ -605,7 +612,7 @@ static void forget(struct rf_channel *channel) {
 }
 
 static bool is_open(const struct rf_channel *channel) {
-    return channel->local.fd >= 0 || channel->far.fd >= 0 || channel->lane_count > 0;
+    return channel->local.fd >= 0 || rf_leg_is_open(&channel->far) || channel->lane_count > 0;
 }
 
 void rf_channel_begin(struct rf_channel *channel, int local_fd, int far_fd, bool recovered, bool may_replay,

@@ -94,6 +94,8 @@ void rf_channel_close(struct rf_channel *channel, bool keep_local);
 
 /* What it waits for, RF_CHANNEL_POLLS entries at the most; the count. */
 unsigned rf_channel_want(const struct rf_channel *channel, struct pollfd *polls);
+/* Whether something of it is there without a poll. */
+bool rf_channel_ready(const struct rf_channel *channel, const struct pollfd *polls);
 int rf_channel_timeout_ms(const struct rf_channel *channel);
 
 /* QEMU, the source's, opens no more lanes than have been added. */
@@ -105,6 +107,9 @@ void rf_channel_move(struct rf_channel *channel, const struct pollfd *polls);
 /* What is to be told of the legs (ends.h). */
 enum rf_leg_state rf_channel_local_state(const struct rf_channel *channel);
 enum rf_leg_state rf_channel_far_state(const struct rf_channel *channel);
+
+/* Whether what is queued is latency: postcopy has begun, or is about to. */
+bool rf_channel_is_short(const struct rf_channel *channel);
 
 /* Whether the lanes must be added as soon as they come. */
 bool rf_channel_lanes_due(const struct rf_channel *channel);

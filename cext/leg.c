@@ -4,32 +4,19 @@
 #include <linux/sockios.h>
 #include <netinet/in.h>
 #include <netinet/tcp.h>
+#include <string.h>
 #include <sys/ioctl.h>
 #include <sys/socket.h>
+#include <sys/uio.h>
 #include <unistd.h>
 
-enum {
-    NOTSENT_LOWAT = 8 * 1024,
-    UNANSWERED_PROBES = 3,
-};
+#include "tcp.h"
 
 void rf_leg_init(struct rf_leg *leg) { *leg = (struct rf_leg){.fd = -1, .state = RF_LEG_NONE}; }
 
 void rf_leg_adopt(struct rf_leg *leg, int fd) {
-    int domain = AF_UNSPEC;
-    socklen_t size = sizeof(domain);
-
     *leg = (struct rf_leg){.fd = fd, .state = RF_LEG_OPEN, .may_read = true, .may_write = true};
-    if (getsockopt(fd, SOL_SOCKET, SO_DOMAIN, &domain, &size) == 0 &&
-        (domain == AF_INET || domain == AF_INET6)) {
-        const int on = 1;
-        const int lowat = NOTSENT_LOWAT;
-
-        /* Both only shape latency: a leg without them still carries every byte. */
-        (void)setsockopt(fd, IPPROTO_TCP, TCP_NODELAY, &on, sizeof(on));
-        (void)setsockopt(fd, IPPROTO_TCP, TCP_NOTSENT_LOWAT, &lowat, sizeof(lowat));
-        leg->is_tcp = true;
-    }
+    leg->is_tcp = rf_tcp_prepare(fd);
 }
 
 static void take_note(struct rf_leg *leg, enum rf_leg_state state, int error) {
@@ -41,31 +28,155 @@ static void take_note(struct rf_leg *leg, enum rf_leg_state state, int error) {
 
 static bool is_later(int error) { return error == EAGAIN || error == EWOULDBLOCK; }
 
-static size_t receive(struct rf_leg *leg, uint8_t *buf, size_t len, int flags) {
+/* ---- a leg that may be a session ---- */
+
+void rf_leg_drop_link(struct rf_leg *leg) {
+    if (leg->link != NULL && !rf_link_carries(leg->link)) {
+        rf_link_drop(leg->link);
+        leg->link = NULL;
+    }
+}
+
+void rf_leg_leave_connection(struct rf_leg *leg) {
+    if (leg->fd >= 0) {
+        (void)shutdown(leg->fd, SHUT_RDWR); /* wakes a poll that has it */
+        close(leg->fd);
+        leg->fd = -1;
+        leg->is_tcp = false;
+    }
+}
+
+bool rf_leg_is_open(const struct rf_leg *leg) { return leg->fd >= 0 || leg->link != NULL; }
+
+/* Whether the connection may end, for the link goes on without. */
+static bool outlived(struct rf_leg *leg, int error) {
+    if (!rf_link_outlives(leg->link, error)) {
+        return false;
+    }
+    rf_leg_leave_connection(leg);
+    return true;
+}
+
+static size_t read_link(struct rf_leg *leg, uint8_t *buf, size_t len) {
+    size_t n = rf_link_read(leg->link, buf, len);
+    int error = 0;
+
+    if (n == 0 && rf_link_read_out(leg->link, &error)) {
+        leg->may_read = false;
+        take_note(leg, error != 0 ? RF_LEG_FAILED : RF_LEG_ENDED, error);
+    }
+    return n;
+}
+
+static ssize_t receive(int fd, uint8_t *buf, size_t len, int flags) {
     ssize_t n;
 
-    if (!leg->may_read) {
+    do {
+        n = recv(fd, buf, len, MSG_DONTWAIT | flags);
+    } while (n < 0 && errno == EINTR);
+    return n;
+}
+
+/* The connection brings nothing more. */
+static void come_to_end(struct rf_leg *leg, int error) {
+    if (!outlived(leg, error)) {
+        leg->may_read = false;
+        take_note(leg, error != 0 ? RF_LEG_FAILED : RF_LEG_ENDED, error);
+    }
+}
+
+/* The first bytes of the other host, which may offer a session; 0 while that is not decided, or it is one. */
+static size_t look_for_offer(struct rf_leg *leg, uint8_t *buf, size_t len) {
+    struct rf_link *link = leg->link;
+    ssize_t n = receive(leg->fd, link->offer + link->offered, RF_OFFER_BYTES - link->offered, 0);
+    int error = n < 0 ? errno : 0;
+    size_t seen;
+
+    if (n < 0 && is_later(error)) {
         return 0;
     }
-    do {
-        n = recv(leg->fd, buf, len, MSG_DONTWAIT | flags);
-    } while (n < 0 && errno == EINTR);
+    link->offered += n > 0 ? (size_t)n : 0;
+    if (n > 0 && rf_link_judge(link) != RF_OFFER_NONE) {
+        return 0;
+    }
+    seen = link->offered < len ? link->offered : len;
+    memcpy(buf, link->offer, seen);
+    rf_leg_drop_link(leg);
+    if (seen == 0) {
+        come_to_end(leg, error);
+    }
+    return seen;
+}
+
+/* ---- what it says and hears ---- */
+
+static size_t read_connection(struct rf_leg *leg, uint8_t *buf, size_t len, int flags) {
+    ssize_t n = leg->may_read ? receive(leg->fd, buf, len, flags) : 0;
+
     if (n > 0) {
+        if (leg->link != NULL && flags == 0) {
+            rf_link_plain_came(leg->link, (size_t)n);
+        }
         return (size_t)n;
     }
-    if (n == 0) {
-        leg->may_read = false;
-        take_note(leg, RF_LEG_ENDED, 0);
-    } else if (!is_later(errno)) {
-        leg->may_read = false;
-        take_note(leg, RF_LEG_FAILED, errno);
+    if (leg->may_read && (n == 0 || !is_later(errno))) {
+        come_to_end(leg, n == 0 ? 0 : errno);
     }
     return 0;
 }
 
-size_t rf_leg_read(struct rf_leg *leg, uint8_t *buf, size_t len) { return receive(leg, buf, len, 0); }
+size_t rf_leg_read(struct rf_leg *leg, uint8_t *buf, size_t len) {
+    if (leg->may_read && rf_link_carries(leg->link)) {
+        return read_link(leg, buf, len);
+    }
+    if (leg->may_read && rf_link_looks(leg->link)) {
+        return look_for_offer(leg, buf, len);
+    }
+    return read_connection(leg, buf, len, 0);
+}
 
-size_t rf_leg_peek(struct rf_leg *leg, uint8_t *buf, size_t len) { return receive(leg, buf, len, MSG_PEEK); }
+size_t rf_leg_peek(struct rf_leg *leg, uint8_t *buf, size_t len) {
+    if (leg->may_read && rf_link_carries(leg->link)) {
+        return rf_link_peek(leg->link, buf, len);
+    }
+    return read_connection(leg, buf, len, MSG_PEEK);
+}
+
+static size_t write_link(struct rf_leg *leg, const uint8_t *buf, size_t len) {
+    int error = rf_link_refuses(leg->link);
+    size_t n = error == 0 ? rf_link_write(leg->link, buf, len) : 0;
+
+    if (error != 0) {
+        leg->may_write = false;
+        leg->write_error = error;
+    }
+    leg->sent += n;
+    return n;
+}
+
+/* As the kernel takes it, and behind the offer where there is one to make. */
+static ssize_t transmit(struct rf_leg *leg, const uint8_t *buf, size_t len) {
+    struct rf_link *link = leg->link;
+    size_t offer = link != NULL && link->answers ? RF_OFFER_BYTES - link->offered : 0;
+    struct iovec parts[2] = {
+        {.iov_base = offer > 0 ? link->offer + link->offered : NULL, .iov_len = offer},
+        {.iov_base = (void *)buf, .iov_len = len},
+    };
+    struct msghdr message = {.msg_iov = parts, .msg_iovlen = 2};
+    ssize_t n;
+
+    do {
+        n = sendmsg(leg->fd, &message, MSG_NOSIGNAL | MSG_DONTWAIT);
+    } while (n < 0 && errno == EINTR);
+    if (n > 0 && offer > 0) {
+        size_t gone = (size_t)n < offer ? (size_t)n : offer;
+
+        link->offered += gone;
+        link->state = RF_LINK_OFFERED;
+        n -= (ssize_t)gone;
+    }
+    return n;
+}
 
 size_t rf_leg_write(struct rf_leg *leg, const uint8_t *buf, size_t len) {
     ssize_t n;
@@ -73,14 +184,28 @@ size_t rf_leg_write(struct rf_leg *leg, const uint8_t *buf, size_t len) {
     if (!leg->may_write) {
         return 0;
     }
-    do {
-        n = send(leg->fd, buf, len, MSG_NOSIGNAL | MSG_DONTWAIT);
-    } while (n < 0 && errno == EINTR);
+    if (rf_link_carries(leg->link)) {
+        return write_link(leg, buf, len);
+    }
+    if (leg->link != NULL && rf_link_plain_room(leg->link) < len) {
+        if (leg->link->answers) {
+            rf_leg_drop_link(leg); /* nobody has taken the offer */
+        } else {
+            len = rf_link_plain_room(leg->link);
+        }
+    }
+    if (len == 0) {
+        return 0;
+    }
+    n = transmit(leg, buf, len);
     if (n >= 0) {
+        if (leg->link != NULL) {
+            rf_link_plain_sent(leg->link, buf, (size_t)n);
+        }
         leg->sent += (uint64_t)n;
         return (size_t)n;
     }
-    if (!is_later(errno)) {
+    if (!is_later(errno) && !outlived(leg, errno)) {
         leg->may_write = false;
         leg->write_error = errno;
     }
@@ -92,14 +217,40 @@ bool rf_leg_lost(const struct rf_leg *leg) {
 }
 
 void rf_leg_want(const struct rf_leg *leg, short events, struct pollfd *one) {
-    if (leg->fd >= 0) {
-        one->fd = leg->fd;
+    struct rf_link *link = leg->link;
+
+    if (rf_link_carries(link)) {
+        one->events |= events;
+        link->leg_writes = link->leg_writes || events & POLLOUT;
+    } else if (leg->fd >= 0) {
+        if (link != NULL && rf_link_plain_room(link) == 0) {
+            events &= (short)~POLLOUT; /* not before it is known what the other host is */
+        }
+        one->fd = events != 0 ? leg->fd : one->fd;
         one->events |= events;
     }
 }
 
+bool rf_leg_ready(const struct rf_leg *leg, const struct pollfd *one) {
+    return rf_link_carries(leg->link) && rf_leg_events(leg, one) != 0;
+}
+
 short rf_leg_events(const struct rf_leg *leg, const struct pollfd *one) {
-    return one->fd >= 0 && one->fd == leg->fd ? one->revents : 0;
+    short events = 0;
+
+    if (!rf_link_carries(leg->link)) {
+        return one->fd >= 0 && one->fd == leg->fd ? one->revents : 0;
+    }
+    if (one->events & POLLIN && leg->may_read && rf_link_readable(leg->link)) {
+        events |= POLLIN;
+    }
+    if (one->events & POLLOUT && leg->may_write && rf_link_writable(leg->link)) {
+        events |= POLLOUT;
+    }
+    if (one->events & POLLRDHUP && leg->state == RF_LEG_OPEN && rf_link_end_in_sight(leg->link)) {
+        events |= POLLRDHUP;
+    }
+    return events;
 }
 
 void rf_leg_see_end(struct rf_leg *leg, short events) {
@@ -109,8 +260,13 @@ void rf_leg_see_end(struct rf_leg *leg, short events) {
     if (leg->state != RF_LEG_OPEN || !(events & (POLLRDHUP | POLLHUP | POLLERR | POLLNVAL))) {
         return;
     }
-    if (getsockopt(leg->fd, SOL_SOCKET, SO_ERROR, &error, &size) < 0) {
+    if (rf_link_carries(leg->link)) {
+        error = leg->link->error;
+    } else if (getsockopt(leg->fd, SOL_SOCKET, SO_ERROR, &error, &size) < 0) {
         error = errno;
+    }
+    if (!rf_link_carries(leg->link) && outlived(leg, error)) {
+        return;
     }
     take_note(leg, error != 0 ? RF_LEG_FAILED : RF_LEG_ENDED, error);
 }
@@ -124,6 +280,12 @@ void rf_leg_see_failed_write(struct rf_leg *leg) {
 bool rf_leg_writable(const struct rf_leg *leg) {
     struct pollfd one = {.fd = leg->fd, .events = POLLOUT};
 
+    if (rf_link_carries(leg->link)) {
+        return (leg->at_last && rf_stream_room(leg->link->stream) > 0) || rf_link_writable(leg->link);
+    }
+    if (leg->link != NULL && !leg->link->answers && rf_link_plain_room(leg->link) == 0) {
+        return false;
+    }
     return leg->fd >= 0 && (leg->at_last || poll(&one, 1, 0) > 0);
 }
 
@@ -138,48 +300,35 @@ void rf_leg_take_all(struct rf_leg *leg) {
 }
 
 void rf_leg_probe(struct rf_leg *leg, unsigned dead_after_s) {
-    const int on = 1;
-    const int interval_s = 1;
-    const int probes = 3;
-    const int idle_s = dead_after_s > 4 ? (int)dead_after_s - probes * interval_s : 1;
-
     if (leg->is_tcp && leg->state == RF_LEG_OPEN) {
-        /* Where one fails the silence of an idle channel shows later, at the first byte that is sent. */
-        (void)setsockopt(leg->fd, IPPROTO_TCP, TCP_KEEPIDLE, &idle_s, sizeof(idle_s));
-        (void)setsockopt(leg->fd, IPPROTO_TCP, TCP_KEEPINTVL, &interval_s, sizeof(interval_s));
-        (void)setsockopt(leg->fd, IPPROTO_TCP, TCP_KEEPCNT, &probes, sizeof(probes));
-        (void)setsockopt(leg->fd, SOL_SOCKET, SO_KEEPALIVE, &on, sizeof(on));
+        rf_tcp_probe(leg->fd, dead_after_s);
     }
 }
 
 void rf_leg_check_silence(struct rf_leg *leg, unsigned dead_after_s) {
-    struct tcp_info info = {0};
-    socklen_t size = sizeof(info);
-
-    if (!leg->is_tcp || leg->state != RF_LEG_OPEN ||
-        getsockopt(leg->fd, IPPROTO_TCP, TCP_INFO, &info, &size) < 0) {
-        return;
-    }
-    /* Behind a long silence what was sent a moment ago may yet be acknowledged: it counts once it was sent
-     * again, which the retransmissions leave out while the window is closed over it, and the back-off where
-     * few segments are under way (net/ipv4/tcp_timer.c, tcp_retransmit_timer). A peer with a closed window
-     * answers probes, which are the rarer the longer it lasts: one may be on its way. */
-    bool sent_again = info.tcpi_retransmits > 0 || info.tcpi_backoff > 0;
-    if (info.tcpi_last_ack_recv > dead_after_s * 1000u &&
-        ((info.tcpi_unacked > 0 && sent_again) || info.tcpi_probes >= UNANSWERED_PROBES)) {
+    if (leg->is_tcp && leg->state == RF_LEG_OPEN && rf_tcp_silent(leg->fd, dead_after_s)) {
         rf_leg_break(leg, ETIMEDOUT);
     }
 }
 
 void rf_leg_end_writing(struct rf_leg *leg) {
+    rf_leg_drop_link(leg);
     if (leg->may_write) {
-        (void)shutdown(leg->fd, SHUT_WR); /* fails only where the peer is gone, which is what it would tell */
+        if (leg->link != NULL) {
+            rf_link_finish(leg->link);
+        } else {
+            (void)shutdown(leg->fd, SHUT_WR); /* fails only where the peer is gone, as it would tell */
+        }
         leg->may_write = false;
     }
 }
 
 void rf_leg_shut(struct rf_leg *leg) {
-    if (leg->fd >= 0) {
+    rf_leg_drop_link(leg);
+    if (leg->link != NULL) {
+        rf_link_shut(leg->link);
+        leg->may_write = false;
+    } else if (leg->fd >= 0) {
         (void)shutdown(leg->fd, SHUT_RDWR); /* likewise */
         leg->may_write = false;
     }
@@ -199,9 +348,16 @@ static size_t queued(const struct rf_leg *leg, unsigned long what) {
     return (size_t)count;
 }
 
-size_t rf_leg_unread(const struct rf_leg *leg) { return leg->may_read ? queued(leg, SIOCINQ) : 0; }
+size_t rf_leg_unread(const struct rf_leg *leg) {
+    if (!leg->may_read) {
+        return 0;
+    }
+    return rf_link_carries(leg->link) ? rf_link_unread(leg->link) : queued(leg, SIOCINQ);
+}
 
-size_t rf_leg_unconfirmed(const struct rf_leg *leg) { return queued(leg, SIOCOUTQ); }
+size_t rf_leg_unconfirmed(const struct rf_leg *leg) {
+    return rf_link_carries(leg->link) ? rf_link_unconfirmed(leg->link) : queued(leg, SIOCOUTQ);
+}
 
 void rf_leg_close(struct rf_leg *leg) {
     rf_leg_shut(leg);
@@ -209,8 +365,14 @@ void rf_leg_close(struct rf_leg *leg) {
 }
 
 void rf_leg_let_go(struct rf_leg *leg) {
-    if (leg->fd >= 0) {
-        close(leg->fd);
+    rf_leg_drop_link(leg);
+    if (rf_leg_is_open(leg)) {
+        if (leg->link != NULL) {
+            rf_link_leave(leg->link);
+            leg->link = NULL;
+        } else {
+            close(leg->fd);
+        }
         leg->fd = -1;
         leg->may_read = leg->may_write = false;
         take_note(leg, RF_LEG_CLOSED, 0);

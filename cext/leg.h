@@ -16,6 +16,8 @@
 #include <stdint.h>
 #include <sys/types.h>
 
+#include "link.h"
+
 /* cffi: begin */
 enum rf_leg_state {
     RF_LEG_NONE = 0,    /* never attached */
@@ -35,8 +37,9 @@ struct rf_leg {
     bool may_write;          /* no write has failed, nor has the direction been ended */
     int write_error;         /* errno of the write that failed, 0 for none */
     bool is_tcp;
-    bool at_last;  /* rf_leg_take_all */
-    uint64_t sent; /* bytes that the kernel took from us */
+    bool at_last;         /* rf_leg_take_all */
+    uint64_t sent;        /* bytes that the kernel took from us */
+    struct rf_link *link; /* of a far leg that may outlive its connections, not its own; NULL for none */
 };
 
 void rf_leg_init(struct rf_leg *leg);
@@ -46,6 +49,15 @@ void rf_leg_init(struct rf_leg *leg);
  * unsent in the kernel stays small.
  */
 void rf_leg_adopt(struct rf_leg *leg, int fd);
+
+/* It is no session and becomes none; nothing where the link carries it already. */
+void rf_leg_drop_link(struct rf_leg *leg);
+
+/* The connection that it has of its own ends, and the link alone carries it. */
+void rf_leg_leave_connection(struct rf_leg *leg);
+
+/* Whether it is not closed. */
+bool rf_leg_is_open(const struct rf_leg *leg);
 
 /* Reads at most `len` bytes. Returns the count; 0 when nothing is there now, or nothing will be. */
 size_t rf_leg_read(struct rf_leg *leg, uint8_t *buf, size_t len);
@@ -65,6 +77,9 @@ void rf_leg_want(const struct rf_leg *leg, short events, struct pollfd *one);
 
 /* What poll said of it; 0 where it was not asked, or is another descriptor by now. */
 short rf_leg_events(const struct rf_leg *leg, const struct pollfd *one);
+
+/* Whether what is wanted of it is there without a poll: it is carried by a link. */
+bool rf_leg_ready(const struct rf_leg *leg, const struct pollfd *one);
 
 /* Takes note that the peer ended it though it is not being read: ENDED or FAILED then. It may be read on. */
 void rf_leg_see_end(struct rf_leg *leg, short events);

@@ -17,10 +17,14 @@ void rf_orders_free(struct rf_orders *orders) {
     }
 }
 
-void rf_orders_put(struct rf_orders *orders, struct rf_order *order) {
+void rf_orders_wake(struct rf_orders *orders) {
     const uint64_t one = 1;
-    ssize_t n;
+    ssize_t n = write(orders->event, &one, sizeof(one));
 
+    (void)n; /* EAGAIN: it is signalled already */
+}
+
+void rf_orders_put(struct rf_orders *orders, struct rf_order *order) {
     order->next = NULL;
     pthread_mutex_lock(&orders->lock);
     if (orders->first == NULL) {
@@ -29,8 +33,7 @@ void rf_orders_put(struct rf_orders *orders, struct rf_order *order) {
         orders->last->next = order;
     }
     orders->last = order;
-    n = write(orders->event, &one, sizeof(one));
-    (void)n; /* EAGAIN: it is signalled already */
+    rf_orders_wake(orders);
     pthread_mutex_unlock(&orders->lock);
 }
 

@@ -31,6 +31,8 @@ struct rf_order {
     bool recovered;
     bool may_replay;
     unsigned lanes;
+    enum rf_link_role session;
+    uint8_t id[16];
     struct rf_lane *lane;
     int error;
     uint8_t say[RF_SAY_MAX];
@@ -49,6 +51,9 @@ struct rf_orders {
 /* False when descriptors are short (errno). */
 bool rf_orders_init(struct rf_orders *orders);
 void rf_orders_free(struct rf_orders *orders);
+
+/* Has the taker look, though there may be none. */
+void rf_orders_wake(struct rf_orders *orders);
 
 /* Adds one that stays the caller's until it is taken, and the taker's from then on. */
 void rf_orders_put(struct rf_orders *orders, struct rf_order *order);

@@ -13,12 +13,16 @@
 
 #include "channel.h"
 #include "crash.h"
+#include "link.h"
 #include "order.h"
 
 enum {
     LOOK_RETRIES = 100,
     NO_MEMORY_PAUSE_MS = 10,
     STOP_WAIT_MS = 20,
+    OFFER_LOOK_MS = 100,
+    OFFER_WAIT_MS = 3000, /* for the destination's first word, once no more is sent before it */
+    LINKS_MAX = 8,        /* that are delivering yet */
     VIEW_WORDS = sizeof(struct rf_relay_view) / sizeof(uint64_t),
 };
 
@@ -33,9 +37,16 @@ struct told {
     uint64_t lanes;
     uint64_t waiting;
     uint64_t last_lanes;
+    enum rf_link_state session;
+    bool session_complete;
 };
 
-enum { POLL_ORDERS, POLL_CHANNEL, POLL_MAX = POLL_CHANNEL + RF_CHANNEL_POLLS };
+enum {
+    POLL_ORDERS,
+    POLL_LINKS,
+    POLL_CHANNEL = POLL_LINKS + LINKS_MAX,
+    POLL_MAX = POLL_CHANNEL + RF_CHANNEL_POLLS
+};
 
 struct rf_relay {
     struct rf_orders orders;
@@ -50,13 +61,29 @@ struct rf_relay {
     _Atomic uint64_t sequence;
     _Atomic uint64_t published[VIEW_WORDS];
 
+    /* What the pump holds but for when it waits. Under it alone links, and the far leg's connection, are
+     * looked at or changed. */
+    pthread_mutex_t at_work;
+    struct rf_link *links;    /* the newest first */
+    _Atomic bool had_link;    /* without it there is nothing to lock for */
+    struct rf_link_view last; /* of the session that has ended; state NONE: there was none */
+    struct rf_rings rings;
+
     /* All below belongs to the pump's thread. */
+    uint64_t offer_due_ns; /* until when the offer is waited for; 0: for as long as it takes */
     struct rf_tracker *tracker;
     struct rf_channel channel;
     struct pollfd polls[POLL_MAX];
     struct rf_relay_view view;
     struct told told;
 };
+
+static uint64_t now_ns(void) {
+    struct timespec now;
+
+    clock_gettime(CLOCK_MONOTONIC, &now);
+    return (uint64_t)now.tv_sec * 1000000000u + (uint64_t)now.tv_nsec;
+}
 
 static void signal_event(int fd) {
     const uint64_t one = 1;
@@ -66,6 +93,13 @@ static void signal_event(int fd) {
 }
 
 /* ---- what others may look at ---- */
+
+static bool is_complete(const struct rf_link *link) {
+    struct rf_link_view view;
+
+    rf_link_look(link, &view);
+    return view.complete;
+}
 
 /* What others wait for is told at once; counters they look up when they like. */
 static bool has_news(struct rf_relay *relay, const uint64_t *words) {
@@ -80,13 +114,16 @@ static bool has_news(struct rf_relay *relay, const uint64_t *words) {
         .lanes = relay->view.lanes,
         .waiting = relay->view.waiting,
         .last_lanes = relay->view.last_lanes,
+        .session = relay->links != NULL ? relay->links->state : (enum rf_link_state)relay->last.state,
+        .session_complete = relay->links != NULL && is_complete(relay->links),
     };
     bool news = now.facts != relay->told.facts || now.channel_facts != relay->told.channel_facts ||
                 now.forward_opaque != relay->told.forward_opaque ||
                 now.return_opaque != relay->told.return_opaque || now.channel != relay->told.channel ||
                 now.local_state != relay->told.local_state || now.far_state != relay->told.far_state ||
                 now.lanes != relay->told.lanes || now.waiting != relay->told.waiting ||
-                now.last_lanes != relay->told.last_lanes;
+                now.last_lanes != relay->told.last_lanes || now.session != relay->told.session ||
+                now.session_complete != relay->told.session_complete;
 
     relay->told = now;
     return news;
@@ -141,6 +178,90 @@ bool rf_relay_look(const struct rf_relay *relay, struct rf_relay_view *view) {
     return false;
 }
 
+/* ---- links ---- */
+
+static void begin_link(struct rf_relay *relay, const struct rf_order *order) {
+    struct rf_link *link = NULL;
+    unsigned count = 0;
+
+    for (struct rf_link *each = relay->links; each != NULL; each = each->next) {
+        count++;
+    }
+    if (order->session != RF_LINK_NO && count < LINKS_MAX) {
+        link = rf_link_new(order->session == RF_LINK_ANSWERS, order->id, &relay->rings);
+    }
+    relay->offer_due_ns = 0;
+    relay->channel.far.link = link;
+    if (link != NULL) {
+        atomic_store(&relay->had_link, true);
+        link->next = relay->links;
+        relay->links = link;
+    }
+}
+
+static void forget_links(struct rf_relay *relay, bool all) {
+    struct rf_link **at = &relay->links;
+
+    while (*at != NULL) {
+        struct rf_link *link = *at;
+
+        if (all || (link->state == RF_LINK_OVER && !link->has_leg)) {
+            *at = link->next;
+            if (link->was_session) {
+                rf_link_look(link, &relay->last);
+            }
+            rf_link_free(link);
+        } else {
+            at = &link->next;
+        }
+    }
+}
+
+/* How long until one of them is due, or the channel, -1 for ever; with what they want. */
+static int want_links(struct rf_relay *relay, struct pollfd *polls, int timeout_ms) {
+    uint64_t now = now_ns();
+    unsigned i = 0;
+
+    for (struct rf_link *link = relay->links; link != NULL; link = link->next) {
+        int due = rf_link_timeout_ms(link, now);
+
+        if (rf_channel_is_short(&relay->channel) && !link->postcopy) {
+            link->postcopy = true;
+            link->look_ns = 0;
+        }
+        rf_link_want(link, &polls[i++]);
+        timeout_ms = due >= 0 && (timeout_ms < 0 || due < timeout_ms) ? due : timeout_ms;
+    }
+    for (; i < LINKS_MAX; i++) {
+        polls[i] = (struct pollfd){.fd = -1};
+    }
+    return timeout_ms;
+}
+
+static void move_links(struct rf_relay *relay, const struct pollfd *polls) {
+    uint64_t now = now_ns();
+    unsigned i = 0;
+
+    for (struct rf_link *link = relay->links; link != NULL; link = link->next) {
+        rf_link_move(link, polls != NULL ? &polls[i++] : NULL, now);
+    }
+    forget_links(relay, false);
+}
+
+/* A destination that says nothing, of which QEMU is to be heard by now: it goes on without a session. */
+static void mind_offer(struct rf_relay *relay) {
+    struct rf_leg *far = &relay->channel.far;
+    bool waits = rf_link_looks(far->link) && rf_link_plain_room(far->link) == 0;
+
+    if (!waits) {
+        relay->offer_due_ns = 0;
+    } else if (relay->offer_due_ns == 0) {
+        relay->offer_due_ns = now_ns() + OFFER_WAIT_MS * 1000000ull;
+    } else if (now_ns() >= relay->offer_due_ns) {
+        rf_leg_drop_link(far);
+    }
+}
+
 /* ---- orders ---- */
 
 static void carry_out(struct rf_relay *relay, struct rf_order *order) {
@@ -151,6 +272,7 @@ static void carry_out(struct rf_relay *relay, struct rf_order *order) {
     case RF_ORDER_ATTACH:
         rf_channel_begin(channel, order->local_fd, order->far_fd, order->recovered, order->may_replay,
                          order->lanes);
+        begin_link(relay, order);
         relay->view.channel++;
         break;
     case RF_ORDER_LANE:
@@ -222,16 +344,31 @@ static int give(struct rf_relay *relay, const struct rf_order *order) {
 static bool turn(struct rf_relay *relay) {
     struct pollfd *polls = relay->polls;
     unsigned count = rf_channel_want(&relay->channel, &polls[POLL_CHANNEL]);
+    int timeout_ms = want_links(relay, &polls[POLL_LINKS], rf_channel_timeout_ms(&relay->channel));
     bool go_on = true;
+    int found;
 
+    if (rf_channel_ready(&relay->channel, &polls[POLL_CHANNEL])) {
+        timeout_ms = 0;
+    } else if (relay->offer_due_ns != 0 && (timeout_ms < 0 || timeout_ms > OFFER_LOOK_MS)) {
+        timeout_ms = OFFER_LOOK_MS;
+    }
     polls[POLL_ORDERS] = (struct pollfd){.fd = relay->orders.event, .events = POLLIN};
-    if (poll(polls, POLL_CHANNEL + count, rf_channel_timeout_ms(&relay->channel)) < 0) {
+    pthread_mutex_unlock(&relay->at_work);
+    found = poll(polls, POLL_CHANNEL + count, timeout_ms);
+    if (found < 0) {
         const struct timespec pause = {.tv_nsec = NO_MEMORY_PAUSE_MS * 1000000L};
 
         nanosleep(&pause, NULL); /* EINTR cannot be, all signals are blocked; ENOMEM passes */
+    }
+    pthread_mutex_lock(&relay->at_work);
+    if (found < 0) {
         return take_orders(relay);
     }
+    move_links(relay, &polls[POLL_LINKS]);
     rf_channel_move(&relay->channel, &polls[POLL_CHANNEL]);
+    move_links(relay, NULL);
+    mind_offer(relay);
     if (polls[POLL_ORDERS].revents != 0) {
         go_on = take_orders(relay);
     }
@@ -250,6 +387,9 @@ static void close_events(struct rf_relay *relay) {
 static void free_all(struct rf_relay *relay) {
     pthread_cond_destroy(&relay->changed);
     pthread_mutex_destroy(&relay->lock);
+    pthread_mutex_destroy(&relay->at_work);
+    forget_links(relay, true);
+    free(relay->rings.scratch);
     rf_channel_free(&relay->channel);
     rf_tracker_free(relay->tracker);
     free(relay);
@@ -258,8 +398,10 @@ static void free_all(struct rf_relay *relay) {
 static void *pump(void *opaque) {
     struct rf_relay *relay = opaque;
 
+    pthread_mutex_lock(&relay->at_work);
     while (turn(relay)) {
     }
+    pthread_mutex_unlock(&relay->at_work);
     pthread_mutex_lock(&relay->lock);
     relay->has_ended = true;
     pthread_cond_signal(&relay->changed);
@@ -278,6 +420,7 @@ static void init_ending(struct rf_relay *relay) {
     pthread_condattr_t monotonic;
 
     pthread_mutex_init(&relay->lock, NULL);
+    pthread_mutex_init(&relay->at_work, NULL);
     pthread_condattr_init(&monotonic);
     pthread_condattr_setclock(&monotonic, CLOCK_MONOTONIC);
     pthread_cond_init(&relay->changed, &monotonic);
@@ -365,13 +508,19 @@ int rf_relay_notify_fd(const struct rf_relay *relay) { return relay->notify_even
 struct rf_tracker *rf_relay_tracker(struct rf_relay *relay) { return relay->tracker; }
 
 int rf_relay_attach(struct rf_relay *relay, int local_fd, int far_fd, bool recovered, bool may_replay,
-                    unsigned lanes) {
-    return give(relay, &(struct rf_order){.kind = RF_ORDER_ATTACH,
-                                          .local_fd = local_fd,
-                                          .far_fd = far_fd,
-                                          .recovered = recovered,
-                                          .may_replay = may_replay,
-                                          .lanes = lanes});
+                    unsigned lanes, int session, const uint8_t *id) {
+    struct rf_order order = {.kind = RF_ORDER_ATTACH,
+                             .local_fd = local_fd,
+                             .far_fd = far_fd,
+                             .recovered = recovered,
+                             .may_replay = may_replay,
+                             .lanes = lanes,
+                             .session = (enum rf_link_role)session};
+
+    if (session == RF_LINK_ANSWERS) {
+        memcpy(order.id, id, sizeof(order.id));
+    }
+    return give(relay, &order);
 }
 
 int rf_relay_add_lane(struct rf_relay *relay, uint64_t channel, int kind, int local_fd, int far_fd) {
@@ -421,6 +570,103 @@ int rf_relay_in_postcopy(struct rf_relay *relay) {
 
 int rf_relay_complete(struct rf_relay *relay) {
     return give(relay, &(struct rf_order){.kind = RF_ORDER_COMPLETE});
+}
+
+/* ---- the session ---- */
+
+/* The session of the migration: a link that never became one is none. */
+static struct rf_link *session_of(const struct rf_relay *relay) {
+    struct rf_link *link = relay->links;
+
+    return link != NULL && (link->has_leg || link->state != RF_LINK_OVER) ? link : NULL;
+}
+
+static struct rf_leg *leg_of(struct rf_relay *relay, const struct rf_link *link) {
+    return relay->channel.far.link == link ? &relay->channel.far : NULL;
+}
+
+bool rf_relay_session_look(struct rf_relay *relay, struct rf_link_view *view) {
+    if (!atomic_load(&relay->had_link)) {
+        return false;
+    }
+    pthread_mutex_lock(&relay->at_work);
+    const struct rf_link *link = session_of(relay);
+    if (link != NULL) {
+        rf_link_look(link, view);
+    } else {
+        *view = relay->last;
+    }
+    pthread_mutex_unlock(&relay->at_work);
+    return view->state != RF_LINK_NONE;
+}
+
+/* The connection that the leg has of its own is left, and the link alone carries it. */
+static void leave_plain(struct rf_relay *relay, const struct rf_link *link) {
+    struct rf_leg *leg = leg_of(relay, link);
+
+    if (leg != NULL) {
+        rf_leg_leave_connection(leg);
+    }
+}
+
+bool rf_relay_session_tell(struct rf_relay *relay, struct rf_positions *here) {
+    pthread_mutex_lock(&relay->at_work);
+    struct rf_link *link = session_of(relay);
+    if (link != NULL) {
+        rf_link_tell(link, here);
+    }
+    pthread_mutex_unlock(&relay->at_work);
+    return link != NULL;
+}
+
+int rf_relay_session_rejoin(struct rf_relay *relay, const struct rf_positions *peer) {
+    int wrong = -1;
+
+    pthread_mutex_lock(&relay->at_work);
+    struct rf_link *link = session_of(relay);
+    if (link != NULL && link->state != RF_LINK_OVER) {
+        leave_plain(relay, link);
+        rf_link_detach(link);
+        wrong = (int)rf_link_resume(link, peer);
+    }
+    pthread_mutex_unlock(&relay->at_work);
+    rf_orders_wake(&relay->orders);
+    return wrong;
+}
+
+int rf_relay_session_adopt(struct rf_relay *relay, const struct rf_positions *peer, int fd) {
+    int wrong = -1;
+
+    pthread_mutex_lock(&relay->at_work);
+    struct rf_link *link = session_of(relay);
+    if (link != NULL && link->state != RF_LINK_OVER) {
+        wrong = peer != NULL ? (int)rf_link_resume(link, peer) : RF_RIGHT;
+        if (wrong == RF_RIGHT) {
+            leave_plain(relay, link);
+            rf_link_adopt(link, fd);
+        }
+    }
+    pthread_mutex_unlock(&relay->at_work);
+    rf_orders_wake(&relay->orders);
+    return wrong;
+}
+
+void rf_relay_session_withdraw(struct rf_relay *relay) {
+    pthread_mutex_lock(&relay->at_work);
+    rf_leg_drop_link(&relay->channel.far);
+    pthread_mutex_unlock(&relay->at_work);
+    rf_orders_wake(&relay->orders);
+}
+
+void rf_relay_session_give_up(struct rf_relay *relay, int error) {
+    pthread_mutex_lock(&relay->at_work);
+    struct rf_link *link = session_of(relay);
+    if (link != NULL) {
+        leave_plain(relay, link);
+        rf_link_give_up(link, error);
+    }
+    pthread_mutex_unlock(&relay->at_work);
+    rf_orders_wake(&relay->orders);
 }
 
 void rf_relay_stop(struct rf_relay *relay, bool keep_local) {

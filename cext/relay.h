@@ -26,6 +26,7 @@
 
 #include "lane.h"
 #include "leg.h"
+#include "link.h"
 #include "tracker.h"
 
 /* cffi: begin */
@@ -77,11 +78,12 @@ bool rf_relay_look(const struct rf_relay *relay, struct rf_relay_view *view);
 /*
  * Joins two stream sockets as the next channel and takes ownership of both. `recovered`: it resumes a lost
  * channel. `may_replay`: outstanding page requests are replayed after RESUME_ACK. `lanes`: how many are to be
- * added before the device state or RESUME may pass.
+ * added before the device state or RESUME may pass. `session`: enum rf_link_role, which end of a session the
+ * far leg may become; without memory for one it becomes none. `id`: the session's, of who answers.
  * What is left of the channel before is closed. 0, or -1; then the descriptors are still the caller's.
  */
 int rf_relay_attach(struct rf_relay *relay, int local_fd, int far_fd, bool recovered, bool may_replay,
-                    unsigned lanes);
+                    unsigned lanes, int session, const uint8_t *id);
 
 /*
  * Joins two stream sockets as a further lane of `channel` and takes ownership of both. Where that is no
@@ -111,6 +113,24 @@ int rf_relay_close_channel(struct rf_relay *relay, uint64_t channel);
 
 /* The migration has ended: nothing is outstanding any more. */
 int rf_relay_complete(struct rf_relay *relay);
+
+/*
+ * The session of this migration (link.h); false where there is none. These wait for the pump no longer than
+ * one turn of it takes.
+ */
+bool rf_relay_session_look(struct rf_relay *relay, struct rf_link_view *view);
+/* Our positions, for HELLO or WELCOME. */
+bool rf_relay_session_tell(struct rf_relay *relay, struct rf_positions *here);
+/* The connection is closed, with whatever is unread there, and the next one's peer has told this: enum
+ * rf_wrong, or -1 where there is no session. */
+int rf_relay_session_rejoin(struct rf_relay *relay, const struct rf_positions *peer);
+/* Goes on with that connection and takes ownership of it; `peer`: what it has told, where that is not known
+ * yet. As above; the descriptor is the caller's where it is not RF_RIGHT. */
+int rf_relay_session_adopt(struct rf_relay *relay, const struct rf_positions *peer, int fd);
+/* No session comes of the offer, and the plain connection goes on; nothing where one has. */
+void rf_relay_session_withdraw(struct rf_relay *relay);
+/* The session's connection is waited for no longer: the far leg breaks with `error`. */
+void rf_relay_session_give_up(struct rf_relay *relay, int error);
 
 /*
  * Ends the thread, which closes both legs after what they hold has been offered to the kernel. Waits for that

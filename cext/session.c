@@ -16,10 +16,12 @@ struct rf_stream {
     uint64_t next; /* of the next frame on this connection */
     uint64_t sent; /* given to the kernel, on this connection or one before */
     uint64_t data_end;
+    uint64_t bound; /* the most that is kept */
     uint64_t limit;
     uint64_t retransmitted;
     bool finished;
     bool stopped_there;
+    bool plain; /* connection 0 goes on: what the peer says of itself may be older than what it has sent */
 
     /* The peer's. Kept: written to received. */
     uint8_t *in;
@@ -105,6 +107,7 @@ rf_stream *rf_stream_new(size_t out_size, size_t window, uint64_t origin) {
         .sent = origin,
         .data_end = origin,
         .limit = origin,
+        .bound = UINT64_MAX,
         .in = in,
         .in_size = window,
         .written = origin,
@@ -127,12 +130,40 @@ void rf_stream_free(rf_stream *stream) {
 size_t rf_stream_space(rf_stream *stream, uint8_t **at) {
     size_t contiguous;
     *at = place(stream->out, stream->out_size, stream->data_end, &contiguous);
+    return least(contiguous, rf_stream_room(stream));
+}
+
+size_t rf_stream_room(const rf_stream *stream) {
     if (stream->finished || stream->reset_here || stream->reset_there ||
         stream->data_end >= RF_POSITION_END - WINDOW_MAX) {
         return 0;
     }
     /* An acknowledged end lies behind data_end, but then the stream is finished. */
-    return least(contiguous, stream->out_size - (stream->data_end - stream->acknowledged));
+    uint64_t kept = stream->data_end - stream->acknowledged;
+    size_t most = least(stream->out_size, stream->bound);
+    return kept < most ? most - (size_t)kept : 0;
+}
+
+size_t rf_stream_keep(rf_stream *stream, const uint8_t *bytes, size_t length) {
+    size_t kept = 0;
+    while (kept < length) {
+        uint8_t *at;
+        size_t part = least(rf_stream_space(stream, &at), length - kept);
+        if (part == 0) {
+            break;
+        }
+        memcpy(at, bytes + kept, part);
+        rf_stream_put(stream, part);
+        kept += part;
+    }
+    return kept;
+}
+
+void rf_stream_bound(rf_stream *stream, size_t length) { stream->bound = length; }
+
+int rf_stream_unsent(const rf_stream *stream) {
+    return stream->next < end_of(stream) || stream->head_sent < stream->head_length ||
+           stream->payload_left > 0;
 }
 
 void rf_stream_put(rf_stream *stream, size_t length) { stream->data_end += length; }
@@ -163,6 +194,14 @@ void rf_stream_wrote_fin(rf_stream *stream) {
         stream->written++;
         stream->acknowledge = true;
     }
+}
+
+void rf_stream_plain_sent(rf_stream *stream) { stream->next = stream->sent = stream->data_end; }
+
+void rf_stream_plain_came(rf_stream *stream, size_t length) {
+    stream->plain = true;
+    stream->received += length;
+    rf_stream_wrote(stream, length);
 }
 
 /* Who takes no more has taken all. */
@@ -291,7 +330,7 @@ enum rf_wrong rf_stream_resume(rf_stream *stream, const struct rf_positions *pee
         return wrong;
     }
     /* It drops what we have acknowledged, and no more; and it has what it has sent. */
-    if (peer->first_kept > stream->told || peer->end < stream->received) {
+    if (peer->first_kept > stream->told || (!stream->plain && peer->end < stream->received)) {
         return RF_WRONG_KEPT;
     }
     if (stream->fin_came && peer->end != stream->fin_at + 1) {
@@ -299,13 +338,14 @@ enum rf_wrong rf_stream_resume(rf_stream *stream, const struct rf_positions *pee
     }
     rf_stream_lost(stream);
     acknowledged(stream, peer->written, peer->written + peer->window);
+    stream->plain = false;
     stream->next = peer->received;
     /* The first frame says that we are there. */
     stream->acknowledge = true;
     return RF_RIGHT;
 }
 
-static void begin(rf_stream *stream, enum rf_frame type, uint32_t length, uint64_t offset) {
+static void begin(rf_stream *stream, enum rf_stream_frame type, uint32_t length, uint64_t offset) {
     memset(stream->head, 0, sizeof(stream->head));
     stream->head[0] = (uint8_t)type;
     put32(stream->head + 4, length);
@@ -446,7 +486,7 @@ static enum rf_wrong take_frame(rf_stream *stream) {
     if (offset >= RF_POSITION_END) {
         return RF_WRONG_FRAME;
     }
-    switch ((enum rf_frame)stream->came[0]) {
+    switch ((enum rf_stream_frame)stream->came[0]) {
     case RF_FRAME_DATA:
         if (offset > stream->received) {
             return RF_WRONG_GAP;
@@ -496,7 +536,7 @@ static size_t head_length(const uint8_t *head) {
     if (head[1] != 0 || head[2] != 0 || head[3] != 0) {
         return 0;
     }
-    switch ((enum rf_frame)head[0]) {
+    switch ((enum rf_stream_frame)head[0]) {
     case RF_FRAME_DATA:
         return length > 0 && length <= RF_FRAME_LENGTH_MAX ? RF_FRAME_HEADER : 0;
     case RF_FRAME_ACK:
@@ -584,6 +624,7 @@ void rf_stream_facts(const rf_stream *stream, struct rf_stream_facts *facts) {
         .finished = stream->finished,
         .delivered = stream->finished && stream->acknowledged == end_of(stream),
         .taken = stream->fin_came && stream->written == stream->fin_at + 1,
+        .ended_there = stream->fin_came,
         .stopped_there = stream->stopped_there,
         .reset_here = stream->reset_here,
         .reset_there = stream->reset_there,

@@ -17,7 +17,7 @@
 #include <stdint.h>
 
 /* cffi: begin */
-enum rf_frame {
+enum rf_stream_frame {
     RF_FRAME_DATA = 1,
     RF_FRAME_ACK = 2,   /* written to the local side up to this offset; payload: the u64 limit */
     RF_FRAME_FIN = 3,   /* the stream ends at this offset, and the end counts as one byte */
@@ -61,6 +61,7 @@ struct rf_stream_facts {
     int finished;           /* our stream has ended */
     int delivered;          /* it has, and all of it is acknowledged */
     int taken;              /* the peer's stream has ended, and all of it is written */
+    int ended_there;        /* the peer's stream has ended, whether written or not */
     int stopped_there;      /* the peer's local side takes no more */
     int reset_here, reset_there;
     int end_there;  /* END has come */
@@ -87,6 +88,21 @@ size_t rf_stream_space(rf_stream *stream, uint8_t **at);
 void rf_stream_put(rf_stream *stream, size_t length);
 /* The local side says no more. */
 void rf_stream_finish(rf_stream *stream);
+
+/* The same where the bytes lie elsewhere: how many there is room for, and that so many of them are kept. */
+size_t rf_stream_room(const rf_stream *stream);
+size_t rf_stream_keep(rf_stream *stream, const uint8_t *bytes, size_t length);
+/* From now on no more of ours than so many bytes are kept at a time, however large the ring is. */
+void rf_stream_bound(rf_stream *stream, size_t length);
+/* Whether something of ours waits to be sent, for the kernel or for the peer's room. */
+int rf_stream_unsent(const rf_stream *stream);
+
+/*
+ * Connection 0 of a session that begins as a plain one: bytes as they are, no frames. What has been put was
+ * sent at once; what came was taken at once.
+ */
+void rf_stream_plain_sent(rf_stream *stream);
+void rf_stream_plain_came(rf_stream *stream, size_t length);
 
 /* The peer's bytes: what the local side is to take next, and that it has taken so much of it. */
 size_t rf_stream_unwritten(const rf_stream *stream, const uint8_t **at);

@@ -90,6 +90,11 @@ class BreakingProxy:
         self._ends.set()
         self._thread.join()
 
+    @property
+    def busy(self) -> bool:
+        """Whether some are to be lost yet."""
+        return self._cuts.is_set() or self.lost < self._losses
+
     def lose(self, losses: int, most: int) -> None:
         """Resets what there is, and loses so many more."""
         self._most, self._losses = most, self.lost + losses

@@ -286,8 +286,10 @@ static struct ends attach(bool recovered) {
     ends.destination = far[0];
     ends.network = dup(between[0]);
     CHECK(ends.network >= 0);
-    CHECK(rf_relay_attach(relays[SOURCE], near[1], between[0], recovered, true, LANES) == 0);
-    CHECK(rf_relay_attach(relays[DESTINATION], far[1], between[1], recovered, true, LANES) == 0);
+    CHECK(rf_relay_attach(relays[SOURCE], near[1], between[0], recovered, true, LANES, RF_LINK_NO, NULL) ==
+          0);
+    CHECK(rf_relay_attach(relays[DESTINATION], far[1], between[1], recovered, true, LANES, RF_LINK_NO,
+                          NULL) == 0);
     return ends;
 }
 

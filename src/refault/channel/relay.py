@@ -22,6 +22,7 @@ from refault.channel.pagemap import (
 )
 from refault.channel.tracker import Fact, Kept, Restored, StateFds
 from refault.migration.phase import Passed, Role
+from refault.session.wire import Positions
 
 MEMORY_CEILING = 512 * 1024 * 1024
 """Bytes that the tracking of one migration may take; a guest of 1 TiB whose every page was forwarded takes
@@ -39,6 +40,25 @@ class Lane(enum.IntEnum):
 
     PREEMPT = lib.RF_LANE_PREEMPT
     MULTIFD = lib.RF_LANE_MULTIFD
+
+
+class SessionEnd(enum.IntEnum):
+    """Which end of a session a channel's far leg may become (cext/link.h)."""
+
+    NO = lib.RF_LINK_NO
+    DIALS = lib.RF_LINK_DIALS
+    ANSWERS = lib.RF_LINK_ANSWERS
+
+
+class SessionState(enum.IntEnum):
+    """How far it is one (cext/link.h)."""
+
+    NONE = lib.RF_LINK_NONE
+    PLAIN = lib.RF_LINK_PLAIN
+    OFFERED = lib.RF_LINK_OFFERED
+    CARRIED = lib.RF_LINK_CARRIED
+    BETWEEN = lib.RF_LINK_BETWEEN
+    OVER = lib.RF_LINK_OVER
 
 
 class LegState(enum.IntEnum):
@@ -94,6 +114,41 @@ class RelayView:
         return _loss(self.local, self.local_error)
 
 
+@dataclass(frozen=True)
+class SessionView:
+    """A session as the pump has it at this moment."""
+
+    state: SessionState
+    error: int
+    """What ended the last connection: an errno, 0 for its end in order, or below 0 what was wrong with what
+    the peer said (enum rf_wrong)."""
+    id: bytes
+    has_leg: bool
+    """Whether QEMU's side has not ended; else what is left is delivered."""
+    complete: bool
+    """Whether both streams are over, acknowledged and taken."""
+    lost_ns: int
+    """CLOCK_MONOTONIC, since when there is no connection; 0 where there is one."""
+    moved: int
+    """Bytes received and acknowledged."""
+    taken: int
+    """Bytes of the other's stream that QEMU's side has taken."""
+    end: int
+    """Where our own stream ends so far."""
+    retransmitted: int
+    """Bytes that were sent more than once."""
+    kept: int
+    """Bytes in its rings."""
+    rings: int
+    """Bytes that its rings have."""
+
+    def why(self) -> str:
+        """What ended the last connection, in words."""
+        if self.error < 0:
+            return f"the other refault is not to be believed (rule {-self.error} of the session protocol)"
+        return os.strerror(self.error) if self.error else "it was closed"
+
+
 def _loss(state: LegState, error: int) -> str:
     match state:
         case LegState.ENDED:
@@ -104,6 +159,11 @@ def _loss(state: LegState, error: int) -> str:
             return "cut by refault: the destination behind it is another VM's"
         case _:
             return state.name.lower()
+
+
+def _told(peer: Positions) -> Any:
+    at = (peer.received, peer.written, peer.first_kept, peer.end, peer.window)
+    return ffi.new("struct rf_positions *", at)
 
 
 @contextlib.contextmanager
@@ -276,15 +336,27 @@ class Relay:
         return read_latency(self._map)
 
     def attach(
-        self, local_fd: int, far_fd: int, *, recovered: bool, may_replay: bool, lanes: int = 0
+        self,
+        local_fd: int,
+        far_fd: int,
+        *,
+        recovered: bool,
+        may_replay: bool,
+        lanes: int = 0,
+        session: SessionEnd = SessionEnd.NO,
+        session_id: bytes = bytes(16),
     ) -> None:
-        """Joins two stream sockets as the next channel, to which `lanes` more connections belong.
+        """Joins two stream sockets as the next channel, to which `lanes` more connections belong. `session`:
+        what the far one may become; who answers offers it under `session_id`.
 
         Both descriptors are the pump's from now on, and closed on an error. Raises OSError where memory is
         short.
         """
         with _closed_on_error(local_fd, far_fd):
-            self._give(lib.rf_relay_attach(self._open(), local_fd, far_fd, recovered, may_replay, lanes))
+            attached = lib.rf_relay_attach(
+                self._open(), local_fd, far_fd, recovered, may_replay, lanes, int(session), session_id
+            )
+            self._give(attached)
         self._resumed = recovered
 
     def add_lane(self, channel: int, kind: Lane, local_fd: int, far_fd: int) -> None:
@@ -331,6 +403,55 @@ class Relay:
         Raises as `lose` does.
         """
         self._give(lib.rf_relay_complete(self._open()))
+
+    # ---- the session ----
+
+    def session(self) -> SessionView | None:
+        """The session of this migration as it is now; None where there is none, or none any more."""
+        view = ffi.new("struct rf_link_view *")
+        if not lib.rf_relay_session_look(self._open(), view):
+            return None
+        return SessionView(
+            state=SessionState(view.state),
+            error=int(ffi.cast("int64_t", view.error)),
+            id=bytes(ffi.buffer(view.id)),
+            has_leg=bool(view.has_leg),
+            complete=bool(view.complete),
+            lost_ns=view.lost_ns,
+            moved=view.moved,
+            taken=view.taken,
+            end=view.end,
+            retransmitted=view.retransmitted,
+            kept=view.kept,
+            rings=view.rings,
+        )
+
+    def session_tell(self) -> Positions | None:
+        """Our positions, to be told the other end; None where there is no session."""
+        at = ffi.new("struct rf_positions *")
+        if not lib.rf_relay_session_tell(self._open(), at):
+            return None
+        return Positions(at.received, at.written, at.first_kept, at.end, at.window)
+
+    def session_rejoin(self, peer: Positions) -> bool:
+        """Closes the session's connection, for the peer of the next one has told this. False where that is
+        not to be believed, or there is no session."""
+        return bool(lib.rf_relay_session_rejoin(self._open(), _told(peer)) == lib.RF_RIGHT)
+
+    def session_adopt(self, fd: int, peer: Positions | None = None) -> bool:
+        """Goes on with a connection, the pump's from now on; `peer`: what its peer has told, where
+        `session_rejoin` has not been told so. False as there: it is the caller's then."""
+        told = ffi.NULL if peer is None else _told(peer)
+        return bool(lib.rf_relay_session_adopt(self._open(), told, fd) == lib.RF_RIGHT)
+
+    def session_withdraw(self) -> None:
+        """No session comes of the offer: the plain connection goes on alone, if it still does."""
+        lib.rf_relay_session_withdraw(self._open())
+
+    def session_give_up(self, error: int) -> None:
+        """The session's next connection is waited for no longer: the channel is lost, with `error`, an
+        errno."""
+        lib.rf_relay_session_give_up(self._open(), error)
 
     def close(self, *, keep_local: bool = False) -> None:
         """Ends the thread and closes both legs, within 20 ms or behind this; the object is of no more use.

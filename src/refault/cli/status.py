@@ -21,7 +21,7 @@ from refault.cli.daemons import (
 )
 from refault.cli.words import group_name, printable, seconds, size, user_name
 from refault.daemon.telling import snapshot
-from refault.daemon.telling.snapshot import ListenerStatus, Status, VmStatus
+from refault.daemon.telling.snapshot import ListenerStatus, SessionStatus, Status, VmStatus
 
 _LABEL_WIDTH = 11
 
@@ -105,6 +105,7 @@ def _vm_lines(vm: VmStatus, width: int) -> list[str]:
             "channel",
             f"{size(channel.bytes_forward)} forward, {size(channel.bytes_return)} return path",
         ),
+        *_session(vm.session),
         (
             "recovery",
             f"{recovery.losses} losses, {recovery.attempts} attempts, {recovery.recoveries} recoveries"
@@ -129,6 +130,21 @@ def _vm_lines(vm: VmStatus, width: int) -> list[str]:
             break_on_hyphens=False,
         )
     return lines + _page_table(vm, width)
+
+
+def _session(session: SessionStatus) -> Iterator[tuple[str, str]]:
+    """Nothing where there never was one."""
+    if session.resuming_seconds is not None:
+        yield (
+            "RESUMING",
+            f"no connection to the other refault for {seconds(session.resuming_seconds)}; QEMU waits",
+        )
+    if session.sessions or session.state in ("carried", "resuming"):
+        yield (
+            "session",
+            f"{session.state}; {session.resumptions.count} resumptions,"
+            f" {size(session.retransmitted_bytes)} sent again",
+        )
 
 
 def _listener(listener: ListenerStatus) -> str:

@@ -67,6 +67,19 @@ class Common(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
         Literal["auto", "off"] | None,
         Option("carry the migration channel where that can be done (auto), or recover over QMP alone (off)"),
     ] = None
+    session: Annotated[
+        Literal["auto", "off"] | None,
+        Option("make a relayed channel one that outlives lost connections, where both hosts have refault"),
+    ] = None
+    session_patience: Annotated[
+        int | float | None,
+        Option(
+            "a session is without a connection for so long before its channel counts as lost; default: 30, in"
+            " the switchover 3",
+            values.seconds,
+            "SECONDS",
+        ),
+    ] = None
     dead_after: Annotated[
         int | float | None,
         Option(
@@ -226,6 +239,7 @@ def vm_options(name: str, given: Mapping[str, Any], state_dir: Path) -> VmOption
         qemu=given["qemu"],
         listen=tuple(given["listen"]),
         relay=given.get("relay", "auto"),
+        session=given.get("session", "off"),
         recover_uris=tuple(uris),
         incoming=given.get("incoming"),
         state_dir=given.get("state_dir", state_dir),

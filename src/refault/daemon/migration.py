@@ -52,6 +52,9 @@ class RoleProcedure(Procedure, Protocol):
     async def set_up(self, command: WatchedCommand) -> Forward | Answer:
         """The client's command that sets the migration up, with what the relay needs made ready."""
 
+    def give_way(self) -> None:
+        """Another migration takes this one's place: nothing of this one is waited for."""
+
     async def prepare_to_stop(self) -> bool:
         """Makes our end harmless to QEMU; False where that could not be done."""
 
@@ -271,6 +274,7 @@ class Migration:
     async def retire(self) -> None:
         """Another one takes its place."""
         self.gives_way()
+        self.procedure.give_way()
         await self.procedure.clean_up()
         self.close()
 
@@ -289,6 +293,8 @@ class Migration:
             self.course.counters.add_pages(
                 pages.requested, pages.repeated, pages.arrived + pages.reopened, pages.replayed
             )
+            session = self.channels.relay.session()
+            self.course.counters.retransmitted += session.retransmitted if session is not None else 0
             forward, backward = self.channels.close()
             self.channels = None
             self.course.is_relayed(False)
@@ -319,6 +325,7 @@ class Migration:
 
     def on_resume(self) -> None:
         """A RESUME event: this QEMU runs its guest."""
+        self.course.on_resume()
         if (
             self.channels is not None
             and self.course.role is Role.DESTINATION

@@ -24,6 +24,8 @@ class VmOptions:
     listen: tuple[Address, ...]
     """Where clients come; at least one."""
     relay: Literal["auto", "off"] = "auto"
+    session: Literal["auto", "off"] = "off"
+    """Whether a relayed channel becomes a session where the other host has a refault too."""
     recover_uris: tuple[str, ...] = ()
     """Other addresses of the destination: it listens there, the source dials them, in this order."""
     incoming: tuple[Inet, str] | None = None

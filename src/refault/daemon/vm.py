@@ -104,6 +104,7 @@ class Vm:
             options.name,
             self.monitor,
             relay_allowed=options.relay == "auto",
+            session_allowed=options.session == "auto",
             recover_uris=options.recover_uris,
             state_file=state_file,
             patience=options.patience,
@@ -178,6 +179,7 @@ class Vm:
         self.options = options
         self.state.set_options(
             relay_allowed=options.relay == "auto",
+            session_allowed=options.session == "auto",
             recover_uris=options.recover_uris,
             patience=options.patience,
         )

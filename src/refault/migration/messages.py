@@ -10,6 +10,8 @@ import enum
 import struct
 from dataclasses import dataclass
 
+from refault.session.wire import MAGIC as SESSION_MAGIC
+
 COMMAND_HEAD = struct.Struct(">BHH")
 """Section, command, length of what follows."""
 SECTION_COMMAND = 8
@@ -59,12 +61,14 @@ class Kind(enum.Enum):
     PING = "the question whether a recovered channel would be answered"
     MULTIFD = "a multifd channel"
     FRAME = "a RAM frame, as a preempt channel's"
+    SESSION = "a refault's that goes on with a session"
     FOREIGN = "no migration stream"
 
 
 def classify(first: bytes) -> Kind:
     """Reads the FIRST_BYTES: QEMU_VM_FILE_MAGIC, the command section that opens a recovered channel, our
-    PING before it, the magic number of a multifd channel, or a TLS record with a handshake (RFC 8446, 5.1).
+    PING before it, the magic number of a multifd channel or of a session, or a TLS record with a handshake
+    (RFC 8446, 5.1).
 
     A preempt channel has no magic number and mostly says nothing until it is needed.
 
@@ -79,6 +83,8 @@ def classify(first: bytes) -> Kind:
         return Kind.ENCRYPTED
     if first == PING[:4]:
         return Kind.PING
+    if first == SESSION_MAGIC[:FIRST_BYTES]:
+        return Kind.SESSION
     if first == _MULTIFD_MAGIC.to_bytes(4, "big"):
         return Kind.MULTIFD
     if first[:2] == b"\0\0" and len(first) == FIRST_BYTES:  # an offset below 2^48 (migration/ram.c)

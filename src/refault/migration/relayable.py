@@ -37,6 +37,11 @@ def lanes_of(enabled: Iterable[str], parameters: Mapping[str, object]) -> Lanes:
     return Lanes(preempt="postcopy-preempt" in on, multifd=multifd)
 
 
+def has_return_path(enabled: Iterable[str]) -> bool:
+    """Whether a source opens one when a migration begins (migration/migration.c, migration_thread)."""
+    return bool(set(enabled) & {"return-path", "postcopy-ram", "dirty-bitmaps"})
+
+
 # Tried with losses on QEMU 7.2 and 10.0; postcopy-preempt too, multifd in precopy.
 TESTED_CAPABILITIES = frozenset(
     {

@@ -22,6 +22,7 @@ from tests.support.tracker import Tracker
 from refault.channel.relay import Lane, LegState, Relay
 from refault.channel.tracker import Fact
 from refault.migration.phase import Role
+from refault.session.wire import Positions
 
 from . import streams as s
 from .test_relay import (
@@ -600,6 +601,9 @@ def test_a_closed_relay_says_so_and_takes_no_descriptor() -> None:
         "lose": lambda: relay.lose(1, errno.EIO),
         "say": lambda: relay.say(1, b""),
         "close_channel": lambda: relay.close_channel(1),
+        "session_rejoin": lambda: relay.session_rejoin(Positions()),
+        "session_adopt": lambda: relay.session_adopt(-1),
+        "session_give_up": lambda: relay.session_give_up(errno.EIO),
     }
     open_before = len(os.listdir("/proc/self/fd"))
     for name in dir(Relay):

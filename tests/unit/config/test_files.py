@@ -230,7 +230,7 @@ BROKEN: list[tuple[str, str]] = [
     (VM.replace("/l/a", "/run/refault/a"), "listen: unix:/run/refault/a is the state directory of [vm.a]"),
     ("daemon = 1", "[daemon] is a table, 1 is none"),
     ("[[daemon]]", "[daemon] is a table, [a table] is none"),
-    ('[defaults]\nqemu = "/q"', "[defaults] qemu: not known; what may stand here: relay, dead_after"),
+    ('[defaults]\nqemu = "/q"', "[defaults] qemu: not known; what may stand here: relay, session, "),
     ("[defaults]\ngive_up_after = 1e9", "[defaults] give_up_after: 1000000000.0 is not a number of seconds"),
     (WATCH.replace("[[watch]]", "[watch]"), "[watch]: there may be several, so each is [[watch]]"),
     ('[[watch]]\nqemu = "/q/*"', "[[watch]] listen: must be there"),

@@ -73,6 +73,12 @@ class Counters:
     bytes_return: int = 0
     pages: PageCounts = field(default_factory=PageCounts)
     durations: Durations = field(default_factory=Durations)
+    sessions: int = 0
+    """Channels that became sessions."""
+    resumptions: Durations = field(default_factory=Durations)
+    """From a session's loss of a connection until it went on with the next."""
+    retransmitted: int = 0
+    """Bytes that sessions of ended relays sent more than once."""
     recent: deque[Loss] = field(default_factory=lambda: deque(maxlen=_RECENT))
     """The last losses, the newest at the end."""
 
@@ -121,6 +127,14 @@ class Counters:
         """The migration has ended, whatever became of its loss."""
         if (loss := self.open_loss) is not None:
             loss.over_at = time.time()
+
+    def session_began(self) -> None:
+        """A channel has become a session."""
+        self.sessions += 1
+
+    def session_resumed(self, seconds: float) -> None:
+        """A session goes on, so long after it lost its connection."""
+        self.resumptions.add(seconds)
 
     def add_bytes(self, forward: int, backward: int) -> None:
         """A relay that has ended passed so many."""

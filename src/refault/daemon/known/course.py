@@ -75,6 +75,11 @@ class Course:
         """The names of our ends that QEMU holds since an earlier refault."""
         self.stopped_by_switchover = False
         """Whether the guest ran until QEMU before 10.0 stopped it for postcopy; it does not run it again."""
+        self.guest_stopped = False
+        """Whether a source's guest has been stopped since it began, by QEMU for the switchover or by a
+        client."""
+        self.return_path = False
+        """Whether a source's next channel has one from its beginning."""
         self.client_pauses = False
         """Whether a client's `migrate-pause` is on its way: the loss that comes is what it asks for."""
         self.gone = False
@@ -215,8 +220,13 @@ class Course:
     def on_stop(self) -> None:
         """A STOP event: this QEMU ran its guest and has stopped it. Before 10.0 postcopy-active comes first
         (migration/migration.c, postcopy_start)."""
+        self.guest_stopped = True
         if self.status == "postcopy-active" and self.role is Role.SOURCE:
             self.stopped_by_switchover = True
+
+    def on_resume(self) -> None:
+        """A RESUME event: this QEMU runs its guest."""
+        self.guest_stopped = False
 
     def look_soon(self) -> None:
         """Has QEMU asked for its status now, not only at the next interval."""

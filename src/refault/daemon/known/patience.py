@@ -20,3 +20,5 @@ class Patience:
     """After a client's migrate-pause, or its command to recover, before refault does it."""
     give_up_after: float = Pace.give_up
     """From a loss until no further attempt is made for it; infinite: there is no giving up."""
+    session_patience: float | None = None
+    """A session without a connection, whatever the phase; None: by phase (migration/session_patience.py)."""

@@ -57,6 +57,7 @@ class VmState:
         recover_uris: Sequence[str],
         state_file: StateFile,
         patience: Patience | None = None,
+        session_allowed: bool = False,
     ) -> None:
         self.name = name
         subjects.served(name)
@@ -72,7 +73,10 @@ class VmState:
         self.encrypted = False
         """Whether QEMU's channels speak TLS, as it was last asked."""
         self.set_options(
-            relay_allowed=relay_allowed, recover_uris=recover_uris, patience=patience or Patience()
+            relay_allowed=relay_allowed,
+            recover_uris=recover_uris,
+            patience=patience or Patience(),
+            session_allowed=session_allowed,
         )
         self._reached: dict[str, tuple[QemuInfo | None, bool]] = {}
         """What reaches QEMU, and of which QEMU that was found."""
@@ -80,9 +84,12 @@ class VmState:
         self._not_given: list[socket.socket] = []
         """Ends that QEMU did not take back: they stay open for as long as refault runs."""
 
-    def set_options(self, *, relay_allowed: bool, recover_uris: Sequence[str], patience: Patience) -> None:
+    def set_options(
+        self, *, relay_allowed: bool, recover_uris: Sequence[str], patience: Patience, session_allowed: bool
+    ) -> None:
         """What the operator says of migrations: from the next one on."""
         self._relay_allowed = relay_allowed
+        self.session_allowed = session_allowed
         self.alternatives = tuple(parse_uri(uri) for uri in recover_uris)
         self.patience = patience
 

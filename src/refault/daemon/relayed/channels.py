@@ -7,13 +7,14 @@ import errno
 import logging
 import math
 import os
+import secrets
 import socket
 import time
 from collections.abc import Callable
 
 import trio
 
-from refault.channel.relay import Lane, LegState, Relay, RelayView
+from refault.channel.relay import Lane, LegState, Relay, RelayView, SessionEnd, SessionState
 from refault.channel.tracker import Kept
 from refault.daemon.host.repeats import repeats
 from refault.daemon.known.course import Course
@@ -62,6 +63,9 @@ class Channels:
         self._lost: Callable[[RelayView, Passed], None] = lambda *_: None
         self._stops_since = math.inf
         """When refault began to end while a source heard its destination."""
+        self.session = SessionEnd.NO
+        """Which end of a session the newest channel may become."""
+        self.session_id = bytes(16)
         self.knows_first = False
         """Whether this refault has seen the migration from its beginning."""
         self.has_arrived = False
@@ -113,6 +117,8 @@ class Channels:
         self._course.joins(recovered=recovered)
         if not recovered:
             self.knows_first = True
+        self.session = self._session(recovered=recovered)
+        self.session_id = _session_id()
         view = self.relay.look()
         self._returned_before, self._replayed_before = view.return_bytes, view.replayed
         self.relay.attach(
@@ -121,11 +127,23 @@ class Channels:
             recovered=recovered,
             may_replay=may_replay,
             lanes=self._course.lanes.count,
+            session=self.session,
+            session_id=self.session_id,
         )
         self._course.joined()
         self.closing.begin(self.channel, local.peer_inode)
         if local.kept is not None:  # from here QEMU is to see an end, be it by a kill of refault
             self._course.vm.start_soon(take_back, self._course.vm.monitor, local.kept)
+
+    def _session(self, *, recovered: bool) -> SessionEnd:
+        """A channel that begins may become a session where the destination can offer it: it has a return
+        path, and can be read. One that recovers is as long-lived as its connections."""
+        course = self._course
+        if recovered or course.lanes.count or course.vm.encrypted or not course.vm.session_allowed:
+            return SessionEnd.NO
+        if course.role is Role.DESTINATION:
+            return SessionEnd.ANSWERS
+        return SessionEnd.DIALS if course.return_path else SessionEnd.NO
 
     def check_room(self) -> None:
         """Raises AttemptFailed where no further channel can be joined: the one before must stay."""
@@ -246,9 +264,15 @@ class Channels:
         Nobody would send it again: so for as long as the other host takes it.
         """
         pause = DELIVERY_LOOK
-        while not self.relay.closed and self.relay.look().far is LegState.OPEN:
+        while not self.relay.closed and (self.relay.look().far is LegState.OPEN or self._session_goes_on):
             await trio.sleep(pause)
             pause = min(2 * pause, LONGEST_DELIVERY_LOOK)
+
+    @property
+    def _session_goes_on(self) -> bool:
+        """Whether a session has something to deliver yet, for which it has a patience of its own."""
+        view = self.relay.session()
+        return view is not None and view.state in (SessionState.CARRIED, SessionState.BETWEEN)
 
     def answered(self) -> None:
         """QEMU has answered the command that named the newest channel."""
@@ -445,6 +469,11 @@ class Channels:
         self.relay.close(keep_local=cost is not None and not cost[0])
         self.kept.drop()
         return view.forward_bytes, view.return_bytes
+
+
+def _session_id() -> bytes:
+    """16 bytes that are four values of PONGs, none of them QEMU's (cext/link.c)."""
+    return b"".join((secrets.randbits(31) | 1 << 31).to_bytes(4, "big") for _ in range(4))
 
 
 def _age(monotonic_ns: int) -> float:

@@ -7,9 +7,11 @@ import logging
 
 import trio
 
-from refault.daemon.far import listen, ping
+from refault.channel.relay import SessionEnd
+from refault.daemon.far import listen, ping, session_answered
 from refault.daemon.far.announce import Ends, announce
 from refault.daemon.far.connection import peek
+from refault.daemon.far.session_answered import SessionAnswered
 from refault.daemon.far.waiting_room import WaitingRoom
 from refault.daemon.host.repeats import repeats
 from refault.daemon.kernel.tcp import alive, keep_alive
@@ -19,6 +21,7 @@ from refault.daemon.near.doors import Door, Doors
 from refault.daemon.near.local import LocalLeg, reach
 from refault.daemon.near.local_unix import QemuListens
 from refault.daemon.relayed.channels import Channels
+from refault.daemon.relayed.session_waits import SessionWaits
 from refault.daemon.roles.destination_lanes import Gathered, Gathering
 from refault.migration.messages import Kind, classify
 from refault.migration.phase import Role
@@ -52,6 +55,8 @@ class Arrivals:
         """Recovered channels that QEMU does not wait for yet."""
         self._ends: Ends | None = None
         """Of the newest channel."""
+        self.session: SessionAnswered | None = None
+        """What the channel that began the migration may have become."""
         self._listens_at: str | None = None
         """Where QEMU listens by its command line, until it has been connected to."""
 
@@ -65,6 +70,9 @@ class Arrivals:
 
     async def offer(self, connection: trio.socket.SocketType, kind: Kind) -> None:
         """One has come whose first bytes are there (`FarListener.serve`)."""
+        if kind is Kind.SESSION:
+            await session_answered.receive(connection, self.session, self._course.name)
+            return
         begins = self._begins
         if begins:
             await self._learn()
@@ -104,6 +112,7 @@ class Arrivals:
 
         One that is told nothing in the end has not been resumed, and asks again.
         """
+        self._end_lost_session()
         with trio.move_on_after(listen.FIRST_BYTES_TIMEOUT):
             while self._doors.open is None and alive(connection):
                 with trio.move_on_after(0.5):  # the peer may go while we wait for our own QEMU
@@ -113,6 +122,11 @@ class Arrivals:
         with trio.move_on_after(listen.FIRST_BYTES_TIMEOUT):
             return classify(await peek(connection)) is Kind.RESUMED
         return False
+
+    def _end_lost_session(self) -> None:
+        """A source that recovers has given up the session, or its refault knows nothing of it any more."""
+        if self.session is not None and self.session.is_lost:
+            self.session.give_up()
 
     async def _begin(self, connection: trio.socket.SocketType) -> None:
         migration = self._migration
@@ -218,6 +232,7 @@ class Arrivals:
         vm = self._vm
         keep_alive(connection, 1)
         self._line.append(connection)
+        self._end_lost_session()
         came = trio.current_time()
         lives_after = vm.patience.dead_after + LIVES_AFTER
         arrived_before: int | None = None
@@ -266,6 +281,7 @@ class Arrivals:
         recovered: bool,
     ) -> None:
         """Gives QEMU a channel."""
+        before = channels.channel
         self._ends = Ends.of(connection)
         if isinstance(door, QemuListens) and gathered is not None:
             await self._gathering.connect(channels, door, gathered, recovered=recovered)
@@ -273,6 +289,20 @@ class Arrivals:
             channels.join(door, connection, recovered=recovered)
         else:
             raise AttemptFailed("QEMU has one descriptor, and more than one connection was switched on since")
+        if channels.channel > before and channels.session is not SessionEnd.NO:
+            self._keep_session(channels)
+
+    def _keep_session(self, channels: Channels) -> None:
+        course = self._course
+        self.session = SessionAnswered(
+            course.name,
+            channels.relay,
+            lambda: channels.changed,
+            SessionWaits(course, channels),
+            course.counters,
+            channels.session_id,
+        )
+        self._vm.start_soon(self.session.run, channels.channel)
 
     def _as_it_was(self, door: Door, before: int) -> Door | None:
         """A door through which nobody came after all; None where a part of a channel did, `before` being the

@@ -286,6 +286,11 @@ class Destination:
                  course.name, course.counters.attempts, uri,
                  extra=course.repeats("attempt", uri))  # fmt: skip
 
+    def give_way(self) -> None:
+        """Another migration begins: nothing of this one is waited for."""
+        if self._arrivals.session is not None:
+            self._arrivals.session.give_up()
+
     async def settle(self) -> None:
         """Lays new descriptors in place of those that were used."""
         migration = self._migration
@@ -298,7 +303,10 @@ class Destination:
         return await self._doors.give_back()
 
     async def clean_up(self) -> None:
-        """Frees the address, and takes back from QEMU the descriptors that it did not need."""
+        """Frees the address, once a session has delivered its last words, and takes back from QEMU the
+        descriptors that it did not need."""
+        if self._arrivals.session is not None:
+            await self._arrivals.session.over.wait()
         self._addresses.close()
         await self._doors.close()
 

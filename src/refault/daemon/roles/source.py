@@ -389,6 +389,9 @@ class Source:
             HANDSHAKE_ADVICE,
         )
 
+    def give_way(self) -> None:
+        """Nothing of an ended migration is waited for at a source."""
+
     async def settle(self) -> None:
         """A source needs nothing laid ahead."""
 

@@ -20,7 +20,9 @@ from collections import deque
 
 import trio
 
+from refault.channel.relay import SessionEnd
 from refault.daemon.far.dial import connect_any, connect_as_qemu, reached
+from refault.daemon.far.session_dialled import SessionDialled
 from refault.daemon.kernel.unix_diag import peer_inode_now
 from refault.daemon.known.course import Course
 from refault.daemon.monitor.monitor import MonitorLost, QmpError
@@ -28,8 +30,10 @@ from refault.daemon.near.local import LocalLeg, Pair
 from refault.daemon.near.local_unix import Listening
 from refault.daemon.near.short_queue import shorten
 from refault.daemon.relayed.channels import Channels
+from refault.daemon.relayed.session_waits import SessionWaits
 from refault.migration.endpoint import Inet
 from refault.migration.recovery import AttemptFailed
+from refault.migration.relayable import has_return_path, lanes_of
 
 log = logging.getLogger("refault.migration")
 
@@ -128,7 +132,9 @@ class Opening:
         course = self._course
         vm = self._course.vm
         with contextlib.suppress(QmpError, MonitorLost, trio.TooSlowError):
-            course.has(await vm.ask_lanes())  # from here on they stay as they are
+            capabilities, parameters = await vm.ask_settings()  # from here on they stay as they are
+            course.has(lanes_of(capabilities, parameters))
+            course.return_path = has_return_path(capabilities)
             course.remember()
         try:
             connection = await connect_as_qemu(self._endpoint)
@@ -163,6 +169,8 @@ class Opening:
             return
         self.joined.set()
         channel = self._channels.channel
+        if self._channels.session is not SessionEnd.NO:
+            self._course.vm.start_soon(self._keep_session, channel)
         if not self._recovered:
             self._course.vm.start_soon(self._tell_answered, channel)
         try:
@@ -174,6 +182,20 @@ class Opening:
                 nursery.cancel_scope.cancel()
         finally:
             self._channels.no_more_lanes(channel)
+
+    async def _keep_session(self, channel: int) -> None:
+        course, channels = self._course, self._channels
+        first = self._endpoint
+
+        def addresses() -> list[Inet]:
+            others = [each for each in course.addresses.order() if isinstance(each, Inet)]
+            return list(dict.fromkeys([first, *others]))
+
+        waits = SessionWaits(course, channels)
+        session = SessionDialled(
+            course.name, channels.relay, lambda: channels.changed, waits, course.counters, addresses
+        )
+        await session.run(channel)
 
     async def _next(self) -> socket.socket | None:
         """QEMU's next connection; None where it has opened all."""

@@ -147,6 +147,16 @@ def families(status: Status) -> list[Metric]:
     )
     collected.append(latency)
 
+    resuming = gauge("session_resuming", "1 while a session has no connection, and QEMU waits")
+    sessions = counter("sessions", "Channels that became sessions between two refaults")
+    resumptions = HistogramMetricFamily(
+        "refault_session_resumption_seconds",
+        "From the loss of a session's connection until bytes went on over the next",
+        labels=["vm"],
+    )
+    collected.append(resumptions)
+    again = counter("session_retransmitted_bytes", "Bytes that sessions sent more than once")
+    kept = gauge("session_kept_bytes", "What a session's rings hold: not acknowledged, or not taken")
     incomplete = gauge("state_incomplete", "1 while a restarted refault would not know all of the migration")
     state_errors = counter("state_errors", "Files in the state directory not written, read or removed")
     torn = counter("torn_requests", "Page requests that were torn in an earlier refault's file")
@@ -178,6 +188,12 @@ def families(status: Status) -> list[Metric]:
         if vm.recovery.recent:
             last_loss.add_metric([vm.name], vm.recovery.recent[-1].lost_at)
         given_up.add_metric([vm.name], vm.recovery.given_up)
+        resuming.add_metric([vm.name], vm.session.resuming_seconds is not None)
+        sessions.add_metric([vm.name], vm.session.sessions)
+        resumed = vm.session.resumptions
+        _add_histogram(resumptions, vm.name, resumed.buckets, resumed.count, resumed.sum)
+        again.add_metric([vm.name], vm.session.retransmitted_bytes)
+        kept.add_metric([vm.name], vm.session.kept_bytes)
         incomplete.add_metric([vm.name], vm.state.error is not None)
         state_errors.add_metric([vm.name], vm.state.errors)
         torn.add_metric([vm.name], vm.state.torn)

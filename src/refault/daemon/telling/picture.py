@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import itertools
+import time
 
 import msgspec
 
-from refault.channel.relay import Relay
+from refault.channel.relay import Relay, SessionState
 from refault.daemon.kernel.userfaultfd import Waiting, waiting
 from refault.daemon.known.counters import RECOVERY_BOUNDS, Counters, Durations
 from refault.daemon.migration import NO_MIGRATION, Migration
@@ -26,6 +27,8 @@ from refault.daemon.telling.snapshot import (
     QemuStatus,
     RecoveryStatus,
     RelayState,
+    SessionStatus,
+    SessionWord,
     StateStatus,
     VmStatus,
 )
@@ -80,6 +83,7 @@ def picture(of: Vm) -> VmStatus:
             recent=tuple(msgspec.convert(loss, LossStatus, from_attributes=True) for loss in counters.recent),
         ),
         channel=_channel(counters, passing),
+        session=_session(counters, passing),
         state=StateStatus(error=troubles.error, errors=troubles.count, torn=troubles.torn),
         leaving=of.leaving,
         internal_errors=of.internal_errors,
@@ -192,6 +196,37 @@ def _latency(relay: Relay | None) -> LatencyStatus:
         count=latency.count,
         sum=latency.sum_ns / 1e9,
         buckets=tuple((bound, latency.at_most(int(bound * 1e9))) for bound in LATENCY_BOUNDS),
+    )
+
+
+_SESSION_WORDS: dict[SessionState, SessionWord] = {
+    SessionState.NONE: "none",
+    SessionState.PLAIN: "plain",
+    SessionState.OFFERED: "plain",
+    SessionState.CARRIED: "carried",
+    SessionState.BETWEEN: "resuming",
+    SessionState.OVER: "over",
+}
+
+
+def _session(counters: Counters, relay: Relay | None) -> SessionStatus:
+    view = relay.session() if relay is not None and not relay.closed else None
+    resumptions = _durations(counters.resumptions)
+    if view is None:
+        return SessionStatus(
+            sessions=counters.sessions,
+            resumptions=resumptions,
+            retransmitted_bytes=counters.retransmitted,
+        )
+    lost = view.state is SessionState.BETWEEN
+    return SessionStatus(
+        state=_SESSION_WORDS[view.state],
+        resuming_seconds=time.monotonic() - view.lost_ns / 1e9 if lost else None,
+        sessions=counters.sessions,
+        resumptions=resumptions,
+        retransmitted_bytes=counters.retransmitted + view.retransmitted,
+        kept_bytes=view.kept,
+        ring_bytes=view.rings,
     )
 
 

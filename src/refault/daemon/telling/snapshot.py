@@ -19,6 +19,7 @@ from refault import __version__
 
 MigrationRole = Literal["source", "destination", "none"]
 RelayState = Literal["tracking", "opaque", "off"]
+SessionWord = Literal["none", "plain", "carried", "resuming", "over"]
 
 
 class QemuStatus(msgspec.Struct, frozen=True, kw_only=True):
@@ -188,6 +189,26 @@ class RecoveryStatus(msgspec.Struct, frozen=True, kw_only=True):
     """The last losses, at most 32, the newest at the end."""
 
 
+class SessionStatus(msgspec.Struct, frozen=True, kw_only=True):
+    """The migration channel as a session between two refaults, which outlives lost connections. Counts are of
+    all migrations since the daemon started."""
+
+    state: SessionWord = "none"
+    """"plain" until the other host has shown that it has a refault; "resuming" without a connection."""
+    resuming_seconds: float | None = None
+    """Since when there is no connection; null where there is one, or no session."""
+    sessions: int = 0
+    """Channels that became sessions."""
+    resumptions: DurationsStatus = DurationsStatus()
+    """From the loss of a connection until bytes went on over the next."""
+    retransmitted_bytes: int = 0
+    """What was sent more than once, for a connection was lost."""
+    kept_bytes: int = 0
+    """What its rings hold now: not acknowledged, or not taken."""
+    ring_bytes: int = 0
+    """The memory that its rings have."""
+
+
 class ChannelStatus(msgspec.Struct, frozen=True, kw_only=True):
     """Bytes of the migration channel that passed the relay, since the daemon started."""
 
@@ -221,6 +242,7 @@ class VmStatus(msgspec.Struct, frozen=True, kw_only=True):
     latency_seconds: LatencyStatus = LatencyStatus()
     recovery: RecoveryStatus = RecoveryStatus()
     channel: ChannelStatus = ChannelStatus()
+    session: SessionStatus = SessionStatus()
     state: StateStatus = StateStatus()
     leaving: str | None = None
     """Why it is about to be fronted no more, as soon as that harms nothing; null where it stays."""

@@ -1,0 +1,65 @@
+#include "tcp.h"
+
+#include <netinet/in.h>
+#include <netinet/tcp.h>
+#include <sys/socket.h>
+
+enum {
+    NOTSENT_LOWAT = 8 * 1024,
+    UNANSWERED_PROBES = 3,
+};
+
+bool rf_tcp_prepare(int fd) {
+    int domain = AF_UNSPEC;
+    socklen_t size = sizeof(domain);
+    const int on = 1;
+    const int lowat = NOTSENT_LOWAT;
+
+    if (getsockopt(fd, SOL_SOCKET, SO_DOMAIN, &domain, &size) < 0 ||
+        (domain != AF_INET && domain != AF_INET6)) {
+        return false;
+    }
+    /* Both only shape latency: a socket without them still carries every byte. */
+    (void)setsockopt(fd, IPPROTO_TCP, TCP_NODELAY, &on, sizeof(on));
+    (void)setsockopt(fd, IPPROTO_TCP, TCP_NOTSENT_LOWAT, &lowat, sizeof(lowat));
+    return true;
+}
+
+void rf_tcp_probe(int fd, unsigned dead_after_s) {
+    const int on = 1;
+    const int interval_s = 1;
+    const int probes = 3;
+    const int idle_s = dead_after_s > 4 ? (int)dead_after_s - probes * interval_s : 1;
+
+    /* Where one fails the silence of an idle connection shows later, at the first byte that is sent. */
+    (void)setsockopt(fd, IPPROTO_TCP, TCP_KEEPIDLE, &idle_s, sizeof(idle_s));
+    (void)setsockopt(fd, IPPROTO_TCP, TCP_KEEPINTVL, &interval_s, sizeof(interval_s));
+    (void)setsockopt(fd, IPPROTO_TCP, TCP_KEEPCNT, &probes, sizeof(probes));
+    (void)setsockopt(fd, SOL_SOCKET, SO_KEEPALIVE, &on, sizeof(on));
+}
+
+bool rf_tcp_silent(int fd, unsigned dead_after_s) {
+    struct tcp_info info = {0};
+    socklen_t size = sizeof(info);
+
+    if (getsockopt(fd, IPPROTO_TCP, TCP_INFO, &info, &size) < 0) {
+        return false;
+    }
+    /* Behind a long silence what was sent a moment ago may yet be acknowledged: it counts once it was sent
+     * again, which the retransmissions leave out while the window is closed over it, and the back-off where
+     * few segments are under way (net/ipv4/tcp_timer.c, tcp_retransmit_timer). A peer with a closed window
+     * answers probes, which are the rarer the longer it lasts: one may be on its way. */
+    bool sent_again = info.tcpi_retransmits > 0 || info.tcpi_backoff > 0;
+    return info.tcpi_last_ack_recv > dead_after_s * 1000u &&
+           ((info.tcpi_unacked > 0 && sent_again) || info.tcpi_probes >= UNANSWERED_PROBES);
+}
+
+unsigned rf_tcp_flight(int fd) {
+    struct tcp_info info = {0};
+    socklen_t size = sizeof(info);
+
+    if (getsockopt(fd, IPPROTO_TCP, TCP_INFO, &info, &size) < 0) {
+        return 0;
+    }
+    return info.tcpi_snd_cwnd * info.tcpi_snd_mss;
+}

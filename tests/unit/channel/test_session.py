@@ -1,0 +1,253 @@
+"""Two relays whose far leg becomes a session, over connections that end at any byte."""
+
+from __future__ import annotations
+
+import errno
+import os
+import random
+import socket
+import threading
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+import pytest
+from tests.support.breaking_proxy import BreakingProxy
+from tests.unit.channel.test_relay import tcp_pair
+
+from refault.channel.relay import LegState, Relay, SessionEnd, SessionState
+from refault.migration.messages import message
+from refault.migration.phase import Role
+from refault.session.wire import Positions
+
+ID = b"".join((random.randrange(1 << 31) | 1 << 31).to_bytes(4, "big") for _ in range(4))
+PONG = message(2, (1).to_bytes(4, "big"))
+PATIENCE = 10.0
+
+
+def until(condition: Callable[[], bool], what: str) -> None:
+    deadline = time.monotonic() + PATIENCE
+    while not condition():
+        assert time.monotonic() < deadline, what
+        time.sleep(0.001)
+
+
+@dataclass
+class Both:
+    """The two relays, the two QEMUs' ends, and the plain connection between, which the test may end."""
+
+    source: Relay
+    destination: Relay
+    from_qemu: socket.socket
+    to_qemu: socket.socket
+    plain: tuple[socket.socket, socket.socket]
+
+    def state(self, relay: Relay) -> SessionState:
+        view = relay.session()
+        return view.state if view is not None else SessionState.NONE
+
+    def offered(self) -> None:
+        """Until the destination has offered a session, and the source seen it."""
+        self.to_qemu.sendall(PONG)
+        until(lambda: self.state(self.source) is SessionState.OFFERED, "no offer")
+        assert _exactly(self.from_qemu, len(PONG)) == PONG  # and nothing else of the offer
+
+    def join(self, ends: tuple[socket.socket, socket.socket] | None = None) -> bool:
+        """The next connection, with the handshake's words given from hand to hand."""
+        here, there = ends or tcp_pair()
+        hello = self.source.session_tell()
+        if hello is None or not self.destination.session_rejoin(hello):
+            return False
+        welcome = self.destination.session_tell()
+        assert welcome is not None
+        assert self.destination.session_adopt(there.fileno())
+        there.detach()
+        if not self.source.session_adopt(here.fileno(), welcome):
+            return False
+        here.detach()
+        return True
+
+
+@contextmanager
+def both(*, dials: SessionEnd = SessionEnd.DIALS, answers: SessionEnd = SessionEnd.ANSWERS) -> Iterator[Both]:
+    source, destination = Relay(Role.SOURCE), Relay(Role.DESTINATION)
+    near, from_qemu = socket.socketpair()
+    far, to_qemu = socket.socketpair()
+    here, there = tcp_pair()
+    plain = here.dup(), there.dup()
+    try:
+        source.attach(near.detach(), here.detach(), recovered=False, may_replay=True, session=dials)
+        destination.attach(
+            far.detach(), there.detach(), recovered=False, may_replay=True, session=answers, session_id=ID
+        )
+        for end in (from_qemu, to_qemu):
+            end.settimeout(PATIENCE)
+        yield Both(source, destination, from_qemu, to_qemu, plain)
+    finally:
+        for sock in (from_qemu, to_qemu, *plain):
+            sock.close()
+        source.close()
+        destination.close()
+
+
+def _exactly(sock: socket.socket, count: int) -> bytes:
+    data = b""
+    while len(data) < count:
+        more = sock.recv(count - len(data))
+        assert more, "it has ended"
+        data += more
+    return data
+
+
+def test_bare_bytes_are_as_they_were_sent() -> None:
+    for dials, answers in ((SessionEnd.DIALS, SessionEnd.NO), (SessionEnd.NO, SessionEnd.ANSWERS)):
+        with both(dials=dials, answers=answers) as ends:
+            ends.from_qemu.sendall(b"forward")
+            assert _exactly(ends.to_qemu, 7) == b"forward"
+            ends.to_qemu.sendall(PONG)
+            if answers is SessionEnd.NO:
+                assert _exactly(ends.from_qemu, len(PONG)) == PONG
+                assert ends.state(ends.source) is SessionState.NONE
+            else:  # five PONGs before, which a bare source takes
+                told = _exactly(ends.from_qemu, 6 * len(PONG))
+                assert told.endswith(PONG)
+                assert told[:8] == bytes.fromhex("00020004f5726673")
+
+
+def test_an_offer_that_nobody_takes_is_withdrawn_and_the_plain_connection_goes_on() -> None:
+    with both() as ends:
+        ends.offered()
+        ends.source.session_withdraw()
+        ends.destination.session_withdraw()
+        data = os.urandom(3 << 20)
+        threading.Thread(target=ends.from_qemu.sendall, args=(data,)).start()
+        assert _exactly(ends.to_qemu, len(data)) == data
+        assert ends.state(ends.source) is SessionState.NONE
+
+
+def test_the_plain_connection_is_lost_right_after_the_offer() -> None:
+    with both() as ends:
+        ends.from_qemu.sendall(b"before")
+        ends.offered()
+        ends.plain[0].shutdown(socket.SHUT_RDWR)
+        until(lambda: ends.state(ends.source) is SessionState.BETWEEN, "no loss")
+        until(lambda: ends.state(ends.destination) is SessionState.BETWEEN, "no loss")
+        ends.from_qemu.sendall(b" and behind")
+        assert ends.source.look().far is LegState.OPEN
+        assert ends.join()
+        assert _exactly(ends.to_qemu, 17) == b"before and behind"
+
+
+def test_before_the_offer_a_loss_is_one_as_ever() -> None:
+    with both() as ends:
+        ends.plain[0].shutdown(socket.SHUT_RDWR)
+        until(lambda: ends.source.look().far.lost, "not told")
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_connections_are_lost_at_any_byte_and_none_is_missing_or_doubled(seed: int) -> None:
+    data, back = os.urandom(2 << 20), PONG * 20_000
+    heard: dict[str, bytes] = {}
+    listening = socket.create_server(("127.0.0.1", 0))
+    port = listening.getsockname()[1]
+    with both() as ends, listening, BreakingProxy(port, seed, losses=25, most=150_000) as proxy:
+        ends.offered()
+        talks = [
+            threading.Thread(target=ends.from_qemu.sendall, args=(data,)),
+            threading.Thread(target=ends.to_qemu.sendall, args=(back,)),
+            threading.Thread(target=lambda: heard.update(forward=_exactly(ends.to_qemu, len(data)))),
+            threading.Thread(target=lambda: heard.update(back=_exactly(ends.from_qemu, len(back)))),
+        ]
+        for talk in talks:
+            talk.start()
+        deadline = time.monotonic() + 2 * PATIENCE
+        connected = False
+        while any(talk.is_alive() for talk in talks):
+            assert time.monotonic() < deadline, (heard.keys(), ends.source.session(), proxy.lost)
+            lost = SessionState.BETWEEN in (ends.state(ends.source), ends.state(ends.destination))
+            if not connected or lost:
+                here = socket.create_connection(("127.0.0.1", proxy.port))
+                there, _ = listening.accept()
+                connected = ends.join((here, there)) or connected
+            time.sleep(0.002)
+        assert (heard["forward"], heard["back"]) == (data, back)
+        view = ends.source.session()
+        assert view is not None
+        assert view.end == len(data)
+
+
+def test_the_end_of_a_source_is_delivered_though_it_is_said_without_a_connection() -> None:
+    with both() as ends:
+        ends.offered()
+        assert ends.join()
+        ends.source.session_rejoin(_now(ends.destination))  # its connection ends
+        ends.from_qemu.sendall(b"the last")
+        ends.from_qemu.close()
+        until(lambda: ends.state(ends.destination) is SessionState.BETWEEN, "no loss")
+        assert ends.join()
+        assert _exactly(ends.to_qemu, 8) == b"the last"
+        until(lambda: ends.destination.look().far is LegState.ENDED, "its end does not come")
+        ends.to_qemu.close()
+        until(lambda: ends.state(ends.source) is SessionState.OVER, "it does not end")
+        until(lambda: ends.state(ends.destination) is SessionState.OVER, "it does not end")
+
+
+def test_a_session_that_is_given_up_is_a_loss() -> None:
+    with both() as ends:
+        ends.offered()
+        assert ends.join()
+        ends.source.session_give_up(errno.ETIMEDOUT)
+        until(lambda: ends.source.look().far.lost, "not told")
+        assert ends.source.look().far_error == errno.ETIMEDOUT
+
+
+def test_with_the_ring_full_and_no_connection_qemu_waits_and_nothing_is_lost() -> None:
+    with both() as ends:
+        ends.offered()
+        assert ends.join()
+        ends.source.session_rejoin(_now(ends.destination))
+        data = os.urandom(4 << 20)
+        talk = threading.Thread(target=ends.from_qemu.sendall, args=(data,))
+        talk.start()
+        until(lambda: _kept(ends.source) >= 1 << 20, "the ring is not filled")
+        time.sleep(0.05)
+        assert talk.is_alive()
+        assert _kept(ends.source) <= 1 << 20
+        until(lambda: ends.state(ends.destination) is SessionState.BETWEEN, "no loss")
+        assert ends.join()
+        assert _exactly(ends.to_qemu, len(data)) == data
+        talk.join()
+
+
+def _kept(relay: Relay) -> int:
+    view = relay.session()
+    return view.kept if view is not None else 0
+
+
+def _now(relay: Relay) -> Positions:
+    at = relay.session_tell()
+    assert at is not None
+    return at
+
+
+LIES = [
+    (field, value)
+    for field in ("received", "written", "first_kept", "end", "window")
+    for value in (1 << 32, 1 << 62, (1 << 64) - 1)
+    # It may have said so much by now, and may have so much room.
+    if (field, value) not in (("end", 1 << 32), ("end", 1 << 62), ("window", 1 << 32))
+]
+
+
+@pytest.mark.parametrize(("field", "value"), LIES)
+def test_a_peer_that_lies_about_a_number_changes_nothing(field: str, value: int) -> None:
+    with both() as ends:
+        ends.from_qemu.sendall(b"some")
+        ends.offered()
+        assert _exactly(ends.to_qemu, 4) == b"some"
+        told = {name: getattr(_now(ends.source), name) for name in Positions.__dataclass_fields__}
+        assert not ends.destination.session_rejoin(Positions(**{**told, field: value}))
+        assert ends.join()
+        ends.from_qemu.sendall(b" more")
+        assert _exactly(ends.to_qemu, 5) == b" more"
