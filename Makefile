@@ -44,7 +44,7 @@ C_AND_HEADERS := $(CEXT) $(wildcard tests/fuzz/*.c tests/fuzz/*.h tests/tsan/*.c
 C_WARNINGS := -std=c11 -D_GNU_SOURCE -Wall -Wextra -Werror -Icext -fsyntax-only
 
 # Each has a module of its own in tests/campaign.
-CAMPAIGNS := starvation truth floor strays silence patience huge_pages many last_bytes tunnel troubles
+CAMPAIGNS := starvation truth floor strays silence patience huge_pages many last_bytes tunnel session troubles
 
 .PHONY: help build demo picture qemus analyzers prometheus analyze matrix qtests test systemd campaign campaign-kill \
         campaign-preempt $(CAMPAIGNS:%=campaign-%) lint bench fuzz tsan ends nightly dist install deb clean
@@ -75,6 +75,7 @@ help:
 	@echo 'make campaign-many  what 100 VMs cost: one daemon in front of all, and one each'
 	@echo 'make campaign-troubles  what one VM whose QEMU or client misbehaves costs the others behind the same daemon'
 	@echo 'make campaign-tunnel  10 GiB through refault tunnel, 500 connections lost (CAMPAIGN="--size 2")'
+	@echo 'make campaign-session  1000 connections of migrations lost, with sessions; beside it without (CAMPAIGN="--losses 100")'
 	@echo 'make campaign-silence  a network that goes silent, beside a bare QEMU'
 	@echo 'make campaign-last_bytes  what the kernels hold when an end comes, 20 times each (CAMPAIGN="--qemu qemu-10")'
 	@echo 'make matrix   all checks on QEMU 5.2, 7.2, 10.0 and 11.1, as a table (MATRIX="--only truth")'
