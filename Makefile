@@ -32,6 +32,8 @@ SYSUSERSDIR ?= $(PREFIX)/lib/sysusers.d
 TMPFILESDIR ?= $(PREFIX)/lib/tmpfiles.d
 CATALOGDIR ?= $(PREFIX)/lib/systemd/catalog
 LIBDIR := $(PREFIX)/lib/refault
+# One program under the names of the QEMUs that it can become; without libraries, for it starts every domain.
+WRAPPED := qemu-kvm $(addprefix qemu-system-,aarch64 arm i386 loongarch64 ppc64 riscv64 s390x)
 # What is installed is for all to read, whatever the umask of who installs it.
 READABLE := umask 022 &&
 # Where systemctl reload is to wait until it is done: systemd knows Type=notify-reload from 253 on.
@@ -39,8 +41,9 @@ NOTIFY_RELOAD ?= $(shell systemctl --version 2>/dev/null | awk 'NR == 1 && $$2 >
 NOTIFY_RELOAD_UNIT := $(if $(NOTIFY_RELOAD),-e 's/^Type=notify$$/Type=notify-reload/' -e '/^ExecReload=/d')
 
 CEXT := $(wildcard cext/*.c cext/*.h)
-C_FILES := $(wildcard cext/*.c tests/fuzz/*.c tests/tsan/*.c tests/unit/channel/*.c)
-C_AND_HEADERS := $(CEXT) $(wildcard tests/fuzz/*.c tests/fuzz/*.h tests/tsan/*.c tests/unit/channel/*.c)
+WRAPPER := $(wildcard wrapper/*.c)
+C_FILES := $(wildcard cext/*.c wrapper/*.c tests/fuzz/*.c tests/tsan/*.c tests/unit/channel/*.c)
+C_AND_HEADERS := $(CEXT) $(wildcard wrapper/*.c wrapper/*.h tests/fuzz/*.c tests/fuzz/*.h tests/tsan/*.c tests/unit/channel/*.c)
 C_WARNINGS := -std=c11 -D_GNU_SOURCE -Wall -Wextra -Werror -Icext -fsyntax-only
 
 # Each has a module of its own in tests/campaign.
@@ -212,6 +215,8 @@ install:
 	$(READABLE) $(DESTDIR)$(LIBDIR)/bin/python -m pip install --quiet --upgrade --force-reinstall $(PACKAGE)
 	$(READABLE) printf '#!%s/bin/python\nfrom refault.cli.main import main\n\nraise SystemExit(main())\n' $(LIBDIR) >$(DESTDIR)$(LIBDIR)/bin/refault
 	ln -sfn $(LIBDIR)/bin/refault $(DESTDIR)$(PREFIX)/bin/refault
+	$(READABLE) $(CC) -std=c11 -D_GNU_SOURCE -Wall -Wextra -O2 -static -s -o $(DESTDIR)$(PREFIX)/bin/refault-qemu-system-x86_64 $(WRAPPER)
+	for name in $(WRAPPED); do ln -sfn refault-qemu-system-x86_64 $(DESTDIR)$(PREFIX)/bin/refault-$$name; done
 	$(READABLE) $(DESTDIR)$(LIBDIR)/bin/python -m refault.cli.pages $(DESTDIR)$(PREFIX)/share
 	$(READABLE) install -d $(DESTDIR)$(UNITDIR) $(DESTDIR)$(SYSUSERSDIR) $(DESTDIR)$(TMPFILESDIR)
 	$(READABLE) sed 's|@PREFIX@|$(PREFIX)|g' systemd/refault@.service >$(DESTDIR)$(UNITDIR)/refault@.service

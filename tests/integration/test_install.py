@@ -34,6 +34,9 @@ def system(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def test_program_runs(system: Path) -> None:
+    emulator = run(system / "usr/bin/refault-qemu-system-x86_64", "--version")
+    assert emulator == run(Path("/usr/bin/qemu-system-x86_64"), "--version")
+    assert os.readlink(system / "usr/bin/refault-qemu-kvm") == "refault-qemu-system-x86_64"
     assert run(system / "usr/bin/refault", "--version") == f"refault {refault.__version__}\n"
 
 

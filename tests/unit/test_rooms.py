@@ -38,7 +38,8 @@ MAY_IMPORT: dict[str, set[str]] = {
     "wanted": {"uses", "options"},
     "fleet": _VM | {"wanted"},
     "finder": _VM | {"fleet"},
-    "app": _VM | {"telling", "fleet", "finder"},
+    "hand_overs": _VM | {"fleet"},
+    "app": _VM | {"telling", "fleet", "finder", "hand_overs"},
 }
 """What each room of the daemon, and each file above them, may import besides itself."""
 

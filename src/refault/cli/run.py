@@ -29,6 +29,7 @@ def add_parser(subparsers: Any) -> None:
     )
     options = {**fields_of(DaemonTable), **fields_of(VmTable)}
     del options["log_level"]  # --verbose
+    del options["exec"]  # that makes VMs
     for name, field in sorted(options.items(), key=lambda item: not item[1].required):
         repeated: dict[str, Any] = {"action": "append"} if field.repeats else {}
         parser.add_argument(

@@ -24,6 +24,7 @@ from typing import Any
 import msgspec
 
 from refault.config import values
+from refault.config.hand_over import Handed
 from refault.config.options import (
     Common,
     DaemonTable,
@@ -104,6 +105,9 @@ class _Reader:
             log_level=self._daemon.get("log_level", "info"),
             vms=tuple(vm for vm, _ in self._vms.values()),
             watches=tuple(watch for watch, _ in self._watches),
+            handed=Handed(self._daemon["exec"], tuple(sorted(self._common.items())), self._state_dir)
+            if "exec" in self._daemon
+            else None,
         )
 
     def _tables(self, file: Path) -> Mapping[str, Any]:
@@ -144,7 +148,7 @@ class _Reader:
                 self._check_daemon(where, given)
 
     def _check_daemon(self, where: str, given: Mapping[str, Any]) -> None:
-        paths = {key: given[key].path for key in ("control", "metrics") if key in given}
+        paths = {key: given[key].path for key in ("control", "metrics", "exec") if key in given}
         for key, path in {**paths, "state_dir": given.get("state_dir")}.items():
             if path is not None and not os.path.isabs(path):
                 self._wrong.append(f"{where} {key}: {str(path)!r} is not a whole path: begin with /")
@@ -209,6 +213,8 @@ class _Reader:
         taken = [uses.of_control("[daemon]", control)]
         if (metrics := self._daemon.get("metrics")) is not None:
             taken.append(uses.of_metrics("[daemon]", metrics))
+        if (handed := self._daemon.get("exec")) is not None:
+            taken.append(uses.of_exec("[daemon]", handed))
         files = {"[daemon]": self._once.get("daemon", Path("by default"))}
         directories: dict[tuple[object, ...], str] = {}
         for name, (vm, file) in self._vms.items():

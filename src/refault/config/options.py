@@ -170,6 +170,9 @@ class DaemonTable(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True)
     state_dir: Annotated[
         str | None, Option("below which each VM has a directory of its name", values.path, "DIR")
     ] = None
+    exec: Annotated[
+        str | None, Option("where libvirt's emulator hands monitors over", values.control, "PATH")
+    ] = None
     log_level: Annotated[
         Literal["debug", "info", "warning"] | None, Option("what is logged, from this level on")
     ] = None

@@ -14,6 +14,7 @@ import trio
 
 from refault.daemon.finder import Finders
 from refault.daemon.fleet import Fleet, Member
+from refault.daemon.hand_overs import HandOvers
 from refault.daemon.host import handed
 from refault.daemon.host.descriptors import raise_limit
 from refault.daemon.host.errors import OperatorError
@@ -205,6 +206,7 @@ async def _serve_host(
     troubles, notifier = Troubles(), Notifier()
     fleet = Fleet(troubles)
     finders = Finders(fleet, troubles)
+    hand_overs = HandOvers(fleet)
     services = _Services(name, troubles)
 
     async def apply(wanted: Configuration) -> None:
@@ -212,6 +214,8 @@ async def _serve_host(
         await _set_services(services, wanted.host, publisher)
         await fleet.want({CONFIGURED: wanted.vms})
         await finders.watch(wanted.watches)
+        take = partial(hand_overs.serve, wanted.handed) if wanted.handed is not None else None
+        await services.set("hand-overs", wanted.handed, take)
         notifier.ready(f"serving {len(fleet.vms)} VMs")
 
     def tell_internal(error: Exception, at: str) -> None:
@@ -246,6 +250,7 @@ async def _serve_host(
     async with trio.open_nursery() as nursery:
         nursery.start_soon(_say_not_for_us, name, others)
         await nursery.start(fleet.run)
+        await nursery.start(hand_overs.run)
         await nursery.start(services.run)
         publisher = Publisher(lambda: fleet.vms, troubles)
         nursery.start_soon(notifier.keep_watchdog)

@@ -69,6 +69,24 @@ class Watch(Protocol):
         """The VM whose QEMU's socket is at `path`. Raises ValueError."""
 
 
+class Handed(Protocol):
+    """VMs whose monitors are handed over by libvirt's emulator (wrapper/)."""
+
+    @property
+    def address(self) -> Address:
+        """Where they are."""
+
+    @property
+    def state_dir(self) -> Path:
+        """Below which each has a directory of its name."""
+
+    def names(self, name: str, uuid: str) -> list[str]:
+        """What a VM can be called that calls itself so, the best first."""
+
+    def vm(self, name: str, monitor: Address) -> VmOptions:
+        """The VM of that name, with libvirt's own socket. Raises ValueError."""
+
+
 @dataclass(frozen=True, kw_only=True)
 class Configuration:
     """What the daemon of a host is to do."""
@@ -77,3 +95,4 @@ class Configuration:
     log_level: LogLevel = "info"
     vms: tuple[VmOptions, ...]
     watches: tuple[Watch, ...] = ()
+    handed: Handed | None = None

@@ -43,6 +43,11 @@ def of_control(owner: str, control: Address) -> Use:
     return Use(owner, "control", str(control.path), control.place)
 
 
+def of_exec(owner: str, where: Address) -> Use:
+    """Of where monitors are handed over."""
+    return Use(owner, "exec", str(where.path), where.place)
+
+
 def of_metrics(owner: str, metrics: Address) -> Use:
     """The metrics'."""
     written = host_port(metrics.host, metrics.port) if metrics.path is None else str(metrics)

@@ -489,8 +489,11 @@ class Multiplexer:
             if message.problem is not None:
                 raise NotQmpError(f"it sent {message.raw[:60]!r}")
             verb = message.shape & VERB_MASK
-            if verb == GREETING and not self.greeting:
-                self._greeted(message)
+            if verb == GREETING:
+                # One that comes early can be greeted twice: by its acceptance, and as the monitor's handlers
+                # are set in another thread (chardev/char-fe.c, qemu_chr_fe_set_handlers_full).
+                if not self.greeting:
+                    self._greeted(message)
             elif verb not in (EVENT, RETURN, ERROR):
                 raise NotQmpError(f"it sent {message.raw[:60]!r}")
             elif not self.greeting:

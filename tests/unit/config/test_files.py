@@ -327,3 +327,30 @@ def test_every_option_of_files_is_in_configuration_md() -> None:
         **fields_of(ListenerTable),
     }
     assert {name for name in options if f"| `{name}`" not in page} == set()
+
+
+def test_what_libvirt_hands_over_has_the_defaults_and_sockets_of_its_own(tmp_path: Path) -> None:
+    text = '[daemon]\nexec = "/x,allow-user=0"\nstate_dir = "/s"\n[defaults]\nclient_wait = 3\n'
+    handed = loaded(tmp_path, text).handed
+    assert handed is not None
+    assert handed.address == parse_address("unix:/x,allow-user=0", server=True)
+    monitor = Address("/var/lib/libvirt/m.sock", server=True, fd=7)
+    assert handed.vm("vm1", monitor) == VmOptions(
+        name="vm1",
+        qemu=Address("/s/vm1/monitor"),
+        listen=(monitor, Address("/s/vm1/qmp", server=True)),
+        state_dir=Path("/s/vm1"),
+        patience=Patience(client_wait=3),
+    )
+    with pytest.raises(ValueError, match="too long"):
+        loaded(tmp_path, text.replace("/s", "/" + "s" * 90)).handed.vm("vm1", monitor)  # type: ignore[union-attr]
+
+
+@pytest.mark.parametrize(
+    ("name", "names"),
+    [("vm1", ["vm1", "uuid"]), ("", ["uuid"]), ("a/b", ["uuid"]), ("n" * 65, ["uuid"]), ("a\n", ["uuid"])],
+)
+def test_a_domain_whose_name_is_none_here_has_its_uuid(tmp_path: Path, name: str, names: list[str]) -> None:
+    handed = loaded(tmp_path, '[daemon]\nexec = "/x"\n').handed
+    assert handed is not None
+    assert handed.names(name, "uuid") == names

@@ -600,6 +600,17 @@ def test_not_qmp(data: bytes) -> None:
         played.core.receive_upstream(data)
 
 
+def test_a_second_greeting_is_no_news() -> None:
+    """QEMU may greet one twice who connects as it starts."""
+    played = Played()
+    client = played.client()
+    played.core.receive_upstream(GREETING % b"")
+    played.core.receive(client, command("a", 1))
+    [sent] = played.commands()
+    played.reply(sent["id"])
+    assert [reply["id"] for reply in played.replies(client)] == [1]
+
+
 def test_a_slow_client_is_marked_and_the_others_are_not() -> None:
     played = Played(limits=Limits(unsent=1000))
     slow, fine = played.client(), played.client()

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import ctypes
 import os
+import re
 import socket
 from pathlib import Path
 
@@ -38,6 +39,17 @@ def names_of(pid: int) -> tuple[bytes, bytes]:
 def holds(pid: int, inode: int) -> bool:
     """Whether a process has a socket open. Raises OSError where one may not look, or it is gone."""
     return _number_of(pid, inode) is not None
+
+
+def socket_at(pid: int, number: int) -> int | None:
+    """The inode of the socket that a process has at a number; None where it has none there, or one may not
+    look."""
+    try:
+        target = os.readlink(f"/proc/{pid}/fd/{number}")
+    except OSError:
+        return None
+    found = re.fullmatch(r"socket:\[(\d+)\]", target)
+    return int(found[1]) if found else None
 
 
 def borrowed(pid: int, inode: int) -> socket.socket:

@@ -39,6 +39,9 @@ class Address:
     owner: int | None = None
     group: int | None = None
     """What the socket file is to have; None: see `listener.bind_unix`."""
+    fd: int | None = None
+    """A descriptor that listens there already, somebody else's: clients are let in while a QEMU is there, and
+    wait else."""
     callers: Callers = ANYBODY
     """Who may speak there, by peer credentials."""
     rule: Rule = FREE

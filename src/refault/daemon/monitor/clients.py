@@ -92,7 +92,10 @@ class Clients:
         """Where clients come to `address`."""
         if not _is_local(address) and not address.rule.read_only:
             log.warning("%s: whoever can reach %s controls the VM; prefer a unix socket", self._name, address)
-        return Front(self._name, address, partial(self._take, address))
+        when = partial(self._presence.until, partial(operator.is_, Qemu.THERE))
+        return Front(
+            self._name, address, partial(self._take, address), when if address.fd is not None else None
+        )
 
     def flush(self) -> None:
         """Sends what goes at once of what the core has for clients; the rest waits for tasks."""

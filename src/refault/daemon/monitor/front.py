@@ -32,7 +32,9 @@ class Front:
         name: str,
         address: Address,
         take: Callable[[socket.socket], Awaitable[None]],
+        when: Callable[[], Awaitable[None]] | None = None,
     ) -> None:
+        """`when`: who connects waits until this returns."""
         self.address = address
         """With the port that TCP really has."""
         self.trouble: str | None = None
@@ -41,6 +43,7 @@ class Front:
         """Set as soon as it listens for the first time, or has had trouble with that."""
         self._name = name
         self._take = take
+        self._when = when
         self._bound: Bound | None = None
         self._access: Access | None = None
 
@@ -67,7 +70,8 @@ class Front:
                 log.info("%s: %s is %s", self._name, self.address, self._bound.address)
             self.address = replace(self.address, port=self._bound.address.port)
             return
-        check(self.address)
+        if self.address.fd is None:
+            check(self.address)
 
     async def run(self) -> None:
         """Listens, and again when its file is gone, until cancelled; after `prepare`."""
@@ -122,6 +126,9 @@ class Front:
 
     async def _accept(self, listening: socket.socket) -> None:
         while True:
+            if self._when is not None:
+                await trio.lowlevel.wait_readable(listening)
+                await self._when()
             sock = await accepted(listening, self._tell_not_accepted)
             try:
                 await self._take(sock)

@@ -102,16 +102,22 @@ async def bind(address: Address) -> Bound:
     return bind_unix(address) if address.path is not None else await bind_tcp(address)
 
 
-def bind_unix(address: Address, access: Access | None = None) -> Bound:
+def bind_unix(
+    address: Address, access: Access | None = None, kind: socket.SocketKind = socket.SOCK_STREAM
+) -> Bound:
     """Listens on a unix socket, or is at the one that the service manager has there. Raises ListenError.
 
     Its file has the mode, owner and group that the address says; else those of the stale socket file that it
     replaces, if that is root's or ours; else `access`; else mode 0600, whatever the umask.
     """
     with _listen_error(address):
-        if (given := handed(address.sun_path)) is not None:
+        if address.fd is not None:
+            given = socket.socket(fileno=os.dup(address.fd))
+            given.setblocking(False)
             return Bound((given,), address)
-        sock = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM | socket.SOCK_NONBLOCK)
+        if (managed := handed(address.sun_path)) is not None:
+            return Bound((managed,), address)
+        sock = socket.socket(socket.AF_UNIX, kind | socket.SOCK_NONBLOCK)
         try:
             if address.abstract:
                 sock.bind(address.sun_path)

@@ -7,7 +7,7 @@ import time
 
 import trio
 
-SHARE = 0.5
+SHARE = 0.25
 """Of the loop's time. A process that never sleeps also waits for a core on a busy host (sched(7))."""
 BURST = 0.003
 """Seconds of the loop that may be had at once."""

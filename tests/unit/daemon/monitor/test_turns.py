@@ -22,7 +22,7 @@ GREETING = (
 FLOOD = 1000
 
 
-@pytest.mark.parametrize("others", [0.0, 0.002])
+@pytest.mark.parametrize("others", [0.0, 0.004])
 async def test_a_flood_has_its_share_and_what_is_no_flood_waits_for_nothing(
     others: float, monkeypatch: pytest.MonkeyPatch, autojump_clock: trio.testing.MockClock
 ) -> None:

@@ -1,0 +1,223 @@
+"""A QEMU started as libvirt starts it, with the wrapper as its emulator, and bare beside it.
+
+libvirt binds the monitor's socket, passes it listening, and connects by its path. It has no deadline there,
+and takes an end of the connection for QEMU's.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+from tests.integration.test_serve import Served
+
+pytestmark = [pytest.mark.qemu, pytest.mark.timeout(90)]
+
+QEMU = "qemu-system-x86_64"
+WRAPPER = Path(__file__).parents[2] / "wrapper"
+PATIENCE = 2.8
+
+
+@pytest.fixture(scope="module")
+def wrapper(tmp_path_factory: pytest.TempPathFactory) -> Callable[[Path], Path]:
+    """A wrapper whose refault is in a directory."""
+
+    def build(directory: Path) -> Path:
+        program = directory / f"refault-{QEMU}"
+        defined = [f'-DREFAULT_EXEC_SOCKET="{directory}/run/exec"']
+        command = ["gcc", "-std=c11", "-D_GNU_SOURCE", *defined, "-o", str(program)]
+        subprocess.run([*command, *map(str, WRAPPER.glob("*.c"))], check=True)
+        return program
+
+    return build
+
+
+@pytest.fixture
+def served(tmp_path: Path) -> Iterator[Served]:
+    served = Served(tmp_path)
+    (tmp_path / "refault.toml").write_text(f'[daemon]\nexec = "{tmp_path}/run/exec"\n')
+    with served.manager, served.process:
+        try:
+            served.until_ready()
+            served.reload()
+            yield served
+        finally:
+            served.process.kill()
+
+
+class Domain:
+    """A QEMU as libvirt starts it, and libvirt's connection to it."""
+
+    def __init__(self, directory: Path, emulator: str, name: str, *more: str) -> None:
+        self.path = directory / f"{name}.sock"
+        self.path.unlink(missing_ok=True)
+        with socket.socket(socket.AF_UNIX) as listening:
+            listening.bind(str(self.path))
+            listening.listen(1)
+            fd = listening.fileno()
+            chardev = f"socket,id=charmonitor,fd={fd},server=on,wait=off"
+            machine = ["-machine", "none", "-nodefaults", "-display", "none", *more]
+            monitor = ["-chardev", chardev, "-mon", "chardev=charmonitor,id=monitor,mode=control"]
+            began = time.monotonic()
+            self.process = subprocess.Popen(
+                [emulator, "-name", f"guest={name},debug-threads=on", *machine, *monitor],
+                pass_fds=(fd,),
+                stdin=subprocess.DEVNULL,
+                stderr=subprocess.PIPE,
+                env={"LC_ALL": "C", "PATH": ""},
+            )
+        self.socket = socket.socket(socket.AF_UNIX)
+        self.socket.settimeout(20)
+        self.socket.connect(str(self.path))  # before it listens, as libvirt
+        self._lines = self.socket.makefile("rb")
+        self.greeting = self._line()
+        self.seconds = time.monotonic() - began
+
+    def _line(self) -> bytes:
+        """The next; how it ends, where it does."""
+        try:
+            return self._lines.readline() or b"end of file"
+        except ConnectionResetError:
+            return b"reset"
+
+    def ask(self, command: str) -> Any:
+        self.say(command)
+        return json.loads(self._line())
+
+    def say(self, command: str) -> None:
+        self.socket.sendall(json.dumps({"execute": command}).encode())
+
+    def end(self) -> tuple[list[bytes], int, bytes]:
+        """What is said up to the end, QEMU's exit, and its errors."""
+        said = []
+        while (line := self._line()) not in (b"end of file", b"reset"):
+            said.append(line)
+        return (
+            [*said, line],
+            self.process.wait(20),
+            self.process.stderr.read() if self.process.stderr else b"",
+        )
+
+    def close(self) -> None:
+        self.process.kill()
+        self.process.wait()
+        if self.process.stderr:
+            self.process.stderr.close()
+        self._lines.close()
+        self.socket.close()
+
+
+@contextlib.contextmanager
+def domain(directory: Path, emulator: Path | str, name: str, *more: str) -> Iterator[Domain]:
+    started = Domain(directory, str(emulator), name, *more)
+    with contextlib.closing(started):
+        yield started
+
+
+def without_times(lines: list[bytes]) -> list[Any]:
+    *said, end = lines
+    told = [json.loads(line) for line in said]
+    return [{key: value for key, value in each.items() if key != "timestamp"} for each in told] + [end]
+
+
+def test_libvirt_sees_what_it_sees_of_a_bare_qemu(
+    served: Served, wrapper: Callable[[Path], Path], tmp_path: Path
+) -> None:
+    with (
+        domain(tmp_path, wrapper(tmp_path), "a") as fronted,
+        domain(tmp_path, f"/usr/bin/{QEMU}", "b") as bare,
+    ):
+        assert fronted.greeting == bare.greeting
+        for command in ("query-status", "qmp_capabilities", "query-status", "query-name", "nonsense"):
+            told, beside = fronted.ask(command), bare.ask(command)
+            if command == "query-name":
+                assert (told, beside) == ({"return": {"name": "a"}}, {"return": {"name": "b"}})
+            else:
+                assert told == beside
+        [vm] = served.until(lambda status: status.vms and status.vms[0].qemu.connected).vms
+        assert (vm.name, vm.qemu.pid) == ("a", fronted.process.pid)
+        with socket.socket(socket.AF_UNIX) as person:
+            person.connect(str(tmp_path / "run" / "a" / "qmp"))
+            assert b"QMP" in person.recv(4096)
+        fronted.say("quit")
+        bare.say("quit")
+        (said, *ended), (beside_said, *beside_ended) = fronted.end(), bare.end()
+        assert (without_times(said), ended) == (without_times(beside_said), beside_ended)
+    served.until(lambda status: status.vms == ())
+    assert not (tmp_path / "run" / "a").exists()
+    with domain(tmp_path, wrapper(tmp_path), "a") as again:  # under the same name at once
+        assert again.ask("qmp_capabilities") == {"return": {}}
+        assert served.until(lambda status: status.vms).vms[0].name == "a"
+        again.process.kill()
+        assert again.end()[0] == [b"end of file"]
+
+
+def test_a_qemu_that_does_not_start_ends_libvirts_connection(
+    served: Served, wrapper: Callable[[Path], Path], tmp_path: Path
+) -> None:
+    with (
+        domain(tmp_path, wrapper(tmp_path), "a", "-device", "nonsense") as fronted,
+        domain(tmp_path, f"/usr/bin/{QEMU}", "b", "-device", "nonsense") as bare,
+    ):
+        ends = [each.end() for each in (fronted, bare)]
+        assert {said[-1] for said, _, _ in ends} <= {b"end of file", b"reset"}  # whether it had been accepted
+        assert [code for _, code, _ in ends] == [1, 1]
+        assert [errors.partition(b": ")[2] for _, _, errors in ends] == [ends[0][2].partition(b": ")[2]] * 2
+    served.until(lambda status: status.vms == ())
+
+
+@pytest.mark.parametrize("why", ["none", "stopped", "refuses"])
+def test_qemu_starts_whatever_refault_does(
+    served: Served, wrapper: Callable[[Path], Path], tmp_path: Path, why: str
+) -> None:
+    program = wrapper(tmp_path)
+    if why == "none":
+        served.process.kill()
+        served.process.wait()
+    elif why == "stopped":
+        served.process.send_signal(signal.SIGSTOP)
+    else:
+        (tmp_path / "run" / "a").write_text("no directory")
+    with domain(tmp_path, program, "a") as bare:
+        assert bare.ask("qmp_capabilities") == {"return": {}}
+        if why == "stopped":
+            assert bare.seconds >= PATIENCE
+            served.process.send_signal(signal.SIGCONT)
+            served.until(lambda status: status.vms == ())
+        assert bare.ask("query-status")["return"]["status"] == "running"
+        bare.say("quit")
+        _, code, errors = bare.end()
+        assert code == 0
+        assert errors.decode().startswith(f"{program}: QEMU starts without refault: ")
+        assert errors.count(b"\n") == 1
+
+
+def test_a_refault_that_comes_after_a_kill_has_the_vm(
+    served: Served, wrapper: Callable[[Path], Path], tmp_path: Path
+) -> None:
+    """libvirt's connection has ended, which it takes for QEMU's end; who connects again is served."""
+    with domain(tmp_path, wrapper(tmp_path), "a") as fronted:
+        assert fronted.ask("qmp_capabilities") == {"return": {}}
+        served.process.kill()
+        served.process.wait()
+        assert fronted._line() == b"end of file"
+        environment = os.environ | {"RUNTIME_DIRECTORY": str(tmp_path / "run")}
+        command = [sys.executable, "-m", "refault", "serve", "--config", str(tmp_path / "refault.toml")]
+        with subprocess.Popen(command, env=environment, stderr=subprocess.DEVNULL) as second:
+            try:
+                with socket.socket(socket.AF_UNIX) as libvirt:
+                    libvirt.settimeout(20)
+                    libvirt.connect(str(fronted.path))
+                    assert b"QMP" in libvirt.recv(4096)
+            finally:
+                second.kill()
