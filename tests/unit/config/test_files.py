@@ -343,7 +343,7 @@ def test_what_libvirt_hands_over_has_the_defaults_and_sockets_of_its_own(tmp_pat
         patience=Patience(client_wait=3),
     )
     with pytest.raises(ValueError, match="too long"):
-        loaded(tmp_path, text.replace("/s", "/" + "s" * 90)).handed.vm("vm1", monitor)  # type: ignore[union-attr]
+        loaded(tmp_path, text.replace("/s", "/" + "s" * 99)).handed.vm("vm1", monitor)  # type: ignore[union-attr]
 
 
 @pytest.mark.parametrize(
