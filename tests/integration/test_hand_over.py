@@ -176,7 +176,7 @@ def test_a_qemu_that_does_not_start_ends_libvirts_connection(
     served.until(lambda status: status.vms == ())
 
 
-@pytest.mark.parametrize("why", ["none", "stopped", "refuses"])
+@pytest.mark.parametrize("why", ["none", "stopped", "no directory", "no listener"])
 def test_qemu_starts_whatever_refault_does(
     served: Served, wrapper: Callable[[Path], Path], tmp_path: Path, why: str
 ) -> None:
@@ -186,8 +186,11 @@ def test_qemu_starts_whatever_refault_does(
         served.process.wait()
     elif why == "stopped":
         served.process.send_signal(signal.SIGSTOP)
+    elif why == "no directory":
+        (tmp_path / "run" / "a").write_text("a file")
     else:
-        (tmp_path / "run" / "a").write_text("no directory")
+        (tmp_path / "run" / "a").mkdir()
+        (tmp_path / "run" / "a" / "qmp").write_text("a file")
     with domain(tmp_path, program, "a") as bare:
         assert bare.ask("qmp_capabilities") == {"return": {}}
         if why == "stopped":
@@ -202,13 +205,14 @@ def test_qemu_starts_whatever_refault_does(
         assert errors.count(b"\n") == 1
 
 
-def test_a_refault_that_comes_after_a_kill_has_the_vm(
-    served: Served, wrapper: Callable[[Path], Path], tmp_path: Path
+@pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGTERM])
+def test_the_next_refault_has_the_vm(
+    served: Served, wrapper: Callable[[Path], Path], tmp_path: Path, number: signal.Signals
 ) -> None:
     """libvirt's connection has ended, which it takes for QEMU's end; who connects again is served."""
     with domain(tmp_path, wrapper(tmp_path), "a") as fronted:
         assert fronted.ask("qmp_capabilities") == {"return": {}}
-        served.process.kill()
+        served.process.send_signal(number)
         served.process.wait()
         assert fronted._line() == b"end of file"
         environment = os.environ | {"RUNTIME_DIRECTORY": str(tmp_path / "run")}

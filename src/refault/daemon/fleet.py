@@ -259,10 +259,18 @@ class Fleet:
             while unsettled := [each for each in self._of(names) if not each.settled.is_set()]:
                 await unsettled[0].settled.wait()
 
+    def why_not(self, source: str, options: VmOptions) -> str | None:
+        """Why one more VM of this source would not be fronted; None where it would."""
+        verdict = judge({**self._sources, source: (*self._sources.get(source, ()), options)}, self._held())
+        return {**verdict.refused, **verdict.waiting}.get((source, options.name))
+
+    def _held(self) -> dict[str, VmOptions]:
+        held = {name: member.has for name, member in self.members.items()}
+        return {name: has for name, has in held.items() if has is not None}
+
     def _apply(self) -> None:
         """Has each VM be as it is wanted, as far as its name and addresses are not another's."""
-        held = {name: member.has for name, member in self.members.items()}
-        verdict = judge(self._sources, {name: has for name, has in held.items() if has is not None})
+        verdict = judge(self._sources, self._held())
         self._tell({**verdict.refused, **verdict.waiting})
         for name, member in self.members.items():
             member.want(verdict.wanted.get(name))

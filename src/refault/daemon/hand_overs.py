@@ -30,17 +30,17 @@ from refault.daemon.kernel.process import borrowed, process_started, socket_at
 from refault.daemon.monitor.accept import accepted
 from refault.daemon.monitor.address import Address
 from refault.daemon.monitor.caller import caller_of, may_speak
-from refault.daemon.monitor.listener import ListenError, bind_unix
+from refault.daemon.monitor.listener import ListenError, bind_unix, check
 from refault.daemon.options import Handed, VmOptions
 from refault.daemon.record import hand_over as record
 from refault.daemon.record.hand_over import HandOver
+from refault.daemon.record.state_lock import StateLock
 
 log = logging.getLogger("refault")
 
 SOURCE = "libvirt"
 """What the VMs are wanted by."""
 OFFERED_WITHIN = 3.0
-BECOMES_QEMU_WITHIN = 10.0
 NAME_FREE_WITHIN = 1.0
 _LOOK = 0.02
 _MOST_AT_ONCE = 32
@@ -137,7 +137,7 @@ class HandOvers:
                 self._at_once[caller.uid] += 1
                 stack.callback(self._at_once.subtract, (caller.uid,))
                 await self._take_offered(handed, connection, stack)
-            except (Refused, OSError, ValueError, trio.TooSlowError) as error:
+            except (Refused, OperatorError, OSError, ValueError, trio.TooSlowError) as error:
                 why = str(error) or "it says nothing"
                 log.warning("hand-over of %s: none: %s", caller, why, extra=repeats(("hand-over", why), ""))
                 with contextlib.suppress(OSError):
@@ -153,8 +153,7 @@ class HandOvers:
         if pid is None or started is None:
             raise Refused("its process is not known here: a pid namespace of its own, perhaps")
         ends = os.pidfd_open(pid)
-        kept = contextlib.ExitStack()
-        stack.push(kept)
+        kept, undo = (stack.enter_context(contextlib.ExitStack()) for _ in range(2))
         kept.callback(os.close, ends)
         with trio.fail_after(OFFERED_WITHIN):
             offer, monitor = await _offered(connection)
@@ -164,9 +163,12 @@ class HandOvers:
         self._begun.add(name)
         stack.callback(self._begun.discard, name)
         vm = handed.vm(name, Address(path, server=True, fd=monitor.fileno()))
+        if (why := self._fleet.why_not(SOURCE, vm)) is not None:
+            raise Refused(why)
         make_if_default(handed.state_dir)
         make_again(vm.state_dir)
-        kept.callback(_clear, vm)
+        undo.callback(_clear, vm)
+        await _must_be_free(vm)
         with _bound(vm) as fresh:
             hand_over = HandOver(
                 name=name,
@@ -179,11 +181,11 @@ class HandOvers:
             )
             hand_over.save(vm.state_dir)
             socket.send_fds(connection, [b"ok"], [fresh.fileno()], socket.MSG_NOSIGNAL | socket.MSG_DONTWAIT)
-        with trio.fail_after(BECOMES_QEMU_WITHIN):
-            await trio.lowlevel.wait_readable(connection)  # nothing comes but its end
+        await trio.lowlevel.wait_readable(connection)  # nothing comes but its end, of an exec or a process
         if not _has(hand_over):
             log.warning("%s: its QEMU went its own way, without refault", name)
             return
+        undo.pop_all()
         self._vms[name] = vm
         self._nursery.start_soon(self._front, name, vm, ends, kept.pop_all())
 
@@ -202,7 +204,7 @@ class HandOvers:
         return name in self._vms or (member is not None and member.wanted is None)
 
     async def _front(self, name: str, vm: VmOptions, ends: int, kept: contextlib.ExitStack) -> None:
-        """Fronts one for as long as its QEMU runs."""
+        """Fronts one for as long as its QEMU runs. What is on record of it outlives this process."""
         with kept:
             log.info("%s: libvirt's monitor is handed over, clients come to %s too", name, vm.listen[1])
             await self._want()
@@ -210,6 +212,7 @@ class HandOvers:
             log.info("%s: its QEMU has ended", name)
             del self._vms[name]
             await self._want()
+            _clear(vm)
 
     async def _want(self) -> None:
         await self._fleet.want({SOURCE: list(self._vms.values())})
@@ -218,14 +221,11 @@ class HandOvers:
         """Takes what an earlier refault was given, of QEMUs that run with what it gave."""
         for hand_over in record.load_all(handed.state_dir):
             name, pid = hand_over.name, hand_over.pid
-            if (
-                process_started(pid) != hand_over.started
-                or socket_at(pid, hand_over.number) != hand_over.given
-            ):
-                record.remove(handed.state_dir / name)
-                continue
             kept = contextlib.ExitStack()
             try:
+                if not _has(hand_over):
+                    _clear(handed.vm(name, Address(hand_over.path, server=True)))
+                    continue
                 ends = os.pidfd_open(pid)
                 kept.callback(os.close, ends)
                 monitor = kept.enter_context(borrowed(pid, hand_over.libvirt))
@@ -234,7 +234,6 @@ class HandOvers:
                 kept.close()
                 log.error("%s: libvirt's monitor cannot be taken back from its QEMU: %s", name, error)
                 continue
-            kept.callback(_clear, vm)
             self._vms[name] = vm
             self._nursery.start_soon(self._front, name, vm, ends, kept)
 
@@ -274,6 +273,14 @@ def _must_listen(monitor: socket.socket) -> str:
     if not listens or not isinstance(path, str) or not os.path.isabs(path):
         raise Refused("what it offers does not listen at a path")
     return path
+
+
+async def _must_be_free(vm: VmOptions) -> None:
+    """Raises OperatorError where it could not be fronted: libvirt would wait for an answer for ever."""
+    check(vm.listen[1])
+    lock = StateLock(vm.state_dir, vm.name)
+    await lock.claim(wait=False)
+    lock.release()
 
 
 @contextlib.contextmanager
