@@ -6,11 +6,9 @@
 #include <time.h>
 
 enum {
-    PRECOPY_CHUNK = RF_PIPE_ROOM, /* before postcopy throughput counts */
-    POSTCOPY_CHUNK = 16 * 1024,   /* from then on what is queued is latency */
-    RETURN_AT_ONCE = 64 * 1024,   /* a replay of millions of requests is not to keep all else waiting */
-    LOOKS_AT_ONCE = 4096,         /* nor is the search for what is to be replayed among millions of records */
-    LAST_ROUNDS = 64,             /* of moves, before a channel is closed */
+    RETURN_AT_ONCE = 64 * 1024, /* a replay of millions of requests is not to keep all else waiting */
+    LOOKS_AT_ONCE = 4096,       /* nor is the search for what is to be replayed among millions of records */
+    LAST_ROUNDS = 64,           /* of moves, before a channel is closed */
     SILENCE_LOOK_MS = 250,
     STILL_LOOK_MS = 100,
     STILL_MS = 1000,    /* what is being drained brings nothing and does not end */
@@ -116,6 +114,9 @@ static enum rf_flow return_flow(const struct rf_channel *channel) {
 static void forward_write(struct rf_channel *channel) {
     if (!forward_gated(channel)) {
         channel->forward_bytes += rf_pipe_write(&channel->forward, forward_to(channel));
+        if (rf_pipe_pending(&channel->forward)) {
+            rf_fullness_note(&channel->fullness, false);
+        }
     }
 }
 
@@ -132,10 +133,27 @@ static void forward_pass_last(struct rf_channel *channel) {
     }
 }
 
-static void forward_read(struct rf_channel *channel) {
-    size_t chunk = rf_channel_is_short(channel) ? POSTCOPY_CHUNK : PRECOPY_CHUNK;
-    size_t n = rf_pipe_read(&channel->forward, forward_from(channel), forward_to(channel), chunk);
+static void set_queues(struct rf_channel *channel, enum rf_regime regime) {
+    channel->regime = regime;
+    rf_leg_set_unsent(forward_to(channel), rf_queues[regime].unsent);
+    rf_leg_set_send_buffer(forward_to(channel), rf_queues[regime].to_qemu);
+}
 
+static enum rf_regime regime_now(const struct rf_channel *channel) {
+    return rf_channel_is_short(channel) ? rf_fullness_regime(&channel->fullness) : RF_REGIME_PRECOPY;
+}
+
+static void forward_read(struct rf_channel *channel) {
+    enum rf_regime regime = regime_now(channel);
+    size_t n;
+
+    if (regime != channel->regime) {
+        set_queues(channel, regime);
+    }
+    n = rf_pipe_read(&channel->forward, forward_from(channel), forward_to(channel), rf_queues[regime].chunk);
+    if (regime != RF_REGIME_PRECOPY && (n > 0 || channel->forward.waits)) {
+        rf_fullness_note(&channel->fullness, !channel->forward.waits);
+    }
     if (n > 0) {
         rf_tracker_forward(channel->tracker, channel->forward.data, n, now_ns());
         forward_write(channel);
@@ -394,7 +412,11 @@ static bool all_is_sent(const struct rf_channel *channel) {
 }
 
 bool rf_channel_is_short(const struct rf_channel *channel) {
-    return channel->in_postcopy || rf_tracker_facts(channel->tracker) & RF_FACT_PACKAGED_BEGUN;
+    /* Before the device state comes, of which the less is under way the better where the channel is lost. */
+    const uint32_t turned = RF_FACT_POSTCOPY_DISCARD_SEEN | RF_FACT_PACKAGED_BEGUN;
+
+    return channel->in_postcopy || rf_tracker_facts(channel->tracker) & turned ||
+           has_passed(channel, RF_FACT_RECV_BITMAP_ASKED);
 }
 
 static bool in_postcopy(const struct rf_channel *channel) {
@@ -582,9 +604,9 @@ void rf_channel_move(struct rf_channel *channel, const struct pollfd *polls) {
     short from_events = channel->source_side ? local_events : far_events;
     short to_events = channel->source_side ? far_events : local_events;
 
+    move_lanes(channel, &polls[RF_POLL_LANES]); /* the preempt lane's pages are waited for */
     move_forward(channel, from_events, to_events);
     move_return(channel, to_events, from_events);
-    move_lanes(channel, &polls[RF_POLL_LANES]);
     (void)rf_pagemap_sweep(rf_tracker_pagemap(channel->tracker));
     mind_silence(channel);
     settle(channel);
@@ -599,6 +621,7 @@ bool rf_channel_init(struct rf_channel *channel, struct rf_tracker *tracker, boo
     channel->tracker = tracker;
     rf_leg_init(&channel->local);
     rf_leg_init(&channel->far);
+    rf_pipe_init(&channel->forward, channel->forward_room, sizeof(channel->forward_room));
     return rf_replay_init(&channel->replay, tracker, source_side, RF_RETURN_CHUNK);
 }
 
@@ -630,6 +653,11 @@ void rf_channel_begin(struct rf_channel *channel, int local_fd, int far_fd, bool
     rf_replay_channel(&channel->replay, recovered, may_replay, lanes > 0);
     rf_leg_adopt(&channel->local, local_fd);
     rf_leg_adopt(&channel->far, far_fd);
+    channel->fullness = (struct rf_fullness){0};
+    set_queues(channel, recovered ? RF_REGIME_FULL : RF_REGIME_PRECOPY);
+    if (!channel->source_side) {
+        rf_leg_bound_unread(&channel->far, RF_QUEUE_FAR, RF_LAN_ROUND_TRIP_US);
+    }
 }
 
 void rf_channel_add_lane(struct rf_channel *channel, struct rf_lane *lane, int local_fd, int far_fd,

@@ -22,10 +22,12 @@
 #include "lane.h"
 #include "leg.h"
 #include "pipe.h"
+#include "queues.h"
 #include "replay.h"
 #include "tracker.h"
 
 enum {
+    RF_FORWARD_CHUNK = 256 * 1024, /* the largest of rf_queues */
     RF_RETURN_CHUNK = 4 * 1024,
     RF_LANES_MAX = 255 + 1, /* multifd-channels (qapi/migration.json), and one for preempt */
     RF_SAY_MAX = 64,
@@ -60,7 +62,10 @@ struct rf_channel {
     uint64_t missed_from_ns;  /* QEMU has more for a lane that is missed; 0 for not */
     uint64_t forward_bytes;   /* passed on, over all channels */
     uint64_t return_bytes;    /* likewise */
+    enum rf_regime regime;
+    struct rf_fullness fullness;
     struct rf_pipe forward;
+    uint8_t forward_room[RF_FORWARD_CHUNK];
     uint8_t backward[RF_RETURN_CHUNK];
     uint8_t say[RF_SAY_MAX]; /* to be said to a source between two messages of the return path */
     size_t say_length;

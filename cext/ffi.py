@@ -65,6 +65,7 @@ MODULES: tuple[Module, ...] = (
             "session",
             "link",
             "leg",
+            "queues",
             "pipe",
             "lane",
             "replay",

@@ -2,10 +2,10 @@
 
 #include <stdlib.h>
 
+#include "queues.h"
+
 enum {
     PREEMPT_CHUNK = 16 * 1024, /* what is queued here is latency */
-    MULTIFD_CHUNK = RF_PIPE_ROOM,
-    BACKWARD_CHUNK = 4 * 1024,
 };
 
 struct rf_lane *rf_lane_new(enum rf_lane_kind kind, bool source_side) {
@@ -16,21 +16,10 @@ struct rf_lane *rf_lane_new(enum rf_lane_kind kind, bool source_side) {
         lane->source_side = source_side;
         rf_leg_init(&lane->local);
         rf_leg_init(&lane->far);
+        rf_pipe_init(&lane->forward, lane->forward_room, sizeof(lane->forward_room));
+        rf_pipe_init(&lane->backward, lane->backward_room, sizeof(lane->backward_room));
     }
     return lane;
-}
-
-void rf_lane_join(struct rf_lane *lane, int local_fd, int far_fd) {
-    rf_leg_adopt(&lane->local, local_fd);
-    rf_leg_adopt(&lane->far, far_fd);
-}
-
-void rf_lane_free(struct rf_lane *lane) {
-    if (lane != NULL) {
-        rf_leg_close(&lane->local);
-        rf_leg_close(&lane->far);
-        free(lane);
-    }
 }
 
 static struct rf_leg *forward_from(struct rf_lane *lane) {
@@ -39,6 +28,22 @@ static struct rf_leg *forward_from(struct rf_lane *lane) {
 
 static struct rf_leg *forward_to(struct rf_lane *lane) {
     return lane->source_side ? &lane->far : &lane->local;
+}
+
+void rf_lane_join(struct rf_lane *lane, int local_fd, int far_fd) {
+    rf_leg_adopt(&lane->local, local_fd);
+    rf_leg_adopt(&lane->far, far_fd);
+    if (lane->kind == RF_LANE_MULTIFD) { /* of precopy alone */
+        rf_leg_set_unsent(forward_to(lane), rf_queues[RF_REGIME_PRECOPY].unsent);
+    }
+}
+
+void rf_lane_free(struct rf_lane *lane) {
+    if (lane != NULL) {
+        rf_leg_close(&lane->local);
+        rf_leg_close(&lane->far);
+        free(lane);
+    }
 }
 
 static const struct rf_pipe *inward(const struct rf_lane *lane) {
@@ -88,7 +93,7 @@ static uint64_t move_forward(struct rf_lane *lane, struct rf_tracker *tracker, u
         return pass_last(lane, tracker, now_ns);
     }
     if (!rf_pipe_pending(&lane->forward)) {
-        size_t most = lane->kind == RF_LANE_PREEMPT ? PREEMPT_CHUNK : MULTIFD_CHUNK;
+        size_t most = lane->kind == RF_LANE_PREEMPT ? PREEMPT_CHUNK : RF_LANE_CHUNK;
         size_t n = rf_pipe_read(&lane->forward, forward_from(lane), forward_to(lane), most);
 
         if (n > 0 && lane->kind == RF_LANE_PREEMPT) {
@@ -104,12 +109,12 @@ static void move_backward(struct rf_lane *lane, enum rf_flow flow) {
     struct rf_leg *to = forward_from(lane);
 
     if (flow == RF_FLOW_DROP) {
-        (void)rf_leg_read(from, pipe->data, BACKWARD_CHUNK);
+        (void)rf_leg_read(from, pipe->data, RF_LANE_BACKWARD);
         rf_pipe_clear(pipe);
         return;
     }
     if (!rf_pipe_pending(pipe)) {
-        (void)rf_pipe_read(pipe, from, to, BACKWARD_CHUNK);
+        (void)rf_pipe_read(pipe, from, to, RF_LANE_BACKWARD);
     }
     if (rf_pipe_pending(pipe)) {
         (void)rf_pipe_write(pipe, to);

@@ -24,6 +24,11 @@ enum rf_lane_kind {
 };
 /* cffi: end */
 
+enum {
+    RF_LANE_CHUNK = 64 * 1024, /* there may be 255 of them */
+    RF_LANE_BACKWARD = 4 * 1024,
+};
+
 enum { RF_LANE_LOCAL, RF_LANE_FAR, RF_LANE_POLLS };
 
 struct rf_lane {
@@ -33,6 +38,8 @@ struct rf_lane {
     struct rf_leg far;
     struct rf_pipe forward;
     struct rf_pipe backward;
+    uint8_t forward_room[RF_LANE_CHUNK];
+    uint8_t backward_room[RF_LANE_BACKWARD];
     bool far_dealt_with; /* what its far leg's end does is decided */
     bool passes_far_end; /* it is passed on to QEMU */
 };

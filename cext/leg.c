@@ -19,6 +19,25 @@ void rf_leg_adopt(struct rf_leg *leg, int fd) {
     leg->is_tcp = rf_tcp_prepare(fd);
 }
 
+void rf_leg_set_unsent(struct rf_leg *leg, unsigned bytes) {
+    if (leg->is_tcp && leg->fd >= 0) {
+        rf_tcp_set_unsent(leg->fd, bytes);
+    }
+}
+
+void rf_leg_set_send_buffer(struct rf_leg *leg, unsigned bytes) {
+    if (!leg->is_tcp && leg->fd >= 0) {
+        /* It only shapes latency. */
+        (void)setsockopt(leg->fd, SOL_SOCKET, SO_SNDBUF, &bytes, sizeof(bytes));
+    }
+}
+
+void rf_leg_bound_unread(struct rf_leg *leg, unsigned bytes, unsigned round_trip_us) {
+    if (leg->is_tcp && leg->fd >= 0) {
+        rf_tcp_bound_unread(leg->fd, bytes, round_trip_us);
+    }
+}
+
 static void take_note(struct rf_leg *leg, enum rf_leg_state state, int error) {
     if (leg->state == RF_LEG_OPEN) {
         leg->state = state;
@@ -291,12 +310,7 @@ bool rf_leg_writable(const struct rf_leg *leg) {
 
 void rf_leg_take_all(struct rf_leg *leg) {
     leg->at_last = true;
-    if (leg->is_tcp && leg->fd >= 0) {
-        const unsigned no_limit = UINT32_MAX;
-
-        /* Where it fails a little less is taken. */
-        (void)setsockopt(leg->fd, IPPROTO_TCP, TCP_NOTSENT_LOWAT, &no_limit, sizeof(no_limit));
-    }
+    rf_leg_set_unsent(leg, UINT32_MAX); /* where it fails a little less is taken */
 }
 
 void rf_leg_probe(struct rf_leg *leg, unsigned dead_after_s) {

@@ -44,9 +44,7 @@ struct rf_leg {
 
 void rf_leg_init(struct rf_leg *leg);
 
-/*
- * Takes ownership of the descriptor and, on TCP, sets TCP_NODELAY and TCP_NOTSENT_LOWAT, so that what waits
- * unsent in the kernel stays small.
+/* Takes ownership of the descriptor and, on TCP, sees to it that what waits unsent in the kernel stays small.
  */
 void rf_leg_adopt(struct rf_leg *leg, int fd);
 
@@ -58,6 +56,15 @@ void rf_leg_leave_connection(struct rf_leg *leg);
 
 /* Whether it is not closed. */
 bool rf_leg_is_open(const struct rf_leg *leg);
+
+/* On TCP: as tcp.h. */
+void rf_leg_set_unsent(struct rf_leg *leg, unsigned bytes);
+
+/* On a unix socket: SO_SNDBUF. */
+void rf_leg_set_send_buffer(struct rf_leg *leg, unsigned bytes);
+
+/* On TCP: as tcp.h. */
+void rf_leg_bound_unread(struct rf_leg *leg, unsigned bytes, unsigned round_trip_us);
 
 /* Reads at most `len` bytes. Returns the count; 0 when nothing is there now, or nothing will be. */
 size_t rf_leg_read(struct rf_leg *leg, uint8_t *buf, size_t len);

@@ -9,6 +9,7 @@
 #include <time.h>
 #include <unistd.h>
 
+#include "queues.h"
 #include "tcp.h"
 
 enum {
@@ -394,6 +395,10 @@ enum rf_wrong rf_link_resume(struct rf_link *link, const struct rf_positions *pe
     return rf_stream_resume(link->stream, peer);
 }
 
+static void set_queues(const struct rf_link *link) {
+    rf_tcp_set_unsent(link->fd, rf_queues[link->postcopy ? RF_REGIME_FULL : RF_REGIME_PRECOPY].unsent);
+}
+
 void rf_link_adopt(struct rf_link *link, int fd) {
     close_connection(link);
     link->fd = fd;
@@ -403,6 +408,10 @@ void rf_link_adopt(struct rf_link *link, int fd) {
     link->look_ns = 0;
     link->parting = false;
     rf_tcp_prepare(fd);
+    set_queues(link);
+    if (link->answers) {
+        rf_tcp_bound_unread(fd, RF_QUEUE_FAR, RF_LAN_ROUND_TRIP_US);
+    }
     rf_tcp_probe(fd, SILENT_AFTER_S);
     send_all(link);
 }
@@ -489,6 +498,7 @@ static void bound(struct rf_link *link) {
     size_t most = 2 * (size_t)rf_tcp_flight(link->fd);
 
     if (link->postcopy) {
+        set_queues(link);
         rf_stream_bound(link->stream, most > POSTCOPY_LEAST ? most : POSTCOPY_LEAST);
     }
 }

@@ -4,6 +4,10 @@ static const short GONE = POLLERR | POLLHUP | POLLNVAL;
 
 bool rf_pipe_pending(const struct rf_pipe *pipe) { return pipe->off < pipe->len; }
 
+void rf_pipe_init(struct rf_pipe *pipe, uint8_t *data, size_t room) {
+    *pipe = (struct rf_pipe){.data = data, .room = room};
+}
+
 void rf_pipe_clear(struct rf_pipe *pipe) {
     pipe->off = pipe->len = 0;
     pipe->waits = false;
@@ -23,7 +27,7 @@ size_t rf_pipe_read(struct rf_pipe *pipe, struct rf_leg *from, const struct rf_l
     if (pipe->waits) {
         return 0;
     }
-    n = rf_leg_read(from, pipe->data, most < RF_PIPE_ROOM ? most : RF_PIPE_ROOM);
+    n = rf_leg_read(from, pipe->data, most < pipe->room ? most : pipe->room);
     if (n > 0) {
         pipe->off = 0;
         pipe->len = n;
@@ -32,7 +36,7 @@ size_t rf_pipe_read(struct rf_pipe *pipe, struct rf_leg *from, const struct rf_l
 }
 
 size_t rf_pipe_pass_last(struct rf_pipe *pipe, struct rf_leg *from, struct rf_leg *to) {
-    size_t there = rf_leg_peek(from, pipe->data, RF_PIPE_ROOM);
+    size_t there = rf_leg_peek(from, pipe->data, pipe->room);
     size_t taken = there > 0 ? rf_leg_write(to, pipe->data, there) : 0;
     size_t left = taken;
     size_t n;

@@ -15,14 +15,16 @@
 #include "ends.h"
 #include "leg.h"
 
-enum { RF_PIPE_ROOM = 64 * 1024 };
-
 struct rf_pipe {
     bool waits; /* there is something to read, but no room to send it */
     size_t off;
     size_t len;
-    uint8_t data[RF_PIPE_ROOM];
+    size_t room;
+    uint8_t *data;
 };
+
+/* `data`: room for one chunk, the caller's. */
+void rf_pipe_init(struct rf_pipe *pipe, uint8_t *data, size_t room);
 
 bool rf_pipe_pending(const struct rf_pipe *pipe);
 

@@ -363,7 +363,9 @@ static bool turn(struct rf_relay *relay) {
     }
     pthread_mutex_lock(&relay->at_work);
     if (found < 0) {
-        return take_orders(relay);
+        go_on = take_orders(relay);
+        publish(relay);
+        return go_on;
     }
     move_links(relay, &polls[POLL_LINKS]);
     rf_channel_move(&relay->channel, &polls[POLL_CHANNEL]);

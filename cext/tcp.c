@@ -5,7 +5,7 @@
 #include <sys/socket.h>
 
 enum {
-    NOTSENT_LOWAT = 8 * 1024,
+    FIRST_UNSENT = 8 * 1024,
     UNANSWERED_PROBES = 3,
 };
 
@@ -13,16 +13,32 @@ bool rf_tcp_prepare(int fd) {
     int domain = AF_UNSPEC;
     socklen_t size = sizeof(domain);
     const int on = 1;
-    const int lowat = NOTSENT_LOWAT;
 
     if (getsockopt(fd, SOL_SOCKET, SO_DOMAIN, &domain, &size) < 0 ||
         (domain != AF_INET && domain != AF_INET6)) {
         return false;
     }
-    /* Both only shape latency: a socket without them still carries every byte. */
+    /* These only shape latency: a socket without them still carries every byte. */
     (void)setsockopt(fd, IPPROTO_TCP, TCP_NODELAY, &on, sizeof(on));
-    (void)setsockopt(fd, IPPROTO_TCP, TCP_NOTSENT_LOWAT, &lowat, sizeof(lowat));
+    rf_tcp_set_unsent(fd, FIRST_UNSENT);
     return true;
+}
+
+void rf_tcp_set_unsent(int fd, unsigned bytes) {
+    (void)setsockopt(fd, IPPROTO_TCP, TCP_NOTSENT_LOWAT, &bytes, sizeof(bytes));
+}
+
+void rf_tcp_bound_unread(int fd, unsigned bytes, unsigned round_trip_us) {
+    struct tcp_info info = {0};
+    socklen_t size = sizeof(info);
+    unsigned now = 0;
+    socklen_t now_size = sizeof(now);
+
+    if (getsockopt(fd, IPPROTO_TCP, TCP_INFO, &info, &size) == 0 && info.tcpi_rtt > 0 &&
+        info.tcpi_rtt <= round_trip_us && getsockopt(fd, SOL_SOCKET, SO_RCVBUF, &now, &now_size) == 0 &&
+        now <= 2 * bytes) {
+        (void)setsockopt(fd, SOL_SOCKET, SO_RCVBUF, &bytes, sizeof(bytes));
+    }
 }
 
 void rf_tcp_probe(int fd, unsigned dead_after_s) {

@@ -10,6 +10,13 @@
  * TCP. */
 bool rf_tcp_prepare(int fd);
 
+/* It can be written while fewer bytes than that wait unsent in the kernel. */
+void rf_tcp_set_unsent(int fd, unsigned bytes);
+
+/* With a round trip of `round_trip_us` at the most: SO_RCVBUF, which TCP does not change any more. Not where
+ * it has grown beyond that already, for a window that shrinks stops the peer for long. */
+void rf_tcp_bound_unread(int fd, unsigned bytes, unsigned round_trip_us);
+
 /* From now on the kernel probes an idle connection, so that a host that is gone shows within `dead_after_s`
  * seconds. */
 void rf_tcp_probe(int fd, unsigned dead_after_s);

@@ -28,6 +28,8 @@ MEMORY_CEILING = 512 * 1024 * 1024
 """Bytes that the tracking of one migration may take; a guest of 1 TiB whose every page was forwarded takes
 64 MiB."""
 
+SOURCE_QUEUE = int(lib.RF_QUEUE_SOURCE)
+"""SO_SNDBUF, in bytes, of a source's end of a leg; the pump sizes the rest (cext/queues.h)."""
 DEAD_AFTER_SECONDS = 5
 """How long the other host may be silent in postcopy, though asked, before the channel counts as lost."""
 RUN_SECONDS = 1.0

@@ -10,7 +10,7 @@
 #include <unistd.h>
 
 enum { CHUNK_AT_LEAST = 15 * 1024, CHUNK_AT_MOST = 16 * 1024 };
-enum { LANE_AT_LEAST = 128 * 1024, LANE_AT_MOST = 160 * 1024 };
+enum { LANE_AT_LEAST = 64 * 1024, LANE_AT_MOST = 80 * 1024 };
 
 void *__libc_calloc(size_t count, size_t size);
 void __libc_free(void *memory);

@@ -1,5 +1,5 @@
 """The local leg: a socketpair, one end handed to QEMU with `getfd`. No path, no strangers, a send buffer
-that we size. Or a connection to where a QEMU was told on its command line to listen."""
+that we size (cext/queues.h). Or a connection to where a QEMU was told on its command line to listen."""
 
 from __future__ import annotations
 
@@ -14,6 +14,7 @@ from typing import Protocol
 
 import trio
 
+from refault.channel.relay import SOURCE_QUEUE
 from refault.daemon.kernel.peer import peer_of
 from refault.daemon.monitor.address import Address
 from refault.daemon.monitor.dial import dial
@@ -22,10 +23,6 @@ from refault.migration.phase import Role
 
 GETFD_TIMEOUT = 10.0
 GIVE_BACK_TIMEOUT = 5.0
-SOURCE_SEND_BUFFER = 8 * 1024
-"""Bytes (SO_SNDBUF) that a source has written and we have not read: they delay the page that is asked for."""
-DESTINATION_SEND_BUFFER = 32 * 1024
-"""Likewise, that we have written and a destination has not read."""
 
 log = logging.getLogger("refault.local")
 
@@ -80,11 +77,8 @@ async def hand_over(monitor: Executes, role: Role) -> LocalLeg:
     freely.
     """
     ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_STREAM)
-    # What waits between QEMU and us is queued ahead of the page that a vCPU waits for.
-    if role is Role.SOURCE:
-        theirs.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, SOURCE_SEND_BUFFER)
-    else:
-        ours.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, DESTINATION_SEND_BUFFER)
+    if role is Role.SOURCE:  # the pump sizes what we write into ours
+        theirs.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, SOURCE_QUEUE)
     with theirs:
         inode = os.fstat(theirs.fileno()).st_ino
         try:
@@ -163,7 +157,6 @@ async def reach(path: str, pid: int | None, timeout: float) -> LocalLeg:  # noqa
     if owner != pid:
         ours.close()
         raise OSError(f"process {owner} listens at unix:{path}, not QEMU, process {pid}")
-    ours.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, DESTINATION_SEND_BUFFER)
     return LocalLeg(path, ours, 0)
 
 

@@ -6,8 +6,8 @@ from __future__ import annotations
 import logging
 import socket
 
+from refault.channel.relay import SOURCE_QUEUE
 from refault.daemon.kernel.process import borrowed
-from refault.daemon.near.local import SOURCE_SEND_BUFFER
 
 log = logging.getLogger("refault.local")
 
@@ -19,7 +19,7 @@ def shorten(pid: int | None, inode: int) -> bool:
         if pid is None:
             raise OSError("its process is not known")
         with borrowed(pid, inode) as theirs:
-            theirs.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, SOURCE_SEND_BUFFER)
+            theirs.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, SOURCE_QUEUE)
     except OSError as error:
         log.info("QEMU's socket %s keeps its send buffer: %s", inode, error)
         return False

@@ -9,7 +9,6 @@ preempt channel only when it needs it: the pump holds back what must not come be
 from __future__ import annotations
 
 import logging
-import socket
 from dataclasses import dataclass
 from uuid import UUID
 
@@ -22,7 +21,7 @@ from refault.daemon.kernel.tcp import alive, is_whole
 from refault.daemon.kernel.unix_diag import peer_inode_now
 from refault.daemon.known.course import Course
 from refault.daemon.monitor.monitor import MonitorLost, QmpError
-from refault.daemon.near.local import DESTINATION_SEND_BUFFER, LocalLeg
+from refault.daemon.near.local import LocalLeg
 from refault.daemon.near.local_unix import QemuListens
 from refault.daemon.relayed.channels import Channels
 from refault.migration.messages import MULTIFD_INIT_BYTES, MultifdInit, multifd_init
@@ -147,7 +146,6 @@ class Gathering:
         does not listen."""
         with trio.CancelScope(shield=True):
             local = await self._course.vm.sockets.connect(door.path)
-        local.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, DESTINATION_SEND_BUFFER)
         return LocalLeg(door.path, local, peer_inode_now(local))
 
     async def connect(

@@ -7,8 +7,8 @@ import socket
 import subprocess
 import sys
 
+from refault.channel.relay import SOURCE_QUEUE
 from refault.daemon.kernel.unix_diag import peer_inode
-from refault.daemon.near.local import SOURCE_SEND_BUFFER
 from refault.daemon.near.short_queue import shorten
 
 WRITES = """
@@ -35,7 +35,7 @@ def test_what_another_process_has_written_stays_short() -> None:
         assert ours.recv(1) == b"1"
         assert shorten(writer.pid, peer_inode(ours))
         ours.send(b"1")
-        assert int(writer.communicate()[0]) <= 2 * SOURCE_SEND_BUFFER
+        assert int(writer.communicate()[0]) <= 2 * SOURCE_QUEUE
 
 
 def test_where_it_is_not_permitted_nothing_changes() -> None:
