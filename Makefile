@@ -182,7 +182,7 @@ tsan:
 campaign-kill: build $(VENV)/.dev
 	$(BOOTSTRAP) test
 	tests/tools/with-userfaultfd $(BIN)/python -m tests.campaign --only refault_source --only refault_destination \
-	    --only refault_both $(CAMPAIGN)
+	    --only refault_both --only refault_hung $(CAMPAIGN)
 
 $(CAMPAIGNS:%=campaign-%): build $(VENV)/.dev
 	$(BOOTSTRAP) test

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import os
 import random
+import signal
 from collections.abc import AsyncIterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -21,7 +22,7 @@ from refault.lab.driver import RefaultDriver, refault_driver
 from refault.lab.guest import Guest
 from refault.lab.memory import compare
 from refault.lab.netns import two_hosts
-from refault.lab.process import ProcessFailed
+from refault.lab.process import Process, ProcessFailed
 from refault.lab.qemu import DEFAULT_BINARY, Pair, PairOptions, Qemu, disks, start_pair
 from refault.lab.qmp_client import QmpClosed, QmpError
 from refault.lab.story import SIDES
@@ -238,6 +239,8 @@ async def _lose(stage: _Stage, planned: Planned) -> float | None:
             await client.execute("migrate-pause", oob=True)
         case kind if kind in KILLED:
             return await _kill_refaults(stage, KILLED[kind], planned)
+        case LossClass.REFAULT_HUNG:
+            return await _kill_refaults(stage, [SIDES.index(planned.side)], planned)
         case LossClass.EOF if planned.cut is not None:
             await stage.channel.cut_at(planned.cut)
             await stage.driver.source.execute("migrate-set-parameters", {"max-postcopy-bandwidth": 0})
@@ -263,6 +266,8 @@ async def _kill_refaults(stage: _Stage, ends: Sequence[int], planned: Planned) -
     driver = stage.driver
     when = trio.current_time()
     for end in ends:
+        if planned.hangs:
+            await _hang_and_abort(driver.processes[end], planned.hangs)
         driver.processes[end].kill()
     await trio.sleep(planned.down)
     for end in ends:
@@ -276,6 +281,16 @@ async def _kill_refaults(stage: _Stage, ends: Sequence[int], planned: Planned) -
     for end in ends:
         await _connect_again(stage, end)
     return when
+
+
+async def _hang_and_abort(refault: Process, seconds: float) -> None:
+    """As systemd does when a service has said nothing for WatchdogSec=."""
+    refault.signal(signal.SIGSTOP)
+    await trio.sleep(seconds)
+    refault.signal(signal.SIGABRT)
+    refault.signal(signal.SIGCONT)
+    with trio.fail_after(30):
+        await refault.wait()
 
 
 async def _connect_again(stage: _Stage, end: int) -> None:

@@ -53,6 +53,7 @@ class LossClass(enum.Enum):
     REFAULT_DESTINATION = "postcopy, the destination's refault killed"
     REFAULT_BOTH = "postcopy, both refaults killed"
     REFAULT_AGAIN = "recovery from that, a refault killed again"
+    REFAULT_HUNG = "postcopy, a refault that hangs killed by its watchdog"
     EOF = "after EOF, before SHUT"
 
     @property
@@ -104,11 +105,15 @@ class Planned:
     """Seconds until the supervisor starts a killed refault again."""
     again: float = 0.0
     """Seconds until that of ``side`` is killed once more."""
+    hangs: float = 0.0
+    """Seconds for which a refault has stood still when it is killed."""
 
     def __str__(self) -> str:
         detail = self.how.value
         if self.kind in KILLED:
             detail = f"again after {self.again:.2f} s" if self.again else f"down for {self.down:.2f} s"
+        if self.hangs:
+            detail = f"after {self.hangs:.2f} s"
         if self.cut is not None:
             way = "forward stream" if self.cut.forward else "return path"
             detail += f", {way}, {self.cut.extra} bytes after the match"
@@ -140,6 +145,8 @@ def plan(kind: LossClass, draw: random.Random) -> Planned:
             return Planned(kind, how, Cut(how, True, EOF, kept_back, "now"), side, after)
         case LossClass.REFAULT_AGAIN:
             return Planned(kind, how, None, side, after, again=draw.uniform(0.2, 0.7))
+        case LossClass.REFAULT_HUNG:
+            return Planned(kind, how, None, side, after, hangs=draw.uniform(0.1, 2.0))
         case kind if kind in KILLED:
             return Planned(kind, how, None, side, after, draw.choice((0.0, draw.uniform(0.0, 1.0))))
         case kind if kind in HANDSHAKE_POINTS:

@@ -18,6 +18,7 @@ KILLS = (
     LossClass.REFAULT_DESTINATION,
     LossClass.REFAULT_BOTH,
     LossClass.REFAULT_AGAIN,
+    LossClass.REFAULT_HUNG,
 )
 """7.2 does not survive each of them (docs/campaign.md), so they are made with 10.0."""
 # A client that paused is left ten seconds, which are too long for here.

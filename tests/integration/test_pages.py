@@ -13,7 +13,8 @@ from tests.integration.debian import ROOT, Debian, booted, make_environment, mig
 
 pytestmark = [
     pytest.mark.qemu,
-    pytest.mark.timeout(300),  # the first of all makes the system
+    pytest.mark.xdist_group("pages"),  # one system for all
+    pytest.mark.timeout(600),  # the first of all makes the system
     pytest.mark.skipif(os.geteuid() != 0, reason="root alone may boot a container"),
 ]
 

@@ -12,7 +12,8 @@ from tests.integration.debian import ROOT, Debian, booted, make_environment, mig
 
 pytestmark = [
     pytest.mark.qemu,
-    pytest.mark.timeout(300),  # the first of all makes the system
+    pytest.mark.xdist_group("units"),  # one system for all
+    pytest.mark.timeout(600),  # the first of all makes the system
     pytest.mark.skipif(os.geteuid() != 0, reason="root alone may boot a container"),
 ]
 
@@ -22,7 +23,7 @@ VM = '[vm.vm1]\nqemu = "/run/vms/vm1.real"\nlisten = "/run/vms/vm1,mode=0660,gro
 
 @pytest.fixture(scope="module")
 def debian(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Debian]:
-    """With refault installed, by somebody with a strict umask, and a directory for sockets."""
+    """With refault installed, by somebody with a strict umask, and a QEMU of another user's."""
     directory = tmp_path_factory.mktemp("installed")
     layer = directory / "layer"
     # The machine's own Python is the container's, too.
@@ -30,6 +31,9 @@ def debian(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Debian]:
     subprocess.run(command, cwd=ROOT, umask=0o077, env=make_environment(), check=True)
     with booted(directory, layer) as debian:
         debian.sh("install -d --owner=vm /run/vms")
+        qemu = ["qemu-system-x86_64", "-M", "none", "-nodefaults", "-display", "none"]
+        qemu += ["-qmp", "unix:/run/vms/vm1.real,server=on,wait=off"]
+        debian.run("systemd-run", "--unit=qemu-vm1", "--uid=vm", *qemu)
         yield debian
 
 
@@ -38,9 +42,6 @@ def until_fronted(debian: Debian, unit: str) -> None:
 
 
 def test_from_installation_to_stop(debian: Debian) -> None:
-    qemu = ["qemu-system-x86_64", "-M", "none", "-nodefaults", "-display", "none"]
-    qemu += ["-qmp", "unix:/run/vms/vm1.real,server=on,wait=off"]
-    debian.run("systemd-run", "--unit=qemu-vm1", "--uid=vm", *qemu)
     debian.run("systemctl", "enable", "--now", "refault")
     assert debian.status() == {}
     main = debian.show("refault", "MainPID")

@@ -11,6 +11,7 @@ from refault.daemon.host.errors import OperatorError, operator_errors
 from refault.daemon.host.paths import (
     SUN_PATH,
     control_socket,
+    make_again,
     make_default_directory,
     must_be_writable,
     runtime_directories,
@@ -68,6 +69,16 @@ def test_the_default_directory_has_its_mode_whatever_the_umask(tmp_path: Path, m
     finally:
         os.umask(before)
     assert (tmp_path / "refault").stat().st_mode & 0o777 == (0o755 if os.getuid() == 0 else 0o700)
+
+
+@pytest.mark.parametrize("parent", [0o700, 0o755, 0o750])
+def test_of_another_user_than_root_it_is_as_open_as_what_it_lies_in(
+    tmp_path: Path, parent: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(os, "getuid", lambda: 4242)
+    tmp_path.chmod(parent)
+    make_again(tmp_path / "vm1")
+    assert (tmp_path / "vm1").stat().st_mode & 0o777 == parent
 
 
 def test_the_default_directory_is_made_once_and_kept(tmp_path: Path) -> None:
