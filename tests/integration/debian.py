@@ -162,11 +162,13 @@ def _cgroups() -> Iterator[list[Path]]:
             mounts[""] = before.split()[4]
         elif kind == "cgroup" and "name=systemd" in options.split(","):
             mounts["name=systemd"] = before.split()[4]
+    # One name: in the hierarchy of systemd's own nspawn makes what there is in the unified one.
+    name = f"debian-{os.getpid()}-{time.monotonic_ns()}"
     groups = []
     for line in Path("/proc/self/cgroup").read_text().splitlines():
         _, controllers, path = line.split(":", 2)
         if controllers in mounts:
-            groups.append(Path(f"{mounts[controllers]}{path}", f"debian-{os.getpid()}-{time.monotonic_ns()}"))
+            groups.append(Path(f"{mounts[controllers]}{path}", name))
     for group in groups:
         group.mkdir()
     try:
