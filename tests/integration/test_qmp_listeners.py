@@ -151,6 +151,23 @@ async def test_who_comes_right_behind_the_end_of_a_qemu_finds_the_next() -> None
                         assert told["QMP"]["version"]["qemu"]["micro"] == micro + 1
 
 
+async def test_who_comes_between_a_qemus_bind_and_its_listen_is_served() -> None:
+    """The socket's file is there, which is what others wait for, and a busy host stops a process anywhere."""
+    with directory() as path, socket.socket(socket.AF_UNIX) as qemu, socket.socket(socket.AF_UNIX) as client:
+        async with refault(path / "qemu", path / "front") as monitor:
+            qemu.bind(str(path / "qemu"))
+            client.connect(str(path / "front"))
+            client.settimeout(0.2)
+            with pytest.raises(TimeoutError):
+                await trio.to_thread.run_sync(client.recv, 1)
+            client.settimeout(20)
+            qemu.listen()
+            connection, _ = await trio.to_thread.run_sync(qemu.accept)
+            with connection:
+                await greet(connection, monitor)
+                assert await trio.to_thread.run_sync(client.recv, 1) == b"{"
+
+
 async def test_a_client_waits_for_a_qemu_that_is_being_connected_to(monkeypatch: pytest.MonkeyPatch) -> None:
     """Not for ever: it may be another client's, and never greet."""
     monkeypatch.setattr(clients, "_GREETED_WITHIN", 1.0)

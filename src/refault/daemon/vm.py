@@ -487,7 +487,9 @@ class Vm:
             try:
                 await self._take_over(patient=pause < MEET_LONGEST_PAUSE / 4)
                 return
-            except (QmpError, MonitorLost, trio.TooSlowError, OSError, AttemptFailed) as error:
+            except MonitorLost:
+                pass  # who is connected to next is met then
+            except (QmpError, trio.TooSlowError, OSError, AttemptFailed) as error:
                 log.error(
                     "%s: cannot take over the migration that is under way: %s; trying again",
                     self.name,

@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import os
 import socket
+import time
 from collections.abc import Awaitable, Callable
 
 import trio
@@ -27,6 +28,9 @@ _GREETING_TIMEOUT = 10.0
 NOT_TOLD = 30.0
 """Seconds after which a socket's file is looked for where the kernel has not told of it: it may lie behind a
 mount that was made since."""
+_LISTENS_WITHIN = 1.0
+"""Seconds from when a QEMU has bound its socket, within which it listens however busy the host is."""
+_LISTENS_SOON = 0.005
 
 
 class Upstream:
@@ -80,6 +84,11 @@ class Upstream:
                     " or name a monitor of its own for refault"
                 )
                 pause = trio.sleep
+            except ConnectionRefusedError as error:
+                if self._has_just_bound():  # who comes now waits, as for one that is being connected to
+                    await trio.sleep(_LISTENS_SOON)
+                    continue
+                self._complain(f"no QEMU at {self._address} yet: {why(error)}")
             except FileNotFoundError as error:
                 self._complain(f"no QEMU at {self._address} yet: {why(error)}")
                 if delay == longest:
@@ -92,6 +101,14 @@ class Upstream:
             self._presence.set(self._nobody)
             await pause(delay)
             delay = min(1.5 * delay, longest)
+
+    def _has_just_bound(self) -> bool:
+        """Whether a QEMU has made its socket right now, on which it does not listen yet."""
+        try:
+            bound = os.stat(self._address.path or "").st_mtime
+        except OSError:  # also a name that is in no file system
+            return False
+        return abs(time.time() - bound) < _LISTENS_WITHIN
 
     async def take(self, sock: socket.socket) -> None:
         """A QEMU has connected to us: its turn comes when the one before it is gone."""
