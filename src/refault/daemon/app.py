@@ -259,6 +259,7 @@ async def _serve_host(
             following.start_soon(follow)
             await _until_end(name, ends, notifier)
             following.cancel_scope.cancel()
+        await services.set("hand-overs", None, None)  # what starts now is not to end with this one
         await _stop(lambda: fleet.vms, ends, notifier, nursery.cancel_scope)
 
 

@@ -84,6 +84,8 @@ class HandOvers:
         self._vms: dict[str, VmOptions] = {}
         self._begun: set[str] = set()
         """Names of hand-overs that are not done yet."""
+        self._leaving: set[str] = set()
+        """Names of VMs whose QEMU has ended, and of which something is left yet."""
         self._at_once: Counter[int | None] = Counter()
         self._restored = False
         self._nursery: trio.Nursery
@@ -167,8 +169,8 @@ class HandOvers:
             raise Refused(why)
         make_if_default(handed.state_dir)
         make_again(vm.state_dir)
-        undo.callback(_clear, vm)
         await _must_be_free(vm)
+        undo.callback(_clear, vm)
         with _bound(vm) as fresh:
             hand_over = HandOver(
                 name=name,
@@ -179,6 +181,8 @@ class HandOvers:
                 libvirt=os.fstat(monitor.fileno()).st_ino,
                 path=path,
             )
+            if socket_at(pid, offer.number) != hand_over.libvirt:
+                raise Refused(f"descriptor {offer.number} of its process cannot be seen, or is another")
             hand_over.save(vm.state_dir)
             socket.send_fds(connection, [b"ok"], [fresh.fileno()], socket.MSG_NOSIGNAL | socket.MSG_DONTWAIT)
         await trio.lowlevel.wait_readable(connection)  # nothing comes but its end, of an exec or a process
@@ -195,13 +199,13 @@ class HandOvers:
             with trio.move_on_after(NAME_FREE_WITHIN):
                 while self._is_leaving(name):  # noqa: ASYNC110 - nothing tells of it
                     await trio.sleep(_LOOK)
-            if name not in self._fleet.members and name not in self._begun | self._vms.keys():
+            if name not in self._fleet.members and name not in self._begun | self._leaving | self._vms.keys():
                 return name
         raise Refused(f"there is a VM of the name {possible[0]} already" if possible else "it has no name")
 
     def _is_leaving(self, name: str) -> bool:
         member = self._fleet.members.get(name)
-        return name in self._vms or (member is not None and member.wanted is None)
+        return name in self._leaving | self._vms.keys() or (member is not None and member.wanted is None)
 
     async def _front(self, name: str, vm: VmOptions, ends: int, kept: contextlib.ExitStack) -> None:
         """Fronts one for as long as its QEMU runs. What is on record of it outlives this process."""
@@ -211,8 +215,12 @@ class HandOvers:
             await trio.lowlevel.wait_readable(ends)
             log.info("%s: its QEMU has ended", name)
             del self._vms[name]
-            await self._want()
-            _clear(vm)
+            self._leaving.add(name)
+            try:
+                await self._want()
+            finally:
+                _clear(vm)
+                self._leaving.discard(name)
 
     async def _want(self) -> None:
         await self._fleet.want({SOURCE: list(self._vms.values())})

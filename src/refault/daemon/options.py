@@ -34,6 +34,11 @@ class VmOptions:
     state_dir: Path
     patience: Patience = field(default_factory=Patience)
 
+    @property
+    def handed(self) -> bool:
+        """Whether a listener was handed over with it: who comes there takes its end for QEMU's."""
+        return any(address.fd is not None for address in self.listen)
+
 
 def changes_in_place(old: VmOptions, new: VmOptions) -> bool:
     """Whether a VM that is served can go over from one to the other and keep its clients."""

@@ -25,7 +25,8 @@ class Verdict:
 
 
 def judge(sources: Sources, held: Mapping[str, VmOptions]) -> Verdict:
-    """Who is to be fronted; `held`: what those have who are.
+    """Who is to be fronted; `held`: what those have who are. Who was handed over goes before all others, for
+    it cannot come anew: libvirt ends a domain whose monitor it has lost.
 
     One of these that goes on in place waits for nobody: where a listener that it is to have from now on is
     another's still, that is tried again, and it keeps its clients.
@@ -50,24 +51,24 @@ def _judge(sources: Sources, held: Mapping[str, VmOptions], leaving: set[str]) -
     names: set[str] = set()
     taken: list[uses.Use] = []
     kept = [use for name in leaving for use in uses.of_vm(name, held[name])]
-    for source, vms in sources.items():
-        for options in vms:
-            name = options.name
-            mine = uses.of_vm(name, options)
-            if name in names:
-                verdict.refused[source, name] = "there is a VM of this name already"
-                continue
-            if (clash := _clash(taken, mine)) is not None:
-                verdict.refused[source, name] = f"{_words(*clash)} already"
-                continue
-            names.add(name)
-            taken += mine
-            goes_on = name in held and changes_in_place(held[name], options)
-            clash = None if goes_on else _clash([use for use in kept if use.owner != name], mine)
-            if clash is None:
-                verdict.wanted[name] = options
-            else:
-                verdict.waiting[source, name] = f"{_words(*clash)}, which is leaving"
+    each = [(source, options) for source, vms in sources.items() for options in vms]
+    for source, options in sorted(each, key=lambda pair: not pair[1].handed):
+        name = options.name
+        mine = uses.of_vm(name, options)
+        if name in names:
+            verdict.refused[source, name] = "there is a VM of this name already"
+            continue
+        if (clash := _clash(taken, mine)) is not None:
+            verdict.refused[source, name] = f"{_words(*clash)} already"
+            continue
+        names.add(name)
+        taken += mine
+        goes_on = name in held and changes_in_place(held[name], options)
+        clash = None if goes_on else _clash([use for use in kept if use.owner != name], mine)
+        if clash is None:
+            verdict.wanted[name] = options
+        else:
+            verdict.waiting[source, name] = f"{_words(*clash)}, which is leaving"
     return verdict
 
 

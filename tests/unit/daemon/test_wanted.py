@@ -54,3 +54,12 @@ def test_what_one_has_that_is_refused_now_is_not_free_either() -> None:
     """c takes a's listener, for which a leaves; so b does not get a's QEMU yet."""
     sources = {"files": [vm("c", "3", "x")], "/q/*": [vm("b", "1"), vm("a", "1", "x")]}
     assert names(sources, vm("a", "1", "x")) == ([], ["a"], ["b", "c"])
+
+
+def test_who_was_handed_over_keeps_its_name_whoever_else_wants_it() -> None:
+    """Its end would be its domain's."""
+    listen = Address("/l/libvirt", server=True, fd=7)
+    handed = VmOptions(name="a", qemu=Address("/q/1"), listen=(listen,), state_dir=Path("/s"))
+    verdict = judge({"files": [vm("a", "2"), vm("b", "1")], "libvirt": [handed]}, {"a": handed})
+    assert verdict.wanted == {"a": handed}
+    assert sorted(verdict.refused) == [("files", "a"), ("files", "b")]

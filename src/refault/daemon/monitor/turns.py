@@ -11,6 +11,8 @@ SHARE = 0.25
 """Of the loop's time. A process that never sleeps also waits for a core on a busy host (sched(7))."""
 BURST = 0.003
 """Seconds of the loop that may be had at once."""
+LONGEST_WAIT = 0.5
+"""Seconds, whatever was had: who comes and goes begins with a turn, and who stays is not to pay for it."""
 
 
 class Turns:
@@ -34,7 +36,8 @@ class Turns:
     async def end(self, turn: float, *, more: bool) -> None:
         """It is over: returns when the next may begin. Who has `more` at hand lets the others go first."""
         now = trio.current_time()
-        self._had = max(self._had - SHARE * (now - self._at), 0.0) + time.thread_time() - turn
+        had = max(self._had - SHARE * (now - self._at), 0.0) + time.thread_time() - turn
+        self._had = min(had, BURST + SHARE * LONGEST_WAIT)
         self._at = now
         if self._had > BURST:
             await trio.sleep((self._had - BURST) / SHARE)

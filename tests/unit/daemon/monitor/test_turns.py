@@ -12,7 +12,7 @@ import trio.testing
 
 from refault.daemon.monitor.address import Address
 from refault.daemon.monitor.monitor import Monitor
-from refault.daemon.monitor.turns import BURST, SHARE, Turns
+from refault.daemon.monitor.turns import BURST, LONGEST_WAIT, SHARE, Turns
 from refault.qmp.splitter import BATCH
 
 GREETING = (
@@ -36,6 +36,24 @@ async def test_a_flood_has_its_share_and_what_is_no_flood_waits_for_nothing(
         await trio.sleep(others)
     took = trio.current_time() - began
     assert took == pytest.approx(100 * others or (0.1 - BURST) / SHARE)
+
+
+async def test_nobody_waits_for_long_for_what_those_had_who_have_left(
+    monkeypatch: pytest.MonkeyPatch, autojump_clock: trio.testing.MockClock
+) -> None:
+    """Each client that comes begins with a turn, and may be gone before it would have to wait."""
+    used = 0.0
+    monkeypatch.setattr(time, "thread_time", lambda: used)
+    turns = Turns()
+    for _ in range(1000):
+        turn = turns.begin()
+        used += 0.01
+        with trio.CancelScope() as scope:
+            scope.cancel()
+            await turns.end(turn, more=True)
+    began = trio.current_time()
+    await turns.end(turns.begin(), more=False)
+    assert trio.current_time() - began <= LONGEST_WAIT
 
 
 @pytest.mark.parametrize("floods", ["QEMU", "client"])
