@@ -19,8 +19,8 @@ from tests.integration.test_service import Daemon, answer, ask, client_of, daemo
 
 pytestmark = pytest.mark.qemu
 
-GUEST = ["-M", "pc", "-m", "16", "-nodefaults", "-display", "none", "-accel", "tcg", "-S"]
-"""It is stopped, so that only what is asked for moves."""
+GUEST = ["-M", "pc", "-m", "256", "-nodefaults", "-display", "none", "-accel", "tcg", "-S"]
+"""It is stopped, so that only what is asked for moves: half a minute of precopy, at 9 bytes a page."""
 
 
 class Side:

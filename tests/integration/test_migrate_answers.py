@@ -279,6 +279,8 @@ async def test_of_several_addresses_the_one_that_is_there_is_found(tmp_path: Pat
                 await bare.set_capabilities(end.qmp, "return-path")  # else it is not told of the end
             answers = [await told(end, {"uri": f"tcp:localhost:{server.getsockname()[1]}"}) for end in ends]
             assert answers[0]["reply"] == answers[1]["reply"] == {}
-            assert answers[0]["events"] == answers[1]["events"]
+            # How far it comes before it sees the end is a race, at a bare one too.
+            words = [[word for word in answer["events"] if word != "device"] for answer in answers]
+            assert words[0] == words[1]
             assert answers[0]["status"] == answers[1]["status"]
             nursery.cancel_scope.cancel()
