@@ -279,6 +279,9 @@ async def test_a_migration_outlives_an_internal_error_in_the_fronts_of_both_ends
             with contextlib.suppress(ConnectionError), socket.socket(socket.AF_UNIX) as victim:
                 victim.connect(str(tmp_path / f"{side}.client"))
                 assert victim.recv(1) == b""
+            with trio.fail_after(20):  # until it listens no more: who comes before that is disconnected too
+                while (await driver.statuses())[end].internal_errors < 1:
+                    await trio.sleep(0.02)
             await driver.connect_again(end)
         with trio.fail_after(20):
             while not all(vm.internal_errors == 1 and vm.qemu.connected for vm in await driver.statuses()):
