@@ -144,6 +144,11 @@ class SessionView:
     rings: int
     """Bytes that its rings have."""
 
+    @property
+    def lost_for(self) -> float | None:
+        """Seconds since when there is no connection; None where there is one."""
+        return time.monotonic() - self.lost_ns / 1e9 if self.lost_ns else None
+
     def why(self) -> str:
         """What ended the last connection, in words."""
         if self.error < 0:

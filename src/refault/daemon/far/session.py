@@ -8,13 +8,14 @@ from __future__ import annotations
 import errno
 import logging
 import math
-import time
+from abc import ABC, abstractmethod
 from collections.abc import Callable
 from typing import Protocol
 
 import trio
 
 from refault.channel.relay import Relay, SessionState, SessionView
+from refault.daemon.host.repeats import repeats
 
 log = logging.getLogger("refault.session")
 
@@ -49,7 +50,7 @@ class Told(Protocol):
         """It goes on with another connection, so long after the loss of the last."""
 
 
-class RelayedSession:
+class RelayedSession(ABC):
     """Of one channel of `relay`; `changed` gives what is set when the pump tells of something next."""
 
     def __init__(
@@ -66,6 +67,27 @@ class RelayedSession:
         """Whether it has been carried."""
         self._offered_at = math.inf
         self._holds_until = 0.0
+
+    async def run(self, channel: int) -> None:
+        """Sees to `channel` until it is over, if it becomes a session at all."""
+        try:
+            while not self._relay.closed:
+                changed = self._changed()
+                if self._relay.look().channel < channel:
+                    await changed.wait()
+                    continue
+                view = self._view()
+                if view is None or not await self._see_to(view, changed):
+                    return
+        except Exception:
+            self.give_up()  # QEMU is not to wait for what nobody sees to
+            raise
+        finally:
+            self.over.set()
+
+    @abstractmethod
+    async def _see_to(self, view: SessionView, changed: trio.Event) -> bool:
+        """Does what is to be done as things stand, or waits for a change; False where it is over."""
 
     @property
     def is_lost(self) -> bool:
@@ -95,8 +117,7 @@ class RelayedSession:
             limit = OFFER_PATIENCE
         else:
             limit = self._waits.seconds()
-        lost_for = time.monotonic() - view.lost_ns / 1e9
-        return max(limit - lost_for, self._holds_until - trio.current_time())
+        return max(limit - (view.lost_for or 0.0), self._holds_until - trio.current_time())
 
     async def _out_of_patience(self, view: SessionView) -> None:
         if view.state is SessionState.OFFERED:
@@ -108,16 +129,21 @@ class RelayedSession:
         again = self._view()
         if again is None or again.state is not SessionState.BETWEEN:
             return
-        lost_for = time.monotonic() - view.lost_ns / 1e9
         if view.has_leg:
             log.warning(
-                "%s: no connection to the other refault for %.1f s: the channel is lost", self.name, lost_for
+                "%s: no connection to the other refault for %.1f s: the channel is lost",
+                self.name,
+                view.lost_for or 0.0,
             )
         self._relay.session_give_up(0 if view.complete else errno.ETIMEDOUT)
 
-    def _carried(self, lost_for: float | None) -> None:
-        if lost_for is not None and self._began:
-            self._told.session_resumed(lost_for)
-        elif not self._began:
+    def _carried(self, lost_for: float | None, attempt: int) -> None:
+        """It has a connection, by this attempt; so long after the loss of the last, where that is known."""
+        if not self._began:
+            log.info("%s: the channel is a session from here on: a lost connection is resumed", self.name)
             self._told.session_began()
+        elif lost_for is not None:
+            log.info("%s: resumed after %.3f s, attempt %d", self.name, lost_for, attempt,
+                     extra=repeats((self.name, "resumed"), ""))  # fmt: skip
+            self._told.session_resumed(lost_for)
         self._began = True

@@ -5,12 +5,11 @@ from __future__ import annotations
 import hmac
 import logging
 import socket
-import time
 from collections.abc import Callable
 
 import trio
 
-from refault.channel.relay import Relay, SessionState
+from refault.channel.relay import Relay, SessionState, SessionView
 from refault.daemon.far import carry
 from refault.daemon.far.exchange import answers, send
 from refault.daemon.far.session import RelayedSession, Told, Waits
@@ -58,52 +57,30 @@ class SessionAnswered(RelayedSession):
         self._table: Table[None] = Table(1)
         self._one = trio.Lock()
 
-    async def run(self, channel: int) -> None:
-        """Waits for whoever comes for `channel`, for as long as that makes sense, until it is over."""
-        try:
-            while True:
-                changed = self._changed()
-                if self._relay.closed:
-                    return
-                if self._relay.look().channel < channel:
-                    await changed.wait()
-                    continue
-                view = self._view()
-                if view is None:
-                    return
-                if view.state is SessionState.OVER:
-                    self._table.close(self._id, 0, view.taken if view.complete else 0)
-                    return
-                left = self._left(view)
-                if left <= 0:
-                    await self._out_of_patience(view)
-                    continue
-                with trio.move_on_after(left):
-                    await changed.wait()
-        except Exception:
-            self.give_up()  # QEMU is not to wait for what nobody sees to
-            raise
-        finally:
-            self.over.set()
+    async def _see_to(self, view: SessionView, changed: trio.Event) -> bool:
+        """Waits for whoever comes, for as long as that makes sense."""
+        if view.state is SessionState.OVER:
+            self._table.close(self._id, 0, view.taken if view.complete else 0)
+            return False
+        left = self._left(view)
+        if left <= 0:
+            await self._out_of_patience(view)
+            return True
+        with trio.move_on_after(left):
+            await changed.wait()
+        return True
 
     async def join(self, sock: socket.socket, answering: Answering, hello: Message) -> bool:
         """Answers a HELLO; whether the connection is the session's from now on. Raises OSError."""
         async with self._one:
             view = self._view()
-            lost_for = None
-            if view is not None and view.lost_ns:
-                lost_for = time.monotonic() - view.lost_ns / 1e9
+            lost_for = view.lost_for if view is not None else None
             code, attempt, at = self._judged(hello)
             await send(sock, answering.welcome(hello, code, attempt, at))
             if code is not Code.OK or not self._relay_adopts(sock):
                 return False
             sock.detach()
-            if self._began:
-                log.info("%s: resumed after %.3f s, attempt %d", self.name, lost_for or 0.0, hello.attempt,
-                         extra=repeats((self.name, "resumed"), ""))  # fmt: skip
-            else:
-                log.info("%s: the channel is a session from here on: a lost connection is resumed", self.name)
-            self._carried(lost_for or 0.0)
+            self._carried(lost_for or 0.0, hello.attempt)
             return True
 
     def _relay_adopts(self, sock: socket.socket) -> bool:

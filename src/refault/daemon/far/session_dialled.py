@@ -6,7 +6,6 @@ import errno
 import logging
 import math
 import socket
-import time
 from collections.abc import Callable, Sequence
 
 import trio
@@ -52,26 +51,15 @@ class SessionDialled(RelayedSession):
         self._addresses = addresses
         self._attempt = 0
 
-    async def run(self, channel: int) -> None:
-        """Keeps `channel` connected until it is over, if it becomes a session at all."""
-        try:
-            while True:
-                changed = self._changed()
-                if self._relay.closed:
-                    return
-                if self._relay.look().channel >= channel:
-                    view = self._view()
-                    if view is None or view.state is SessionState.OVER:
-                        return
-                    if view.state in (SessionState.OFFERED, SessionState.BETWEEN):
-                        await self._connect(view)
-                        continue
-                await changed.wait()
-        except Exception:
-            self.give_up()  # QEMU is not to wait for what nobody sees to
-            raise
-        finally:
-            self.over.set()
+    async def _see_to(self, view: SessionView, changed: trio.Event) -> bool:
+        """Connects it where it has no connection."""
+        if view.state is SessionState.OVER:
+            return False
+        if view.state in (SessionState.OFFERED, SessionState.BETWEEN):
+            await self._connect(view)
+        else:
+            await changed.wait()
+        return True
 
     async def _connect(self, view: SessionView) -> None:
         """Until there is a connection, or none is waited for."""
@@ -132,13 +120,7 @@ class SessionDialled(RelayedSession):
                 return False
             raise NotYet("what the other refault says of its positions cannot be")
         sock.detach()
-        lost_for = time.monotonic() - before.lost_ns / 1e9 if before is not None and before.lost_ns else None
-        if self._began and lost_for is not None:
-            log.info("%s: resumed after %.3f s, attempt %d", self.name, lost_for, self._attempt,
-                     extra=repeats((self.name, "resumed"), ""))  # fmt: skip
-        elif not self._began:
-            log.info("%s: the channel is a session from here on: a lost connection is resumed", self.name)
-        self._carried(lost_for)
+        self._carried(before.lost_for if before is not None else None, self._attempt)
         return True
 
     def _refused(self, welcome: Message) -> None:
