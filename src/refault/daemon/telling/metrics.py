@@ -107,6 +107,11 @@ def families(status: Status) -> list[Metric]:
         collected.append(family)
         return family
 
+    def histogram(name: str, text: str) -> HistogramMetricFamily:
+        family = HistogramMetricFamily(f"refault_{name}", text, labels=["vm"])
+        collected.append(family)
+        return family
+
     qemu_connected = gauge("qemu_connected", "1 while QMP with QEMU is negotiated")
     clients_connected = gauge("clients_connected", "QMP clients connected now")
     clients = counter("clients", "QMP clients accepted")
@@ -125,12 +130,7 @@ def families(status: Status) -> list[Metric]:
     attempts = counter("recovery_attempts", "Recoveries tried")
     recoveries = counter("recoveries", "Recoveries that brought QEMU back to postcopy-active")
     last = gauge("recovery_last_seconds", "The last recovery, from the noticed loss until postcopy-active")
-    durations = HistogramMetricFamily(
-        "refault_recovery_seconds",
-        "Recoveries, from the noticed loss until postcopy-active",
-        labels=["vm"],
-    )
-    collected.append(durations)
+    durations = histogram("recovery_seconds", "Recoveries, from the noticed loss until postcopy-active")
     last_loss = gauge("last_loss_timestamp_seconds", "When the last channel was lost")
     given_up = gauge("recovery_given_up", "1 while a loss is given up: no further attempt is made for it")
     requested = counter("pages_requested", "Pages requested by the destination")
@@ -140,21 +140,16 @@ def families(status: Status) -> list[Metric]:
     recorded = gauge("pages_recorded", "Page requests that no received bitmap has confirmed")
     kernel = gauge("kernel_waiting_threads", "The kernel's count of threads that wait for a page")
     outstanding = gauge("pages_outstanding", "Requested pages that have not passed the relay", "block")
-    latency = HistogramMetricFamily(
-        "refault_page_request_latency_seconds",
-        "From a page request passing the relay until its page has passed",
-        labels=["vm"],
+    latency = histogram(
+        "page_request_latency_seconds", "From a page request passing the relay until its page has passed"
     )
-    collected.append(latency)
 
     resuming = gauge("session_resuming", "1 while a session has no connection, and QEMU waits")
     sessions = counter("sessions", "Channels that became sessions between two refaults")
-    resumptions = HistogramMetricFamily(
-        "refault_session_resumption_seconds",
+    resumptions = histogram(
+        "session_resumption_seconds",
         "From the loss of a session's connection until bytes went on over the next",
-        labels=["vm"],
     )
-    collected.append(resumptions)
     again = counter("session_retransmitted_bytes", "Bytes that sessions sent more than once")
     kept = gauge("session_kept_bytes", "What a session's rings hold: not acknowledged, or not taken")
     incomplete = gauge("state_incomplete", "1 while a restarted refault would not know all of the migration")
