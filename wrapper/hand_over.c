@@ -85,33 +85,41 @@ static int append(char *packet, size_t size, size_t *length, const char *text) {
     return 1;
 }
 
-static int send_until(int connection, const struct refault_arguments *arguments, long deadline) {
-    char packet[2048], number[16];
-    size_t length = 0;
-    snprintf(number, sizeof(number), "%d", arguments->fd);
-    if (!append(packet, sizeof(packet), &length, GREETING) ||
-        !append(packet, sizeof(packet), &length, arguments->name) ||
-        !append(packet, sizeof(packet), &length, arguments->uuid) ||
-        !append(packet, sizeof(packet), &length, number))
-        return 0;
-    struct iovec data = {.iov_base = packet, .iov_len = length};
+/* One packet, with room for one descriptor beside it. */
+struct packet {
+    struct iovec data;
+    struct msghdr message;
     union {
         char space[CMSG_SPACE(sizeof(int))];
         struct cmsghdr header;
-    } control = {.space = {0}};
-    struct msghdr message = {
-        .msg_iov = &data,
-        .msg_iovlen = 1,
-        .msg_control = control.space,
-        .msg_controllen = sizeof(control.space),
-    };
-    struct cmsghdr *rights = CMSG_FIRSTHDR(&message);
+    } control;
+};
+
+static void lay_out(struct packet *packet, char *bytes, size_t length) {
+    *packet = (struct packet){.data = {.iov_base = bytes, .iov_len = length}};
+    packet->message.msg_iov = &packet->data;
+    packet->message.msg_iovlen = 1;
+    packet->message.msg_control = packet->control.space;
+    packet->message.msg_controllen = sizeof(packet->control.space);
+}
+
+static int send_until(int connection, const struct refault_arguments *arguments, long deadline) {
+    char text[2048], number[16];
+    size_t length = 0;
+    struct packet packet;
+    snprintf(number, sizeof(number), "%d", arguments->fd);
+    if (!append(text, sizeof(text), &length, GREETING) ||
+        !append(text, sizeof(text), &length, arguments->name) ||
+        !append(text, sizeof(text), &length, arguments->uuid) || !append(text, sizeof(text), &length, number))
+        return 0;
+    lay_out(&packet, text, length);
+    struct cmsghdr *rights = CMSG_FIRSTHDR(&packet.message);
     rights->cmsg_level = SOL_SOCKET;
     rights->cmsg_type = SCM_RIGHTS;
     rights->cmsg_len = CMSG_LEN(sizeof(int));
     memcpy(CMSG_DATA(rights), &arguments->fd, sizeof(int));
     for (;;) {
-        if (sendmsg(connection, &message, MSG_NOSIGNAL | MSG_DONTWAIT) >= 0)
+        if (sendmsg(connection, &packet.message, MSG_NOSIGNAL | MSG_DONTWAIT) >= 0)
             return 1;
         if (errno == EINTR)
             continue;
@@ -123,22 +131,13 @@ static int send_until(int connection, const struct refault_arguments *arguments,
 /* The socket that came, -1 and why where none did. Others that may have come are closed by the exec. */
 static int receive_until(int connection, long deadline, char why[REFAULT_WHY_MAX]) {
     char answer[REFAULT_WHY_MAX];
-    struct iovec data = {.iov_base = answer, .iov_len = sizeof(answer) - 1};
-    union {
-        char space[CMSG_SPACE(sizeof(int))];
-        struct cmsghdr header;
-    } control = {.space = {0}};
-    struct msghdr message = {
-        .msg_iov = &data,
-        .msg_iovlen = 1,
-        .msg_control = control.space,
-        .msg_controllen = sizeof(control.space),
-    };
+    struct packet packet;
     ssize_t length;
+    lay_out(&packet, answer, sizeof(answer) - 1);
     do {
         if (!wait_until(connection, POLLIN, deadline))
             return fail(why, "it does not answer");
-        length = recvmsg(connection, &message, MSG_CMSG_CLOEXEC | MSG_DONTWAIT);
+        length = recvmsg(connection, &packet.message, MSG_CMSG_CLOEXEC | MSG_DONTWAIT);
     } while (length < 0 && (errno == EINTR || errno == EAGAIN));
     if (length <= 0)
         return fail(why, "%s", length == 0 ? "it went away" : strerror(errno));
@@ -147,7 +146,7 @@ static int receive_until(int connection, long deadline, char why[REFAULT_WHY_MAX
         if (*at < ' ' || *at > '~')
             *at = '?'; /* one line, whatever it says */
     int fd = -1;
-    const struct cmsghdr *rights = CMSG_FIRSTHDR(&message);
+    const struct cmsghdr *rights = CMSG_FIRSTHDR(&packet.message);
     if (rights != NULL && rights->cmsg_level == SOL_SOCKET && rights->cmsg_type == SCM_RIGHTS &&
         rights->cmsg_len >= CMSG_LEN(sizeof(int)))
         memcpy(&fd, CMSG_DATA(rights), sizeof(int));

@@ -267,6 +267,7 @@ def test_what_is_no_socket_that_listens_is_not_handed_over(place: Place) -> None
         ("guest=" + "n" * 1024, b""),  # for the uuid to be taken
         ("guest=" + "n" * 100000, b""),
     ],
+    ids=lambda value: str(value[:40]),
 )
 def test_the_name_is_read_as_qemu_reads_it(
     place: Place, monitor: socket.socket, refault: Callable[[Answer], None], name: str, told: bytes
