@@ -20,14 +20,14 @@ import trio
 from refault.lab import bare
 from refault.lab.guest import Guest
 
-from .ways import Cell, Run, Spent, Way, laid, take_turns, tell
+from .ways import Cell, Run, Spent, Way, compared, laid, tell
 
 RATES: tuple[str | None, ...] = ("1gbit", None)
 LOG_PAGES = 15
 """128 MiB a vCPU."""
 
 
-async def migrate(cell: Cell, binary: str, vcpus: int, way: Way, directory: Path) -> Run:
+async def migrate(binary: str, vcpus: int, cell: Cell, way: Way, directory: Path) -> Run:
     """One migration, turned to postcopy at its beginning. Seconds count from there."""
     guest = Guest(vcpus, LOG_PAGES + (cell.rate is None) - (vcpus > 1) * 2, tick_ns=0)
     capabilities = ["postcopy-ram", *(["postcopy-preempt"] if cell.preempt else [])]
@@ -66,11 +66,8 @@ def measures(runs: list[Run]) -> dict[str, float]:
 
 def measure(options: argparse.Namespace) -> dict[str, dict[str, dict[str, float]]]:
     """For each link and mode the measures of each way."""
-    told = {}
-    for cell in (Cell(rate, preempt) for preempt in (False, True) for rate in RATES):
-        results = take_turns(options, partial(migrate, cell, options.qemu, options.vcpus))
-        told[cell.name] = {name: measures(runs) for name, runs in results.items()}
-    return told
+    cells = (Cell(rate, preempt) for preempt in (False, True) for rate in RATES)
+    return compared(options, cells, partial(migrate, options.qemu, options.vcpus), measures)
 
 
 def main() -> None:

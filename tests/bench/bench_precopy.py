@@ -17,14 +17,14 @@ from pathlib import Path
 
 from refault.lab.guest import Guest
 
-from .ways import Cell, Run, Spent, Way, laid, take_turns, tell
+from .ways import Cell, Run, Spent, Way, compared, laid, tell
 
 RATES: tuple[str | None, ...] = ("1gbit", None)
 GUEST = Guest(vcpus=1, log_pages=16, tick_ns=500_000_000)
 NO_LIMIT = 1 << 40
 
 
-async def migrate(cell: Cell, binary: str, way: Way, directory: Path) -> Run:
+async def migrate(binary: str, cell: Cell, way: Way, directory: Path) -> Run:
     """One migration at full speed."""
     async with laid(way, GUEST, directory, cell.rate, binary=binary, trace=False) as pair:
         before = Spent.of(pair.between)
@@ -44,11 +44,7 @@ def measures(runs: list[Run]) -> dict[str, float]:
 
 def measure(options: argparse.Namespace) -> dict[str, dict[str, dict[str, float]]]:
     """For each link the measures of each way."""
-    told = {}
-    for cell in map(Cell, RATES):
-        results = take_turns(options, partial(migrate, cell, options.qemu))
-        told[cell.name] = {name: measures(runs) for name, runs in results.items()}
-    return told
+    return compared(options, map(Cell, RATES), partial(migrate, options.qemu), measures)
 
 
 def main() -> None:

@@ -10,9 +10,10 @@ import re
 import shutil
 import sys
 import tempfile
-from collections.abc import AsyncIterator, Awaitable, Callable, Mapping, Sequence
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterable, Mapping, Sequence
 from contextlib import AsyncExitStack, asynccontextmanager
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -98,6 +99,20 @@ def take_turns(
             with tempfile.TemporaryDirectory(prefix="refault-bench-") as directory:
                 results[way.name].append(trio.run(run, way, Path(directory)))
     return results
+
+
+def compared(
+    options: argparse.Namespace,
+    cells: Iterable[Cell],
+    migrate: Callable[[Cell, Way, Path], Awaitable[Run]],
+    measures: Callable[[list[Run]], dict[str, float]],
+) -> dict[str, dict[str, dict[str, float]]]:
+    """For each cell the measures of each way."""
+    told = {}
+    for cell in cells:
+        results = take_turns(options, partial(migrate, cell))
+        told[cell.name] = {name: measures(runs) for name, runs in results.items()}
+    return told
 
 
 def rows_of(ways: Mapping[str, Mapping[str, float]]) -> list[list[str]]:

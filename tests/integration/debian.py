@@ -13,6 +13,9 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, TypeVar
 
+import pytest
+from tests.support import until as support
+
 ROOT = Path(__file__).parents[2]
 BASE = ROOT / ".nspawn"
 T = TypeVar("T")
@@ -142,13 +145,19 @@ def _first_process(nspawn: subprocess.Popen[bytes], log: Path) -> int:
     return until(booting, log.read_text)[0]
 
 
+def one_system(name: str) -> list[pytest.MarkDecorator]:
+    """Marks of a module whose tests share one that they boot."""
+    return [
+        pytest.mark.qemu,
+        pytest.mark.xdist_group(name),
+        pytest.mark.timeout(600),  # the first of all makes the system
+        pytest.mark.skipif(os.geteuid() != 0, reason="root alone may boot a container"),
+    ]
+
+
 def until(look: Callable[[], T], tell: Callable[[], str]) -> T:
     """Looks until there is something to see. Fails with what `tell` says."""
-    end = time.monotonic() + PATIENCE
-    while not (seen := look()):
-        assert time.monotonic() < end, tell()
-        time.sleep(0.05)
-    return seen
+    return support.until(look, tell, seconds=PATIENCE, pause=0.05)
 
 
 @contextlib.contextmanager

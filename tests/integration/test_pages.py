@@ -2,21 +2,15 @@
 
 from __future__ import annotations
 
-import os
 import re
 import subprocess
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from tests.integration.debian import ROOT, Debian, booted, make_environment, migration, until
+from tests.integration.debian import ROOT, Debian, booted, make_environment, migration, one_system, until
 
-pytestmark = [
-    pytest.mark.qemu,
-    pytest.mark.xdist_group("pages"),  # one system for all
-    pytest.mark.timeout(600),  # the first of all makes the system
-    pytest.mark.skipif(os.geteuid() != 0, reason="root alone may boot a container"),
-]
+pytestmark = one_system("pages")
 
 PYTHON = "/usr/lib/refault/bin/python"
 

@@ -2,20 +2,14 @@
 
 from __future__ import annotations
 
-import os
 import subprocess
 from collections.abc import Iterator
 from functools import partial
 
 import pytest
-from tests.integration.debian import ROOT, Debian, booted, make_environment, migration, until
+from tests.integration.debian import ROOT, Debian, booted, make_environment, migration, one_system, until
 
-pytestmark = [
-    pytest.mark.qemu,
-    pytest.mark.xdist_group("units"),  # one system for all
-    pytest.mark.timeout(600),  # the first of all makes the system
-    pytest.mark.skipif(os.geteuid() != 0, reason="root alone may boot a container"),
-]
+pytestmark = one_system("units")
 
 PYTHON = "/usr/local/lib/refault/bin/python"
 VM = '[vm.vm1]\nqemu = "/run/vms/vm1.real"\nlisten = "/run/vms/vm1,mode=0660,group=vm"\n'

@@ -12,12 +12,12 @@ import subprocess
 import sys
 import tempfile
 import threading
-import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 from tests.support.breaking_proxy import BreakingProxy
+from tests.support.until import until
 
 _PIECE = 256 << 10
 _BEGUN = re.compile(r"tunnel: (?:plain|session) side at (?:tcp:127\.0\.0\.1:(\d+)|unix:\S+)")
@@ -38,10 +38,7 @@ class Refault:
 
     def says(self, what: str) -> None:
         """Waits until its log holds `what`, for it is written beside the work. Raises AssertionError."""
-        until = time.monotonic() + 20
-        while what not in self.text():
-            assert time.monotonic() < until, self.text()
-            time.sleep(0.01)
+        until(lambda: what in self.text(), self.text)
 
     def memory(self) -> int:
         """Its resident memory, in bytes."""
@@ -65,11 +62,13 @@ def refault(listen: str, to: str, *options: str) -> Iterator[Refault]:
         with log.open("wb") as opened:
             process = subprocess.Popen(command, stderr=opened)
         try:
-            until = time.monotonic() + 20
-            while not (begun := _BEGUN.search(log.read_text())):
+
+            def listens() -> re.Match[str] | None:
                 assert process.poll() is None, log.read_text()
-                assert time.monotonic() < until
-                time.sleep(0.01)
+                return _BEGUN.search(log.read_text())
+
+            begun = until(listens, log.read_text)
+            assert begun is not None
             yield Refault(process, log, int(begun[1] or 0))
         finally:
             if process.poll() is None:

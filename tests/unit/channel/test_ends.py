@@ -12,12 +12,15 @@ import struct
 import termios
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import partial
 
 import pytest
 from refault.channel._channel import lib
+from tests.support import until as support
 from tests.support.tracker import Tracker
+from tests.support.until import descriptors_and_threads, until_nothing_is_left
 
 from refault.channel.relay import Lane, LegState, Relay
 from refault.channel.tracker import Fact
@@ -117,11 +120,12 @@ def pass_forward(ends: Ends, data: bytes) -> None:
     assert read_exactly(ends.qemu, len(data)) == data
 
 
-def until(holds: object, what: str) -> None:
-    deadline = time.monotonic() + DEADLINE
-    while not holds():  # type: ignore[operator]
-        assert time.monotonic() < deadline, what
-        time.sleep(0.001)
+def until(holds: Callable[[], object], what: str) -> None:
+    support.until(holds, lambda: what, seconds=DEADLINE)
+
+
+def is_recorded(ends: Ends, count: int) -> bool:
+    return ends.relay.pages().recorded == count
 
 
 def until_passed(ends: Ends, count: int) -> None:
@@ -310,8 +314,7 @@ def test_what_qemu_asked_for_right_before_it_closed_is_on_record() -> None:
                 ends.qemu.sendall(request(number * PAGE))
                 ends.qemu.shutdown(socket.SHUT_RDWR)
             ends.until(lambda view: view.local.lost)
-            asked = number + 1
-            until(lambda asked=asked: ends.relay.pages().recorded == asked, "a request is not on record")
+            until(partial(is_recorded, ends, number + 1), "a request is not on record")
             qemu.close()
             ends.relay.close_channel(number + 1)
             writer.join()
@@ -622,9 +625,6 @@ def _two_descriptors() -> tuple[int, int]:
 
 
 def test_a_relay_that_nobody_holds_any_more_leaves_nothing() -> None:
-    before = len(os.listdir("/proc/self/fd")), len(os.listdir("/proc/self/task"))
+    before = descriptors_and_threads()
     Relay(Role.SOURCE)
-    until(
-        lambda: (len(os.listdir("/proc/self/fd")), len(os.listdir("/proc/self/task"))) == before,
-        "a thread or a descriptor stays",
-    )
+    until_nothing_is_left(before)

@@ -12,6 +12,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 import pytest
+from tests.support.until import descriptors_and_threads, until_nothing_is_left
 
 from refault.channel.relay import DEAD_AFTER_SECONDS, Lane, LegState, Relay, RelayView
 from refault.migration.phase import Role
@@ -480,20 +481,13 @@ def test_a_replay_never_goes_into_a_half_written_message(cut: int) -> None:
 
 
 def test_nothing_is_left_behind() -> None:
-    def descriptors() -> int:
-        return len(list(Path("/proc/self/fd").iterdir()))
-
-    before = descriptors(), len(list(Path("/proc/self/task").iterdir()))
+    before = descriptors_and_threads()
     for _ in range(5):
         with relaying(Role.SOURCE) as ends:
             ends.channel()
             ends.channel(recovered=True)
             ends.qemu.sendall(b"x" * 1000)
-    assert descriptors() == before[0]
-    deadline = time.monotonic() + DEADLINE
-    while len(list(Path("/proc/self/task").iterdir())) > before[1]:  # each frees what its pump had
-        assert time.monotonic() < deadline
-        time.sleep(0.001)
+    until_nothing_is_left(before)
 
 
 def test_a_silence_before_it_counts_is_no_loss() -> None:

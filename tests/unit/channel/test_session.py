@@ -13,6 +13,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 
 import pytest
+from tests.support import until as support
 from tests.support.breaking_proxy import BreakingProxy
 from tests.unit.channel.test_relay import tcp_pair
 
@@ -27,10 +28,7 @@ PATIENCE = 10.0
 
 
 def until(condition: Callable[[], bool], what: str) -> None:
-    deadline = time.monotonic() + PATIENCE
-    while not condition():
-        assert time.monotonic() < deadline, what
-        time.sleep(0.001)
+    support.until(condition, lambda: what, seconds=PATIENCE)
 
 
 @dataclass

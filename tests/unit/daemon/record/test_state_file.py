@@ -6,7 +6,6 @@ import logging
 import os
 import shutil
 import subprocess
-import time
 from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
@@ -14,6 +13,7 @@ from typing import Any, cast
 
 import msgspec
 import pytest
+from tests.support.until import descriptors_and_threads, until_nothing_is_left
 
 from refault.channel.relay import Relay
 from refault.channel.tracker import Kept, Restored, StateFds
@@ -28,18 +28,6 @@ from refault.migration.phase import Role
 
 KEY = b"a key"
 RECORD = MigrationRecord(role=Role.SOURCE, uri="tcp:h:1", relayed=True, qemu_pid=1, qemu_started=2)
-
-
-def descriptors_and_threads() -> tuple[int, int]:
-    return len(os.listdir("/proc/self/fd")), len(os.listdir("/proc/self/task"))
-
-
-def nothing_is_left(before: tuple[int, int]) -> None:
-    """The pump's thread ends behind who stops it."""
-    until = time.monotonic() + 20
-    while (now := descriptors_and_threads()) != before:
-        assert time.monotonic() < until, (now, before)
-        time.sleep(0.01)
 
 
 def in_the_way(path: Path) -> None:
@@ -110,7 +98,7 @@ def test_a_migration_begins_though_the_directory_fails_meanwhile_and_nothing_sta
     assert troubles.count == 1
     assert "a restarted refault will not replay them" in str(troubles.error)
     migration.close()
-    nothing_is_left(before)
+    until_nothing_is_left(before)
     assert not (directory / "vm.pages.new").exists()
 
 
@@ -124,7 +112,7 @@ def test_a_relay_that_cannot_be_made_leaves_no_file(directory: Path, monkeypatch
     with pytest.raises(OSError, match="no threads"):
         begun(directory, tasks)
     assert tasks == []
-    nothing_is_left(before)
+    until_nothing_is_left(before)
     assert list(directory.iterdir()) == []
 
 
@@ -136,7 +124,7 @@ def test_a_relay_that_cannot_be_watched_is_ended(directory: Path, monkeypatch: p
     before = descriptors_and_threads()
     with pytest.raises(OSError, match="no memory"):
         begun(directory)
-    nothing_is_left(before)
+    until_nothing_is_left(before)
 
 
 def test_a_directory_that_went_away_is_made_again(directory: Path) -> None:
