@@ -90,7 +90,7 @@ struct rf_link *rf_link_new(bool answers, const uint8_t *id, struct rf_rings *ri
         return NULL;
     }
     link->rings = rings;
-    while (size > SMALLEST_RING && !reserve(link, 2 * size)) {
+    while (!reserve(link, 2 * size) && size > SMALLEST_RING) {
         size /= 2;
     }
     if (rings->scratch == NULL) {
