@@ -100,7 +100,7 @@ class SessionDialled(RelayedSession):
             sock.setblocking(False)
             sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
             self._attempt += 1
-            at = self._relay.session_tell()
+            at = None if self._relay.closed else self._relay.session_tell()
             if at is None:
                 return False
             flags = Flag(0) if self._began else Flag.NEW
@@ -114,13 +114,15 @@ class SessionDialled(RelayedSession):
 
     def _welcomed(self, sock: socket.socket, welcome: Message) -> bool:
         before = self._view()
+        if before is None:
+            return False
         if not self._relay.session_adopt(sock.fileno(), welcome.positions):
             again = self._view()
             if again is None or again.state is SessionState.OVER:
                 return False
             raise NotYet("what the other refault says of its positions cannot be")
         sock.detach()
-        self._carried(before.lost_for if before is not None else None, self._attempt)
+        self._carried(before.lost_for, self._attempt)
         return True
 
     def _refused(self, welcome: Message) -> None:

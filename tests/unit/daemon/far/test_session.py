@@ -14,6 +14,8 @@ import trio
 from tests.unit.channel.test_relay import tcp_pair
 
 from refault.channel.relay import Relay, SessionEnd, SessionState
+from refault.daemon.far import session_dialled
+from refault.daemon.far.dial import connect
 from refault.daemon.far.session_answered import SessionAnswered, receive
 from refault.daemon.far.session_dialled import SessionDialled
 from refault.migration.endpoint import Inet
@@ -266,3 +268,45 @@ async def test_a_refault_that_came_back_without_the_session_has_it_lost_at_once(
         both.lose()
         await both.source.until(lambda: both.source.relay.look().far.lost)
         assert both.source.relay.look().far_error == errno.ECONNRESET
+
+
+async def _answer(stream: trio.SocketStream, before: Callable[[], None]) -> None:
+    """As the other refault, after something has happened; it may say nothing, and hear nothing."""
+    async with stream:
+        if hello := await stream.receive_some(MESSAGE_BYTES):
+            before()
+            with suppress(trio.BrokenResourceError):
+                await stream.send_all(replace(decode(hello), kind=Kind.WELCOME, code=Code.OK).encode())
+
+
+@pytest.mark.parametrize("while_it_is", ["connected", "welcomed"])
+async def test_a_migration_that_ends_in_a_handshake_is_no_error(
+    while_it_is: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    here, host = tcp_pair()
+    with host:
+        source = End(Role.SOURCE, SessionEnd.DIALS, here)
+        with source.qemu:
+            if while_it_is == "connected":
+
+                async def connects(endpoint: Inet, patience: float) -> trio.socket.SocketType:
+                    source.relay.close()
+                    return await connect(endpoint, patience)
+
+                monkeypatch.setattr(session_dialled, "connect", connects)
+            async with trio.open_nursery() as nursery:
+                [listener] = await trio.open_tcp_listeners(0, host="127.0.0.1")
+                nursery.start_soon(
+                    trio.serve_listeners, lambda stream: _answer(stream, source.relay.close), [listener]
+                )
+                port = listener.socket.getsockname()[1]
+                dialled = SessionDialled(
+                    "src", source.relay, lambda: source.changed, source.seen, source.seen,
+                    lambda: [Inet("127.0.0.1", port)],
+                )  # fmt: skip
+                host.sendall(b"".join(PONG[:4] + word for word in (b"\xf5\x72\x66\x73", *[ID[:4]] * 4)))
+                await source.until(lambda: source.state is SessionState.OFFERED)
+                with trio.fail_after(5):
+                    await dialled.run(1)
+                assert source.relay.closed
+                nursery.cancel_scope.cancel()
