@@ -161,16 +161,23 @@ size_t rf_leg_peek(struct rf_leg *leg, uint8_t *buf, size_t len) {
     return read_connection(leg, buf, len, MSG_PEEK);
 }
 
+/* As much as the link has room for, which sends it when it can. */
+static size_t keep(struct rf_leg *leg, const uint8_t *buf, size_t len) {
+    size_t n = rf_link_write(leg->link, buf, len);
+
+    leg->sent += n;
+    return n;
+}
+
 static size_t write_link(struct rf_leg *leg, const uint8_t *buf, size_t len) {
     int error = rf_link_refuses(leg->link);
-    size_t n = error == 0 ? rf_link_write(leg->link, buf, len) : 0;
 
     if (error != 0) {
         leg->may_write = false;
         leg->write_error = error;
+        return 0;
     }
-    leg->sent += n;
-    return n;
+    return keep(leg, buf, len);
 }
 
 /* As the kernel takes it, and behind the offer where there is one to make. */
@@ -206,6 +213,9 @@ size_t rf_leg_write(struct rf_leg *leg, const uint8_t *buf, size_t len) {
     if (rf_link_carries(leg->link)) {
         return write_link(leg, buf, len);
     }
+    if (leg->link != NULL && leg->link->only_read) {
+        return keep(leg, buf, len);
+    }
     if (leg->link != NULL && rf_link_plain_room(leg->link) < len) {
         if (leg->link->answers) {
             rf_leg_drop_link(leg); /* nobody has taken the offer */
@@ -224,10 +234,14 @@ size_t rf_leg_write(struct rf_leg *leg, const uint8_t *buf, size_t len) {
         leg->sent += (uint64_t)n;
         return (size_t)n;
     }
-    if (!is_later(errno) && !outlived(leg, errno)) {
-        leg->may_write = false;
-        leg->write_error = errno;
+    if (is_later(errno)) {
+        return 0;
     }
+    if (rf_link_outlives_write(leg->link)) {
+        return keep(leg, buf, len);
+    }
+    leg->may_write = false;
+    leg->write_error = errno;
     return 0;
 }
 
@@ -244,6 +258,9 @@ void rf_leg_want(const struct rf_leg *leg, short events, struct pollfd *one) {
     } else if (leg->fd >= 0) {
         if (link != NULL && rf_link_plain_room(link) == 0) {
             events &= (short)~POLLOUT; /* not before it is known what the other host is */
+        }
+        if (link != NULL && link->end_seen) {
+            events &= (short)~POLLRDHUP;
         }
         one->fd = events != 0 ? leg->fd : one->fd;
         one->events |= events;
@@ -284,8 +301,8 @@ void rf_leg_see_end(struct rf_leg *leg, short events) {
     } else if (getsockopt(leg->fd, SOL_SOCKET, SO_ERROR, &error, &size) < 0) {
         error = errno;
     }
-    if (!rf_link_carries(leg->link) && outlived(leg, error)) {
-        return;
+    if (!rf_link_carries(leg->link) && rf_link_outlives_end(leg->link)) {
+        return; /* what the kernel holds is read first */
     }
     take_note(leg, error != 0 ? RF_LEG_FAILED : RF_LEG_ENDED, error);
 }

@@ -215,11 +215,29 @@ static void between(struct rf_link *link, int64_t lost_by) {
     link->state = RF_LINK_BETWEEN;
 }
 
+static bool is_offered(const struct rf_link *link) { return link != NULL && link->state == RF_LINK_OFFERED; }
+
 bool rf_link_outlives(struct rf_link *link, int error) {
-    if (link == NULL || link->state != RF_LINK_OFFERED) {
+    if (!is_offered(link)) {
         return false;
     }
     between(link, error);
+    return true;
+}
+
+bool rf_link_outlives_write(struct rf_link *link) {
+    if (!is_offered(link)) {
+        return false;
+    }
+    link->only_read = true;
+    return true;
+}
+
+bool rf_link_outlives_end(struct rf_link *link) {
+    if (!is_offered(link)) {
+        return false;
+    }
+    link->end_seen = true;
     return true;
 }
 
@@ -234,6 +252,26 @@ static void over(struct rf_link *link) {
     close_connection(link);
     link->acknowledge_ns = 0;
     link->state = RF_LINK_OVER;
+}
+
+static ssize_t receive_some(struct rf_link *link) {
+    ssize_t n;
+
+    do {
+        n = recv(link->fd, link->rings->scratch, RF_LINK_SCRATCH, MSG_DONTWAIT);
+    } while (n < 0 && errno == EINTR);
+    return n;
+}
+
+/* The connection is lost, but for what had arrived on it: who sent that may not come again. No more is taken
+ * than there is room for. */
+static void break_off(struct rf_link *link, int error) {
+    ssize_t n;
+
+    do {
+        n = receive_some(link);
+    } while (n > 0 && rf_stream_take(link->stream, link->rings->scratch, (size_t)n) == RF_RIGHT);
+    between(link, error);
 }
 
 static void send_all(struct rf_link *link) {
@@ -260,7 +298,7 @@ static void send_all(struct rf_link *link) {
             if (errno == EAGAIN || errno == EWOULDBLOCK) {
                 link->kernel_full = true;
             } else {
-                between(link, errno);
+                break_off(link, errno);
             }
             break;
         }
@@ -450,13 +488,9 @@ int rf_link_timeout_ms(const struct rf_link *link, uint64_t now) {
 
 static void receive(struct rf_link *link) {
     for (int i = 0; i < READS && link->state == RF_LINK_CARRIED; i++) {
-        uint8_t *scratch = link->rings->scratch;
         enum rf_wrong wrong;
-        ssize_t n;
+        ssize_t n = receive_some(link);
 
-        do {
-            n = recv(link->fd, scratch, RF_LINK_SCRATCH, MSG_DONTWAIT);
-        } while (n < 0 && errno == EINTR);
         if (n < 0 && (errno == EAGAIN || errno == EWOULDBLOCK)) {
             return;
         }
@@ -464,7 +498,7 @@ static void receive(struct rf_link *link) {
             between(link, n < 0 ? errno : 0);
             return;
         }
-        wrong = rf_stream_take(link->stream, scratch, (size_t)n);
+        wrong = rf_stream_take(link->stream, link->rings->scratch, (size_t)n);
         if (wrong != RF_RIGHT) {
             between(link, -(int64_t)wrong);
             return;
@@ -507,7 +541,7 @@ static void look_at_connection(struct rf_link *link, uint64_t now) {
     if (link->parting) { /* the peer has not closed the connection on which all is said */
         over(link);
     } else if (rf_tcp_silent(link->fd, SILENT_AFTER_S)) {
-        between(link, ETIMEDOUT);
+        break_off(link, ETIMEDOUT);
     } else {
         bound(link);
         link->look_ns = now + ms(LOOK_MS);

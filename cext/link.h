@@ -78,6 +78,8 @@ struct rf_link {
     bool parting;     /* END has been sent */
     bool kernel_full;
     bool leg_writes; /* the leg waits for room */
+    bool only_read;  /* connection 0 has failed and is read to its end: what is written is kept alone */
+    bool end_seen;   /* likewise, and what it waits for is the leg's taker */
     int fd;          /* in CARRIED, else -1 */
     int error;       /* what it was given up for; 0 for not */
     int64_t lost_by;
@@ -116,6 +118,11 @@ void rf_link_plain_came(struct rf_link *link, size_t length);
 
 /* Whether the loss of connection 0 is one that the link outlives; then it is BETWEEN. */
 bool rf_link_outlives(struct rf_link *link, int error);
+
+/* The same, where it cannot be written any more, or its end shows, and what has come on it is to be read
+ * first: what the leg writes is kept alone, and no end of it is waited for. */
+bool rf_link_outlives_write(struct rf_link *link);
+bool rf_link_outlives_end(struct rf_link *link);
 
 /* The leg goes on without it. */
 void rf_link_drop(struct rf_link *link);

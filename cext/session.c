@@ -21,7 +21,9 @@ struct rf_stream {
     uint64_t retransmitted;
     bool finished;
     bool stopped_there;
-    bool plain; /* connection 0 goes on: what the peer says of itself may be older than what it has sent */
+    /* The peer may not know yet that connection 0 has ended, for no frame of it has come: what it says of
+     * itself may be older than what it has sent. */
+    bool plain;
 
     /* The peer's. Kept: written to received. */
     uint8_t *in;
@@ -338,7 +340,6 @@ enum rf_wrong rf_stream_resume(rf_stream *stream, const struct rf_positions *pee
     }
     rf_stream_lost(stream);
     acknowledged(stream, peer->written, peer->written + peer->window);
-    stream->plain = false;
     stream->next = peer->received;
     /* The first frame says that we are there. */
     stream->acknowledge = true;
@@ -602,6 +603,7 @@ enum rf_wrong rf_stream_take(rf_stream *stream, const uint8_t *bytes, size_t len
             } else if (stream->came_length == want) {
                 stream->wrong = take_frame(stream);
                 stream->came_length = 0;
+                stream->plain = false;
             }
         }
         bytes += part;

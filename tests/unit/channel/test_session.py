@@ -3,13 +3,17 @@
 from __future__ import annotations
 
 import errno
+import fcntl
 import os
 import random
 import socket
+import struct
+import sys
+import termios
 import threading
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 
 import pytest
@@ -41,14 +45,10 @@ class Both:
     to_qemu: socket.socket
     plain: tuple[socket.socket, socket.socket]
 
-    def state(self, relay: Relay) -> SessionState:
-        view = relay.session()
-        return view.state if view is not None else SessionState.NONE
-
     def offered(self) -> None:
         """Until the destination has offered a session, and the source seen it."""
         self.to_qemu.sendall(PONG)
-        until(lambda: self.state(self.source) is SessionState.OFFERED, "no offer")
+        until(lambda: _state(self.source) is SessionState.OFFERED, "no offer")
         assert _exactly(self.from_qemu, len(PONG)) == PONG  # and nothing else of the offer
 
     def join(self, ends: tuple[socket.socket, socket.socket] | None = None) -> bool:
@@ -89,6 +89,11 @@ def both(*, dials: SessionEnd = SessionEnd.DIALS, answers: SessionEnd = SessionE
         destination.close()
 
 
+def _state(relay: Relay) -> SessionState:
+    view = relay.session()
+    return view.state if view is not None else SessionState.NONE
+
+
 def _exactly(sock: socket.socket, count: int) -> bytes:
     data = b""
     while len(data) < count:
@@ -106,7 +111,7 @@ def test_bare_bytes_are_as_they_were_sent() -> None:
             ends.to_qemu.sendall(PONG)
             if answers is SessionEnd.NO:
                 assert _exactly(ends.from_qemu, len(PONG)) == PONG
-                assert ends.state(ends.source) is SessionState.NONE
+                assert _state(ends.source) is SessionState.NONE
             else:  # five PONGs before, which a bare source takes
                 told = _exactly(ends.from_qemu, 6 * len(PONG))
                 assert told.endswith(PONG)
@@ -121,7 +126,7 @@ def test_an_offer_that_nobody_takes_is_withdrawn_and_the_plain_connection_goes_o
         data = os.urandom(3 << 20)
         threading.Thread(target=ends.from_qemu.sendall, args=(data,)).start()
         assert _exactly(ends.to_qemu, len(data)) == data
-        assert ends.state(ends.source) is SessionState.NONE
+        assert _state(ends.source) is SessionState.NONE
 
 
 def test_the_plain_connection_is_lost_right_after_the_offer() -> None:
@@ -129,12 +134,124 @@ def test_the_plain_connection_is_lost_right_after_the_offer() -> None:
         ends.from_qemu.sendall(b"before")
         ends.offered()
         ends.plain[0].shutdown(socket.SHUT_RDWR)
-        until(lambda: ends.state(ends.source) is SessionState.BETWEEN, "no loss")
-        until(lambda: ends.state(ends.destination) is SessionState.BETWEEN, "no loss")
+        until(lambda: _state(ends.source) is SessionState.BETWEEN, "no loss")
+        until(lambda: _state(ends.destination) is SessionState.BETWEEN, "no loss")
         ends.from_qemu.sendall(b" and behind")
         assert ends.source.look().far is LegState.OPEN
         assert ends.join()
         assert _exactly(ends.to_qemu, 17) == b"before and behind"
+
+
+@contextmanager
+def one(role: Role, end: SessionEnd) -> Iterator[tuple[Relay, socket.socket, socket.socket]]:
+    """One relay, the end that its QEMU has, and the other host's, which no refault is behind."""
+    local, qemu = socket.socketpair()
+    far, host = tcp_pair()
+    relay = Relay(role)
+    try:
+        relay.attach(
+            local.detach(), far.detach(), recovered=False, may_replay=True, session=end, session_id=ID
+        )
+        qemu.settimeout(PATIENCE)
+        host.setblocking(False)
+        yield relay, qemu, host
+    finally:
+        qemu.close()
+        host.close()
+        relay.close()
+
+
+def _arrived(host: socket.socket, sent: int) -> int:
+    """Of so many bytes, those that the relay's kernel has acknowledged."""
+    return sent - int.from_bytes(fcntl.ioctl(host, termios.TIOCOUTQ, bytes(4)), sys.byteorder)
+
+
+def _send_until_it_waits_in_the_kernel(
+    host: socket.socket, data: bytes, passed: Callable[[], int], *, least: int
+) -> int:
+    """Sends of `data` until more of it has arrived than has been passed on, by `least`; how much was sent."""
+    sent = 0
+
+    def waits() -> bool:
+        nonlocal sent
+        with suppress(BlockingIOError):
+            sent += host.send(data[sent : sent + 65536])
+        return _arrived(host, sent) - passed() > least
+
+    until(waits, "nothing waits")
+    return sent
+
+
+def test_what_had_arrived_when_a_write_fails_is_passed_on_though_a_session_was_offered() -> None:
+    data = os.urandom(8 << 20)
+    with one(Role.DESTINATION, SessionEnd.ANSWERS) as (relay, qemu, host):
+        chunk = 256 << 10
+        sent = _send_until_it_waits_in_the_kernel(
+            host, data, lambda: relay.look().forward_bytes, least=chunk + (32 << 10)
+        )
+        qemu.sendall(PONG)
+        until(lambda: _state(relay) is SessionState.OFFERED, "no offer")
+        arrived = _arrived(host, sent)
+        host.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
+        host.close()
+        with suppress(BrokenPipeError):
+            qemu.sendall(PONG)
+        assert _exactly(qemu, arrived) == data[:arrived]
+        until(lambda: _state(relay) is SessionState.BETWEEN, "no loss")
+
+
+def test_what_had_arrived_when_an_end_shows_is_passed_on_though_a_session_was_offered() -> None:
+    offer = b"".join(
+        PONG[:4] + word for word in (b"\xf5\x72\x66\x73", *(ID[i : i + 4] for i in (0, 4, 8, 12)))
+    )
+    data = PONG * (1 << 18)
+    with one(Role.SOURCE, SessionEnd.DIALS) as (relay, qemu, host):
+        host.sendall(offer)
+        until(lambda: _state(relay) is SessionState.OFFERED, "no offer")
+        sent = _send_until_it_waits_in_the_kernel(
+            host, data, lambda: relay.look().return_bytes, least=32 << 10
+        )
+        arrived = _arrived(host, sent)
+        host.shutdown(socket.SHUT_WR)
+        time.sleep(0.05)  # in which nothing is to happen
+        assert _exactly(qemu, arrived) == data[:arrived]
+        qemu.setblocking(False)
+
+        def lost() -> bool:
+            with suppress(BlockingIOError):
+                qemu.recv(1 << 20)
+            return _state(relay) is SessionState.BETWEEN
+
+        until(lost, "no loss")
+
+
+def test_what_had_arrived_on_a_connection_of_a_session_is_taken_when_it_fails() -> None:
+    with one(Role.DESTINATION, SessionEnd.ANSWERS) as (relay, qemu, host):
+        host.sendall(b"plain ")
+        assert _exactly(qemu, 6) == b"plain "
+        qemu.sendall(PONG)
+        until(lambda: _state(relay) is SessionState.OFFERED, "no offer")
+        here, there = tcp_pair()
+        assert relay.session_rejoin(Positions(received=len(PONG), written=len(PONG), end=6, window=1 << 20))
+        here.sendall(struct.pack(">BxxxIQ", 1, 8, 6) + b"and last")
+        here.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
+        here.close()
+        assert relay.session_adopt(there.fileno())
+        there.detach()
+        assert _exactly(qemu, 8) == b"and last"
+
+
+def test_a_hello_that_came_late_does_not_end_the_session() -> None:
+    with both() as ends:
+        ends.offered()
+        early, next_ = _now(ends.source), _now(ends.source)
+        ends.from_qemu.sendall(b"plain")
+        assert _exactly(ends.to_qemu, 5) == b"plain"
+        assert ends.destination.session_rejoin(early)  # and its connection is lost, before anybody is told
+        assert ends.destination.session_rejoin(next_)
+        assert ends.join()
+        ends.from_qemu.sendall(b" and on")
+        assert _exactly(ends.to_qemu, 7) == b" and on"
 
 
 def test_before_the_offer_a_loss_is_one_as_ever() -> None:
@@ -163,7 +280,7 @@ def test_connections_are_lost_at_any_byte_and_none_is_missing_or_doubled(seed: i
         connected = False
         while any(talk.is_alive() for talk in talks):
             assert time.monotonic() < deadline, (heard.keys(), ends.source.session(), proxy.lost)
-            lost = SessionState.BETWEEN in (ends.state(ends.source), ends.state(ends.destination))
+            lost = SessionState.BETWEEN in (_state(ends.source), _state(ends.destination))
             if not connected or lost:
                 here = socket.create_connection(("127.0.0.1", proxy.port))
                 there, _ = listening.accept()
@@ -182,13 +299,13 @@ def test_the_end_of_a_source_is_delivered_though_it_is_said_without_a_connection
         ends.source.session_rejoin(_now(ends.destination))  # its connection ends
         ends.from_qemu.sendall(b"the last")
         ends.from_qemu.close()
-        until(lambda: ends.state(ends.destination) is SessionState.BETWEEN, "no loss")
+        until(lambda: _state(ends.destination) is SessionState.BETWEEN, "no loss")
         assert ends.join()
         assert _exactly(ends.to_qemu, 8) == b"the last"
         until(lambda: ends.destination.look().far is LegState.ENDED, "its end does not come")
         ends.to_qemu.close()
-        until(lambda: ends.state(ends.source) is SessionState.OVER, "it does not end")
-        until(lambda: ends.state(ends.destination) is SessionState.OVER, "it does not end")
+        until(lambda: _state(ends.source) is SessionState.OVER, "it does not end")
+        until(lambda: _state(ends.destination) is SessionState.OVER, "it does not end")
 
 
 def test_a_session_that_is_given_up_is_a_loss() -> None:
@@ -212,7 +329,7 @@ def test_with_the_ring_full_and_no_connection_qemu_waits_and_nothing_is_lost() -
         time.sleep(0.05)
         assert talk.is_alive()
         assert _kept(ends.source) <= 1 << 20
-        until(lambda: ends.state(ends.destination) is SessionState.BETWEEN, "no loss")
+        until(lambda: _state(ends.destination) is SessionState.BETWEEN, "no loss")
         assert ends.join()
         assert _exactly(ends.to_qemu, len(data)) == data
         talk.join()
