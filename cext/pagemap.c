@@ -56,7 +56,7 @@ struct block {
     _Atomic uint32_t cells[CELLS];
     uint64_t unit;                 /* what one request covers: the page size, or as the first request says */
     uint32_t bitmap_channel;       /* the channel on which its received bitmap came whole */
-    bool disowned;                 /* that was another VM's: what it has confirmed is to be taken back */
+    bool disowned;                 /* that counts for nothing: what it has confirmed is to be taken back */
     struct rf_bitmap *forwarded;   /* has passed towards the destination */
     struct rf_bitmap *missing;     /* requested, and has not passed since */
     struct rf_bitmap *unconfirmed; /* requested, and not confirmed by a received bitmap */
@@ -80,6 +80,7 @@ struct rf_pagemap {
     bool forward_seen;
     bool any_declared;
     bool pages_passed; /* on this channel */
+    bool agreed;       /* likewise, RESUME_ACK: its received bitmaps hold */
     enum proof proof;
 
     struct rf_records records;
@@ -351,13 +352,14 @@ static bool is_confirmed(const struct rf_pagemap *map, const struct rf_record *r
            rf_bitmap_next(block->unconfirmed, first_page(map, record)) >= end;
 }
 
-/* What another VM's bitmap has confirmed is not. Without memory it stays so, and the destination's own
- * repetition must do. */
-static void take_back(const struct rf_pagemap *map, const struct rf_record *record) {
+/* What a bitmap that counts for nothing has confirmed is not. Without memory it stays so, and the
+ * destination's own repetition must do. */
+static void take_back(struct rf_pagemap *map, uint32_t slot) {
+    const struct rf_record *record = record_at(map, slot);
     struct block *block = block_at(map, record->block);
     (void)rf_bitmap_set_range(block->unconfirmed, first_page(map, record), page_count(map, record));
-    if (record->outstanding) {
-        (void)miss_pages(map, record);
+    if (miss_pages(map, record)) {
+        set_outstanding(map, slot, true);
     }
 }
 
@@ -370,7 +372,7 @@ static bool judge(struct rf_pagemap *map, uint32_t slot) {
     const struct rf_record *record = record_at(map, slot);
     const struct block *block = block_at(map, record->block);
     if (block->disowned) {
-        take_back(map, record);
+        take_back(map, slot);
     }
     if (block->bitmap_channel != map->channel) {
         return true;
@@ -833,12 +835,29 @@ void rf_pagemap_handshake_over(struct rf_pagemap *map) {
     }
     forget_unproven(map);
     map->proof = whole ? PROOF_GIVEN : PROOF_NONE;
+    map->agreed = true;
+}
+
+/* The received bitmaps of this channel, whole or not, count for nothing. */
+static void disown_bitmaps(struct rf_pagemap *map) {
+    for (uint32_t i = 0; i < blocks_length(map); i++) {
+        struct block *block = block_at(map, i);
+        if (block->bitmap_channel == map->channel || block->in_flight != NULL || i == map->bitmap_block) {
+            block->bitmap_channel = 0;
+            block->disowned = true;
+            map->sweep = map->records.oldest;
+        }
+    }
+    map->bitmap_block = NONE;
 }
 
 int rf_pagemap_channel_lost(struct rf_pagemap *map) {
     int status = RF_OK;
     write_begin(map);
     add(&map->counters.losses, 1);
+    if (!map->agreed) {
+        disown_bitmaps(map);
+    }
     map->bitmap_block = NONE;
     if (map->proof == PROOF_ASKED) {
         map->proof = PROOF_NONE; /* a PONG of another channel answers another PING */
@@ -857,7 +876,7 @@ int rf_pagemap_channel_lost(struct rf_pagemap *map) {
 void rf_pagemap_channel_begin(struct rf_pagemap *map) {
     map->channel++;
     map->bitmap_block = NONE;
-    map->pages_passed = false;
+    map->pages_passed = map->agreed = false;
     map->forward_seen = true; /* the received bitmaps set right what was missed */
 }
 
@@ -868,7 +887,7 @@ static int bitmap_begin(struct rf_pagemap *map, const char *name, size_t name_le
     }
     struct block *block = block_at(map, (uint32_t)index);
     if (block->disowned) {
-        while (rf_pagemap_sweep(map)) { /* else what a stranger confirmed is mixed with what this one does */
+        while (rf_pagemap_sweep(map)) { /* else what that has confirmed is mixed with what this one does */
         }
         block->disowned = false;
     }
@@ -888,6 +907,7 @@ static int bitmap_begin(struct rf_pagemap *map, const char *name, size_t name_le
     }
     map->bitmap_block = (uint32_t)index;
     map->bitmap_size = size;
+    map->agreed = false;
     map->report = (struct rf_bitmap_report){0};
     return index;
 }
@@ -965,16 +985,7 @@ void rf_pagemap_bitmap_disown(struct rf_pagemap *map) {
     if (map->bitmap_block == NONE) {
         return;
     }
-    block_at(map, map->bitmap_block)->bitmap_channel = map->channel;
-    for (uint32_t i = 0; i < blocks_length(map); i++) {
-        struct block *block = block_at(map, i);
-        if (block->bitmap_channel == map->channel) {
-            block->bitmap_channel = 0;
-            block->disowned = true;
-        }
-    }
-    map->sweep = map->records.oldest;
-    map->bitmap_block = NONE;
+    disown_bitmaps(map);
 }
 
 int rf_pagemap_bitmap_end(struct rf_pagemap *map, struct rf_bitmap_report *report) {

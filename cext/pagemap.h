@@ -139,8 +139,10 @@ void rf_pagemap_forward_unseen(struct rf_pagemap *map);
 void rf_pagemap_ping_passed(struct rf_pagemap *map);
 void rf_pagemap_pong_passed(struct rf_pagemap *map);
 
-/* Where the recovery handshake was not over, its received bitmaps count for nothing: what was in flight
- * before it may have been received after all. RF_NO_MEMORY: not all of that could be noted. */
+/* Where the recovery handshake was not over, its received bitmaps, the one under way too, count for nothing:
+ * what was in flight before it may have been received after all, and what they confirmed is not, for they may
+ * be another VM's, save that records which the sweep has ended by those that came whole do not come back.
+ * RF_NO_MEMORY: not all of that could be noted. */
 int rf_pagemap_channel_lost(struct rf_pagemap *map);
 void rf_pagemap_channel_begin(struct rf_pagemap *map);
 
@@ -156,8 +158,8 @@ int rf_pagemap_bitmap_end(struct rf_pagemap *map, struct rf_bitmap_report *repor
 bool rf_pagemap_bitmap_is_foreign(const struct rf_pagemap *map);
 /* Whether it lacks a page that is known to be loaded. */
 bool rf_pagemap_bitmap_lacks_loaded(const struct rf_pagemap *map);
-/* In place of end: it is another VM's and confirms nothing, nor do those before it on this channel, save that
- * records which the sweep has ended by those do not come back. The channel is to be lost. */
+/* In place of end: it is another VM's, and counts for nothing, as those before it on this channel do. The
+ * channel is to be lost. */
 void rf_pagemap_bitmap_disown(struct rf_pagemap *map);
 
 /* Judges some more records by the received bitmaps, the oldest first, in well below a millisecond. Whether

@@ -55,7 +55,11 @@ static void received(struct rf_pagemap *map, struct input *in, const char *name)
             CHECK(status == RF_OK || status == RF_NO_MEMORY);
             done += part;
         }
-        if ((rf_pagemap_bitmap_is_foreign(map) || rf_pagemap_bitmap_lacks_loaded(map)) && size % 3 == 0) {
+        if (size % 7 == 0) { /* its end never comes */
+            rf_pagemap_channel_lost(map);
+            rf_pagemap_channel_begin(map);
+        } else if ((rf_pagemap_bitmap_is_foreign(map) || rf_pagemap_bitmap_lacks_loaded(map)) &&
+                   size % 3 == 0) {
             rf_pagemap_bitmap_disown(map);
         } else {
             CHECK(rf_pagemap_bitmap_end(map, &report) == RF_OK);

@@ -128,14 +128,18 @@ class PageMap:
         """RESUME_ACK has passed: the received bitmaps hold, though the channel be lost."""
         lib.rf_pagemap_handshake_over(self._map)
 
-    def received(
-        self, name: bytes, dense: bytes, chunk: int = 1 << 16, *, sweep: bool = True
-    ) -> BitmapReport:
-        """A whole received bitmap, fed in chunks of so many bytes. Raises `PageMapError`."""
+    def received_in_part(self, name: bytes, dense: bytes, chunk: int = 1 << 16) -> None:
+        """A received bitmap but for its end, fed in chunks of so many bytes. Raises `PageMapError`."""
         _checked(lib.rf_pagemap_bitmap_begin(self._map, name, len(name), len(dense)))
         for offset in range(0, len(dense), chunk):
             part = dense[offset : offset + chunk]
             _checked(lib.rf_pagemap_bitmap_data(self._map, offset, part, len(part)))
+
+    def received(
+        self, name: bytes, dense: bytes, chunk: int = 1 << 16, *, sweep: bool = True
+    ) -> BitmapReport:
+        """A whole received bitmap. Raises `PageMapError`."""
+        self.received_in_part(name, dense, chunk)
         raw = ffi.new("struct rf_bitmap_report *")
         _checked(lib.rf_pagemap_bitmap_end(self._map, raw))
         while sweep and self.sweep():

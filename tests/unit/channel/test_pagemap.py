@@ -62,7 +62,7 @@ class Model(RuleBasedStateMachine):
         self.now = 0
         self.channel = 1
         self.requested = self.answers = self.repeated = self.confirmed = 0
-        self.pinged = self.loaded_known = self.passed = False
+        self.pinged = self.loaded_known = self.passed = self.agreed = False
         self.unswept = self.was_unswept = False
 
     def tick(self) -> int:
@@ -122,9 +122,20 @@ class Model(RuleBasedStateMachine):
     def lose(self) -> None:
         self.sweep()  # what is not judged by then is by the bitmaps of the next channel
         self.map.channel_lost()
-        for block in self.blocks.values():  # what a handshake that came to nothing took out
+        for (
+            name,
+            block,
+        ) in self.blocks.items():  # what a handshake that came to nothing took out, and confirmed
             block.forwarded |= block.in_flight
             block.in_flight.clear()
+            if block.bitmap_on == self.channel and not self.agreed:
+                block.bitmap_on = 0
+                for record in self.records:
+                    if record.name == name:
+                        record.unconfirmed = self.pages(name, record.start // BLOCKS[name][1])[1]
+                        record.missing |= record.unconfirmed - block.forwarded
+        self.sweep()
+        self.agreed = False
         self.map.channel_begin()
         self.channel += 1
         self.pinged = self.passed = False
@@ -144,6 +155,7 @@ class Model(RuleBasedStateMachine):
     @rule()
     def handshake_over(self) -> None:
         self.map.handshake_over()
+        self.agreed = True
         self.pinged = False
         told = all(block.bitmap_on == self.channel for block in self.blocks.values())
         self.loaded_known = told and not self.passed
@@ -175,6 +187,7 @@ class Model(RuleBasedStateMachine):
         block.in_flight |= block.forwarded - there
         block.forwarded &= there
         block.bitmap_on = self.channel
+        self.agreed = False
         left = []
         for record in self.records:
             if record.name == name:
@@ -185,6 +198,17 @@ class Model(RuleBasedStateMachine):
                 record.missing = set(record.unconfirmed)
             left.append(record)
         self.records = left
+
+    @rule(name=NAMES, seed=st.integers(0, 1 << 30))
+    def received_in_part(self, name: bytes, seed: int) -> None:
+        """A bitmap whose end never comes, as of a stranger that is cut off: it has said nothing."""
+        self.sweep()
+        total = BLOCKS[name][0] // PAGE
+        there = {page for page in range(total) if random.Random(seed + page).random() < 0.5}
+        self.map.received_in_part(name, bitmap_of(there, total), 8)
+        self.agreed = False
+        self.blocks[name].bitmap_on = self.channel
+        self.lose()
 
     @rule(count=st.integers(0, 3))
     def replay(self, count: int) -> None:
@@ -310,6 +334,38 @@ def test_an_answer_lost_behind_the_relay_is_replayed() -> None:
     assert (stats.replayed, stats.reopened, stats.outstanding, stats.recorded) == (1, 1, 0, 1)
     with pytest.raises(PageMapError):
         page_map.replayed(request.id + 100)
+
+
+def test_a_bitmap_that_never_came_whole_confirms_nothing() -> None:
+    page_map = declared()
+    for page in range(4):
+        page_map.request(b"pc.ram", page * PAGE, PAGE, 10)
+    page_map.arrived(0, 3 * PAGE, PAGE, 15)
+    page_map.channel_lost()
+    page_map.channel_begin()
+    page_map.received_in_part(b"pc.ram", b"\x0f" + bytes((1 << 15) - 1))
+    page_map.channel_lost()
+    page_map.channel_begin()
+    page_map.received(b"pc.ram", b"\x01" + bytes((1 << 15) - 1))
+    assert [request.start // PAGE for request in page_map.to_replay()] == [1, 2, 3]
+    assert page_map.stats().confirmed == 1
+
+
+def test_a_handshake_that_came_to_nothing_leaves_the_counts_as_they_were() -> None:
+    page_map = PageMap()
+    page_map.declare(b"huge", 16 * HUGE, HUGE)
+    page_map.request(b"huge", 0, HUGE, 10)
+    page_map.arrived(0, PAGE, HUGE - PAGE, 20)
+    page_map.channel_begin()
+    page_map.received(b"huge", b"\x01" + bytes(31))  # another VM's, perhaps: it lacks what passed
+    page_map.arrived(0, PAGE, HUGE - PAGE, 30)
+    assert page_map.stats().outstanding == 0
+    page_map.channel_lost()
+    while page_map.sweep():
+        pass
+    assert page_map.stats().outstanding == 1
+    (huge,) = page_map.blocks()
+    assert huge.present == HUGE - PAGE
 
 
 def test_a_pong_proves_all_that_passed_before_its_ping_and_no_more() -> None:
