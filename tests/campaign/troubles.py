@@ -30,6 +30,8 @@ STRETCH = 0.15
 """Seconds of quiet, and of trouble, by turns."""
 SETTLES = 0.05
 """Seconds for what has been sent to be read."""
+IDLE = 0.05
+"""Share of a core that a daemon has at most which has read all."""
 MOST = 2.0
 """How many times the quiet 99th percentile that of the trouble may be."""
 
@@ -81,8 +83,9 @@ class Client:
 class Host:
     """A `refault serve` in front of so many idle VMs, and of one that is in trouble."""
 
-    def __init__(self, directory: Path, clients: list[Client]) -> None:
+    def __init__(self, directory: Path, clients: list[Client], daemon: int) -> None:
         self.bad = directory / BAD
+        self._daemon = daemon
         self._directory = directory
         self._clients = clients
         self._asked = 0
@@ -93,13 +96,27 @@ class Host:
             times.append(self._clients[self._asked % len(self._clients)].ask())
             self._asked += 1
 
+    def _until_idle(self) -> None:
+        """Who floods has left much to be read."""
+
+        def is_idle() -> bool:
+            before = self._ran()
+            time.sleep(SETTLES)
+            return self._ran() - before < IDLE * SETTLES
+
+        until(is_idle)
+
+    def _ran(self) -> float:
+        """Seconds for which the daemon has had a core."""
+        return int(Path(f"/proc/{self._daemon}/schedstat").read_text().split()[0]) / 1e9
+
     def during(self, trouble: str, enough: Callable[[Times], bool]) -> Times:
         """How long the others take, until it is `enough`."""
         times = Times()
         with self._making(trouble) as (begin, end):
             while True:
                 end()
-                time.sleep(SETTLES)
+                self._until_idle()
                 self._ask_for(STRETCH, times.quiet)
                 begin()
                 time.sleep(SETTLES)
@@ -141,12 +158,12 @@ def host(directory: Path, vms: int) -> Iterator[Host]:
     qemus = [[*QUIET, "-qmp", f"unix:{directory}/{name},server=on,wait=off"] for name in names]
     serve = [*REFAULT, "serve", "--config", str(directory / "refault.toml")]
     with contextlib.ExitStack() as stack:
-        stack.enter_context(processes([*qemus, serve], directory))
+        *_, daemon = stack.enter_context(processes([*qemus, serve], directory))
         until(lambda: connected([directory / "refault.control"]) == vms)
         clients = [
             stack.enter_context(contextlib.closing(Client(directory / f"{name}.qmp"))) for name in names
         ]
-        yield Host(directory, clients)
+        yield Host(directory, clients, daemon.pid)
 
 
 def main() -> None:

@@ -70,7 +70,7 @@ class Clients:
         """Who has not been greeted, and whether he came where wait=on is."""
         self._paused: set[Client] = set()
         self._recorded: dict[Client, Recorded] = {}
-        self._turns = Turns()
+        self._turns = Turns(name)
         self._nursery: trio.Nursery
 
     async def run(self, managers: Sequence[Address]) -> None:
@@ -151,6 +151,7 @@ class Clients:
         self._flush_all()
 
     async def _take(self, address: Address, sock: socket.socket) -> None:
+        await self._turns.come()
         if not self._may_speak(address, sock):
             sock.close()
             return

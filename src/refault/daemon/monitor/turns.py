@@ -9,10 +9,34 @@ import trio
 
 SHARE = 0.25
 """Of the loop's time. A process that never sleeps also waits for a core on a busy host (sched(7))."""
+SHARE_BESIDE_OTHERS = 0.05
+"""Of the same, while other VMs have turns too."""
+AT_WORK = 0.1
+"""Seconds for which a VM counts as one that has turns."""
 BURST = 0.003
 """Seconds of the loop that may be had at once."""
 LONGEST_WAIT = 0.5
 """Seconds, whatever was had: who comes and goes begins with a turn, and who stays is not to pay for it."""
+COMING = 0.0004
+"""Seconds of the loop that a client takes who comes and goes again, in tasks that are no turn of his."""
+
+
+class _Latest:
+    """The VM that had the latest turn, and when the latest one of any other was."""
+
+    def __init__(self) -> None:
+        self._vm = ""
+        self._at = self._other_at = -math.inf
+
+    def note(self, vm: str, now: float) -> bool:
+        """`vm` has a turn. Whether others have any."""
+        if vm != self._vm:
+            self._vm, self._other_at = vm, self._at
+        self._at = now
+        return now - self._other_at < AT_WORK
+
+
+_latest = trio.lowlevel.RunVar[_Latest]("refault.turns")
 
 
 class Turns:
@@ -23,7 +47,8 @@ class Turns:
     await turns.end(turn, more=...)
     """
 
-    def __init__(self) -> None:
+    def __init__(self, vm: str) -> None:
+        self._vm = vm
         self._had = 0.0
         """Seconds, less what has been granted since."""
         self._at = -math.inf
@@ -35,11 +60,23 @@ class Turns:
 
     async def end(self, turn: float, *, more: bool) -> None:
         """It is over: returns when the next may begin. Who has `more` at hand lets the others go first."""
+        await self._spend(time.thread_time() - turn, more=more)
+
+    async def come(self) -> None:
+        """Returns when one more client may be served."""
+        await self._spend(COMING, more=True)
+
+    async def _spend(self, seconds: float, *, more: bool) -> None:
         now = trio.current_time()
-        had = max(self._had - SHARE * (now - self._at), 0.0) + time.thread_time() - turn
-        self._had = min(had, BURST + SHARE * LONGEST_WAIT)
+        try:
+            latest = _latest.get()
+        except LookupError:
+            _latest.set(latest := _Latest())
+        share = SHARE_BESIDE_OTHERS if latest.note(self._vm, now) else SHARE
+        had = max(self._had - share * (now - self._at), 0.0) + seconds
+        self._had = min(had, BURST + share * LONGEST_WAIT)
         self._at = now
         if self._had > BURST:
-            await trio.sleep((self._had - BURST) / SHARE)
+            await trio.sleep((self._had - BURST) / share)
         elif more:
             await trio.lowlevel.checkpoint()

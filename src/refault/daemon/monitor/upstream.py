@@ -62,7 +62,7 @@ class Upstream:
         self._wire: Wire | None = None
         self._connection: trio.Nursery | None = None
         self._last_complaint = ""
-        self._turns = Turns()
+        self._turns = Turns(name)
 
     async def run(self) -> None:
         """Connects, or is connected to, again and again, until cancelled."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import socket
 import time
 from pathlib import Path
@@ -10,9 +11,18 @@ import pytest
 import trio
 import trio.testing
 
+from refault.daemon.monitor import clients
 from refault.daemon.monitor.address import Address
 from refault.daemon.monitor.monitor import Monitor
-from refault.daemon.monitor.turns import BURST, LONGEST_WAIT, SHARE, Turns
+from refault.daemon.monitor.turns import (
+    AT_WORK,
+    BURST,
+    COMING,
+    LONGEST_WAIT,
+    SHARE,
+    SHARE_BESIDE_OTHERS,
+    Turns,
+)
 from refault.qmp.splitter import BATCH
 
 GREETING = (
@@ -28,7 +38,7 @@ async def test_a_flood_has_its_share_and_what_is_no_flood_waits_for_nothing(
 ) -> None:
     used = 0.0
     monkeypatch.setattr(time, "thread_time", lambda: used)
-    turns, began = Turns(), trio.current_time()
+    turns, began = Turns("vm"), trio.current_time()
     for _ in range(100):
         turn = turns.begin()
         used += 0.001
@@ -44,7 +54,7 @@ async def test_nobody_waits_for_long_for_what_those_had_who_have_left(
     """Each client that comes begins with a turn, and may be gone before it would have to wait."""
     used = 0.0
     monkeypatch.setattr(time, "thread_time", lambda: used)
-    turns = Turns()
+    turns = Turns("vm")
     for _ in range(1000):
         turn = turns.begin()
         used += 0.01
@@ -54,6 +64,68 @@ async def test_nobody_waits_for_long_for_what_those_had_who_have_left(
     began = trio.current_time()
     await turns.end(turns.begin(), more=False)
     assert trio.current_time() - began <= LONGEST_WAIT
+
+
+async def test_a_flood_has_less_while_others_have_turns(
+    monkeypatch: pytest.MonkeyPatch, autojump_clock: trio.testing.MockClock
+) -> None:
+    used = 0.0
+    monkeypatch.setattr(time, "thread_time", lambda: used)
+    turns, others = Turns("vm"), Turns("other")
+
+    async def flood(count: int) -> float:
+        nonlocal used
+        began = trio.current_time()
+        for _ in range(count):
+            turn = turns.begin()
+            used += 0.001
+            await turns.end(turn, more=True)
+        return trio.current_time() - began
+
+    await flood(100)
+    async with trio.open_nursery() as nursery:
+
+        async def ask() -> None:
+            while True:
+                await others.end(others.begin(), more=False)
+                await trio.sleep(AT_WORK / 2)
+
+        nursery.start_soon(ask)
+        await trio.testing.wait_all_tasks_blocked()
+        assert await flood(100) == pytest.approx(0.1 / SHARE_BESIDE_OTHERS, rel=0.01)
+        nursery.cancel_scope.cancel()
+    await trio.sleep(AT_WORK)
+    assert await flood(100) <= 0.1 / SHARE
+
+
+async def test_clients_who_come_and_go_have_a_share(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each costs the loop more than what it says."""
+    client = Address(str(tmp_path / "client"), server=True)
+    monitor = Monitor("vm", Address(str(tmp_path / "qemu")), [client])
+
+    async def come_and_go() -> None:
+        while True:
+            with socket.socket(socket.AF_UNIX) as sock:
+                sock.setblocking(False)
+                with contextlib.suppress(BlockingIOError):
+                    sock.connect(str(tmp_path / "client"))
+            await trio.lowlevel.checkpoint()
+
+    most = 1 + int((BURST + SHARE * 0.3) / COMING)
+    async with trio.open_nursery() as nursery:
+        await nursery.start(monitor.run)
+        began, taken = trio.current_time(), 0
+
+        def looked_at(*_: object) -> bool:
+            nonlocal taken
+            taken += trio.current_time() - began <= 0.3
+            return True
+
+        monkeypatch.setattr(clients, "may_speak", looked_at)
+        with trio.move_on_after(0.3):
+            await come_and_go()
+        assert 0 < taken <= most
+        nursery.cancel_scope.cancel()
 
 
 @pytest.mark.parametrize("floods", ["QEMU", "client"])
