@@ -178,11 +178,12 @@ tsan:
 	$(BOOTSTRAP) fuzz
 	tests/tsan/run.sh $(SECONDS)
 
-# kill -9 of either refault, and of both, in postcopy.
+# kill -9 of either refault, and of both, in postcopy; one that hangs and is killed by its watchdog, in every phase.
+HUNG := hung_precopy hung_switchover refault_hung hung_paused hung_recovery hung_last
 campaign-kill: build $(VENV)/.dev
 	$(BOOTSTRAP) test
 	tests/tools/with-userfaultfd $(BIN)/python -m tests.campaign --only refault_source --only refault_destination \
-	    --only refault_both --only refault_hung $(CAMPAIGN)
+	    --only refault_both $(HUNG:%=--only %) $(CAMPAIGN)
 
 $(CAMPAIGNS:%=campaign-%): build $(VENV)/.dev
 	$(BOOTSTRAP) test

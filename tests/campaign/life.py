@@ -12,7 +12,7 @@ from pathlib import Path
 
 import trio
 from tests.campaign.invariants import Watch
-from tests.campaign.losses import KILLED, LossClass, Place, Planned
+from tests.campaign.losses import HUNG, KILLED, LossClass, Place, Planned
 from tests.campaign.outcomes import Outcome
 
 from refault.daemon.recovery.doubt import TAKE_BACK
@@ -152,16 +152,17 @@ def _refused(directory: Path) -> bool:
 
 async def _make(stage: _Stage, planned: Planned, life: Life) -> bool:
     """Makes one loss; False where the migration does not go on after it."""
-    if planned.kind is LossClass.PRECOPY:
+    if planned.kind.place is Place.ALONE:
         life.results.append(await _precopy(stage, planned))
         return False
     since = [0, 0]
-    if planned.kind is LossClass.SWITCHOVER:
+    if planned.kind.in_switchover:
         when = await _begin(stage, planned)
     else:
         if not life.results:
             await _begin(stage, None)
-        await trio.sleep(planned.after)
+        if planned.kind not in (LossClass.HUNG_RECOVERY, LossClass.HUNG_LAST):
+            await trio.sleep(planned.after)
         if any(_last(qemu)[0] == "completed" for qemu in stage.both):
             return False
         since = stage.marks()
@@ -182,6 +183,8 @@ async def _begin(stage: _Stage, planned: Planned | None) -> float:
     with trio.fail_after(30):
         await _start(stage, _PRECOPY_BANDWIDTH)
         await bare.wait_sent(source, 0.3)
+        if planned is not None and planned.hangs:
+            return await _hang_in_switchover(stage, planned)
         if planned is not None and planned.cut is not None:
             await stage.channel.cut_at(planned.cut)
         await source.execute("migrate-start-postcopy")
@@ -213,7 +216,9 @@ async def _precopy(stage: _Stage, planned: Planned) -> Result:
     with trio.fail_after(30):
         await _start(stage, _SLOW_PRECOPY)
         await bare.wait_sent(stage.driver.source, planned.after)
-        if planned.how is Loss.KILL:
+        if planned.hangs:
+            await _hang_and_kill(stage, planned)
+        elif planned.how is Loss.KILL:
             await stage.channel.kill(request_inside=False)
         else:
             await stage.channel.lose(planned.how)
@@ -239,8 +244,21 @@ async def _lose(stage: _Stage, planned: Planned) -> float | None:
             await client.execute("migrate-pause", oob=True)
         case kind if kind in KILLED:
             return await _kill_refaults(stage, KILLED[kind], planned)
-        case LossClass.REFAULT_HUNG:
-            return await _kill_refaults(stage, [SIDES.index(planned.side)], planned)
+        case LossClass.HUNG_PAUSED:  # for ten seconds, which are the client's
+            await client.execute("migrate-pause", oob=True)
+            for each in stage.both:
+                await bare.wait_status(each.qmp, "postcopy-paused")
+            return await _hang_and_kill(stage, planned)
+        case LossClass.HUNG_RECOVERY:
+            await stage.channel.lose(planned.how)
+            await trio.sleep(planned.after)
+            return await _hang_and_kill(stage, planned)
+        case LossClass.HUNG_LAST:
+            await stage.driver.source.execute("migrate-set-parameters", {"max-postcopy-bandwidth": 0})
+            await trio.sleep(planned.after)
+            await _hang_and_kill(stage, planned)
+        case kind if kind in HUNG:
+            return await _hang_and_kill(stage, planned)
         case LossClass.EOF if planned.cut is not None:
             await stage.channel.cut_at(planned.cut)
             await stage.driver.source.execute("migrate-set-parameters", {"max-postcopy-bandwidth": 0})
@@ -266,8 +284,6 @@ async def _kill_refaults(stage: _Stage, ends: Sequence[int], planned: Planned) -
     driver = stage.driver
     when = trio.current_time()
     for end in ends:
-        if planned.hangs:
-            await _hang_and_abort(driver.processes[end], planned.hangs)
         driver.processes[end].kill()
     await trio.sleep(planned.down)
     for end in ends:
@@ -280,6 +296,25 @@ async def _kill_refaults(stage: _Stage, ends: Sequence[int], planned: Planned) -
         driver.start_again(end)
     for end in ends:
         await _connect_again(stage, end)
+    return when
+
+
+async def _hang_in_switchover(stage: _Stage, planned: Planned) -> float:
+    """Before its QEMU sends the package, or in the midst of that."""
+    if not planned.after:
+        stage.driver.processes[SIDES.index(planned.side)].signal(signal.SIGSTOP)
+    await stage.pair.source.qmp.execute("migrate-start-postcopy")
+    await trio.sleep(planned.after)
+    return await _hang_and_kill(stage, planned)
+
+
+async def _hang_and_kill(stage: _Stage, planned: Planned) -> float:
+    """Has one stand still until it is killed, and starts it again; gives the time of the kill."""
+    end = SIDES.index(planned.side)
+    await _hang_and_abort(stage.driver.processes[end], planned.hangs)
+    when = trio.current_time()
+    stage.driver.start_again(end)
+    await _connect_again(stage, end)
     return when
 
 
@@ -297,7 +332,7 @@ async def _connect_again(stage: _Stage, end: int) -> None:
     """A client at a refault that was killed, unless its QEMU has ended: that is to be judged."""
     with trio.fail_after(30):
         while True:
-            with trio.move_on_after(2):
+            with contextlib.suppress(QmpClosed), trio.move_on_after(2):
                 await stage.driver.connect_again(end)
                 return
             try:
@@ -320,7 +355,7 @@ async def _judge(stage: _Stage, planned: Planned, when: float, since: Sequence[i
         last = [_last(qemu, mark) for qemu, mark in zip(stage.both, since, strict=True)]
         if last[0][0] == "failed":
             return await _source_failed(stage, planned)
-        if planned.kind is LossClass.SWITCHOVER and destination.status is not None and not ended_before:
+        if planned.kind.in_switchover and destination.status is not None and not ended_before:
             continue  # whether it ended without the guest is asked first
         stage.watch.look_at_processes()
         if stage.watch.broken:
@@ -342,7 +377,7 @@ async def _judge(stage: _Stage, planned: Planned, when: float, since: Sequence[i
 
 def _asks_the_operator(stage: _Stage, planned: Planned) -> bool:
     told = "ALERT: the channel was lost in the switchover"
-    return planned.kind is LossClass.SWITCHOVER and told in stage.driver.processes[0].tail(50)
+    return planned.kind.in_switchover and told in stage.driver.processes[0].tail(50)
 
 
 async def _operate(stage: _Stage, planned: Planned) -> Result | None:
@@ -363,9 +398,9 @@ async def _operate(stage: _Stage, planned: Planned) -> Result | None:
 
 
 async def _ended_without_guest(stage: _Stage, planned: Planned) -> bool:
-    """Whether the destination has ended because the package had not begun to reach it."""
+    """Whether the destination has ended before it had the guest."""
     destination = stage.pair.destination.process
-    if planned.kind is not LossClass.SWITCHOVER or destination.status is None:
+    if not planned.kind.in_switchover or destination.status is None:
         return False
     refault = stage.driver.processes[1]
     with trio.move_on_after(_TAKES_BACK):
@@ -374,7 +409,8 @@ async def _ended_without_guest(stage: _Stage, planned: Planned) -> bool:
                 return False
             await trio.sleep(0.05)
         return False
-    return "in precopy: closing QEMU's" in refault.tail(50) and not stage.watch.handed_over
+    closed = planned.hangs or "in precopy: closing QEMU's" in refault.tail(50)
+    return bool(closed) and not stage.watch.handed_over
 
 
 def _settled(last: Sequence[tuple[str, float]]) -> bool:
@@ -438,10 +474,11 @@ def compose(
     if handshake_ends_it:
         last += [kind for kind in middle if kind.in_handshake]
         middle = [kind for kind in middle if not kind.in_handshake]
-    if LossClass.PRECOPY in left and (len(left) == 1 or draw.random() < 1 / 3):
-        return [LossClass.PRECOPY]
+    alone = [kind for kind in left if kind.place is Place.ALONE]
+    if alone and (alone == left or draw.random() < 1 / 3):
+        return [draw.choice(alone)]
     pool = [kind for kind in middle for _ in range(remaining[kind])]
     draw.shuffle(pool)
-    begins = first if draw.random() < 0.5 or not pool else []
+    begins = [draw.choice(first)] if first and (draw.random() < 0.5 or not pool) else []
     ends = [draw.choice(last)] if last else []
     return [*begins, *pool[:per_life], *ends]

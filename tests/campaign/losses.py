@@ -53,7 +53,12 @@ class LossClass(enum.Enum):
     REFAULT_DESTINATION = "postcopy, the destination's refault killed"
     REFAULT_BOTH = "postcopy, both refaults killed"
     REFAULT_AGAIN = "recovery from that, a refault killed again"
+    HUNG_PRECOPY = "precopy, a refault that hangs killed by its watchdog"
+    HUNG_SWITCHOVER = "switchover, a refault that hangs killed by its watchdog"
     REFAULT_HUNG = "postcopy, a refault that hangs killed by its watchdog"
+    HUNG_PAUSED = "paused, a refault that hangs killed by its watchdog"
+    HUNG_RECOVERY = "recovery, a refault that hangs killed by its watchdog"
+    HUNG_LAST = "the end, a refault that hangs killed by its watchdog"
     EOF = "after EOF, before SHUT"
 
     @property
@@ -64,7 +69,12 @@ class LossClass(enum.Enum):
     @property
     def in_handshake(self) -> bool:
         """Whether it is a loss during the recovery from another one."""
-        return self in HANDSHAKE_POINTS or self is LossClass.REFAULT_AGAIN
+        return self in HANDSHAKE_POINTS or self in (LossClass.REFAULT_AGAIN, LossClass.HUNG_RECOVERY)
+
+    @property
+    def in_switchover(self) -> bool:
+        """Whether it is made as postcopy begins."""
+        return self.place is Place.FIRST
 
 
 def classes(*, preempt: bool) -> list[LossClass]:
@@ -72,7 +82,14 @@ def classes(*, preempt: bool) -> list[LossClass]:
     return [kind for kind in LossClass if preempt or kind is not LossClass.ONE_OF_TWO]
 
 
-_PLACES = {LossClass.PRECOPY: Place.ALONE, LossClass.SWITCHOVER: Place.FIRST, LossClass.EOF: Place.LAST}
+_PLACES = {
+    LossClass.PRECOPY: Place.ALONE,
+    LossClass.SWITCHOVER: Place.FIRST,
+    LossClass.EOF: Place.LAST,
+    LossClass.HUNG_PRECOPY: Place.ALONE,
+    LossClass.HUNG_SWITCHOVER: Place.FIRST,
+    LossClass.HUNG_LAST: Place.LAST,
+}
 
 # The refaults that are killed (0: the source's), and started again by a supervisor.
 KILLED: dict[LossClass, tuple[int, ...]] = {
@@ -80,6 +97,17 @@ KILLED: dict[LossClass, tuple[int, ...]] = {
     LossClass.REFAULT_DESTINATION: (1,),
     LossClass.REFAULT_BOTH: (0, 1),
     LossClass.REFAULT_AGAIN: (0, 1),
+}
+
+# Those in which one refault stands still, and is killed as systemd does it; seconds before that, counted from
+# where its phase begins (in precopy: the share of the memory).
+HUNG: dict[LossClass, tuple[float, float]] = {
+    LossClass.HUNG_PRECOPY: (0.0, 0.6),
+    LossClass.HUNG_SWITCHOVER: (0.0, 0.03),
+    LossClass.REFAULT_HUNG: (0.1, 0.6),
+    LossClass.HUNG_PAUSED: (0.1, 0.6),
+    LossClass.HUNG_RECOVERY: (0.0, 0.08),
+    LossClass.HUNG_LAST: (0.0, 0.3),
 }
 
 # Way (forward?), pattern, and how many bytes after its first match: half a message, a whole one, some more.
@@ -145,7 +173,8 @@ def plan(kind: LossClass, draw: random.Random) -> Planned:
             return Planned(kind, how, Cut(how, True, EOF, kept_back, "now"), side, after)
         case LossClass.REFAULT_AGAIN:
             return Planned(kind, how, None, side, after, again=draw.uniform(0.2, 0.7))
-        case LossClass.REFAULT_HUNG:
+        case kind if kind in HUNG:
+            after = draw.choice((HUNG[kind][0], draw.uniform(*HUNG[kind])))
             return Planned(kind, how, None, side, after, hangs=draw.uniform(0.1, 2.0))
         case kind if kind in KILLED:
             return Planned(kind, how, None, side, after, draw.choice((0.0, draw.uniform(0.0, 1.0))))

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import enum
 
-from tests.campaign.losses import LossClass
+from tests.campaign.losses import LossClass, Place
 
 from refault.migration.versions import Version, abilities
 
@@ -28,17 +28,23 @@ class Outcome(enum.Enum):
 
 def allowed(kind: LossClass, version: Version) -> tuple[Outcome, ...]:
     """The outcomes of a loss that are no defect of refault's."""
-    if kind is LossClass.PRECOPY:
+    if kind.place is Place.ALONE:
         return (Outcome.SOURCE_GOES_ON,)
-    if kind is LossClass.SWITCHOVER:
+    if kind.in_switchover:
         # A package of which a part is lost can be sent again by no QEMU.
+        if abilities(version).fails_when_told and kind is LossClass.HUNG_SWITCHOVER:
+            # One that still writes it as a killed process closes its leg stays in `device`, bare or not.
+            return (Outcome.RECOVERED, Outcome.SOURCE_GOES_ON, Outcome.TAKEN_BACK, Outcome.LEFT_AT_SOURCE)
         if abilities(version).fails_when_told:
             return (Outcome.RECOVERED, Outcome.SOURCE_GOES_ON, Outcome.TAKEN_BACK, Outcome.STOPPED)
         part_lost = (Outcome.HELD, Outcome.LEFT_AT_SOURCE, Outcome.STOPPED, Outcome.SOURCE_GOES_ON)
         return (Outcome.RECOVERED, *part_lost)
-    if kind is LossClass.EOF:
+    if kind.place is Place.LAST:
         return (Outcome.RECOVERED, Outcome.COMPLETED_HELD, Outcome.HELD)
-    if kind is LossClass.REFAULT_AGAIN and not abilities(version).pauses_again_in_handshake:
+    if (
+        kind in (LossClass.REFAULT_AGAIN, LossClass.HUNG_RECOVERY)
+        and not abilities(version).pauses_again_in_handshake
+    ):
         # A killed process closes its leg in the handshake too, which this QEMU does not survive.
         return (Outcome.RECOVERED, Outcome.HELD, Outcome.STUCK, Outcome.DEAD)
     if kind.in_handshake and not abilities(version).pauses_again_in_handshake:
