@@ -47,7 +47,8 @@ C_AND_HEADERS := $(CEXT) $(wildcard wrapper/*.c wrapper/*.h tests/fuzz/*.c tests
 C_WARNINGS := -std=c11 -D_GNU_SOURCE -Wall -Wextra -Werror -Icext -fsyntax-only
 
 # Each has a module of its own in tests/campaign.
-CAMPAIGNS := starvation truth floor strays silence patience huge_pages many last_bytes tunnel session troubles
+CAMPAIGNS := starvation truth floor strays silence patience huge_pages many last_bytes tunnel session troubles \
+        restart
 
 .PHONY: help build demo picture qemus analyzers prometheus analyze matrix qtests test systemd campaign campaign-kill \
         campaign-preempt $(CAMPAIGNS:%=campaign-%) lint bench fuzz tsan ends nightly dist install deb clean
@@ -72,6 +73,7 @@ help:
 	@echo 'make campaign-preempt  make campaign with postcopy-preempt on'
 	@echo 'make campaign-starvation  lost requests: how soon their vCPUs run again, and that they do not without replay'
 	@echo 'make campaign-truth  the record against QEMU'"'"'s own trace events (CAMPAIGN="--qemu PATH --migrations 50")'
+	@echo 'make campaign-restart  refault killed at random moments under clients, who notice nothing (CAMPAIGN="--kills 500")'
 	@echo 'make campaign-floor  time from a loss until both sides are active, beside the least that QEMU takes'
 	@echo 'make campaign-strays  strangers at the migration address in every phase, beside a bare QEMU'
 	@echo 'make campaign-huge_pages  huge pages, lost while the source serves a request, which QEMU alone does not survive'

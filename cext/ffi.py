@@ -41,6 +41,7 @@ class Module:
 
 MODULES: tuple[Module, ...] = (
     Module("refault.qmp._splitter", ("json_splitter",)),
+    Module("refault.daemon.kept._journal", ("journal",)),
     Module("refault.session._session", ("session",)),
     Module(
         "refault.channel._channel",

@@ -100,6 +100,10 @@ void rf_splitter_free(rf_splitter *s) {
     }
 }
 
+int rf_splitter_skips(const rf_splitter *s) { return s->state == RECOVERY; }
+
+void rf_splitter_skip(rf_splitter *s) { s->state = RECOVERY; }
+
 /* strings */
 
 static int hex4(const unsigned char *p, const unsigned char *end) {

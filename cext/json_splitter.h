@@ -65,6 +65,11 @@ enum rf_json_at {
 rf_splitter *rf_splitter_new(size_t max_bytes, int lenient);
 void rf_splitter_free(rf_splitter *s);
 
+/* Whether it skips what follows a stray byte, between two values; and has a new one do that. A new one that
+ * is given the same bytes from *keep on goes on as this one does. */
+int rf_splitter_skips(const rf_splitter *s);
+void rf_splitter_skip(rf_splitter *s);
+
 /* Scans on in buf, which begins where *keep of the call before says (at first: at the stream's first byte).
  * Writes up to max records and returns their number, or -1 without memory. Fewer than max: all of buf has
  * been looked at. *keep: the bytes before it are not needed again. */

@@ -17,11 +17,12 @@ _PLAIN = _HOST | {"monitor"}
 _KNOWN = _PLAIN | {"near", "record", "known"}
 _RELAYED = _KNOWN | {"relayed"}
 _MIGRATION = _RELAYED | {"recovery", "migration"}
-_VM = _MIGRATION | {"far", "roles", "options", "vm"}
+_VM = _MIGRATION | {"kept", "far", "roles", "options", "vm"}
 MAY_IMPORT: dict[str, set[str]] = {
     "host": set(),
     "kernel": {"host"},
-    "monitor": _HOST,
+    "kept": _HOST,
+    "monitor": _HOST | {"kept"},
     "far": _HOST,
     "tunnel": _PLAIN | {"far"},
     "near": _PLAIN,

@@ -22,6 +22,7 @@ COMMANDS: tuple[str, ...] = (
     "demo",
     "events",
     "inspect",
+    "release",
     "run",
     "serve",
     "status",

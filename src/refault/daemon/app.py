@@ -40,13 +40,14 @@ EXTENSION = 15.0
 STOP_POLL = 0.05
 
 
-_ENDS = (signal.SIGTERM, signal.SIGINT, signal.SIGQUIT)
+RESTARTS = signal.SIGUSR2
+"""Another refault follows: what QEMU holds for us is left to it."""
+_ENDS = (signal.SIGTERM, signal.SIGINT, signal.SIGQUIT, RESTARTS)
 _NOT_FOR_US = frozenset(
     {
         signal.SIGHUP,  # a terminal that closed, a habit of log rotation
         signal.SIGTSTP,  # a stopped refault is a lost channel
         signal.SIGUSR1,
-        signal.SIGUSR2,
         signal.SIGALRM,
         signal.SIGVTALRM,
         signal.SIGPROF,
@@ -191,8 +192,8 @@ async def _serve(
         await nursery.start(services.run)
         await _set_services(services, wanted.host, Publisher(vms, troubles))
         notifier.ready(f"serving {options.qemu}")
-        await _until_end(name, ends, notifier)
-        await _stop(vms, ends, notifier, nursery.cancel_scope)
+        restarts = await _until_end(name, ends, notifier)
+        await _stop(vms, ends, notifier, nursery.cancel_scope, restarts=restarts)
 
 
 async def _serve_host(
@@ -257,10 +258,10 @@ async def _serve_host(
         async with trio.open_nursery() as following:
             await following.start(finders.run)
             following.start_soon(follow)
-            await _until_end(name, ends, notifier)
+            restarts = await _until_end(name, ends, notifier)
             following.cancel_scope.cancel()
         await services.set("hand-overs", None, None)  # what starts now is not to end with this one
-        await _stop(lambda: fleet.vms, ends, notifier, nursery.cancel_scope)
+        await _stop(lambda: fleet.vms, ends, notifier, nursery.cancel_scope, restarts=restarts)
 
 
 def _fronted(members: Sequence[Member]) -> list[Vm]:
@@ -278,17 +279,29 @@ async def _set_services(services: _Services, host: HostOptions, publisher: Publi
     await services.set("metrics", host.metrics, metrics)
 
 
-async def _until_end(name: str, ends: AsyncIterator[int], notifier: Notifier) -> None:
+async def _until_end(name: str, ends: AsyncIterator[int], notifier: Notifier) -> bool:
+    """Whether another refault is to follow."""
     async for number in ends:
-        log.info("%s: %s, ending", name, signal.Signals(number).name)
+        restarts = number == RESTARTS
+        log.info(
+            "%s: %s, ending%s", name, signal.Signals(number).name, " for the next refault" if restarts else ""
+        )
         notifier.stopping("ending")
-        return
+        return restarts
+    return False
 
 
 async def _stop(
-    vms: Callable[[], Sequence[Vm]], ends: AsyncIterator[int], notifier: Notifier, all_of_it: trio.CancelScope
+    vms: Callable[[], Sequence[Vm]],
+    ends: AsyncIterator[int],
+    notifier: Notifier,
+    all_of_it: trio.CancelScope,
+    *,
+    restarts: bool = False,
 ) -> None:
-    """Cancels all when all VMs may end in the same moment, or after a time, or at a second signal."""
+    """Cancels all when all VMs may end in the same moment, or after a time, or at a second signal. What QEMUs
+    hold of their clients' connections they keep where refault `restarts`.
+    """
     with trio.move_on_after(STOP_PATIENCE):
         async with trio.open_nursery() as nursery:
             nursery.start_soon(_second_signal, ends, nursery.cancel_scope)
@@ -299,13 +312,15 @@ async def _stop(
                     vm.ends_soon()
                 async with trio.open_nursery() as stopping:
                     for vm in asked:
-                        stopping.start_soon(_until_stopping_is_safe, vm)
+                        stopping.start_soon(partial(_until_stopping_is_safe, vm, restarts=restarts))
                 # While one was waited for, another may have come to where its end does harm.
                 if all(vm in asked and vm.safe_now for vm in vms()):
                     break
                 await trio.sleep(STOP_POLL)
-            all_of_it.cancel()
             nursery.cancel_scope.cancel()
+    if restarts:
+        for vm in vms():
+            vm.hand_over()
     all_of_it.cancel()
 
 
@@ -326,7 +341,7 @@ async def _second_signal(signals: AsyncIterator[int], scope: trio.CancelScope) -
         scope.cancel()
 
 
-async def _until_stopping_is_safe(vm: Vm) -> None:
+async def _until_stopping_is_safe(vm: Vm, *, restarts: bool) -> None:
     """Waits while our end would kill or double a guest (migration/legs.py)."""
     # Switchover, handshake and completion are short where all goes well.
     with trio.move_on_after(PHASE_PATIENCE):
@@ -339,6 +354,8 @@ async def _until_stopping_is_safe(vm: Vm) -> None:
             vm.name,
         )
         await trio.sleep(1)
+    if not restarts:
+        await vm.let_go_of_clients()
 
 
 async def _prepared_to_stop(vm: Vm) -> bool:

@@ -176,7 +176,10 @@ class Member:
 
     async def _prepared(self, vm: Vm) -> bool:
         try:
-            return await vm.prepare_to_stop()
+            if not await vm.prepare_to_stop():
+                return False
+            await vm.let_go_of_clients()  # no refault follows
+            return True
         except Exception as error:
             log.error(
                 "%s: internal error as it leaves; trying again",

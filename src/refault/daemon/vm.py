@@ -11,6 +11,7 @@ import msgspec
 import trio
 
 from refault.daemon.host.repeats import repeats
+from refault.daemon.kept.taken import SUFFIX
 from refault.daemon.kernel import routes
 from refault.daemon.kernel.process import process_started
 from refault.daemon.known.vm_state import QUERY_TIMEOUT, VmState
@@ -97,6 +98,7 @@ class Vm:
             on_connect=self._on_connect,
             on_disconnect=self._on_disconnect,
             gone_on=state_file.of_a_running_qemu(),
+            journal=options.state_dir / f"{options.name}{SUFFIX}" if lock is not None and lock.held else None,
         )
         self.migration: Migration | None = None
         """The one under way, or the last; None before the first."""
@@ -226,6 +228,14 @@ class Vm:
         """Makes our ends harmless to QEMU. False where that could not be done."""
         safe = self.migration is None or await self.migration.prepare_to_stop()
         return await self.state.let_go_all() and safe
+
+    async def let_go_of_clients(self) -> None:
+        """No refault follows: QEMU is to hold no connections for it."""
+        await self.monitor.let_go()
+
+    def hand_over(self) -> None:
+        """The next refault goes on with its clients from this moment, in which this process ends."""
+        self.monitor.hand_over()
 
     def _path_changed(self) -> bool:
         return self.migration is not None and self.migration.attempts.path_changed()

@@ -23,10 +23,10 @@ class Descriptors:
         self._discard = discard
         self._call = call
         self._free = free
-        self._request: Request | None = None
+        self.request: Request | None = None
         """The in-band one with QEMU that takes one."""
         self.names = FdNames()
-        self.sets = FdSets(call)
+        self.sets = FdSets(call, free)
 
     def hand_out(self, client: Client, requests: list[Request], fd: int, *, ends: bool) -> None:
         """`ends`: the last of `requests` came with the last byte, so `fd` came no later than that.
@@ -67,10 +67,10 @@ class Descriptors:
 
     def may_go(self, request: Request) -> bool:
         """Whether a getfd or add-fd may go now: one at a time, and not before older fd sets are known."""
-        if self._request:
+        if self.request:
             return False
         if request.name == b"add-fd" and not self.sets.may_add:
-            self.sets.ask_older(self._free)
+            self.sets.ask_older()
             return False
         return True
 
@@ -79,7 +79,7 @@ class Descriptors:
         command's.
         """
         if not request.oob:
-            self._request = request
+            self.request = request
         fd, request.fd = request.fd, -1
         if fd < 0:
             return fd
@@ -120,8 +120,8 @@ class Descriptors:
 
     def answered(self, request: Request, reply: Message, returned: Callable[[Message], object]) -> None:
         """QEMU has answered a command, and it is known what it did."""
-        if request is self._request:
-            self._request = None
+        if request is self.request:
+            self.request = None
             self._free()
         if request.name == b"getfd" and request.new_name and reply.shape & VERB_MASK == ERROR:
             self.names.forget(request.client.number, request.new_name)
@@ -132,9 +132,9 @@ class Descriptors:
 
     def lost(self) -> None:
         """QEMU went away, and its descriptors with it."""
-        self._request = None
+        self.request = None
         self.names.clear()
-        self.sets = FdSets(self._call)
+        self.sets = FdSets(self._call, self._free)
 
 
 def _takes_its_fd(request: Request) -> bool:

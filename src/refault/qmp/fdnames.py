@@ -6,7 +6,7 @@ qmp_getfd). A client's name goes to QEMU unchanged as long as no other client th
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 
 TAKES_FD = frozenset({b"getfd", b"add-fd"})
 """Commands that come with a descriptor."""
@@ -44,29 +44,35 @@ class FdNames:
     """Which client calls what by which name, and how QEMU knows it. Clients are numbers."""
 
     def __init__(self) -> None:
-        self._upstream: dict[tuple[int, str], str] = {}
+        self.upstream: dict[tuple[int, str], str] = {}
         self._owner: dict[str, int] = {}
         self.prefix = "refault"
         """What names of ours begin with. An earlier refault's descriptors are still there, so it is unlike
         what any other has used with this QEMU."""
-        self._serial = 0
+        self.serial = 0
+
+    def restore(self, prefix: str, serial: int, upstream: Iterable[tuple[int, str, str]]) -> None:
+        """Goes on as those of another core do; of each: client, its name, QEMU's."""
+        self.prefix, self.serial = prefix, serial
+        self.upstream = {(client, name): known for client, name, known in upstream}
+        self._owner = {known: client for (client, _), known in self.upstream.items()}
 
     def __bool__(self) -> bool:
         return bool(self._owner)
 
     def clear(self) -> None:
         """QEMU went away, and its descriptors with it."""
-        self._upstream.clear()
+        self.upstream.clear()
         self._owner.clear()
 
     def define(self, client: int, name: str) -> str:
         """QEMU's name for what the client passes as `name`; it replaces what the client passed as `name`
         before.
         """
-        if (known := self._upstream.get((client, name))) is not None:
+        if (known := self.upstream.get((client, name))) is not None:
             return known
         upstream = name if name not in self._owner else self._private(name)
-        self._upstream[client, name] = upstream
+        self.upstream[client, name] = upstream
         self._owner[upstream] = client
         return upstream
 
@@ -74,31 +80,31 @@ class FdNames:
         """QEMU's name for the client's `name`. One that it has not, and another client has, QEMU will not
         find.
         """
-        if (known := self._upstream.get((client, name))) is not None:
+        if (known := self.upstream.get((client, name))) is not None:
             return known
         return name if name not in self._owner else self._private(name)
 
     def has(self, client: int, name: str) -> bool:
         """Whether the client passed a descriptor as `name`."""
-        return (client, name) in self._upstream
+        return (client, name) in self.upstream
 
     def of(self, client: int) -> dict[str, str]:
         """What the client calls its descriptors, and how QEMU knows them."""
-        return {name: upstream for (owner, name), upstream in self._upstream.items() if owner == client}
+        return {name: upstream for (owner, name), upstream in self.upstream.items() if owner == client}
 
     def forget(self, client: int, name: str) -> None:
         """QEMU no longer has what the client passed as `name`."""
-        if (upstream := self._upstream.pop((client, name), None)) is not None:
+        if (upstream := self.upstream.pop((client, name), None)) is not None:
             del self._owner[upstream]
 
     def leave(self, client: int) -> None:
         """The client is gone. As with QEMU, what it passed stays, for anybody, under QEMU's name."""
-        for key in [key for key in self._upstream if key[0] == client]:
-            del self._owner[self._upstream.pop(key)]
+        for key in [key for key in self.upstream if key[0] == client]:
+            del self._owner[self.upstream.pop(key)]
 
     def _private(self, name: str) -> str:
-        self._serial += 1
-        return f"{self.prefix}-{self._serial}-{name}"
+        self.serial += 1
+        return f"{self.prefix}-{self.serial}-{name}"
 
 
 def rename(arguments: Mapping[str, object], change: Callable[[str], str]) -> dict[str, object]:

@@ -33,17 +33,22 @@ _NUMBER = re.compile("0*([0-9]{1,18})")
 
 
 class Call(Protocol):
-    """Sends QEMU an in-band command. What it returns, None for an error, is told, unless QEMU goes away."""
+    """Sends QEMU an in-band command. What it returns, None for an error, is told (`FdSets.told`), unless QEMU
+    goes away."""
 
     def __call__(
         self,
         command: str,
         arguments: Mapping[str, object] | None,
-        told: Callable[[object], None],
+        purpose: str,
         *,
         at_once: bool = False,
     ) -> None:
         """`at_once`: ahead of all that waits, where another command of the caller's was just answered."""
+
+
+OLDER, LOOK, TAKEN_BACK = "older", "look", "taken back"
+"""What commands are for: to know which sets there are, which may be taken back, and to take one back."""
 
 
 @dataclass
@@ -57,49 +62,81 @@ class _Set:
 
 
 class FdSets:
-    """The fd sets of one connection to QEMU. Clients are numbers."""
+    """The fd sets of one connection to QEMU. Clients are numbers. `free` is called when `may_add` is set."""
 
-    def __init__(self, call: Call) -> None:
+    def __init__(self, call: Call, free: Callable[[], None]) -> None:
         self.may_add = False
         """Whether add-fd may go to QEMU: once `ask_older` has its answer."""
         self._call = call
-        self._older: frozenset[int] | None = None
-        self._sets: dict[int, _Set] = {}
-        self._named: dict[int, int] = {}
-        self._all_named = 0
-        self._read = 0
-        self._asked_older = False
-        self._looks = False
+        self._free = free
+        self.older: frozenset[int] | None = None
+        self.sets: dict[int, _Set] = {}
+        self.named: dict[int, int] = {}
+        self.all_named = 0
+        self.commands_read = 0
+        self.asked_older = False
+        self.looks = False
+        self.returned: list[object] = []
+        """What QEMU has said so far of what is asked when looking."""
 
-    def ask_older(self, then: Callable[[], None]) -> None:
-        """Has QEMU say which sets it has already. `then` is called when `may_add` is set."""
+    def restore(
+        self,
+        *,
+        may_add: bool,
+        older: frozenset[int] | None,
+        sets: Iterable[tuple[int, int, Iterable[int], Iterable[int]]],
+        named: dict[int, int],
+        all_named: int,
+        commands_read: int,
+        asked_older: bool,
+        looks: bool,
+        returned: list[object],
+    ) -> None:
+        """Goes on as those of another core do; `sets`: number, since, descriptors, clients of each."""
+        self.may_add, self.older, self.asked_older = may_add, older, asked_older
+        self.sets = {number: _Set(since, set(fds), set(clients)) for number, since, fds, clients in sets}
+        self.named, self.all_named, self.commands_read = named, all_named, commands_read
+        self.looks, self.returned = looks, returned
 
-        def told(query_fdsets: object) -> None:
-            self._older = None if query_fdsets is None else frozenset(_contents(query_fdsets))
+    def ask_older(self) -> None:
+        """Has QEMU say which sets it has already."""
+        if not self.asked_older:
+            self.asked_older = True
+            self._call("query-fdsets", None, OLDER)
+
+    def told(self, purpose: str, value: object) -> None:
+        """What QEMU returned to a command of ours."""
+        if purpose == OLDER:
+            self.older = None if value is None else frozenset(_contents(value))
             self.may_add = True
-            then()
-
-        if not self._asked_older:
-            self._asked_older = True
-            self._call("query-fdsets", None, told)
+            self._free()
+        elif purpose == TAKEN_BACK:
+            self.look()
+        else:
+            self.returned.append(value)
+            if len(self.returned) == len(_QUESTIONS):
+                (status, migration, sets), self.returned = self.returned, []
+                self.looks = False
+                if _guest_runs(status) and not _migration_comes_in(migration):
+                    self._take_one_back(_contents(sets))
 
     def read(self, request: Request) -> None:
         """A command was read from a client: the sets that it names stay."""
-        self._read += 1
-        request.read = self._read
+        self.commands_read += 1
+        request.read = self.commands_read
         message = request.message
         raw = message.raw
         if (b"fdset" not in raw and b"\\" not in raw) or message.problem or message.shape & NOT_OBJECT:
             return
         adds = request.name == b"add-fd"
         if len(raw) > MAX_READ:
-            self._all_named = self._read
+            self.all_named = self.commands_read
         else:
-            self._named.update(dict.fromkeys(_numbers(decode_members(message), adds=adds), self._read))
-            if len(self._named) > MAX_NAMED:
-                self._named.clear()
-                self._all_named = self._read
-        if adds and (mine := self._sets.get(_chosen_number(request))):
+            self.named.update(dict.fromkeys(_numbers(decode_members(message), adds=adds), self.commands_read))
+            if len(self.named) > MAX_NAMED:
+                self.named.clear()
+                self.all_named = self.commands_read
+        if adds and (mine := self.sets.get(_chosen_number(request))):
             mine.clients.add(request.client.number)
 
     def added(self, request: Request, result: object) -> None:
@@ -110,11 +147,11 @@ class FdSets:
             case _:
                 return
         if _chosen_number(request) < 0:
-            mine = self._sets[number] = _Set(request.read)  # QEMU takes a number that is free
-        elif self._older is None or number in self._older:
+            mine = self.sets[number] = _Set(request.read)  # QEMU takes a number that is free
+        elif self.older is None or number in self.older:
             return
         else:
-            mine = self._sets.setdefault(number, _Set(0))
+            mine = self.sets.setdefault(number, _Set(0))
         mine.fds.add(fd)
         if request.client.connected:
             mine.clients.add(request.client.number)
@@ -123,44 +160,33 @@ class FdSets:
 
     def left(self, client: int) -> None:
         """A client has gone."""
-        for mine in self._sets.values():
+        for mine in self.sets.values():
             mine.clients.discard(client)
         self.look()
 
     def look(self) -> None:
         """Takes back what can be: when a client has left, the guest goes on, or a migration has ended."""
-        if self._looks or not self._deserted():
+        if self.looks or not self._deserted():
             return
-        self._looks = True
-        returned: list[object] = []
-
-        def told(value: object) -> None:
-            returned.append(value)
-            if len(returned) < len(_QUESTIONS):
-                return
-            self._looks = False
-            status, migration, sets = returned
-            if _guest_runs(status) and not _migration_comes_in(migration):
-                self._take_one_back(_contents(sets))
-
+        self.looks = True
         for question in _QUESTIONS:
-            self._call(question, None, told)
+            self._call(question, None, LOOK)
 
     def _take_one_back(self, there: Mapping[int, set[int]]) -> None:
         """Before anything goes to QEMU that was not read yet, and might name the set."""
         for number in self._deserted():
-            fds = self._sets.pop(number).fds
+            fds = self.sets.pop(number).fds
             if number in there and there[number] <= fds:
-                self._call("remove-fd", {"fdset-id": number}, lambda _: self.look(), at_once=True)
+                self._call("remove-fd", {"fdset-id": number}, TAKEN_BACK, at_once=True)
                 return
 
     def _deserted(self) -> list[int]:
         """Those that nobody has a share in. What was named is forgotten: it stays for good."""
-        deserted = [number for number, mine in self._sets.items() if not mine.clients]
+        deserted = [number for number, mine in self.sets.items() if not mine.clients]
         for number in deserted:
-            if max(self._named.get(number, 0), self._all_named) > self._sets[number].since:
-                del self._sets[number]
-        return [number for number in deserted if number in self._sets]
+            if max(self.named.get(number, 0), self.all_named) > self.sets[number].since:
+                del self.sets[number]
+        return [number for number in deserted if number in self.sets]
 
 
 _QUESTIONS = ("query-status", "query-migrate", "query-fdsets")

@@ -27,7 +27,7 @@ import msgspec
 
 from refault.qmp import replies
 from refault.qmp.access import FREE, MOST_READ, Rule, changes
-from refault.qmp.commands import Answer, Forward
+from refault.qmp.commands import SECRETS, Answer, Forward
 from refault.qmp.decoding import decode, decode_arguments, decode_members, verb_name
 from refault.qmp.descriptors import Descriptors
 from refault.qmp.fdnames import TAKES_FD, USES_NAMES
@@ -107,20 +107,24 @@ class Multiplexer:
         self.ungreeted = b""
         """The beginning of what came last without a greeting before it."""
         self.ready = False
+        self.spent = False
+        """Set when a command is over that may have a secret in it: what was written down of it is to go."""
         self._own = self._internal(0)
         self._orphans = self._internal(-1)
         self._keeper = self._internal(-2)
         """Asks what becomes of fd sets, beside refault's other commands."""
-        self._last_client = 0
-        self._splitter = Splitter(max_bytes=MAX_REPLY, lenient=True)
-        self._negotiation = b""
-        self._window = Window()
-        self._turns: deque[Client] = deque()
-        self._fd_waiting: list[Client] = []
+        self.last_client = 0
+        self.splitter = Splitter(max_bytes=MAX_REPLY, lenient=True)
+        self.negotiation = b""
+        self.window = Window()
+        self.turns: deque[Client] = deque()
+        self.fd_waiting: list[Client] = []
         """Those whose next command takes a descriptor, while another's does."""
-        self._descriptors = Descriptors(discard, self._keep, self._fd_free)
-        self._asked: set[Request] = set()
-        self._early: list[Request] = []
+        self.descriptors = Descriptors(lambda fd: self.discard(fd), self._keep, self._fd_free)
+        self.asked: dict[int, Request] = {}
+        self.last_asked = 0
+        self.last_call = 0
+        self.early: list[Request] = []
         """Out-of-band commands that came before QEMU could take any."""
 
     def _internal(self, number: int) -> Client:
@@ -128,19 +132,29 @@ class Multiplexer:
         client.greeted = client.negotiated = client.oob = True
         return client
 
+    @property
+    def internal(self) -> tuple[Client, ...]:
+        """Those whose commands are not a client's that is there."""
+        return self._own, self._orphans, self._keeper
+
     # clients
 
     def join(self, transport: object = None, rule: Rule = FREE) -> Client:
         """A client connected. It is greeted as soon as QEMU has greeted."""
-        self._last_client += 1
-        limits = self.limits
-        if rule.read_only:
-            limits = replace(limits, message=min(limits.message, MOST_READ))
-        client = Client(self._last_client, limits, transport=transport, rule=rule)
+        self.last_client += 1
+        client = self.new_client(self.last_client, rule)
+        client.transport = transport
         self.clients[client.number] = client
         if self.greeting:
             self._greet(client, self.greeting)
         return client
+
+    def new_client(self, number: int, rule: Rule) -> Client:
+        """One with the limits that its rule asks for."""
+        limits = self.limits
+        if rule.read_only:
+            limits = replace(limits, message=min(limits.message, MOST_READ))
+        return Client(number, limits, rule=rule)
 
     def leave(self, client: Client) -> None:
         """A client is gone. What it has not had sent is dropped, and so are the replies that will still come
@@ -151,11 +165,13 @@ class Multiplexer:
         if self.clients.pop(client.number, None) is None:
             return
         client.connected = False
-        asked = [request for request in self._asked if request.client is client]
+        # What it had not finished saying may be anything.
+        self.spent |= client.splitter.held > 0 or any(each.name in SECRETS for each in client.queue)
+        asked = [request for request in self.asked.values() if request.client is client]
         answered = [request for request in client.queue if request.cleared]
         for request in client.queue:
             if not request.cleared:
-                self._descriptors.drop(request)
+                self.descriptors.drop(request)
         client.queue.clear()
         client.queued = 0
         if client.fd >= 0:
@@ -163,11 +179,11 @@ class Multiplexer:
             client.fd = -1
         client.out.clear()
         for request in (*asked, *answered):
-            request.names = self._descriptors.names.of(client.number)
-        self._descriptors.names.leave(client.number)
+            request.names = self.descriptors.names.of(client.number)
+        self.descriptors.names.leave(client.number)
         for request in answered:
             self._queue_first(self._orphans, request)
-        self._descriptors.sets.left(client.number)
+        self.descriptors.sets.left(client.number)
         self._pump()
 
     def half_close(self, client: Client) -> None:
@@ -190,7 +206,7 @@ class Multiplexer:
             return
         requests = [self._request(client, message) for message in client.splitter.feed(data, batch=fd < 0)]
         if fd >= 0 or client.fd >= 0:
-            self._descriptors.hand_out(client, requests, fd, ends=data.endswith(b"}"))
+            self.descriptors.hand_out(client, requests, fd, ends=data.endswith(b"}"))
         for request in requests:
             if client.oob and request.asks_oob():
                 self._out_of_band(request)
@@ -214,7 +230,7 @@ class Multiplexer:
             request.name = verb_name(message)
             request.refusal = client.rule.refusal(request.name.decode(errors="replace"), request.arguments)
         if request.refusal is None:
-            self._descriptors.sets.read(request)
+            self.descriptors.sets.read(request)
         return request
 
     # a client's commands
@@ -237,12 +253,12 @@ class Multiplexer:
                 if client.in_flight:
                     return  # replies come in the client's order
                 self._unqueue(client)
-                self._descriptors.drop(request)
+                self.descriptors.drop(request)
                 self.counters.commands += 1
                 self._deliver_local(request)
             elif request.cleared or not self._is_watched(client, request):
                 client.ready = True
-                self._turns.append(client)
+                self.turns.append(client)
             elif not self.ready:
                 return  # the watcher may want to ask QEMU something
             else:
@@ -262,7 +278,9 @@ class Multiplexer:
 
     def _ask(self, request: Request) -> None:
         self._on_record(request)
-        self._asked.add(request)
+        self.last_asked += 1
+        request.asked = self.last_asked
+        self.asked[request.asked] = request
         self.ask(request)
 
     def _on_record(self, request: Request) -> None:
@@ -302,7 +320,7 @@ class Multiplexer:
             or not isinstance(enable, list)
             or any(item != "oob" for item in enable)
         ):
-            request.on_reply = lambda reply: self._negotiated_by_qemu(client, reply, enable)
+            request.negotiates = True
             return None
         return self._negotiated(client, enable)
 
@@ -314,10 +332,12 @@ class Multiplexer:
         client.oob = oob
         return replies.success()
 
-    def _negotiated_by_qemu(self, client: Client, reply: bytes, enable: object) -> bytes:
+    def _negotiated_by_qemu(self, request: Request, reply: bytes) -> bytes:
         """QEMU checks the arguments first, and then finds that refault has negotiated before."""
         error = decode(reply).get("error", {})
-        return self._negotiated(client, enable) if error.get("desc") == replies.ALREADY_NEGOTIATED else reply
+        if error.get("desc") != replies.ALREADY_NEGOTIATED:
+            return reply
+        return self._negotiated(request.client, request.arguments().get("enable", []))
 
     def _out_of_band(self, request: Request) -> None:
         client = request.client
@@ -333,7 +353,7 @@ class Multiplexer:
         if request.answer is not None:
             self._answer_oob(request)
         elif not self.ready:
-            self._early.append(request)
+            self.early.append(request)
         elif self._is_watched(client, request):
             self._ask(request)
         else:
@@ -345,7 +365,7 @@ class Multiplexer:
 
     def _answer_oob(self, request: Request) -> None:
         self._oob_over(request)
-        self._descriptors.drop(request)
+        self.descriptors.drop(request)
         self.counters.commands += 1
         self._deliver_local(request)
 
@@ -353,9 +373,9 @@ class Multiplexer:
         """What a watcher says about the command that it was asked about. Nothing, if QEMU went away
         meanwhile.
         """
-        if request not in self._asked:
+        if self.asked.get(request.asked) is not request:
             return
-        self._asked.remove(request)
+        del self.asked[request.asked]
         client = request.client
         if isinstance(verdict, Answer):
             request.answer = (
@@ -391,7 +411,7 @@ class Multiplexer:
 
     def _pump(self) -> None:
         """Sends the in-band commands for which there is room, one from each client in turn."""
-        turns = self._turns
+        turns = self.turns
         while turns:
             client = turns[0]
             if not client.queue:
@@ -400,12 +420,12 @@ class Multiplexer:
                 continue
             request = client.queue[0]
             oob = self.greeting is not None and self.greeting.oob
-            if not (self.ready and self._window.has_room(request, oob=oob)):
+            if not (self.ready and self.window.has_room(request, oob=oob)):
                 return
             turns.popleft()
             client.ready = False
-            if request.name in TAKES_FD and not self._descriptors.may_go(request):
-                self._fd_waiting.append(client)
+            if request.name in TAKES_FD and not self.descriptors.may_go(request):
+                self.fd_waiting.append(client)
                 client.ready = True
                 continue
             if client.in_flight >= (1 if client is self._own else SHARE):
@@ -419,12 +439,12 @@ class Multiplexer:
         self._send(request)
 
     def _send(self, request: Request) -> None:
-        number = self._window.add(request)
+        number = self.window.add(request)
         if not request.cleared:
             self._on_record(request)
         if request.name in USES_NAMES:
-            self._descriptors.rename(request, self._own.number)
-        fd = self._descriptors.take(request) if request.name in TAKES_FD else -1
+            self.descriptors.rename(request, self._own.number)
+        fd = self.descriptors.take(request) if request.name in TAKES_FD else -1
         if request.done is None:
             self.counters.commands += 1
         self.upstream_out.append((as_sent(request, number), fd))
@@ -435,16 +455,16 @@ class Multiplexer:
         """A connection to QEMU stands. `negotiation_id`: a JSON string without escapes, unique among all that
         was ever sent to this QEMU.
         """
-        self._splitter = Splitter(max_bytes=MAX_REPLY, lenient=True)
-        self._descriptors.names.prefix = negotiation_id.decode().strip('"')
-        self._negotiation = negotiation_id
+        self.splitter = Splitter(max_bytes=MAX_REPLY, lenient=True)
+        self.descriptors.names.prefix = negotiation_id.decode().strip('"')
+        self.negotiation = negotiation_id
         self.ungreeted = b""
 
     def upstream_lost(self) -> list[Client]:
         """The connection to QEMU is gone. The clients to be disconnected are returned; they have been told
         all there is.
         """
-        pending = self._window.lost()
+        pending = self.window.lost()
         queued = [*self._own.queue, *self._keeper.queue]
         self.ready = False
         self.greeting = None
@@ -452,11 +472,11 @@ class Multiplexer:
             if fd >= 0:
                 self.discard(fd)
         self.upstream_out.clear()
-        self._turns.clear()
-        self._fd_waiting.clear()
-        self._descriptors.lost()
-        self._asked.clear()
-        self._early.clear()
+        self.turns.clear()
+        self.fd_waiting.clear()
+        self.descriptors.lost()
+        self.asked.clear()
+        self.early.clear()
         for client in (self._own, self._orphans, self._keeper):
             self._forget_commands(client)
         lost = [client for client in self.clients.values() if client.greeted]
@@ -471,7 +491,7 @@ class Multiplexer:
 
     def _forget_commands(self, client: Client) -> None:
         for request in client.queue:
-            self._descriptors.drop(request)
+            self.descriptors.drop(request)
         client.queue.clear()
         client.queued = client.in_flight = client.oob_in_flight = client.oob_bytes = 0
         client.held = None
@@ -481,11 +501,11 @@ class Multiplexer:
     def upstream_more(self) -> bool:
         """Whether QEMU has said more than was taken: `receive_upstream` with nothing, after others had their
         turn."""
-        return self._splitter.more
+        return self.splitter.more
 
     def receive_upstream(self, data: bytes) -> None:
         """Bytes from QEMU; one batch of messages is taken. Raises NotQmpError where they cannot be."""
-        for message in self._splitter.feed(data, batch=True):
+        for message in self.splitter.feed(data, batch=True):
             if message.problem is not None:
                 raise NotQmpError(f"it sent {message.raw[:60]!r}")
             verb = message.shape & VERB_MASK
@@ -502,7 +522,7 @@ class Multiplexer:
                 self._event(message)
             else:
                 self._reply(message)
-        if self._turns:
+        if self.turns:
             self._pump()
 
     def _greeted(self, message: Message) -> None:
@@ -518,7 +538,7 @@ class Multiplexer:
         self.upstream_out.append(
             (
                 b'{"execute": "qmp_capabilities", "arguments": {"enable": %s}, "id": %s}'
-                % (enable, self._negotiation),
+                % (enable, self.negotiation),
                 -1,
             )
         )
@@ -537,28 +557,31 @@ class Multiplexer:
         data = decode_members(message).get("data", {})
         name = verb_name(message)
         if name in (b"RESUME", b"MIGRATION"):
-            self._descriptors.sets.look()
+            self.descriptors.sets.look()
         self.on_event(name.decode(), data if isinstance(data, dict) else {})
 
     def _reply(self, message: Message) -> None:
         spelling = message.raw[message.id : message.id_end]
         if not self.ready:
-            if spelling == self._negotiation:
+            if spelling == self.negotiation:
                 self._capabilities_reply(message)
             else:
                 self.counters.dropped_replies += 1
             return
-        request = self._window.answered(spelling)
+        request = self.window.answered(spelling)
         if request is None:
             self.counters.dropped_replies += 1
             return
         client = request.client
+        self.spent |= request.name in SECRETS
         if request.oob:
             self._oob_over(request)
         else:
             client.in_flight -= 1
-        self._descriptors.answered(request, message, _returned)
-        if request.done:
+        self.descriptors.answered(request, message, _returned)
+        if request.purpose:
+            self.descriptors.sets.told(request.purpose, _returned(message))
+        elif request.done:
             request.done(message)
         else:
             self._deliver(request, message)
@@ -575,7 +598,7 @@ class Multiplexer:
             return
         self.ready = True
         self.on_ready()
-        early, self._early = self._early, []
+        early, self.early = self.early, []
         for request in early:
             self._oob_over(request)
             if request.client.connected:
@@ -585,14 +608,14 @@ class Multiplexer:
         self._pump()
 
     def _fd_free(self) -> None:
-        waiting, self._fd_waiting = self._fd_waiting, []
+        waiting, self.fd_waiting = self.fd_waiting, []
         for client in reversed(waiting):
-            self._turns.appendleft(client)
+            self.turns.appendleft(client)
 
     def _deliver(self, request: Request, message: Message) -> None:
         """QEMU's reply, to whom it belongs."""
         client = request.client
-        if request.on_reply is None and not request.prefixes:
+        if request.on_reply is None and not request.prefixes and not request.negotiates:
             if client.connected and client is not self._orphans:
                 raw = message.with_id(request.spelling) if request.spelling else message.without_id()
                 self._put(client, raw + _EOL)
@@ -602,11 +625,14 @@ class Multiplexer:
             raw = raw.replace(prefix, b"")
         if request.on_reply:
             raw = request.on_reply(raw)
+        if request.negotiates:
+            raw = self._negotiated_by_qemu(request, raw)
         request.answer = raw
         self._deliver_local(request)
 
     def _deliver_local(self, request: Request) -> None:
         client, raw = request.client, request.answer
+        self.spent |= request.name in SECRETS or request.message.problem is not None
         if request.done or not client.connected or client is self._orphans or raw is None:
             return
         if request.spelling:
@@ -640,23 +666,27 @@ class Multiplexer:
         oob: bool,
         fd: int,
         done: Callable[[Message | None], None],
+        beside: bool = False,
     ) -> Request:
         """Sends a command of refault's own. `done` gets the reply, or None if QEMU goes away. Takes over `fd`
-        (or -1).
+        (or -1). One that goes `beside` the others waits for none of them.
         """
-        request = self._internal_request(self._own, command, arguments, oob=oob)
+        own = self._keeper if beside else self._own
+        request = self._internal_request(own, command, arguments, oob=oob)
         request.done = done
+        self.last_call += 1
+        request.call = self.last_call
         if fd >= 0:
-            self._descriptors.give(request, fd)
+            self.descriptors.give(request, fd)
         if oob:
             request.oob = True
-            self._own.oob_in_flight += 1
-            self._own.oob_bytes += request.size
+            own.oob_in_flight += 1
+            own.oob_bytes += request.size
             self._send(request)
         else:
-            self._own.queue.append(request)
-            self._own.queued += request.size
-            self._settle(self._own)
+            own.queue.append(request)
+            own.queued += request.size
+            self._settle(own)
             self._pump()
         return request
 
@@ -676,19 +706,15 @@ class Multiplexer:
         self,
         command: str,
         arguments: Mapping[str, object] | None,
-        told: Callable[[object], None],
+        purpose: str,
         *,
         at_once: bool = False,
     ) -> None:
         """Sends a command about fd sets: `refault.qmp.fdsets.Call`."""
         keeper = self._keeper
-
-        def done(reply: Message | None) -> None:
-            if reply is not None:
-                told(_returned(reply))
-
         request = self._internal_request(keeper, command, arguments, oob=False)
-        request.done = done
+        request.purpose = purpose
+        request.done = nobody
         if at_once:
             self._send_in_band(request)
             return
@@ -699,15 +725,16 @@ class Multiplexer:
 
     def forget(self, request: Request) -> None:
         """Nobody waits for an own command any more: unsent it is dropped, else its reply will be."""
-        request.done = _nobody
-        if request in self._own.queue:
-            self._own.queue.remove(request)
-            self._own.queued -= request.size
-            self._descriptors.drop(request)
+        request.done = nobody
+        own = request.client
+        if request in own.queue:
+            own.queue.remove(request)
+            own.queued -= request.size
+            self.descriptors.drop(request)
 
 
-def _nobody(reply: Message | None) -> None:
-    pass
+def nobody(reply: Message | None) -> None:
+    """Is told of a reply that nobody waits for."""
 
 
 def _returned(reply: Message) -> object:

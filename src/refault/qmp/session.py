@@ -136,6 +136,8 @@ class Request:
 
     __slots__ = (
         "answer",
+        "asked",
+        "call",
         "cleared",
         "client",
         "data",
@@ -144,10 +146,12 @@ class Request:
         "message",
         "name",
         "names",
+        "negotiates",
         "new_name",
         "on_reply",
         "oob",
         "prefixes",
+        "purpose",
         "read",
         "rebuilt",
         "refusal",
@@ -179,6 +183,14 @@ class Request:
         self.on_reply: Callable[[bytes], bytes] | None = None
         self.done: Callable[[Message | None], None] | None = None
         """For refault's own commands: called with the reply, or None if QEMU went away."""
+        self.asked = 0
+        """Which of all that watchers were asked about, from 1; 0 for one that none was."""
+        self.call = 0
+        """Which of refault's own commands, from 1; 0 for another."""
+        self.negotiates = False
+        """A qmp_capabilities whose arguments QEMU looks at."""
+        self.purpose = ""
+        """Of a command about fd sets: what it is for."""
         self.names: dict[str, str] = {}
         """How QEMU knows the descriptors of a client that has left."""
         self.prefixes: frozenset[bytes] = frozenset()

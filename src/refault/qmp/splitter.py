@@ -83,6 +83,23 @@ class Message:
         ) = record
         self.problem = problem
 
+    def record(self) -> list[int]:
+        """What it is made of besides its bytes."""
+        return [
+            0,
+            0,
+            0,
+            self.shape,
+            self.verb,
+            self.verb_end,
+            self.arguments,
+            self.arguments_end,
+            self.id,
+            self.id_end,
+            self.cut,
+            self.cut_end,
+        ]
+
     def without_id(self) -> bytes:
         """The message as it would be had nobody sent an id."""
         if not self.id_end:
@@ -127,6 +144,17 @@ class Splitter:
     def held(self) -> int:
         """Bytes of an unfinished message."""
         return len(self._held)
+
+    def saved(self) -> tuple[bytes, bool, bool]:
+        """All that another one must know to go on as this one does: `Splitter.restore`."""
+        return bytes(self._held), bool(lib.rf_splitter_skips(self._splitter)), self.more
+
+    def restore(self, saved: tuple[bytes, bool, bool]) -> None:
+        """Goes on as the one did that is `saved`; a new one with the same limits."""
+        held, skips, self.more = saved
+        self._held += held
+        if skips:
+            lib.rf_splitter_skip(self._splitter)
 
     def feed(self, data: bytes, *, batch: bool = False) -> list[Message]:
         """The messages that `data` completes, in order.

@@ -22,10 +22,17 @@ class Window:
     """Of one connection to QEMU."""
 
     def __init__(self) -> None:
-        self._pending: dict[int, Request] = {}
-        self._last_id = 0
+        self.pending: dict[int, Request] = {}
+        self.last_id = 0
         self._in_flight = 0
         self._in_flight_bytes = 0
+
+    def restore(self, last_id: int, pending: dict[int, Request]) -> None:
+        """Goes on as that of another core does."""
+        self.last_id, self.pending = last_id, pending
+        in_band = [request for request in pending.values() if not request.oob]
+        self._in_flight = len(in_band)
+        self._in_flight_bytes = sum(request.size for request in in_band)
 
     def has_room(self, request: Request, *, oob: bool) -> bool:
         """Whether one more in-band command may go. `oob`: QEMU takes more than one at a time."""
@@ -35,14 +42,14 @@ class Window:
 
     def add(self, request: Request) -> int:
         """One more goes; the id that QEMU gets."""
-        number = self._last_id
-        most = SHORT_IDS if len(self._pending) < SHORT_IDS // 2 else 999_999
+        number = self.last_id
+        most = SHORT_IDS if len(self.pending) < SHORT_IDS // 2 else 999_999
         while True:
             number = number % most + 1
-            if number not in self._pending:
+            if number not in self.pending:
                 break
-        self._last_id = number
-        self._pending[number] = request
+        self.last_id = number
+        self.pending[number] = request
         if not request.oob:
             self._in_flight += 1
             self._in_flight_bytes += request.size
@@ -53,10 +60,10 @@ class Window:
         in-band one: QEMU could not read the command, and answers in order."""
         request = None
         if spelling.isdigit():
-            request = self._pending.pop(int(spelling), None)
+            request = self.pending.pop(int(spelling), None)
         elif not spelling:
-            oldest = next((number for number, each in self._pending.items() if not each.oob), None)
-            request = self._pending.pop(oldest) if oldest is not None else None
+            oldest = next((number for number, each in self.pending.items() if not each.oob), None)
+            request = self.pending.pop(oldest) if oldest is not None else None
         if request is not None and not request.oob:
             self._in_flight -= 1
             self._in_flight_bytes -= request.size
@@ -64,8 +71,8 @@ class Window:
 
     def lost(self) -> list[Request]:
         """The connection is gone: what QEMU had."""
-        pending = list(self._pending.values())
-        self._pending = {}
+        pending = list(self.pending.values())
+        self.pending = {}
         self._in_flight = self._in_flight_bytes = 0
         return pending
 

@@ -37,6 +37,9 @@ class SlowVm:
         await trio.sleep(40)
         return True
 
+    async def let_go_of_clients(self) -> None:
+        pass
+
 
 async def no_signals() -> AsyncIterator[int]:
     await trio.sleep_forever()

@@ -217,7 +217,7 @@ def test_what_a_refused_command_names_stays_nobodys() -> None:
     played = Played()
     client = played.client(rule=READ_ONLY)
     played.core.receive(client, command("blockdev-add", filename="/dev/fdset/3"))
-    assert not played.core._descriptors.sets._named
+    assert not played.core.descriptors.sets.named
 
 
 def test_on_record_is_what_goes_to_qemu_and_what_is_refused() -> None:

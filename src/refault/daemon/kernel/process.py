@@ -59,13 +59,30 @@ def borrowed(pid: int, inode: int) -> socket.socket:
         number = _number_of(pid, inode)
         if number is None:
             raise FileNotFoundError(f"process {pid} has no socket {inode}")
-        duplicate = _syscall(_SYS_PIDFD_GETFD, process, number, 0)
-        if duplicate < 0:
-            error = ctypes.get_errno()
-            raise OSError(error, os.strerror(error))
-        return socket.socket(fileno=duplicate)
+        return socket.socket(fileno=duplicate_of(process, number))
     finally:
         os.close(process)
+
+
+def duplicate_of(process: int, number: int) -> int:
+    """A duplicate of a descriptor of a process's, which a pidfd names. Raises OSError."""
+    duplicate = _syscall(_SYS_PIDFD_GETFD, process, number, 0)
+    if duplicate < 0:
+        error = ctypes.get_errno()
+        raise OSError(error, os.strerror(error))
+    return int(duplicate)
+
+
+def sockets_of(pid: int) -> dict[int, int]:
+    """The sockets that a process has open: one of its numbers by each inode. Raises as `holds`."""
+    found = {}
+    with os.scandir(f"/proc/{pid}/fd") as entries:
+        for entry in entries:
+            with contextlib.suppress(FileNotFoundError):  # closed while we look
+                link = os.readlink(entry.path)
+                if link.startswith("socket:["):
+                    found[int(link[8:-1])] = int(entry.name)
+    return found
 
 
 def _number_of(pid: int, inode: int) -> int | None:

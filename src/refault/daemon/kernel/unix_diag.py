@@ -22,6 +22,7 @@ _UDIAG_SHOW_VFS = 2
 _UNIX_DIAG_NAME = 0
 _UNIX_DIAG_VFS = 1
 _UNIX_DIAG_PEER = 2
+_UNIX_DIAG_SHUTDOWN = 6
 _UDIAG_SHOW_PEER = 4
 _ANY_STATE = 0xFFFFFFFF
 _LISTEN = 1 << 10
@@ -82,12 +83,15 @@ def _listeners() -> Iterator[tuple[bytes, tuple[int, int] | None]]:
                     return
                 if kind == _NLMSG_ERROR or length < _NLMSGHDR.size:
                     raise OSError(errno.EOPNOTSUPP, "the kernel does not tell of unix sockets (unix_diag)")
-                yield _name_and_file(answer[at : at + length])
+                name, file, shut = _about(answer[at : at + length])
+                if not shut:  # it refuses everybody, whoever still holds it
+                    yield name, file
                 at += (length + 3) & ~3
 
 
-def _name_and_file(message: bytes) -> tuple[bytes, tuple[int, int] | None]:
-    name, file = b"", None
+def _about(message: bytes) -> tuple[bytes, tuple[int, int] | None, bool]:
+    """Its name, its file, and whether it was shut down."""
+    name, file, shut = b"", None, False
     at = _NLMSGHDR.size + _UNIX_DIAG_MSG_SIZE
     while at + _RTATTR.size <= len(message):
         length, kind = _RTATTR.unpack_from(message, at)
@@ -96,8 +100,10 @@ def _name_and_file(message: bytes) -> tuple[bytes, tuple[int, int] | None]:
             name = value
         elif kind == _UNIX_DIAG_VFS and len(value) >= _VFS.size:
             file = _VFS.unpack_from(value)
+        elif kind == _UNIX_DIAG_SHUTDOWN:
+            shut = value[0] != 0
         at += max((length + 3) & ~3, _RTATTR.size)
-    return name, file
+    return name, file, shut
 
 
 def peer_inode(sock: socket.socket) -> int:

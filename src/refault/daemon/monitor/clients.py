@@ -13,19 +13,25 @@ import socket
 from collections.abc import Callable, Sequence
 from functools import partial
 
+import msgspec
 import trio
 
 from refault.daemon.host.repeats import repeats
+from refault.daemon.kept.left import About
+from refault.daemon.kept.recorder import TAKEN_WITHIN, Recorder
 from refault.daemon.monitor.address import Address
 from refault.daemon.monitor.audit import Recorded
 from refault.daemon.monitor.caller import caller_of, may_speak
 from refault.daemon.monitor.dial import CONNECT_TIMEOUT, dial, pauses, prepare, why
 from refault.daemon.monitor.first_client import FirstClient
 from refault.daemon.monitor.front import Front
+from refault.daemon.monitor.keeper import Keeper
 from refault.daemon.monitor.presence import Presence, Qemu
 from refault.daemon.monitor.turns import Turns
 from refault.daemon.monitor.wire import Wire, hung_up
+from refault.qmp.journal import Kind
 from refault.qmp.multiplexer import Multiplexer
+from refault.qmp.replay import Joined
 from refault.qmp.session import Client, Limits, Request
 
 log = logging.getLogger("refault.qmp")
@@ -33,9 +39,6 @@ log = logging.getLogger("refault.qmp")
 _READ = 4 << 10
 _READ_MORE = 64 << 10
 """Bytes to read from a client at a time, and while it is in the midst of a longer message."""
-_ONE_FD = socket.CMSG_LEN(4)
-"""Room for one descriptor: the kernel closes the others, as QEMU would."""
-_FLAGS = socket.MSG_DONTWAIT | socket.MSG_CMSG_CLOEXEC
 _GREETED_WITHIN = 10.0
 _END_READ_WITHIN = 1.0
 _CLOSE_TIMEOUT = 5.0
@@ -55,6 +58,9 @@ class Clients:
         first_client: FirstClient,
         flush: Callable[[], None],
         qemu_has_ended: Callable[[], bool],
+        recorder: Recorder,
+        keeper: Keeper,
+        seek_keeper: Callable[[], None],
     ) -> None:
         self.total = 0
         """Clients since the start."""
@@ -66,6 +72,12 @@ class Clients:
         self._flush_all = flush
         self._qemu_has_ended = qemu_has_ended
         """Whether its end is there to be read, behind what else is."""
+        self._recorder = recorder
+        self._keeper = keeper
+        self._seek_keeper = seek_keeper
+        self._taken: list[tuple[Client, Wire, Address]] = []
+        """Those of an earlier refault."""
+        self._of: dict[int, Address] = {}
         self._early: dict[Client, bool] = {}
         """Who has not been greeted, and whether he came where wait=on is."""
         self._paused: set[Client] = set()
@@ -73,13 +85,49 @@ class Clients:
         self._turns = Turns(name)
         self._nursery: trio.Nursery
 
-    async def run(self, managers: Sequence[Address]) -> None:
+    async def run(
+        self, managers: Sequence[Address], *, task_status: trio.TaskStatus[None] = trio.TASK_STATUS_IGNORED
+    ) -> None:
         """Serves those who come by `fronts`, and dials `managers`, until cancelled."""
+        taken, self._taken = self._taken, []
         async with trio.open_nursery() as nursery:
             self._nursery = nursery
             for address in managers:
-                nursery.start_soon(self._dial_manager, address)
+                mine = [each for each in taken if each[2] == address]
+                nursery.start_soon(self._dial_manager, address, mine)
+            for each in taken:
+                if each[2] not in managers:
+                    nursery.start_soon(self._go_on, *each)
+            task_status.started()
             await self._turn_away()
+
+    def take_over(self, client: Client, sock: socket.socket, address: Address) -> None:
+        """Goes on, in `run`, with a client of an earlier refault."""
+        wire = Wire(sock, trio.CancelScope(), self._recorder, client.number)
+        client.transport = wire
+        self._of[client.number] = address
+        if address.rule.audit:
+            self._recorded[client] = Recorded(self._name, address, caller_of(sock))
+        self._taken.append((client, wire, address))
+
+    def hand_over(self) -> None:
+        """What is unsent is the next refault's to send."""
+        for client in self._core.clients.values():
+            _wire(client).broken = True
+
+    def unsent(self, client: Client) -> list[memoryview]:
+        """What was taken from its `out` and is not sent yet."""
+        wire = client.transport
+        return [data for data, _ in wire.backlog] if isinstance(wire, Wire) else []
+
+    def connections(self) -> dict[int, tuple[socket.socket, Address]]:
+        """Those that are served, by their numbers."""
+        core = self._core
+        return {
+            number: (_wire(core.clients[number]).sock, address)
+            for number, address in self._of.items()
+            if number in core.clients
+        }
 
     def audit(self, request: Request) -> None:
         """A command of a client that is put on record; in the midst of its way to QEMU, which goes on."""
@@ -94,8 +142,17 @@ class Clients:
             log.warning("%s: whoever can reach %s controls the VM; prefer a unix socket", self._name, address)
         when = partial(self._presence.until, partial(operator.is_, Qemu.THERE))
         return Front(
-            self._name, address, partial(self._take, address), when if address.fd is not None else None
+            self._name,
+            address,
+            partial(self._take, address),
+            when if address.fd is not None else None,
+            bound=self._new_sockets,
+            end=self._keeper.end,
         )
+
+    def _new_sockets(self) -> None:
+        """A front listens anew: QEMU is to hold its sockets too."""
+        self._keeper.hold_fronts()
 
     def flush(self) -> None:
         """Sends what goes at once of what the core has for clients; the rest waits for tasks."""
@@ -159,6 +216,7 @@ class Clients:
             with trio.move_on_after(_END_READ_WITHIN):
                 await self._presence.change()
         self._presence.seek()
+        self._seek_keeper()
         self._nursery.start_soon(self._serve, prepare(sock), address)
         if address.wait:
             self._first_client.came(address)
@@ -194,8 +252,11 @@ class Clients:
                     scope.cancel()
             await self._presence.change()
 
-    async def _dial_manager(self, address: Address) -> None:
-        """Connects to a manager while there is a QEMU, as that would."""
+    async def _dial_manager(self, address: Address, taken: Sequence[tuple[Client, Wire, Address]]) -> None:
+        """Connects to a manager while there is a QEMU, as that would, once the one that is `taken` over is
+        gone."""
+        for each in taken:
+            await self._go_on(*each)
         shortest, longest = pauses(address)
         delay = shortest
         complained = False
@@ -232,32 +293,60 @@ class Clients:
                     extra=repeats((self._name, "clients"), self._limits.clients),
                 )
                 return
-            wire = Wire(sock, scope)
-            client = self._core.join(wire, address.rule)
-            self.total += 1
-            if address.rule.audit:
-                self._recorded[client] = Recorded(self._name, address, caller_of(sock))
-            if not client.greeted:
-                self._early[client] = address.wait
-                if not address.wait:
-                    scope.deadline = trio.current_time() + _GREETED_WITHIN
-            try:
-                self._flush_all()
-                await self._read_client(client, wire)
-            except OSError:
-                pass
-            except Exception:
-                log.exception("%s: internal error; client %d is disconnected", self._name, client.number)
-            finally:
-                self._paused.discard(client)
-                self._early.pop(client, None)
-                if wire.backlog and not wire.broken:
-                    await self._finish(client, wire)
-                wire.broken = True
-                self._core.leave(client)
-                self._recorded.pop(client, None)
-                trio.lowlevel.notify_closing(sock)
-                self._flush_all()
+            await self._keeper.settled()
+            client, wire = self._join(sock, scope, address)
+            await self._serve_client(client, wire)
+
+    def _join(self, sock: socket.socket, scope: trio.CancelScope, address: Address) -> tuple[Client, Wire]:
+        """A client of the core. Once it is greeted its connection outlives us, if it can."""
+        core, rule = self._core, address.rule
+        wire = Wire(sock, scope, self._recorder, core.last_client + 1)
+        cookie = self._keeper.hold(sock)
+        if self._recorder.on:
+            about = msgspec.Raw(msgspec.msgpack.encode(About(str(address), cookie)))
+            joined = Joined(rule.read_only, sorted(rule.deny), rule.audit, about)
+            self._recorder.note(Kind.JOINED, wire.who, msgspec.msgpack.encode(joined))
+        client = core.join(wire, rule)
+        self._of[client.number] = address
+        self.total += 1
+        if rule.audit:
+            self._recorded[client] = Recorded(self._name, address, caller_of(sock))
+        if not client.greeted:
+            self._early[client] = address.wait
+            if not address.wait:
+                scope.deadline = trio.current_time() + _GREETED_WITHIN
+        return client, wire
+
+    async def _go_on(self, client: Client, wire: Wire, address: Address) -> None:
+        """A client of an earlier refault, to its close."""
+        with wire.sock, wire.scope:
+            await self._serve_client(client, wire)
+
+    async def _serve_client(self, client: Client, wire: Wire) -> None:
+        try:
+            self._flush_all()
+            await self._read_client(client, wire)
+        except OSError:
+            pass
+        except Exception:
+            log.exception("%s: internal error; client %d is disconnected", self._name, client.number)
+        finally:
+            if wire.backlog and not wire.broken:
+                await self._finish(client, wire)
+            self._leave(client, wire)
+
+    def _leave(self, client: Client, wire: Wire) -> None:
+        """Its connection is about to be closed."""
+        self._paused.discard(client)
+        self._early.pop(client, None)
+        wire.broken = True
+        self._recorder.note(Kind.LEFT, client.number)
+        self._core.leave(client)
+        self._of.pop(client.number, None)
+        self._recorded.pop(client, None)
+        trio.lowlevel.notify_closing(wire.sock)
+        self._keeper.end(wire.sock)
+        self._flush_all()
 
     async def _finish(self, client: Client, wire: Wire) -> None:
         """Has a message that is sent in part sent whole, if the client reads it at all."""
@@ -265,40 +354,46 @@ class Clients:
             await self._drain(client, wire)
 
     async def _read_client(self, client: Client, wire: Wire) -> None:
-        sock, core, splitter = wire.sock, self._core, client.splitter
-        passes_fds = sock.family == socket.AF_UNIX
-        while True:
-            await trio.lowlevel.wait_readable(sock)
-            fd = -1
-            size = _READ if splitter.held < _READ else _READ_MORE
-            try:
-                if passes_fds:
-                    data, ancillary, _, _ = sock.recvmsg(size, _ONE_FD, _FLAGS)
-                    if ancillary:
-                        fd = _descriptor(ancillary)
-                else:
-                    data = sock.recv(size, _FLAGS)
-            except BlockingIOError:
-                continue
-            if not data:
-                if hung_up(sock):
-                    return
-                core.half_close(client)
-                self._flush_all()
-                while True:
-                    await trio.sleep(_HANG_UP_CHECK)
+        sock, core, splitter, recorder = wire.sock, self._core, client.splitter, self._recorder
+        takes = sock.family == socket.AF_UNIX
+        await self._until_taken(client, sock)
+        while not client.half_closed:
+            if client.paused and not client.closing and not await self._until_resumable(client, wire):
+                return
+            if splitter.more and not client.closing:
+                recorder.note(Kind.MORE, client.number)
+                data, fd = b"", -1
+            else:
+                await trio.lowlevel.wait_readable(sock)
+                size = _READ if splitter.held < _READ else _READ_MORE
+                try:
+                    data, fd = recorder.receive(sock, client.number, size, takes=takes)
+                except BlockingIOError:
+                    continue
+                if not data:
                     if hung_up(sock):
                         return
-            while True:
-                turn = self._turns.begin()
-                core.receive(client, data, fd)
-                self._flush_all()
-                await self._turns.end(turn, more=splitter.more)
-                if client.paused and not client.closing and not await self._until_resumable(client, wire):
-                    return
-                if client.closing or not splitter.more:
+                    recorder.note(Kind.HALF_CLOSED, client.number)
+                    core.half_close(client)
+                    self._flush_all()
                     break
-                data, fd = b"", -1
+            turn = self._turns.begin()
+            core.receive(client, data, fd)
+            self._flush_all()
+            if fd >= 0:
+                await self._until_taken(client, sock)
+            await self._turns.end(turn, more=splitter.more)
+        while not hung_up(sock):  # noqa: ASYNC110 - nothing tells of it
+            await trio.sleep(_HANG_UP_CHECK)
+
+    async def _until_taken(self, client: Client, sock: socket.socket) -> None:
+        """Leaves a descriptor in the client's socket, and what is behind it, until QEMU has it. Not where its
+        command is yet to come, nor for long where that could hold up something urgent."""
+        if client.fd < 0:
+            within = TAKEN_WITHIN if client.oob else _HANG_UP_CHECK
+            while not await self._recorder.taken(sock, within) and not client.oob and not hung_up(sock):
+                pass
+        self._recorder.consume(sock)
 
     async def _until_resumable(self, client: Client, wire: Wire) -> bool:
         """Waits; False if the client is gone meanwhile, which reading would have told."""
@@ -320,14 +415,3 @@ def _wire(client: Client) -> Wire:
 
 def _is_local(address: Address) -> bool:
     return address.path is not None or address.host in ("localhost", "::1") or address.host.startswith("127.")
-
-
-def _descriptor(ancillary: list[tuple[int, int, bytes]]) -> int:
-    """The descriptor in what recvmsg returned, or -1."""
-    for level, kind, data in ancillary:
-        if level == socket.SOL_SOCKET and kind == socket.SCM_RIGHTS and len(data) >= 4:
-            return int.from_bytes(data[:4], "little" if _LITTLE else "big", signed=True)
-    return -1
-
-
-_LITTLE = socket.htons(1) != 1

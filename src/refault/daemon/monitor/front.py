@@ -33,8 +33,14 @@ class Front:
         address: Address,
         take: Callable[[socket.socket], Awaitable[None]],
         when: Callable[[], Awaitable[None]] | None = None,
+        *,
+        bound: Callable[[], None] = lambda: None,
+        end: Callable[[socket.socket], None] = lambda _: None,
     ) -> None:
-        """`when`: who connects waits until this returns."""
+        """`when`: who connects waits until this returns. `bound` is called when it has new sockets, `end` of
+        each of them before it is closed."""
+        self.key = str(address)
+        """The address as it was asked for."""
         self.address = address
         """With the port that TCP really has."""
         self.trouble: str | None = None
@@ -44,6 +50,9 @@ class Front:
         self._name = name
         self._take = take
         self._when = when
+        self._handed_over = False
+        self._tell_bound = bound
+        self._end = end
         self._bound: Bound | None = None
         self._access: Access | None = None
 
@@ -51,6 +60,20 @@ class Front:
     def listening(self) -> bool:
         """Whether who connects now reaches us."""
         return self._bound is not None
+
+    @property
+    def bound(self) -> Bound | None:
+        """What it listens with."""
+        return self._bound
+
+    def hand_over(self) -> None:
+        """Its sockets and their file are the next refault's, which this process ends for."""
+        self._handed_over = True
+
+    def take_over(self, bound: Bound) -> None:
+        """Listens with what an earlier refault has bound."""
+        self._bound = bound
+        self.address = replace(self.address, port=bound.address.port)
 
     async def prepare(self, *, must: bool = True) -> None:
         """Binds what stays bound; of a socket file checks that it will be possible. Raises ListenError, but
@@ -64,6 +87,8 @@ class Front:
             self._tell(error)
 
     async def _prepare(self) -> None:
+        if self._bound is not None:
+            return
         if self.address.path is None:
             self._bound = await bind_tcp(self.address)
             if self.address.port == 0 or self.address.to:
@@ -78,6 +103,7 @@ class Front:
         try:
             while True:
                 bound = self._bound = self._bound or await self._bind()
+                self._tell_bound()
                 self.settled.set()
                 async with trio.open_nursery() as nursery:
                     for sock in bound.socks:
@@ -92,8 +118,11 @@ class Front:
     def close(self) -> None:
         """Listens no more."""
         bound, self._bound = self._bound, None
-        if bound is not None:
-            self._access = bound.close() or self._access
+        if bound is not None and not self._handed_over:
+            self._access = bound.remove() or self._access
+            for sock in bound.socks:
+                self._end(sock)
+            bound.close()
 
     async def _bind(self) -> Bound:
         while True:

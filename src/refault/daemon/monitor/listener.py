@@ -58,6 +58,8 @@ class Bound:
     inode: tuple[int, int] | None = None
     plain: Access | None = None
     """What the socket file had before it was given to anybody."""
+    given: bool = False
+    """Whether somebody else has opened them, who keeps them."""
 
     @property
     def sock(self) -> socket.socket:
@@ -76,15 +78,16 @@ class Bound:
             return False
 
     def close(self) -> Access | None:
-        """Closes it. Removes its socket file, unless another has taken that place, or somebody has changed
-        who may connect: then it stays for the next one to take that from it, and it is returned.
-        """
-        left = self._remove()
+        """Closes it, and removes its file as `remove` does."""
+        left = self.remove()
         for sock in self.socks:
             sock.close()
         return left
 
-    def _remove(self) -> Access | None:
+    def remove(self) -> Access | None:
+        """Removes its socket file, unless another has taken that place, or somebody has changed who may
+        connect: then it stays for the next one to take that from it, and it is returned.
+        """
         if self.inode is None or self.address.path is None:
             return None
         with contextlib.suppress(OSError), open_path(self.address.path) as fd:
@@ -116,7 +119,7 @@ def bind_unix(
             given.setblocking(False)
             return Bound((given,), address)
         if (managed := handed(address.sun_path)) is not None:
-            return Bound((managed,), address)
+            return Bound((managed,), address, given=True)
         sock = socket.socket(socket.AF_UNIX, kind | socket.SOCK_NONBLOCK)
         try:
             if address.abstract:
@@ -242,7 +245,7 @@ async def bind_tcp(address: Address) -> Bound:
     where = list(dict.fromkeys((family, sockaddr) for family, _, _, _, sockaddr in found))
     given = [sock for _, sockaddr in where if (sock := handed(sockaddr)) is not None]
     if given:
-        return Bound(tuple(given), address)
+        return Bound(tuple(given), address, given=True)
     if address.port == 0:
         ports = [0] * _PORT_TRIES
     else:

@@ -23,23 +23,34 @@ from __future__ import annotations
 import inspect
 import logging
 import os
+import socket
 from collections.abc import Awaitable, Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from pathlib import Path
 
 import msgspec
 import trio
 
+from refault import __version__
+from refault.daemon.kept.left import FORMAT, About, Left, Listening, encode
+from refault.daemon.kept.recorder import Recorder
+from refault.daemon.kept.taken import take
 from refault.daemon.monitor.address import Address
 from refault.daemon.monitor.clients import Clients
 from refault.daemon.monitor.first_client import FirstClient
 from refault.daemon.monitor.front import Front
-from refault.daemon.monitor.listener import ListenError
+from refault.daemon.monitor.keeper import Keeper
+from refault.daemon.monitor.listener import Bound, ListenError
 from refault.daemon.monitor.presence import Presence, Qemu
+from refault.daemon.monitor.socket_file import Access
 from refault.daemon.monitor.upstream import Upstream
 from refault.qmp.access import unknown
 from refault.qmp.commands import Answer, Forward
 from refault.qmp.decoding import decode_members
+from refault.qmp.journal import Kind
 from refault.qmp.multiplexer import Counters, Multiplexer
+from refault.qmp.replay import Called, Verdict
+from refault.qmp.saved import save
 from refault.qmp.session import Limits, Request
 from refault.qmp.splitter import ERROR, VERB_MASK, Message
 
@@ -130,8 +141,11 @@ class Monitor:
         on_disconnect: Callable[[], None] | None = None,
         limits: Limits | None = None,
         gone_on: bool = False,
+        journal: Path | None = None,
     ) -> None:
+        """`journal`: the file by which the next refault goes on where this one ends; None: it does not."""
         self.name = name
+        self._journal = journal
         self.qemu_address = qemu
         self.managers = [address for address in listen if not address.server]
         """Who is connected to, as a client."""
@@ -159,10 +173,19 @@ class Monitor:
             limits=self._limits,
             watch=self._watch,
             ask=self._ask,
-            discard=os.close,
+            discard=lambda fd: self._recorder.close(fd),
             on_event=self._event,
             on_ready=self._ready,
             audit=lambda request: self._clients.audit(request),
+        )
+        self._recorder = Recorder(self.name, self._journal, self._before, self._not_recorded)
+        self._keeper = Keeper(
+            self.name,
+            self._core,
+            self._recorder,
+            flush=self._flush,
+            fronts=lambda: [sock for front in self._client_fronts for sock in _socks(front)],
+            clients=lambda: [sock for sock, _ in self._clients.connections().values()],
         )
         self.presence.set(Qemu.UNKNOWN)
         all_listen = (*listen, *self.managers)
@@ -177,6 +200,9 @@ class Monitor:
             first_client,
             self._flush,
             lambda: self._upstream.has_ended,
+            self._recorder,
+            self._keeper,
+            self._keep,
         )
         self._upstream = Upstream(
             self.name,
@@ -186,6 +212,8 @@ class Monitor:
             first_client,
             flush=self._flush,
             lost=self._lost,
+            recorder=self._recorder,
+            keeper=self._keeper,
         )
         self.fronts = [self._clients.front(address) for address in listen]
         if self.qemu_address.server:
@@ -204,10 +232,13 @@ class Monitor:
         return (*self._listen, *self.managers)
 
     @property
+    def _client_fronts(self) -> list[Front]:
+        return self.fronts[:-1] if self.qemu_address.server else self.fronts
+
+    @property
     def clients_come_to(self) -> list[Address]:
         """Where clients are served: the addresses as they are bound, and the managers that are dialled."""
-        clients = self.fronts[:-1] if self.qemu_address.server else self.fronts
-        return [*(front.address for front in clients), *self.managers]
+        return [*(front.address for front in self._client_fronts), *self.managers]
 
     @property
     def counters(self) -> Counters:
@@ -229,12 +260,13 @@ class Monitor:
         behind. Started when it is known whether QEMU is there, and if it is, clients can come.
         """
         try:
+            self._take_over()
             for front in self.fronts:
                 await front.prepare(must=not self._has_run)
             async with trio.open_nursery() as nursery:
                 self._nursery = nursery
                 self._running = self._has_run = True
-                nursery.start_soon(self._clients.run, self.managers)
+                await nursery.start(self._clients.run, self.managers)
                 for front in self.fronts:
                     nursery.start_soon(self._run_front, front)
                 nursery.start_soon(self._upstream.run)
@@ -245,8 +277,103 @@ class Monitor:
                 task_status.started()
         finally:
             self._running = False
+            self._recorder.end()
             for front in self.fronts:
                 front.close()
+
+    # what outlives refault
+
+    def _before(self) -> bytes:
+        """All that is so far, for the journal."""
+        keeper, clients = self._keeper, self._clients
+        assert keeper.upstream is not None  # noqa: S101 - nothing is written down before
+        fronts = []
+        for front in self._client_fronts:
+            cookies = [keeper.cookie(sock) for sock in _socks(front)]
+            held = [cookie for cookie in cookies if cookie is not None]
+            if front.bound is not None and held and len(held) == len(cookies):
+                plain = front.bound.plain
+                access = (plain.mode, plain.uid, plain.gid, plain.acl) if plain is not None else None
+                port = front.bound.address.port
+                fronts.append(Listening(front.key, port, held, front.bound.inode, access))
+        about = {
+            number: About(str(address), keeper.cookie(sock), self._recorder.peeked_bytes(sock))
+            for number, (sock, address) in clients.connections().items()
+        }
+        core = save(self._core, clients.unsent, self._upstream.unsent, self._recorder.peeked)
+        return encode(
+            Left(
+                FORMAT,
+                __version__,
+                keeper.pid,
+                keeper.started,
+                keeper.upstream,
+                keeper.lots_held,
+                fronts,
+                about,
+                core,
+            )
+        )
+
+    def _take_over(self) -> None:
+        """Goes on where the last refault ended, if it has left this monitor's connections to us."""
+        if self._journal is None:
+            return
+        taken = take(self.name, self._journal, self._core, {front.key for front in self._client_fronts})
+        if taken is None:
+            if self._core.greeting is not None:
+                self.renew()
+            return
+        known = {str(address): address for address in (*self._listen, *self.managers)}
+        held: dict[socket.socket, bytes] = {}
+        for client in list(self._core.clients.values()):
+            sock, about = taken.clients[client.number]
+            address = known.get(about.address) or Address(about.address, server=True)
+            if about.cookie is not None:
+                held[sock] = about.cookie
+            self._clients.take_over(client, sock, address)
+        for front in self._client_fronts:
+            if (found := taken.fronts.get(front.key)) is not None:
+                listening, socks = found
+                plain = Access(*listening.access) if listening.access is not None else None
+                address = replace(front.address, port=listening.port)
+                front.take_over(Bound(socks, address, listening.inode, plain))
+                held.update(zip(socks, listening.cookies, strict=True))
+        self._keeper.resume(taken.left, taken.lots, held)
+        self._upstream.take_over(taken.upstream)
+        for fd, (number, count) in taken.peeked.items():
+            self._recorder.recovered(fd, taken.clients[number][0], number, count)
+        self._recorder.begin()
+        for fd in taken.spent:
+            self._recorder.close(fd)
+        if taken.of_nobody:
+            self._keeper.tidy()
+
+    def _not_recorded(self) -> None:
+        """The next refault could not go on: QEMU is to hold nothing."""
+        self._upstream.start_soon(self._keeper.give_up)
+
+    def _keep(self) -> None:
+        """Has QEMU hold what it does not hold yet, where the next refault could find it."""
+        if self._journal is not None:
+            self._upstream.keep()
+
+    async def let_go(self) -> None:
+        """There will be no other refault: QEMU is to hold nothing of this monitor's."""
+        await self._keeper.let_go()
+
+    def hand_over(self) -> None:
+        """The next refault goes on from this moment, in which this process ends."""
+        if self._recorder.leave():
+            self._keeper.hand_over()
+            self._clients.hand_over()
+            for front in self._client_fronts:
+                front.hand_over()
+
+    @property
+    def kept(self) -> tuple[bool, str | None]:
+        """Whether clients outlive refault, and why not."""
+        return self._keeper.on, self._keeper.trouble
 
     async def _run_front(self, front: Front) -> None:
         scope = self._fronts_run[front] = trio.CancelScope()
@@ -319,12 +446,15 @@ class Monitor:
             replies.append(reply)
             event.set()
 
+        members = dict(arguments) if arguments is not None else None
+        self._recorder.tell(Kind.CALLED, Called(command, members, oob, fd is not None, False))
         request = core.call(command, arguments, oob=oob, fd=-1 if fd is None else os.dup(fd), done=done)
         self._flush()
         try:
             with trio.fail_after(timeout):
                 await event.wait()
         except BaseException:
+            self._recorder.tell(Kind.FORGOTTEN, request.call)
             core.forget(request)
             raise
         [reply] = replies
@@ -354,6 +484,7 @@ class Monitor:
         self._gone_on = True
         self.qemu = QemuInfo(peer.pid, peer.uid, version, greeting.version, greeting.package, greeting.oob)
         self._upstream.ready()
+        self._keep()
         pid = f", pid {peer.pid}" if peer.pid else ""
         note = "" if greeting.oob else "; it offers no out-of-band commands"
         log.info("%s: connected to QEMU %s%s at %s%s", self.name, version, pid, self.qemu_address, note)
@@ -392,6 +523,7 @@ class Monitor:
 
     def _lost(self) -> None:
         was, self.qemu = self.qemu, None
+        self._keeper.lost()
         lost = self._core.upstream_lost()
         self._flush()
         if was is None:
@@ -422,16 +554,19 @@ class Monitor:
             log.exception("%s: internal error on %s; it goes to QEMU as the client sent it", self.name, name)
         if isinstance(verdict, Forward) and verdict.on_reply is not None:
             verdict = Forward(verdict.arguments, self._guard(name, verdict.on_reply))
+        self._recorder.tell(Kind.ANSWERED, _as_told(request, verdict))
         self._core.answer(request, verdict)
         self._flush()
 
     def _guard(self, name: str, on_reply: Callable[[bytes], bytes]) -> Callable[[bytes], bytes]:
         def guarded(reply: bytes) -> bytes:
             try:
-                return on_reply(reply)
+                changed = on_reply(reply)
             except Exception:
                 log.exception("%s: internal error on the reply to %s; it goes on as it came", self.name, name)
-                return reply
+                changed = reply
+            self._recorder.note(Kind.CHANGED, 0, changed)
+            return changed
 
         return guarded
 
@@ -441,4 +576,20 @@ class Monitor:
         while core.upstream_out or core.dirty:
             self._upstream.flush()
             self._clients.flush()
+        if core.spent:
+            core.spent = False
+            if self._recorder.on:
+                self._recorder.begin()
         self._clients.resume()
+
+
+def _socks(front: Front) -> tuple[socket.socket, ...]:
+    """Those that end with us, if they are not kept."""
+    return front.bound.socks if front.bound is not None and not front.bound.given else ()
+
+
+def _as_told(request: Request, verdict: Forward | Answer) -> Verdict:
+    if isinstance(verdict, Answer):
+        return Verdict(request.asked, True, verdict.error, verdict.value)
+    arguments = None if verdict.arguments is None else dict(verdict.arguments)
+    return Verdict(request.asked, False, None, None, arguments, verdict.on_reply is not None)

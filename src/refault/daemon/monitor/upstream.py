@@ -10,15 +10,18 @@ from collections.abc import Awaitable, Callable
 
 import trio
 
+from refault.daemon.kept.recorder import Recorder
 from refault.daemon.kernel.inotify import watched
 from refault.daemon.kernel.peer import Peer, peer_of
 from refault.daemon.monitor.address import Address
 from refault.daemon.monitor.dial import CONNECT_TIMEOUT, dial, pauses, prepare, why
 from refault.daemon.monitor.first_client import FirstClient
+from refault.daemon.monitor.keeper import Keeper
 from refault.daemon.monitor.presence import Presence, Qemu
 from refault.daemon.monitor.turns import Turns
 from refault.daemon.monitor.wire import Wire, hung_up
 from refault.qmp.greeting import NotQmpError
+from refault.qmp.journal import Kind
 from refault.qmp.multiplexer import Multiplexer
 
 log = logging.getLogger("refault.qmp")
@@ -48,6 +51,8 @@ class Upstream:
         *,
         flush: Callable[[], None],
         lost: Callable[[], None],
+        recorder: Recorder,
+        keeper: Keeper,
     ) -> None:
         self.peer = Peer(None, None)
         """Who is at the other end."""
@@ -59,6 +64,10 @@ class Upstream:
         self._flush_all = flush
         self._lost = lost
         self._comes, self._came = trio.open_memory_channel[socket.socket](0)
+        self._recorder = recorder
+        self._keeper = keeper
+        self._taken: socket.socket | None = None
+        """The connection of an earlier refault, which goes on."""
         self._wire: Wire | None = None
         self._connection: trio.Nursery | None = None
         self._last_complaint = ""
@@ -71,9 +80,13 @@ class Upstream:
         while True:
             pause = self._presence.pause
             try:
-                await self._first_client.wait()
-                sock = await self._reach()
-                await self._converse(sock)
+                if self._taken is not None:
+                    sock, self._taken = self._taken, None
+                    await self._converse(sock, goes_on=True)
+                else:
+                    await self._first_client.wait()
+                    sock = await self._reach()
+                    await self._converse(sock)
                 delay = shortest
             except NotQmpError as error:
                 self._complain(f"what answers at {self._address} is no QMP monitor: {error}")
@@ -109,6 +122,21 @@ class Upstream:
         except OSError:  # also a name that is in no file system
             return False
         return abs(time.time() - bound) < _LISTENS_WITHIN
+
+    def take_over(self, sock: socket.socket) -> None:
+        """Goes on, in `run`, with the connection that an earlier refault has made and negotiated."""
+        self._taken = sock
+        self._wire = Wire(sock, trio.CancelScope(), self._recorder)  # clients may speak before `run`
+
+    @property
+    def unsent(self) -> list[tuple[memoryview, int]]:
+        """What was flushed and is not there yet."""
+        return list(self._wire.backlog) if self._wire is not None else []
+
+    def keep(self) -> None:
+        """Has QEMU hold our end of the connection, and what clients use."""
+        if self._wire is not None:
+            self.start_soon(self._keeper.begin, self._wire.sock, self.peer.pid)
 
     async def take(self, sock: socket.socket) -> None:
         """A QEMU has connected to us: its turn comes when the one before it is gone."""
@@ -146,7 +174,7 @@ class Upstream:
         if wire is None:
             for _, fd in out:
                 if fd >= 0:
-                    os.close(fd)
+                    self._recorder.close(fd)
             return
         waiting = bool(wire.backlog)
         if len(out) == 1 or any(fd >= 0 for _, fd in out):
@@ -155,7 +183,7 @@ class Upstream:
             wire.backlog.append((memoryview(b"".join([data for data, _ in out])), -1))
         if not waiting:
             wire.flush()
-            if wire.backlog:
+            if wire.backlog and self._connection is not None:
                 self.start_soon(self._drain, wire)
 
     async def _drain(self, wire: Wire) -> None:
@@ -192,18 +220,23 @@ class Upstream:
         self._presence.set(Qemu.DIALLED)
         return await dial(self._address, CONNECT_TIMEOUT)
 
-    async def _converse(self, sock: socket.socket) -> None:
-        """One connection to QEMU, from its greeting to its end."""
+    async def _converse(self, sock: socket.socket, *, goes_on: bool = False) -> None:
+        """One connection to QEMU, from its greeting to its end. One that `goes_on` is greeted already."""
         core = self._core
         try:
             with sock:
                 self.peer = peer_of(sock)
-                core.upstream_connected(b'"refault-%s"' % os.urandom(8).hex().encode())
+                if not goes_on:
+                    core.upstream_connected(b'"refault-%s"' % os.urandom(8).hex().encode())
                 trouble: Exception | None = None
                 async with trio.open_nursery() as nursery:
                     self._connection = nursery
-                    self._wire = Wire(sock, nursery.cancel_scope)
                     try:
+                        if self._wire is not None:
+                            self._wire.scope = nursery.cancel_scope
+                            self._go_on(self._wire)
+                        else:
+                            self._wire = Wire(sock, nursery.cancel_scope, self._recorder)
                         with trio.fail_after(_GREETING_TIMEOUT) as greeting:
                             await self._read(sock, greeting)
                     except (NotQmpError, trio.TooSlowError) as error:
@@ -212,6 +245,7 @@ class Upstream:
                         log.exception("%s: internal error; the connection to QEMU is made anew", self._name)
                     finally:
                         trio.lowlevel.notify_closing(sock)
+                        self._keeper.end_upstream(sock)
                         nursery.cancel_scope.cancel()
                 if core.ungreeted and not core.greeting:
                     raise NotQmpError(f"it sent {core.ungreeted!r} and no greeting") from trouble
@@ -220,29 +254,43 @@ class Upstream:
         finally:
             self._lose()
 
+    def _go_on(self, wire: Wire) -> None:
+        core = self._core
+        if wire.backlog:
+            self.start_soon(self._drain, wire)
+        self._first_client.connected()
+        self._presence.set(Qemu.THERE)
+        core.on_ready()
+        for request in list(core.asked.values()):
+            core.ask(request)
+        self._flush_all()
+
     async def _read(self, sock: socket.socket, greeting: trio.CancelScope) -> None:
         core = self._core
+        if core.greeting:
+            greeting.deadline = float("inf")
         while True:
-            await trio.lowlevel.wait_readable(sock)
-            try:
-                data = sock.recv(_READ, socket.MSG_DONTWAIT)
-            except BlockingIOError:
-                continue
-            except OSError:  # reset, or over TCP nobody there any more (keepalive)
-                return
-            if not data:
-                return
-            more = True
-            while more:
-                turn = self._turns.begin()
-                core.receive_upstream(data)
-                if core.greeting and self._presence.qemu is not Qemu.THERE:
-                    greeting.deadline = float("inf")
-                    self._first_client.connected()
-                    self._presence.set(Qemu.THERE)
-                self._flush_all()
-                data, more = b"", core.upstream_more
-                await self._turns.end(turn, more=more)
+            if core.upstream_more:
+                self._recorder.note(Kind.MORE, 0)
+                data = b""
+            else:
+                await trio.lowlevel.wait_readable(sock)
+                try:
+                    data, _ = self._recorder.receive(sock, 0, _READ, takes=False)
+                except BlockingIOError:
+                    continue
+                except OSError:  # reset, or over TCP nobody there any more (keepalive)
+                    return
+                if not data:
+                    return
+            turn = self._turns.begin()
+            core.receive_upstream(data)
+            if core.greeting and self._presence.qemu is not Qemu.THERE:
+                greeting.deadline = float("inf")
+                self._first_client.connected()
+                self._presence.set(Qemu.THERE)
+            self._flush_all()
+            await self._turns.end(turn, more=core.upstream_more)
 
     def _lose(self) -> None:
         wire, self._wire, self._connection = self._wire, None, None

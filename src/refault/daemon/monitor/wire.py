@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import os
 import select
 import socket
 from collections import deque
 
 import trio
 
-_FLAGS = socket.MSG_NOSIGNAL | socket.MSG_DONTWAIT
+from refault.daemon.kept.recorder import Recorder
 
 
 class Wire:
@@ -19,10 +18,15 @@ class Wire:
     them and is the wire's from then on; calls `flush`, and while that leaves something, has one task `drain`.
     """
 
-    __slots__ = ("backlog", "broken", "scope", "sock", "wake")
+    __slots__ = ("_recorder", "backlog", "broken", "scope", "sock", "wake", "who")
 
-    def __init__(self, sock: socket.socket, scope: trio.CancelScope) -> None:
+    def __init__(
+        self, sock: socket.socket, scope: trio.CancelScope, recorder: Recorder, who: int = 0
+    ) -> None:
         self.sock = sock
+        self.who = who
+        """A client's number; 0 for QEMU."""
+        self._recorder = recorder
         self.scope = scope
         """What ends with the connection."""
         self.backlog: deque[tuple[memoryview, int]] = deque()
@@ -58,12 +62,12 @@ class Wire:
         """Drops what was not sent, and closes its descriptors."""
         for _, fd in self.backlog:
             if fd >= 0:
-                os.close(fd)
+                self._recorder.close(fd)
         self.backlog.clear()
 
     def _send(self, data: memoryview) -> int:
         try:
-            return self.sock.send(data, _FLAGS)
+            return self._recorder.send(self.sock, self.who, data)
         except BlockingIOError:
             return 0
         except OSError:
@@ -71,15 +75,14 @@ class Wire:
 
     def _send_fd(self, data: memoryview, fd: int) -> int:
         try:
-            if self.sock.family == socket.AF_UNIX:
-                sent = socket.send_fds(self.sock, [data], [fd], _FLAGS)
-            else:  # QEMU says to the client that there is no descriptor
-                sent = self.sock.send(data, _FLAGS)
+            # Over TCP QEMU says to the client that there is no descriptor.
+            passed = fd if self.sock.family == socket.AF_UNIX else -1
+            sent = self._recorder.send(self.sock, self.who, data, passed)
         except BlockingIOError:
             return 0
         except OSError:
             sent = self._break(data)
-        os.close(fd)
+        self._recorder.close(fd)
         return sent
 
     def _break(self, data: memoryview) -> int:

@@ -11,8 +11,10 @@ import pytest
 import trio
 import trio.testing
 
+from refault.daemon.kept.recorder import Recorder
 from refault.daemon.monitor.wire import Wire
 
+NOT_RECORDED = Recorder("vm", None, bytes, lambda: None)
 Pair = tuple[socket.socket, socket.socket]
 
 
@@ -35,7 +37,7 @@ def is_open(fd: int) -> bool:
 
 
 def filled(sock: socket.socket) -> Wire:
-    wire = Wire(sock, trio.CancelScope())
+    wire = Wire(sock, trio.CancelScope(), NOT_RECORDED)
     wire.backlog.append((memoryview(bytes(64 << 20)), -1))
     while wire.flush():
         time.sleep(0.01)  # the kernel makes room yet
@@ -68,7 +70,7 @@ async def test_what_is_discarded_leaves_no_descriptor(tcp: Pair) -> None:
 
 async def test_a_broken_connection_takes_everything(tcp: Pair) -> None:
     near, _ = tcp
-    wire = Wire(near, trio.CancelScope())
+    wire = Wire(near, trio.CancelScope(), NOT_RECORDED)
     near.shutdown(socket.SHUT_WR)
     wire.backlog.append((memoryview(b"{}"), -1))
     assert wire.flush() == 2

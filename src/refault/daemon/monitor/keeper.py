@@ -1,0 +1,274 @@
+"""What outlives every end of refault: our end of the connection to QEMU's monitor, the sockets where
+clients come, and their connections. QEMU's own end ends them all.
+
+QEMU is passed the first with `getfd`, and the ends of the pairs in which the others are kept (kept/lot.py).
+It never uses them; it makes them blocking.
+"""
+
+from __future__ import annotations
+
+import logging
+import socket
+from collections.abc import Callable, Iterable
+
+import msgspec
+import trio
+
+from refault.daemon.host.repeats import repeats
+from refault.daemon.kept.left import Left
+from refault.daemon.kept.lot import Lot
+from refault.daemon.kept.recorder import Recorder
+from refault.daemon.kept.sockets import Identity, cookie_of, end_for_all, may_take, named
+from refault.daemon.kernel.process import holds, process_started
+from refault.qmp.decoding import decode_members
+from refault.qmp.journal import Kind
+from refault.qmp.multiplexer import Multiplexer, nobody
+from refault.qmp.replay import Called
+from refault.qmp.splitter import ERROR, VERB_MASK, Message
+
+log = logging.getLogger("refault.qmp")
+
+KEPT_TIMEOUT = 10.0
+RELEASE_TIMEOUT = 1.0
+WELCOME_AFTER = 0.1
+"""Seconds after which a client is greeted though it is not known whether its connection is kept."""
+_ASK_AGAIN = 1.0
+"""Seconds after which a QEMU that refused may be asked again: it may have made its machine (preconfig)."""
+_LEFT_OVER = 64
+"""Connections that have ended and are kept yet, above which they are cleared away."""
+
+
+class Keeper:
+    """Of one monitor. `fronts` gives the sockets where clients come, `clients` those of clients."""
+
+    def __init__(
+        self,
+        name: str,
+        core: Multiplexer,
+        recorder: Recorder,
+        *,
+        flush: Callable[[], None],
+        fronts: Callable[[], Iterable[socket.socket]],
+        clients: Callable[[], Iterable[socket.socket]],
+    ) -> None:
+        self.on = False
+        """Whether QEMU holds our end of its monitor, without which nothing else need be kept."""
+        self.trouble: str | None = None
+        """Why it does not."""
+        self.pid = self.started = 0
+        """Of QEMU's process."""
+        self.upstream: Identity | None = None
+        self.lots_held: list[Identity] = []
+        """By which QEMU holds the ends of the lots."""
+        self._name = name
+        self._core = core
+        self._recorder = recorder
+        self._flush = flush
+        self._fronts = fronts
+        self._clients = clients
+        self._lots: list[Lot] = []
+        """Two: one is in use, the other takes over what is still of use."""
+        self._kept: dict[socket.socket, bytes] = {}
+        self._left_over = 0
+        self._asked_at = -_ASK_AGAIN
+        self._asking = False
+        self._settled = trio.Event()
+
+    async def settled(self) -> None:
+        """Waits, not for long, until it is known whether connections are kept, where QEMU is being asked."""
+        if self._asking:
+            with trio.move_on_after(WELCOME_AFTER):
+                await self._settled.wait()
+
+    async def begin(self, sock: socket.socket, pid: int | None) -> None:
+        """Has QEMU hold our end of its monitor, `sock`; from then on all else is kept."""
+        if self._asking or self.on or trio.current_time() < self._asked_at + _ASK_AGAIN:
+            return
+        self._asked_at = trio.current_time()
+        self._asking = True
+        self._settled = trio.Event()
+        try:
+            self._look_at(pid)
+            self._close_lots()
+            self._lots = [Lot(), Lot()]
+            upstream = await self._hold_now(sock)
+            if not holds(self.pid, upstream.inode):
+                raise OSError("what is behind its monitor is not its process")
+            self.lots_held = [await self._hold_now(end) for lot in self._lots for end in lot.ends]
+        except (OSError, trio.TooSlowError) as error:
+            self._close_lots()
+            self.trouble = (
+                error.strerror or str(error) if isinstance(error, OSError) else "it does not answer"
+            )
+            log.info(
+                "%s: the end of refault will disconnect clients, for QEMU holds no connections: %s",
+                self._name,
+                self.trouble,
+                extra=repeats((self._name, "kept"), self.trouble),
+            )
+            return
+        finally:
+            self._asking = False
+            self._settled.set()
+        self.upstream = upstream
+        self.on, self.trouble = True, None
+        for each in (*self._fronts(), *self._clients()):
+            self.hold(each)
+        if not self._recorder.begin():
+            await self.give_up()
+
+    def _look_at(self, pid: int | None) -> None:
+        started = process_started(pid)
+        if pid is None or started is None:
+            raise OSError("its process is not known")
+        may_take(pid)
+        self.pid, self.started = pid, started
+
+    async def _hold_now(self, sock: socket.socket) -> Identity:
+        """Raises OSError where QEMU refuses, trio.TooSlowError where it does not answer."""
+        identity = named(sock)
+        answered = trio.Event()
+        told: list[Message | None] = []
+
+        def done(reply: Message | None) -> None:
+            told.append(reply)
+            answered.set()
+
+        self._call("getfd", identity, done, sock)
+        with trio.fail_after(KEPT_TIMEOUT):
+            await answered.wait()
+        [reply] = told
+        sock.setblocking(False)
+        if reply is None:
+            raise OSError("it went away")
+        if reply.shape & VERB_MASK == ERROR:
+            raise OSError(msgspec.convert(decode_members(reply)["error"], dict[str, str])["desc"])
+        return identity
+
+    def resume(self, left: Left, lots: list[Lot], kept: dict[socket.socket, bytes]) -> None:
+        """An earlier refault has begun, and this is kept."""
+        self.pid, self.started = left.pid, left.started
+        self.upstream, self.lots_held = left.upstream, left.lots
+        self._lots, self._kept = lots, dict(kept)
+        self.on, self.trouble = True, None
+
+    def cookie(self, sock: socket.socket) -> bytes | None:
+        """By which it is found again; None where it is not kept."""
+        return self._kept.get(sock)
+
+    def hold(self, sock: socket.socket) -> bytes | None:
+        """Keeps it, if it can be; its cookie."""
+        if not self.on:
+            return None
+        if sock not in self._kept:
+            try:
+                self._put(sock)
+            except OSError as error:
+                log.info(
+                    "%s: a connection is not kept over the end of refault: %s",
+                    self._name,
+                    error.strerror,
+                    extra=repeats((self._name, "a connection"), error.errno),
+                )
+                return None
+            self._kept[sock] = cookie_of(sock)
+        return self._kept[sock]
+
+    def _put(self, sock: socket.socket) -> None:
+        try:
+            self._lots[0].put([sock])
+        except BlockingIOError:  # it is full
+            self.tidy()
+            self._lots[0].put([sock])
+
+    def tidy(self) -> None:
+        """Clears away what is kept and has ended. Raises OSError."""
+        now, then = self._lots
+        then.put(self._kept)
+        self._lots = [then, now]
+        now.empty()
+        self._left_over = 0
+
+    def hold_fronts(self) -> None:
+        """Keeps the sockets where clients come, which are new."""
+        if self.on and self._recorder.on:
+            for sock in self._fronts():
+                self.hold(sock)
+            self._recorder.begin()
+
+    def end(self, sock: socket.socket) -> None:
+        """It is about to be closed: it ends for all who have it."""
+        if self._kept.pop(sock, None) is None:
+            return
+        listens = bool(sock.getsockopt(socket.SOL_SOCKET, socket.SO_ACCEPTCONN))
+        end_for_all(sock)
+        self._left_over += 1
+        if self.on and (listens or self._left_over > _LEFT_OVER):  # its address is to be free
+            try:
+                self.tidy()
+            except OSError as error:
+                log.info("%s: what is kept for nobody stays: %s", self._name, error.strerror)
+                self._left_over = 0
+
+    def end_upstream(self, sock: socket.socket) -> None:
+        """The connection to QEMU is about to be closed."""
+        if self.upstream is not None:
+            end_for_all(sock)
+
+    def hand_over(self) -> None:
+        """All that is kept is the next refault's."""
+        self._kept.clear()
+        self.upstream = None
+        self.on = False
+        self._close_lots()
+
+    def lost(self) -> None:
+        """The connection to QEMU is over."""
+        self.on = False
+        self.upstream = None
+        self._recorder.end()
+        self._empty_lots()
+
+    async def let_go(self) -> None:
+        """Nothing is kept any more: there will be no other refault. What is ours alone then ends with us."""
+        if not self.on or self.upstream is None:
+            return
+        self._recorder.end()
+        self.on = False
+        self._empty_lots()
+        answered = trio.Event()
+        for identity in self.lots_held:
+            self._call("closefd", identity, nobody)
+        self._call("closefd", self.upstream, lambda _: answered.set())
+        with trio.move_on_after(RELEASE_TIMEOUT):
+            await answered.wait()
+
+    async def give_up(self) -> None:
+        """The next refault would find nothing written down."""
+        self.trouble = "what clients do cannot be written down"
+        await self.let_go()
+
+    def _empty_lots(self) -> None:
+        """Nobody but us has any of it from now on."""
+        self._kept.clear()
+        for lot in self._lots:
+            lot.empty()
+        self._close_lots()
+
+    def _close_lots(self) -> None:
+        for lot in self._lots:
+            lot.close()
+        self._lots = []
+
+    def _call(
+        self,
+        command: str,
+        identity: Identity,
+        done: Callable[[Message | None], None],
+        sock: socket.socket | None = None,
+    ) -> None:
+        arguments: dict[str, object] = {"fdname": identity.name}
+        self._recorder.tell(Kind.CALLED, Called(command, arguments, False, sock is not None, True))
+        fd = sock.dup().detach() if sock is not None else -1
+        self._core.call(command, arguments, oob=False, fd=fd, done=done, beside=True)
+        self._flush()

@@ -1,0 +1,148 @@
+"""What befalls refault does not reach its clients: the campaign's short form; and how QEMU is let go of."""
+
+from __future__ import annotations
+
+import json
+import random
+import signal
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import pytest
+from tests.campaign.restart import campaign, qemu_at, start
+from tests.integration.qemus import qemus
+
+from refault.lab.qemu import DEFAULT_BINARY
+
+pytestmark = [pytest.mark.qemu, pytest.mark.timeout(90)]
+
+
+@pytest.mark.parametrize("planned", [False, True], ids=["killed", "restarted"])
+async def test_no_client_notices_that_refault_ends(tmp_path: Path, *, planned: bool) -> None:
+    seed = random.randrange(1 << 30)
+    print("seed", seed)
+    binary = random.choice(qemus("qemu-10", "qemu-11"))
+    assert await campaign(binary, 3, seed, tmp_path, planned=planned) == []
+
+
+class Client:
+    """Says one thing after another."""
+
+    def __init__(self, path: Path) -> None:
+        self.sock = socket.socket(socket.AF_UNIX)
+        self.sock.settimeout(30)
+        self.sock.connect(str(path))
+        self.file = self.sock.makefile("rb")
+
+    def line(self) -> dict[str, object]:
+        return dict(json.loads(self.file.readline()))
+
+    def say(self, command: str) -> dict[str, object]:
+        self.sock.sendall(json.dumps({"execute": command}).encode())
+        return self.line()
+
+
+@contextmanager
+def served(tmp_path: Path) -> Iterator[tuple[subprocess.Popen[bytes], subprocess.Popen[bytes], Client]]:
+    """A QEMU, a refault, and a client that QEMU holds the connection of."""
+    (tmp_path / "state").mkdir()
+    with qemu_at(DEFAULT_BINARY, tmp_path) as qemu, started(tmp_path) as process:
+        client = Client(tmp_path / "f")
+        with client.sock, client.file:
+            assert "QMP" in client.line()
+            assert client.say("qmp_capabilities") == {"return": {}}
+            wait_until(lambda: (tmp_path / "state" / "vm.clients").exists())
+            assert "return" in client.say("query-status")
+            yield qemu, process, client
+
+
+@contextmanager
+def started(tmp_path: Path) -> Iterator[subprocess.Popen[bytes]]:
+    process = start(tmp_path)
+    try:
+        wait_until(lambda: (tmp_path / "f").exists())
+        yield process
+    finally:
+        process.kill()
+        process.wait()
+
+
+def wait_until(condition: Callable[[], bool]) -> None:
+    deadline = time.monotonic() + 30
+    while not condition():
+        assert time.monotonic() < deadline
+        time.sleep(0.02)
+
+
+def greeted(path: Path) -> bool:
+    """Whether who connects to a monitor gets its greeting."""
+    with socket.socket(socket.AF_UNIX) as sock:
+        sock.settimeout(10)
+        try:
+            sock.connect(str(path))
+        except ConnectionRefusedError:
+            return False
+        return b"QMP" in sock.recv(4096)
+
+
+def test_an_end_for_good_ends_clients_and_frees_the_monitor(tmp_path: Path) -> None:
+    with served(tmp_path) as (_, process, client):
+        process.send_signal(signal.SIGTERM)
+        assert client.file.read() == b""
+        assert process.wait() == 0
+        assert greeted(tmp_path / "q")
+        assert not [path for path in (tmp_path / "state").iterdir() if path.suffix == ".clients"]
+
+
+def test_after_a_kill_that_nobody_follows_the_monitor_is_freed_by_hand(tmp_path: Path) -> None:
+    with served(tmp_path) as (qemu, process, client):
+        process.kill()
+        process.wait()
+        release = [sys.executable, "-m", "refault", "release", str(qemu.pid)]
+        said = subprocess.run(
+            [*release, "--state-dir", str(tmp_path / "state")], capture_output=True, text=True
+        )
+        assert said.returncode == 0, said
+        assert client.file.read() == b""
+        assert greeted(tmp_path / "q")
+        assert not greeted(tmp_path / "f")
+        with started(tmp_path):
+            wait_until(lambda: greeted(tmp_path / "f"))
+
+
+def test_a_qemu_that_ends_while_no_refault_is_there_ends_its_clients(tmp_path: Path) -> None:
+    with served(tmp_path) as (qemu, process, client):
+        process.kill()
+        process.wait()
+        qemu.kill()
+        assert client.file.read() == b""
+
+
+def test_a_journal_that_cannot_be_read_is_told_and_clients_come_again(tmp_path: Path) -> None:
+    with served(tmp_path) as (_, process, client):
+        process.kill()
+        process.wait()
+        journal = tmp_path / "state" / "vm.clients"
+        data = journal.read_bytes()
+        journal.write_bytes(data.replace(b"\xa50.1.0", b"\xa50.0.9"))
+        with started(tmp_path):
+            assert client.file.read() == b""
+            wait_until(lambda: greeted(tmp_path / "f"))
+    assert "written by refault 0.0.9" in (tmp_path / "log").read_text()
+
+
+def test_no_secret_stays_longer_than_its_command(tmp_path: Path) -> None:
+    with served(tmp_path) as (_, _, client):
+        command = {
+            "execute": "object-add",
+            "arguments": {"qom-type": "secret", "id": "s", "data": "hush-hush"},
+        }
+        client.sock.sendall(json.dumps(command).encode())
+        assert client.line() == {"return": {}}
+        client.say("query-status")
+        assert b"hush-hush" not in (tmp_path / "state" / "vm.clients").read_bytes()
