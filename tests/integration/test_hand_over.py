@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from tests.integration.test_serve import Served
+from tests.integration.test_serve import CRASHING, Served
 
 pytestmark = [pytest.mark.qemu, pytest.mark.timeout(90)]
 
@@ -44,7 +44,7 @@ def wrapper(tmp_path_factory: pytest.TempPathFactory) -> Callable[[Path], Path]:
 
 @pytest.fixture
 def served(tmp_path: Path) -> Iterator[Served]:
-    served = Served(tmp_path)
+    served = Served(tmp_path, sys.executable, "-c", CRASHING)
     (tmp_path / "refault.toml").write_text(f'[daemon]\nexec = "{tmp_path}/run/exec"\n')
     with served.manager, served.process:
         try:
@@ -205,23 +205,67 @@ def test_qemu_starts_whatever_refault_does(
         assert errors.count(b"\n") == 1
 
 
-@pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGTERM])
-def test_the_next_refault_has_the_vm(
+@contextlib.contextmanager
+def next_refault(directory: Path) -> Iterator[None]:
+    environment = os.environ | {"RUNTIME_DIRECTORY": str(directory / "run")}
+    command = [sys.executable, "-m", "refault", "serve", "--config", str(directory / "refault.toml")]
+    with subprocess.Popen(command, env=environment, stderr=subprocess.DEVNULL) as process:
+        try:
+            yield
+        finally:
+            process.kill()
+
+
+def greeted(path: Path) -> bool:
+    with socket.socket(socket.AF_UNIX) as libvirt:
+        libvirt.settimeout(20)
+        libvirt.connect(str(path))
+        return b"QMP" in libvirt.recv(4096)
+
+
+@pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGUSR2])
+def test_libvirt_does_not_notice_that_refault_is_another(
     served: Served, wrapper: Callable[[Path], Path], tmp_path: Path, number: signal.Signals
+) -> None:
+    """It has one connection for life, and says something while no refault is there; others come later."""
+    with domain(tmp_path, wrapper(tmp_path), "a") as fronted:
+        assert fronted.ask("qmp_capabilities") == {"return": {}}
+        served.until(lambda status: (tmp_path / "run" / "a" / "a.clients").exists())
+        served.process.send_signal(number)
+        served.process.wait()
+        fronted.say("query-name")
+        for _ in range(2):  # which ends by SIGKILL
+            with next_refault(tmp_path):
+                assert json.loads(fronted._line()) == {"return": {"name": "a"}}
+                assert greeted(fronted.path)
+                assert greeted(tmp_path / "run" / "a" / "qmp")
+            fronted.say("query-name")
+        fronted.process.kill()
+        assert fronted.end()[0] in ([b"end of file"], [b"reset"])
+
+
+def test_after_a_stop_the_next_refault_has_the_vm(
+    served: Served, wrapper: Callable[[Path], Path], tmp_path: Path
 ) -> None:
     """libvirt's connection has ended, which it takes for QEMU's end; who connects again is served."""
     with domain(tmp_path, wrapper(tmp_path), "a") as fronted:
         assert fronted.ask("qmp_capabilities") == {"return": {}}
-        served.process.send_signal(number)
+        served.process.send_signal(signal.SIGTERM)
         served.process.wait()
         assert fronted._line() == b"end of file"
-        environment = os.environ | {"RUNTIME_DIRECTORY": str(tmp_path / "run")}
-        command = [sys.executable, "-m", "refault", "serve", "--config", str(tmp_path / "refault.toml")]
-        with subprocess.Popen(command, env=environment, stderr=subprocess.DEVNULL) as second:
-            try:
-                with socket.socket(socket.AF_UNIX) as libvirt:
-                    libvirt.settimeout(20)
-                    libvirt.connect(str(fronted.path))
-                    assert b"QMP" in libvirt.recv(4096)
-            finally:
-                second.kill()
+        with next_refault(tmp_path):
+            assert greeted(fronted.path)
+
+
+def test_after_an_internal_error_libvirts_socket_is_there_yet(
+    served: Served, wrapper: Callable[[Path], Path], tmp_path: Path
+) -> None:
+    """It is not refault's to end: nobody could listen there again."""
+    with domain(tmp_path, wrapper(tmp_path), "a") as fronted:
+        served.until(lambda status: (tmp_path / "run" / "a" / "a.clients").exists())
+        Path(f"{fronted.path}.crash").touch()
+        with socket.socket(socket.AF_UNIX) as victim:
+            victim.connect(str(fronted.path))
+            assert victim.recv(1) == b""
+        served.until(lambda status: status.vms and status.vms[0].internal_errors == 1)
+        assert greeted(fronted.path)

@@ -161,7 +161,6 @@ def test_the_longest_name_is_served_in_the_directory_of_the_unit(length: int) ->
 STRAYS = (
     "HUP",
     "USR1",
-    "USR2",
     "ALRM",
     "VTALRM",
     "PROF",
@@ -231,11 +230,15 @@ def test_a_second_daemon_of_a_name_is_refused_before_it_touches_anything(place: 
             assert status(place, "vm1")[1]["vms"][0]["qemu"]["pid"] == first.pid
             running.process.kill()
             running.process.wait()
+        clients = (place / "vm1.clients").read_bytes()
         (place / "notify").unlink()
         with daemon(place, *other) as running:
             running.wait_ready()
+            running.wait_output(f"vm1.clients is of QEMU process {first.pid} at unix:{place}/q, which")
             running.wait_output(f"is of QEMU process {first.pid}, which still runs, so nothing is kept")
             assert record.read_bytes() == files["vm1.migration.json"]
+            assert serves(place / "b")
+            assert (place / "vm1.clients").read_bytes() == clients
             code, document = status(place, "vm1")
             assert (code, document["vms"][0]["qemu"]["pid"]) == (0, second.pid)
 

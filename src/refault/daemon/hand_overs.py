@@ -24,6 +24,7 @@ from refault.daemon.fleet import Fleet
 from refault.daemon.host.errors import OperatorError
 from refault.daemon.host.paths import make_again, make_if_default
 from refault.daemon.host.repeats import repeats
+from refault.daemon.kept.taken import SUFFIX
 from refault.daemon.kernel.inotify import until_gone
 from refault.daemon.kernel.peer import peer_of
 from refault.daemon.kernel.process import borrowed, process_started, socket_at
@@ -306,6 +307,8 @@ def _bound(vm: VmOptions) -> Iterator[socket.socket]:
 def _clear(vm: VmOptions) -> None:
     """Leaves nothing of one that is over."""
     record.remove(vm.state_dir)
+    with contextlib.suppress(OSError):
+        (vm.state_dir / f"{vm.name}{SUFFIX}").unlink()
     with contextlib.suppress(OSError):
         os.unlink(vm.qemu.path or "")
     with contextlib.suppress(OSError):

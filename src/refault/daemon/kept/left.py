@@ -36,6 +36,8 @@ class Left(msgspec.Struct, array_like=True, frozen=True):
 
     format: int
     version: str
+    qemu: str
+    """Where its monitor is, as it was asked for."""
     pid: int
     started: int
     upstream: Identity

@@ -132,6 +132,22 @@ def _peek(sock: socket.socket, count: int) -> int:
     return -1
 
 
+def why_anothers(path: Path, qemu: str) -> str | None:
+    """Why a journal is not for the monitor at the address `qemu`: it is of a QEMU at another one, which still
+    runs and holds its clients' connections. None where it is, or is of nobody."""
+    try:
+        was = _read(path)
+    except OperatorError:
+        return None
+    if was.qemu == qemu or process_started(was.pid) != was.started:
+        return None
+    return (
+        f"{path} is of QEMU process {was.pid} at {was.qemu}, which still runs, and whose clients wait for a"
+        " refault: the end of this one will disconnect clients. Give this VM another --name or --state-dir,"
+        f" or stop this refault and free that QEMU: refault release {was.pid}"
+    )
+
+
 def holder_of(path: Path) -> int | None:
     """The QEMU process that holds what a journal tells of; None where that cannot be read."""
     try:

@@ -32,9 +32,10 @@ import msgspec
 import trio
 
 from refault import __version__
+from refault.daemon.host.repeats import repeats
 from refault.daemon.kept.left import FORMAT, About, Left, Listening, encode
 from refault.daemon.kept.recorder import Recorder
-from refault.daemon.kept.taken import take
+from refault.daemon.kept.taken import take, why_anothers
 from refault.daemon.monitor.address import Address
 from refault.daemon.monitor.clients import Clients
 from refault.daemon.monitor.first_client import FirstClient
@@ -305,6 +306,7 @@ class Monitor:
             Left(
                 FORMAT,
                 __version__,
+                str(self.qemu_address),
                 keeper.pid,
                 keeper.started,
                 keeper.upstream,
@@ -317,7 +319,7 @@ class Monitor:
 
     def _take_over(self) -> None:
         """Goes on where the last refault ended, if it has left this monitor's connections to us."""
-        if self._journal is None:
+        if self._journal is None or self._journal_is_anothers():
             return
         taken = take(self.name, self._journal, self._core, {front.key for front in self._client_fronts})
         if taken is None:
@@ -355,8 +357,16 @@ class Monitor:
 
     def _keep(self) -> None:
         """Has QEMU hold what it does not hold yet, where the next refault could find it."""
-        if self._journal is not None:
+        if self._journal is not None and not self._keeper.on and not self._journal_is_anothers():
             self._upstream.keep()
+
+    def _journal_is_anothers(self) -> bool:
+        """Whether it is left of a QEMU that is at another address and runs yet: it is not touched."""
+        assert self._journal is not None  # noqa: S101 - the callers have looked
+        told = why_anothers(self._journal, str(self.qemu_address))
+        if told is not None:
+            log.error("%s: %s", self.name, told, extra=repeats((self.name, "another's clients"), told))
+        return told is not None
 
     async def let_go(self) -> None:
         """There will be no other refault: QEMU is to hold nothing of this monitor's."""
@@ -584,8 +594,9 @@ class Monitor:
 
 
 def _socks(front: Front) -> tuple[socket.socket, ...]:
-    """Those that end with us, if they are not kept."""
-    return front.bound.socks if front.bound is not None and not front.bound.given else ()
+    """Those that end with us, if they are not kept. One that is somebody else's is neither kept nor ended."""
+    bound = front.bound
+    return bound.socks if bound is not None and not bound.given and front.address.fd is None else ()
 
 
 def _as_told(request: Request, verdict: Forward | Answer) -> Verdict:

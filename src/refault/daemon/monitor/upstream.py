@@ -135,7 +135,7 @@ class Upstream:
 
     def keep(self) -> None:
         """Has QEMU hold our end of the connection, and what clients use."""
-        if self._wire is not None:
+        if self._wire is not None and self._connection is not None:
             self.start_soon(self._keeper.begin, self._wire.sock, self.peer.pid)
 
     async def take(self, sock: socket.socket) -> None:
