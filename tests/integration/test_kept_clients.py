@@ -99,6 +99,22 @@ def test_an_end_for_good_ends_clients_and_frees_the_monitor(tmp_path: Path) -> N
         assert not [path for path in (tmp_path / "state").iterdir() if path.suffix == ".clients"]
 
 
+def test_an_end_in_any_moment_of_the_start_leaves_the_monitor_to_the_next(tmp_path: Path) -> None:
+    """Also while QEMU is being passed what it is to hold."""
+    (tmp_path / "state").mkdir()
+    with qemu_at(DEFAULT_BINARY, tmp_path):
+        for turn, number in enumerate([signal.SIGKILL, signal.SIGTERM, signal.SIGUSR2] * 2):
+            (tmp_path / "f").unlink(missing_ok=True)
+            with started(tmp_path) as process:
+                time.sleep(0.004 * turn)
+                process.send_signal(number)
+                process.wait()
+            if number == signal.SIGTERM:
+                assert greeted(tmp_path / "q")
+        with started(tmp_path):
+            wait_until(lambda: greeted(tmp_path / "f"))
+
+
 def test_after_a_kill_that_nobody_follows_the_monitor_is_freed_by_hand(tmp_path: Path) -> None:
     with served(tmp_path) as (qemu, process, client):
         process.kill()

@@ -72,6 +72,8 @@ class Keeper:
         self._left_over = 0
         self._asked_at = -_ASK_AGAIN
         self._asking = False
+        self._ends = False
+        """Whether QEMU is to hold nothing after all, which is being asked to."""
         self._settled = trio.Event()
 
     async def settled(self) -> None:
@@ -85,18 +87,31 @@ class Keeper:
         if self._asking or self.on or trio.current_time() < self._asked_at + _ASK_AGAIN:
             return
         self._asked_at = trio.current_time()
-        self._asking = True
+        self._asking, self._ends = True, False
         self._settled = trio.Event()
+        asked: list[Identity] = []
         try:
             self._look_at(pid)
             self._close_lots()
             self._lots = [Lot(), Lot()]
-            upstream = await self._hold_now(sock)
+            ends = [end for lot in self._lots for end in lot.ends]
+            upstream, self.lots_held = named(sock), [named(end) for end in ends]
+            self.upstream = upstream
+            if not self._recorder.begin():  # whoever follows must find what QEMU may hold from here on
+                raise OSError("what clients do cannot be written down")
+            await self._hold_now(sock, upstream, asked)
             if not holds(self.pid, upstream.inode):
                 raise OSError("what is behind its monitor is not its process")
-            self.lots_held = [await self._hold_now(end) for lot in self._lots for end in lot.ends]
+            for end, identity in zip(ends, self.lots_held, strict=True):
+                await self._hold_now(end, identity, asked)
         except (OSError, trio.TooSlowError) as error:
+            self._recorder.end()
             self._close_lots()
+            if self._ends:
+                return
+            if self._core.ready:
+                for identity in reversed(asked):
+                    self._call("closefd", identity, nobody)
             self.trouble = (
                 error.strerror or str(error) if isinstance(error, OSError) else "it does not answer"
             )
@@ -110,7 +125,6 @@ class Keeper:
         finally:
             self._asking = False
             self._settled.set()
-        self.upstream = upstream
         self.on, self.trouble = True, None
         for each in (*self._fronts(), *self._clients()):
             self.hold(each)
@@ -124,9 +138,9 @@ class Keeper:
         may_take(pid)
         self.pid, self.started = pid, started
 
-    async def _hold_now(self, sock: socket.socket) -> Identity:
+    async def _hold_now(self, sock: socket.socket, identity: Identity, asked: list[Identity]) -> None:
         """Raises OSError where QEMU refuses, trio.TooSlowError where it does not answer."""
-        identity = named(sock)
+        asked.append(identity)
         answered = trio.Event()
         told: list[Message | None] = []
 
@@ -141,9 +155,10 @@ class Keeper:
         sock.setblocking(False)
         if reply is None:
             raise OSError("it went away")
+        if self._ends:
+            raise OSError("refault ends")
         if reply.shape & VERB_MASK == ERROR:
             raise OSError(msgspec.convert(decode_members(reply)["error"], dict[str, str])["desc"])
-        return identity
 
     def resume(self, left: Left, lots: list[Lot], kept: dict[socket.socket, bytes]) -> None:
         """An earlier refault has begun, and this is kept."""
@@ -231,7 +246,8 @@ class Keeper:
 
     async def let_go(self) -> None:
         """Nothing is kept any more: there will be no other refault. What is ours alone then ends with us."""
-        if not self.on or self.upstream is None:
+        self._ends = self._asking
+        if self.upstream is None or not (self.on or self._asking):
             return
         self._recorder.end()
         self.on = False
