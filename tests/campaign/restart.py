@@ -29,6 +29,10 @@ import trio
 from refault.qmp.splitter import Splitter
 
 REFAULT = (sys.executable, "-m", "refault")
+EARLY = 0.3
+"""Of the kills: those of a refault that is about to start."""
+STARTED_WITHIN = 1.0
+"""Seconds: such a one is killed within these, or a little later."""
 NOTICED_WITHIN = 30.0
 """Seconds in which a client must have an answer, whatever befalls refault."""
 
@@ -250,6 +254,9 @@ async def campaign(binary: str, kills: int, seed: int, directory: Path, *, plann
                         if chance.random() < 0.3:
                             await trio.sleep(0.3)
                         process = start(directory)
+                        if not planned and chance.random() < EARLY:  # in any moment of the start
+                            await trio.sleep(chance.random() * STARTED_WITHIN)
+                            continue
                         restarted = time.monotonic()
                         with trio.move_on_after(NOTICED_WITHIN) as scope:
                             while any(client.heard < restarted for client in clients[1:]):
@@ -260,7 +267,7 @@ async def campaign(binary: str, kills: int, seed: int, directory: Path, *, plann
                             break
                     for client in clients:
                         client.window = 0
-                    await trio.sleep(1)
+                    await trio.sleep(2)
                     stop.set()
                     await trio.sleep(1.5)
                     for client in clients:

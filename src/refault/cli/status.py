@@ -80,7 +80,8 @@ def _vm_lines(vm: VmStatus, width: int) -> list[str]:
         (
             "clients",
             f"{clients.connected} connected, {clients.total} in all; {clients.commands} commands, "
-            f"{clients.events} events; {clients.slow_disconnected} dropped for not reading",
+            f"{clients.events} events; {clients.slow_disconnected} dropped for not reading"
+            + (f"; an end of refault disconnects them: {clients.not_kept}" if clients.not_kept else ""),
         ),
         (
             "migration",

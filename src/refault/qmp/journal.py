@@ -13,6 +13,8 @@ from enum import IntEnum
 HEADER = 256
 RECORD = 16
 _MAGIC = b"refault1"
+GIVEN_UP = b"refault0"
+"""In its place: what befell since is not there. What was before tells what QEMU holds."""
 _HEAD = struct.Struct("=8sQQQ")
 _CELL = struct.Struct("=QB3xI")
 _CELL_AT = 32
@@ -71,15 +73,27 @@ class Journal:
     records: list[Record]
 
 
-def read(file: bytes | memoryview) -> Journal:
-    """Reads a whole file. Raises TornError."""
+def before(file: bytes | memoryview) -> memoryview:
+    """What was when the log began, whatever is in that. Raises TornError."""
     view = memoryview(file)
     if len(view) < HEADER:
         raise TornError("it is too short")
-    magic, log_at, size, tail = _HEAD.unpack_from(view)
-    if magic != _MAGIC:
+    magic, log_at, _, _ = _HEAD.unpack_from(view)
+    if magic not in (_MAGIC, GIVEN_UP):
         raise TornError("it is of another version of refault, or was never finished")
-    if not HEADER <= log_at <= log_at + tail <= size <= len(view):
+    if not HEADER <= log_at <= len(view):
+        raise TornError("its header is wrong")
+    return view[HEADER:log_at]
+
+
+def read(file: bytes | memoryview) -> Journal:
+    """Reads a whole file. Raises TornError."""
+    first = before(file)
+    view = memoryview(file)
+    magic, log_at, size, tail = _HEAD.unpack_from(view)
+    if magic == GIVEN_UP:
+        raise TornError("it was given up, for it could not be written any more")
+    if not log_at <= log_at + tail <= size <= len(view):
         raise TornError("its header is wrong")
     records: list[Record] = []
     at = log_at
@@ -89,7 +103,7 @@ def read(file: bytes | memoryview) -> Journal:
     last = _under_way(view, log_at, tail, size)
     if last is not None:
         records.append(last)
-    return Journal(view[HEADER:log_at], records)
+    return Journal(first, records)
 
 
 def _record(view: memoryview, at: int, end: int) -> tuple[Record, int]:

@@ -492,7 +492,7 @@ async def test_a_new_qemu_that_cannot_be_asked_is_not_at_the_last_ones_migration
 async def test_a_leg_held_for_a_qemu_that_has_ended_is_held_no_more(tmp_path: Path) -> None:
     """Nor is it told; and nothing of it goes to the QEMU that is behind the monitor by now."""
     async with fronted(tmp_path) as (qemu, vm):
-        vars(qemu).update(fronts=(), clients=0, clients_total=0, counters=Counters())
+        vars(qemu).update(fronts=(), clients=0, clients_total=0, counters=Counters(), kept=(True, None))
         answer(await vm._migrate(migrate("tcp:127.0.0.1:1")), OK)
         assert vm.migration is not None
         assert vm.migration.channels is not None

@@ -41,6 +41,8 @@ class Journal:
         self._map: mmap.mmap
         self._file: object = None
         self._fd = -1
+        self._ours = False
+        """Whether the file is what was written here."""
         self._full = _FULL
         self._at = ffi.new("uint64_t *")
         self._passed = ffi.new("int *")
@@ -78,19 +80,27 @@ class Journal:
         self._map, self._file, self._fd = mapped, file, fd
         # Saving takes as long as there is to be saved.
         self._full = max(_FULL, len(before))
-        self.on = True
+        self.on = self._ours = True
+
+    def give_up(self) -> None:
+        """What befalls from here on is not written, and nobody can go on. It tells yet what QEMU holds."""
+        if self.on:
+            self.on = False
+            self._map[: len(journal.GIVEN_UP)] = journal.GIVEN_UP
+            self._forget()
 
     def end(self) -> None:
         """Nothing is to be known by it any more."""
-        if self.on:
-            self.on = False
-            self._forget()
+        self.on = False
+        self._forget()
+        if self._ours:
+            self._ours = False
             with contextlib.suppress(OSError):
                 self.path.unlink()
 
     def leave(self) -> None:
         """It is for the next refault, as it is."""
-        self.on = False
+        self.on = self._ours = False
         self._forget()
 
     def _forget(self) -> None:

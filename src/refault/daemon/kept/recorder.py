@@ -75,8 +75,9 @@ class Recorder:
         return True
 
     def _fail(self, error: Exception) -> None:
-        was = self.on
-        self.end()
+        was, self.on = self.on, False
+        if self._journal is not None:
+            self._journal.give_up()
         log.warning(
             "%s: cannot write down what clients do: %s; the end of refault disconnects them",
             self._name,

@@ -18,7 +18,7 @@ from refault.daemon.kept.left import About, Left, Listening, OtherVersionError, 
 from refault.daemon.kept.lot import Lot
 from refault.daemon.kept.sockets import Held, cookie_of, end_for_all, held
 from refault.daemon.kernel.process import process_started
-from refault.qmp.journal import TornError, read
+from refault.qmp.journal import TornError, before, read
 from refault.qmp.multiplexer import Multiplexer
 from refault.qmp.replay import Replay
 
@@ -63,7 +63,10 @@ def take(name: str, path: Path, core: Multiplexer, wanted: Collection[str]) -> T
             replay = Replay(core)
             replay.peeked.update({number: each.peeked for number, each in was.clients.items() if each.peeked})
             replay.run(was.core, journal.records)
-            return _found(name, was, holder, core, replay, wanted)
+            with contextlib.ExitStack() as undo:
+                found = _found(name, was, holder, core, replay, wanted, undo)
+                undo.pop_all()
+                return found
     except (OSError, TornError, OtherVersionError, msgspec.MsgspecError) as error:
         why = error.strerror or str(error) if isinstance(error, OSError) else str(error)
     except Exception:  # whatever it is, this VM is to be served
@@ -71,25 +74,48 @@ def take(name: str, path: Path, core: Multiplexer, wanted: Collection[str]) -> T
         why = "internal error"
     log.warning("%s: cannot go on where the last refault ended: %s; its clients are disconnected", name, why)
     try:
-        release(path)
+        free(path)
     except OperatorError as error:
         log.warning("%s: %s; if it still runs: refault release %s", name, error, name)
     return None
 
 
+def free(path: Path) -> None:
+    """Ends what QEMU holds by a journal, which stays where that is nothing: QEMU may yet come to read what it
+    was told to hold. Raises OperatorError."""
+    was = _read(path)
+    try:
+        if _end_held(was) > 0 or process_started(was.pid) != was.started:
+            path.unlink()
+    except OSError as error:
+        raise _not_freed(was, error) from error
+
+
 def _found(
-    name: str, was: Left, holder: Held, core: Multiplexer, replay: Replay, wanted: Collection[str]
+    name: str,
+    was: Left,
+    holder: Held,
+    core: Multiplexer,
+    replay: Replay,
+    wanted: Collection[str],
+    undo: contextlib.ExitStack,
 ) -> Taken:
-    """Raises TornError where QEMU does not hold its monitor's connection."""
+    """Raises TornError where QEMU does not hold its monitor's connection, or what others are kept in; `undo`
+    closes what was taken out of it."""
     upstream = holder.take(was.upstream)
     if upstream is None:
         raise TornError("QEMU does not hold the connection of its monitor")
+    undo.enter_context(upstream)
     lots, kept = _kept(was, holder)
+    for lot in lots:
+        undo.callback(lot.close)
+    for sock in kept.values():
+        undo.enter_context(sock)
     about = {**was.clients, **{n: msgspec.msgpack.decode(raw, type=About) for n, raw in replay.about.items()}}
     clients: dict[int, tuple[socket.socket, About]] = {}
-    for number, each in about.items():
-        if number in core.clients and each.cookie in kept:
-            clients[number] = kept.pop(each.cookie), each
+    for number, known in about.items():
+        if number in core.clients and known.cookie in kept:
+            clients[number] = kept.pop(known.cookie), known
     spent: dict[int, int] = {}
     peeked: dict[int, tuple[int, int]] = {}
     for number, count in replay.peeked.items():
@@ -161,14 +187,23 @@ def release(path: Path) -> tuple[int, int]:
     OperatorError. Nobody else may use the journal meanwhile."""
     was = _read(path)
     try:
-        ended = 0
-        if process_started(was.pid) == was.started:
-            with held(was.pid, was.started) as holder:
-                ended = _end_all(was, holder)
+        ended = _end_held(was)
         path.unlink()
     except OSError as error:
-        raise OperatorError(f"cannot free QEMU, process {was.pid}: {error.strerror or error}") from error
+        raise _not_freed(was, error) from error
     return was.pid, ended
+
+
+def _not_freed(was: Left, error: OSError) -> OperatorError:
+    return OperatorError(f"cannot free QEMU, process {was.pid}: {error.strerror or error}")
+
+
+def _end_held(was: Left) -> int:
+    """Raises OSError."""
+    if process_started(was.pid) != was.started:
+        return 0
+    with held(was.pid, was.started) as holder:
+        return _end_all(was, holder)
 
 
 def _read(path: Path) -> Left:
@@ -176,8 +211,7 @@ def _read(path: Path) -> Left:
         data = left(path)
         if data is None:
             raise OperatorError(f"{path} is not there any more")
-        journal = read(data)
-        was = decode(journal.before, records=False)
+        was = decode(before(data), records=False)
     except (OSError, TornError, OtherVersionError, msgspec.MsgspecError) as error:
         raise OperatorError(f"{path} cannot be read: {error}") from error
     return was
@@ -207,6 +241,8 @@ def _kept(was: Left, holder: Held) -> tuple[list[Lot], dict[bytes | None, socket
     ends = [holder.take(identity) for identity in was.lots]
     there = [end for end in ends if end is not None]
     if len(there) < len(ends) or len(ends) % 2:
+        for end in there:
+            end.close()
         raise TornError("QEMU does not hold what connections are kept in")
     lots = [Lot(there[at : at + 2]) for at in range(0, len(there), 2)]
     kept: dict[bytes | None, socket.socket] = {}

@@ -110,6 +110,11 @@ class Clients:
             self._recorded[client] = Recorded(self._name, address, caller_of(sock))
         self._taken.append((client, wire, address))
 
+    def close_taken(self) -> None:
+        """There will be no `run`: another refault is to go on."""
+        for _, wire, _ in self._taken:
+            wire.sock.close()
+
     def hand_over(self) -> None:
         """What is unsent is the next refault's to send."""
         for client in self._core.clients.values():

@@ -118,11 +118,14 @@ class Front:
     def close(self) -> None:
         """Listens no more."""
         bound, self._bound = self._bound, None
-        if bound is not None and not self._handed_over:
+        if bound is None:
+            return
+        if not self._handed_over:
             self._access = bound.remove() or self._access
-            for sock in bound.socks:
+        for sock in bound.socks:
+            if not self._handed_over:
                 self._end(sock)
-            bound.close()
+            sock.close()
 
     async def _bind(self) -> Bound:
         while True:

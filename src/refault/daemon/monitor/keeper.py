@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import logging
 import socket
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 
 import msgspec
 import trio
@@ -105,13 +105,8 @@ class Keeper:
             for end, identity in zip(ends, self.lots_held, strict=True):
                 await self._hold_now(end, identity, asked)
         except (OSError, trio.TooSlowError) as error:
-            self._recorder.end()
-            self._close_lots()
             if self._ends:
                 return
-            if self._core.ready:
-                for identity in reversed(asked):
-                    self._call("closefd", identity, nobody)
             self.trouble = (
                 error.strerror or str(error) if isinstance(error, OSError) else "it does not answer"
             )
@@ -121,6 +116,8 @@ class Keeper:
                 self.trouble,
                 extra=repeats((self._name, "kept"), self.trouble),
             )
+            self._settled.set()
+            await self._give_back(asked)
             return
         finally:
             self._asking = False
@@ -249,15 +246,22 @@ class Keeper:
         self._ends = self._asking
         if self.upstream is None or not (self.on or self._asking):
             return
-        self._recorder.end()
         self.on = False
-        self._empty_lots()
-        answered = trio.Event()
-        for identity in self.lots_held:
-            self._call("closefd", identity, nobody)
-        self._call("closefd", self.upstream, lambda _: answered.set())
         with trio.move_on_after(RELEASE_TIMEOUT):
+            await self._give_back([self.upstream, *self.lots_held])
+
+    async def _give_back(self, held: Sequence[Identity]) -> None:
+        """Has QEMU close what it holds, and waits for it. What it holds is known to who comes after a kill
+        until it does: else nobody could get at the monitor any more."""
+        self._empty_lots()
+        if held and self._core.ready:
+            answered = trio.Event()
+            for identity in held[:0:-1]:
+                self._call("closefd", identity, nobody)
+            self._call("closefd", held[0], lambda _: answered.set())  # the last one: all else hangs on it
             await answered.wait()
+        self._recorder.end()
+        self.upstream = None
 
     async def give_up(self) -> None:
         """The next refault would find nothing written down."""

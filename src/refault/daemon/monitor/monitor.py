@@ -20,6 +20,7 @@ manager. With wait=on at one of `listen` QEMU is not connected to before a clien
 
 from __future__ import annotations
 
+import contextlib
 import inspect
 import logging
 import os
@@ -32,10 +33,11 @@ import msgspec
 import trio
 
 from refault import __version__
+from refault.daemon.host.errors import OperatorError
 from refault.daemon.host.repeats import repeats
 from refault.daemon.kept.left import FORMAT, About, Left, Listening, encode
 from refault.daemon.kept.recorder import Recorder
-from refault.daemon.kept.taken import take, why_anothers
+from refault.daemon.kept.taken import free, take, why_anothers
 from refault.daemon.monitor.address import Address
 from refault.daemon.monitor.clients import Clients
 from refault.daemon.monitor.first_client import FirstClient
@@ -147,6 +149,8 @@ class Monitor:
         """`journal`: the file by which the next refault goes on where this one ends; None: it does not."""
         self.name = name
         self._journal = journal
+        self._anothers: str | None = None
+        """Why the journal is left alone."""
         self.qemu_address = qemu
         self.managers = [address for address in listen if not address.server]
         """Who is connected to, as a client."""
@@ -213,6 +217,7 @@ class Monitor:
             first_client,
             flush=self._flush,
             lost=self._lost,
+            unanswered=self._free_left,
             recorder=self._recorder,
             keeper=self._keeper,
         )
@@ -277,6 +282,10 @@ class Monitor:
                     await front.settled.wait()
                 task_status.started()
         finally:
+            if self._upstream.taken is not None:  # nobody has gone on with it yet
+                self.hand_over()
+                self._upstream.taken.close()
+                self._clients.close_taken()
             self._running = False
             self._recorder.end()
             for front in self.fronts:
@@ -357,16 +366,24 @@ class Monitor:
 
     def _keep(self) -> None:
         """Has QEMU hold what it does not hold yet, where the next refault could find it."""
-        if self._journal is not None and not self._keeper.on and not self._journal_is_anothers():
+        if self._journal is None or self._keeper.on or not self._core.ready:
+            return
+        if not self._journal_is_anothers():
             self._upstream.keep()
 
     def _journal_is_anothers(self) -> bool:
         """Whether it is left of a QEMU that is at another address and runs yet: it is not touched."""
         assert self._journal is not None  # noqa: S101 - the callers have looked
-        told = why_anothers(self._journal, str(self.qemu_address))
+        told = self._anothers = why_anothers(self._journal, str(self.qemu_address))
         if told is not None:
             log.error("%s: %s", self.name, told, extra=repeats((self.name, "another's clients"), told))
         return told is not None
+
+    def _free_left(self) -> None:
+        """QEMU may have read behind the end of the last refault what that had told it to hold."""
+        if self._journal is not None and not self._recorder.on and not self._journal_is_anothers():
+            with contextlib.suppress(OperatorError):
+                free(self._journal)
 
     async def let_go(self) -> None:
         """There will be no other refault: QEMU is to hold nothing of this monitor's."""
@@ -382,8 +399,10 @@ class Monitor:
 
     @property
     def kept(self) -> tuple[bool, str | None]:
-        """Whether clients outlive refault, and why not."""
-        return self._keeper.on, self._keeper.trouble
+        """Whether clients outlive refault, and if it is known, why not."""
+        if self._journal is None:
+            return False, "the state directory is not this refault's"
+        return self._keeper.on, self._anothers or self._keeper.trouble
 
     async def _run_front(self, front: Front) -> None:
         scope = self._fronts_run[front] = trio.CancelScope()

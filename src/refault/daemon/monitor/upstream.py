@@ -38,7 +38,7 @@ _LISTENS_SOON = 0.005
 
 class Upstream:
     """One connection at a time. `flush` sends what the core has to say, to whomever; `lost` is called once
-    for each connection, when it is over.
+    for each connection, when it is over; `unanswered` where somebody else seems to hold the monitor.
     """
 
     def __init__(
@@ -51,6 +51,7 @@ class Upstream:
         *,
         flush: Callable[[], None],
         lost: Callable[[], None],
+        unanswered: Callable[[], None],
         recorder: Recorder,
         keeper: Keeper,
     ) -> None:
@@ -63,11 +64,12 @@ class Upstream:
         self._first_client = first_client
         self._flush_all = flush
         self._lost = lost
+        self._unanswered = unanswered
         self._comes, self._came = trio.open_memory_channel[socket.socket](0)
         self._recorder = recorder
         self._keeper = keeper
-        self._taken: socket.socket | None = None
-        """The connection of an earlier refault, which goes on."""
+        self.taken: socket.socket | None = None
+        """The connection of an earlier refault, which `run` is to go on with."""
         self._wire: Wire | None = None
         self._connection: trio.Nursery | None = None
         self._last_complaint = ""
@@ -80,8 +82,8 @@ class Upstream:
         while True:
             pause = self._presence.pause
             try:
-                if self._taken is not None:
-                    sock, self._taken = self._taken, None
+                if self.taken is not None:
+                    sock, self.taken = self.taken, None
                     await self._converse(sock, goes_on=True)
                 else:
                     await self._first_client.wait()
@@ -96,6 +98,7 @@ class Upstream:
                     f"nothing answers at {self._address}: another client may hold the monitor; detach it,"
                     " or name a monitor of its own for refault"
                 )
+                self._unanswered()
                 pause = trio.sleep
             except ConnectionRefusedError as error:
                 if self._has_just_bound():  # who comes now waits, as for one that is being connected to
@@ -125,7 +128,7 @@ class Upstream:
 
     def take_over(self, sock: socket.socket) -> None:
         """Goes on, in `run`, with the connection that an earlier refault has made and negotiated."""
-        self._taken = sock
+        self.taken = sock
         self._wire = Wire(sock, trio.CancelScope(), self._recorder)  # clients may speak before `run`
 
     @property

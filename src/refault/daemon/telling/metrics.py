@@ -116,6 +116,9 @@ def families(status: Status) -> list[Metric]:
     clients_connected = gauge("clients_connected", "QMP clients connected now")
     clients = counter("clients", "QMP clients accepted")
     slow = counter("clients_slow_disconnected", "QMP clients dropped because they did not read")
+    outlive = gauge(
+        "clients_kept", "1 while QEMU holds its clients' connections, so that they outlive refault"
+    )
     commands = counter("commands", "Commands taken from clients")
     events = counter("events", "Events delivered to clients")
     migration_status = gauge(
@@ -161,6 +164,7 @@ def families(status: Status) -> list[Metric]:
         clients_connected.add_metric([vm.name], vm.clients.connected)
         clients.add_metric([vm.name], vm.clients.total)
         slow.add_metric([vm.name], vm.clients.slow_disconnected)
+        outlive.add_metric([vm.name], vm.clients.kept)
         commands.add_metric([vm.name], vm.clients.commands)
         events.add_metric([vm.name], vm.clients.events)
         if vm.migration.status is not None:

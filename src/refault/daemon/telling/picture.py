@@ -52,6 +52,7 @@ def picture(of: Vm) -> VmStatus:
     relay = passing if migration is not None else None
     monitor = vm.monitor
     counters, troubles = vm.counters, vm.state_file.troubles
+    kept, not_kept = monitor.kept
     return VmStatus(
         name=vm.name,
         qemu=QemuStatus(
@@ -67,6 +68,8 @@ def picture(of: Vm) -> VmStatus:
             commands=monitor.counters.commands,
             events=monitor.counters.events,
             slow_disconnected=monitor.counters.slow_clients,
+            kept=kept,
+            not_kept=not_kept,
         ),
         migration=_migration(migration, relay),
         pages=_pages(relay, _kernel(info, migration)),

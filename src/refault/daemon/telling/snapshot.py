@@ -65,6 +65,10 @@ class ClientsStatus(msgspec.Struct, frozen=True, kw_only=True):
     """Events delivered, each counted once a client."""
     slow_disconnected: int = 0
     """Clients dropped because they did not read."""
+    kept: bool = False
+    """Whether QEMU holds their connections, so that they outlive refault."""
+    not_kept: str | None = None
+    """Why not; null where it does, or is not asked yet."""
 
 
 class MigrationStatus(msgspec.Struct, frozen=True, kw_only=True):
