@@ -566,8 +566,9 @@ unsigned rf_channel_want(const struct rf_channel *channel, struct pollfd *polls)
 }
 
 int rf_channel_timeout_ms(const struct rf_channel *channel) {
+    /* The replay goes on behind what is to be said, and that when QEMU takes it. */
     if (rf_pagemap_is_sweeping(rf_tracker_pagemap(channel->tracker)) ||
-        rf_replay_looks_on(&channel->replay)) {
+        (rf_replay_looks_on(&channel->replay) && !say_due(channel))) {
         return 0;
     }
     if (channel->stage == RF_STAGE_UNACKED) {

@@ -4,9 +4,10 @@
 
 #include "queues.h"
 
-enum {
-    PREEMPT_CHUNK = 16 * 1024, /* what is queued here is latency */
-};
+/* A preempt lane has what is waited for, and is of postcopy; multifd's are of precopy alone. */
+static const struct rf_queues *queues_of(const struct rf_lane *lane) {
+    return &rf_queues[lane->kind == RF_LANE_PREEMPT ? RF_REGIME_FULL : RF_REGIME_PRECOPY];
+}
 
 struct rf_lane *rf_lane_new(enum rf_lane_kind kind, bool source_side) {
     struct rf_lane *lane = calloc(1, sizeof(*lane));
@@ -33,8 +34,10 @@ static struct rf_leg *forward_to(struct rf_lane *lane) {
 void rf_lane_join(struct rf_lane *lane, int local_fd, int far_fd) {
     rf_leg_adopt(&lane->local, local_fd);
     rf_leg_adopt(&lane->far, far_fd);
-    if (lane->kind == RF_LANE_MULTIFD) { /* of precopy alone */
-        rf_leg_set_unsent(forward_to(lane), rf_queues[RF_REGIME_PRECOPY].unsent);
+    rf_leg_set_unsent(forward_to(lane), queues_of(lane)->unsent);
+    rf_leg_set_send_buffer(forward_to(lane), queues_of(lane)->to_qemu);
+    if (!lane->source_side && lane->kind == RF_LANE_PREEMPT) {
+        rf_leg_bound_unread(&lane->far, RF_QUEUE_FAR, RF_LAN_ROUND_TRIP_US);
     }
 }
 
@@ -93,8 +96,7 @@ static uint64_t move_forward(struct rf_lane *lane, struct rf_tracker *tracker, u
         return pass_last(lane, tracker, now_ns);
     }
     if (!rf_pipe_pending(&lane->forward)) {
-        size_t most = lane->kind == RF_LANE_PREEMPT ? PREEMPT_CHUNK : RF_LANE_CHUNK;
-        size_t n = rf_pipe_read(&lane->forward, forward_from(lane), forward_to(lane), most);
+        size_t n = rf_pipe_read(&lane->forward, forward_from(lane), forward_to(lane), queues_of(lane)->chunk);
 
         if (n > 0 && lane->kind == RF_LANE_PREEMPT) {
             rf_tracker_preempt_forward(tracker, lane->forward.data, n, now_ns);

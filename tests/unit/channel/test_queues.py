@@ -5,6 +5,7 @@ import socket
 from collections.abc import Iterator
 from contextlib import contextmanager
 
+from refault.channel.relay import Lane
 from refault.migration.phase import Role
 
 from . import streams as s
@@ -77,3 +78,22 @@ def test_a_destinations_kernel_holds_little_of_what_it_has_not_read() -> None:
         until(
             lambda: local.getsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF) == 2 * 128 * KIB, "it is postcopy"
         )
+
+
+def test_a_preempt_lane_is_as_short_as_postcopy_and_multifds_are_as_deep_as_precopy() -> None:
+    with relaying(Role.DESTINATION) as ends:
+        ends.channel(lanes=2)
+        for kind, unread_at_qemus, unread in (
+            (Lane.PREEMPT, 128 * KIB, True),
+            (Lane.MULTIFD, 208 * KIB, False),
+        ):
+            local, qemu = socket.socketpair()
+            far, host = tcp_pair()
+            bounded = far.getsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF)
+            with qemu, host, local.dup() as our_local, far.dup() as our_far:
+                before = ends.relay.look().lanes
+                ends.relay.add_lane(1, kind, local.detach(), far.detach())
+                ends.until(lambda view, before=before: view.lanes == before + 1)  # type: ignore[misc]
+                assert our_local.getsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF) == 2 * unread_at_qemus
+                now = our_far.getsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF)
+                assert now == (2 * 208 * KIB if unread else bounded)

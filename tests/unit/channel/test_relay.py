@@ -5,6 +5,7 @@ import os
 import select
 import socket
 import struct
+import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -12,6 +13,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 import pytest
+from refault.channel._channel import lib
 from tests.support.until import descriptors_and_threads, until_nothing_is_left
 
 from refault.channel.relay import DEAD_AFTER_SECONDS, Lane, LegState, Relay, RelayView
@@ -288,6 +290,41 @@ def test_the_replay_is_in_one_write_with_resume_ack() -> None:
         assert ends.qemu.recv(4096) == handshake
         ends.host.sendall(RESUME_ACK)
         assert ends.qemu.recv(4096) == RESUME_ACK + request(9 * PAGE) + request(3 * PAGE)
+
+
+def test_a_source_that_does_not_read_what_is_said_in_the_midst_of_a_replay_costs_nothing() -> None:
+    many, large = 48, 256 << 20  # what is large takes long to look at
+    with relaying(Role.SOURCE) as ends:
+        lose_with(ends, *(request(number * large, length=large) for number in range(many)))
+        ends.qemu.close()
+        local, ends.qemu = socket.socketpair()
+        far, ends.host = tcp_pair()
+        local.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, 0)  # as little as there is
+        ends.qemu.settimeout(DEADLINE)
+        # With a preempt lane huge pages are not waited for.
+        ends.relay.attach(local.detach(), far.detach(), recovered=True, may_replay=True, lanes=1)
+        bitmap = streams.received(BLOCK, bytes(many * large // PAGE // 8))
+        talk = threading.Thread(target=ends.host.sendall, args=(bitmap,))
+        talk.start()
+        read_exactly(ends.qemu, len(bitmap))
+        talk.join()
+        pages = lib.rf_tracker_pagemap(lib.rf_relay_tracker(ends.relay._relay))
+        ends.until(lambda _: not lib.rf_pagemap_is_sweeping(pages))
+        # Beside the pump, which is at rest: all but the last have passed again.
+        assert lib.rf_pagemap_arrived(pages, 0, 0, (many - 1) * large, 1) == 0
+        ends.host.sendall(RESUME_ACK)
+        assert read_exactly(ends.qemu, len(RESUME_ACK)) == RESUME_ACK
+        for _ in range(16):  # while the last is looked for behind the others
+            ends.relay.say(2, PONG * 8)
+        time.sleep(0.1)
+        spent = time.process_time()
+        time.sleep(0.3)
+        assert time.process_time() - spent < 0.03
+        asked = request((many - 1) * large, length=large)
+        heard = b""
+        while asked not in heard:
+            heard += ends.qemu.recv(4096)
+        assert heard.replace(asked, b"").replace(PONG, b"") == b""
 
 
 def test_the_destinations_side_replays_what_was_lost_between_the_relays() -> None:
