@@ -32,11 +32,10 @@ def allowed(kind: LossClass, version: Version) -> tuple[Outcome, ...]:
         return (Outcome.SOURCE_GOES_ON,)
     if kind.in_switchover:
         # A package of which a part is lost can be sent again by no QEMU.
-        if abilities(version).fails_when_told and kind is LossClass.HUNG_SWITCHOVER:
-            # One that still writes it as a killed process closes its leg stays in `device`, bare or not.
-            return (Outcome.RECOVERED, Outcome.SOURCE_GOES_ON, Outcome.TAKEN_BACK, Outcome.LEFT_AT_SOURCE)
         if abilities(version).fails_when_told:
-            return (Outcome.RECOVERED, Outcome.SOURCE_GOES_ON, Outcome.TAKEN_BACK, Outcome.STOPPED)
+            ends = (Outcome.RECOVERED, Outcome.SOURCE_GOES_ON, Outcome.TAKEN_BACK, Outcome.STOPPED)
+            # A 10.0 that still writes it as a killed process closes its leg stays in `device`, bare or not.
+            return (*ends, Outcome.LEFT_AT_SOURCE) if kind is LossClass.HUNG_SWITCHOVER else ends
         part_lost = (Outcome.HELD, Outcome.LEFT_AT_SOURCE, Outcome.STOPPED, Outcome.SOURCE_GOES_ON)
         return (Outcome.RECOVERED, *part_lost)
     if kind.place is Place.LAST:
