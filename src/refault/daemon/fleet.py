@@ -10,7 +10,7 @@ import contextlib
 import logging
 import math
 import os
-from collections.abc import Awaitable, Callable, Collection, Iterable, Mapping, Sequence
+from collections.abc import Awaitable, Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 
@@ -233,6 +233,8 @@ class Fleet:
         self.members: dict[str, Member] = {}
         self._troubles = troubles
         self._sources: dict[str, tuple[VmOptions, ...]] = {}
+        self._expected: dict[str, tuple[str, VmOptions]] = {}
+        """Those that are about to be wanted, and by what, by their names."""
         self._refused: dict[tuple[str, str], str] = {}
         self._nursery: trio.Nursery
 
@@ -264,8 +266,31 @@ class Fleet:
 
     def why_not(self, source: str, options: VmOptions) -> str | None:
         """Why one more VM of this source would not be fronted; None where it would."""
-        verdict = judge({**self._sources, source: (*self._sources.get(source, ()), options)}, self._held())
+        sources = self._with_expected()
+        verdict = judge({**sources, source: (*sources.get(source, ()), options)}, self._held())
         return {**verdict.refused, **verdict.waiting}.get((source, options.name))
+
+    @property
+    def refuses(self) -> bool:
+        """Whether a VM is left out for what another has, or is expected to have."""
+        return bool(self._refused)
+
+    @contextlib.contextmanager
+    def expects(self, source: str, options: VmOptions) -> Iterator[None]:
+        """One that may be wanted by `source` soon: meanwhile nobody else gets its name or addresses."""
+        self._expected[options.name] = source, options
+        try:
+            yield
+        finally:
+            del self._expected[options.name]
+
+    def _with_expected(self) -> dict[str, tuple[VmOptions, ...]]:
+        sources = dict(self._sources)
+        for name, (source, options) in self._expected.items():
+            wanted = sources.get(source, ())
+            if all(vm.name != name for vm in wanted):
+                sources[source] = (*wanted, options)
+        return sources
 
     def _held(self) -> dict[str, VmOptions]:
         held = {name: member.has for name, member in self.members.items()}
@@ -273,12 +298,14 @@ class Fleet:
 
     def _apply(self) -> None:
         """Has each VM be as it is wanted, as far as its name and addresses are not another's."""
-        verdict = judge(self._sources, self._held())
+        verdict = judge(self._with_expected(), self._held())
         self._tell({**verdict.refused, **verdict.waiting})
+        wanted = {(source, vm.name) for source, vms in self._sources.items() for vm in vms}
         for name, member in self.members.items():
             member.want(verdict.wanted.get(name))
         for name, options in verdict.wanted.items():
-            if name not in self.members:
+            expected, _ = self._expected.get(name, (None, options))
+            if name not in self.members and (expected is None or (expected, name) in wanted):
                 self._start(options)
 
     def _of(self, names: Collection[str]) -> list[Member]:

@@ -32,6 +32,8 @@ from refault.daemon.monitor.accept import accepted
 from refault.daemon.monitor.address import Address
 from refault.daemon.monitor.caller import caller_of, may_speak
 from refault.daemon.monitor.listener import ListenError, bind_unix, check
+from refault.daemon.monitor.turns import Turns
+from refault.daemon.monitor.wire import readable
 from refault.daemon.options import Handed, VmOptions
 from refault.daemon.record import hand_over as record
 from refault.daemon.record.hand_over import HandOver
@@ -43,12 +45,15 @@ SOURCE = "libvirt"
 """What the VMs are wanted by."""
 OFFERED_WITHIN = 3.0
 NAME_FREE_WITHIN = 1.0
+TAKEN_WITHIN = 10.0
 _LOOK = 0.02
 _MOST_AT_ONCE = 32
 """Hand-overs of one user that are not done yet."""
 _MOST = 4096
 """VMs."""
 _MAGIC = b"refault-exec 1"
+_HIDDEN = -1
+"""No inode."""
 _PACKET = 4096
 _FDS = socket.CMSG_SPACE(8 * 4)
 
@@ -88,6 +93,7 @@ class HandOvers:
         self._leaving: set[str] = set()
         """Names of VMs whose QEMU has ended, and of which something is left yet."""
         self._at_once: Counter[int | None] = Counter()
+        self._turns = Turns("hand-over")
         self._restored = False
         self._nursery: trio.Nursery
 
@@ -125,6 +131,7 @@ class HandOvers:
 
         while True:
             connection = await accepted(listening, tell)
+            await self._turns.come()
             connection.setblocking(False)
             self._nursery.start_soon(self._take, handed, connection)
 
@@ -143,10 +150,14 @@ class HandOvers:
             except (Refused, OperatorError, OSError, ValueError, trio.TooSlowError) as error:
                 why = str(error) or "it says nothing"
                 log.warning("hand-over of %s: none: %s", caller, why, extra=repeats(("hand-over", why), ""))
+                with contextlib.suppress(OSError):  # what is not read would have the end hide why
+                    connection.recv(1, socket.MSG_DONTWAIT)
                 with contextlib.suppress(OSError):
                     connection.send(f"no {why}".encode()[:200], socket.MSG_NOSIGNAL | socket.MSG_DONTWAIT)
             except Exception:
                 log.exception("hand-over of %s: internal error", caller)
+        if self._fleet.refuses:  # others may have what it would have had
+            await self._want()
 
     async def _take_offered(
         self, handed: Handed, connection: socket.socket, stack: contextlib.ExitStack
@@ -156,7 +167,7 @@ class HandOvers:
         if pid is None or started is None:
             raise Refused("its process is not known here: a pid namespace of its own, perhaps")
         ends = os.pidfd_open(pid)
-        kept, undo = (stack.enter_context(contextlib.ExitStack()) for _ in range(2))
+        kept, undo, coming = (stack.enter_context(contextlib.ExitStack()) for _ in range(3))
         kept.callback(os.close, ends)
         with trio.fail_after(OFFERED_WITHIN):
             offer, monitor = await _offered(connection)
@@ -168,6 +179,7 @@ class HandOvers:
         vm = handed.vm(name, Address(path, server=True, fd=monitor.fileno()))
         if (why := self._fleet.why_not(SOURCE, vm)) is not None:
             raise Refused(why)
+        coming.enter_context(self._fleet.expects(SOURCE, vm))
         make_if_default(handed.state_dir)
         make_again(vm.state_dir)
         await _must_be_free(vm)
@@ -182,17 +194,20 @@ class HandOvers:
                 libvirt=os.fstat(monitor.fileno()).st_ino,
                 path=path,
             )
-            if socket_at(pid, offer.number) != hand_over.libvirt:
+            if _socket_of(hand_over) != hand_over.libvirt:
                 raise Refused(f"descriptor {offer.number} of its process cannot be seen, or is another")
             hand_over.save(vm.state_dir)
             socket.send_fds(connection, [b"ok"], [fresh.fileno()], socket.MSG_NOSIGNAL | socket.MSG_DONTWAIT)
-        await trio.lowlevel.wait_readable(connection)  # nothing comes but its end, of an exec or a process
-        if not _has(hand_over):
+        with trio.move_on_after(TAKEN_WITHIN):
+            await trio.lowlevel.wait_readable(
+                connection
+            )  # nothing comes but its end, of an exec or a process
+        if _socket_of(hand_over) not in (hand_over.given, _HIDDEN) or readable(ends):
             log.warning("%s: its QEMU went its own way, without refault", name)
             return
         undo.pop_all()
         self._vms[name] = vm
-        self._nursery.start_soon(self._front, name, vm, ends, kept.pop_all())
+        self._nursery.start_soon(self._front, name, vm, ends, kept.pop_all(), coming.pop_all())
 
     async def _name(self, possible: list[str]) -> str:
         """The first that nobody has; one whose QEMU has just ended is free in a moment. Raises Refused."""
@@ -208,11 +223,14 @@ class HandOvers:
         member = self._fleet.members.get(name)
         return name in self._leaving | self._vms.keys() or (member is not None and member.wanted is None)
 
-    async def _front(self, name: str, vm: VmOptions, ends: int, kept: contextlib.ExitStack) -> None:
+    async def _front(
+        self, name: str, vm: VmOptions, ends: int, kept: contextlib.ExitStack, coming: contextlib.ExitStack
+    ) -> None:
         """Fronts one for as long as its QEMU runs. What is on record of it outlives this process."""
         with kept:
             log.info("%s: libvirt's monitor is handed over, clients come to %s too", name, vm.listen[1])
-            await self._want()
+            with coming:
+                await self._want()
             await trio.lowlevel.wait_readable(ends)
             log.info("%s: its QEMU has ended", name)
             del self._vms[name]
@@ -232,7 +250,7 @@ class HandOvers:
             name, pid = hand_over.name, hand_over.pid
             kept = contextlib.ExitStack()
             try:
-                if not _has(hand_over):
+                if _is_over(hand_over):
                     _clear(handed.vm(name, Address(hand_over.path, server=True)))
                     continue
                 ends = os.pidfd_open(pid)
@@ -244,17 +262,33 @@ class HandOvers:
                 log.error("%s: libvirt's monitor cannot be taken back from its QEMU: %s", name, error)
                 continue
             self._vms[name] = vm
-            self._nursery.start_soon(self._front, name, vm, ends, kept)
+            self._nursery.start_soon(self._front, name, vm, ends, kept, contextlib.ExitStack())
 
 
 def _may_hand_over(connection: socket.socket, uid: int | None, address: Address) -> bool:
     return uid in (0, os.geteuid()) or (bool(address.callers) and may_speak(connection, address.callers))
 
 
-def _has(hand_over: HandOver) -> bool:
-    """Whether it is a QEMU that runs, with what it was given."""
-    pid = hand_over.pid
-    return process_started(pid) == hand_over.started and socket_at(pid, hand_over.number) == hand_over.given
+def _socket_of(hand_over: HandOver) -> int | None:
+    """The inode of what its process has where it was given a socket. _HIDDEN where one may not look: that is
+    taken for what was given, for nobody else would answer libvirt.
+    """
+    try:
+        return socket_at(hand_over.pid, hand_over.number)
+    except OSError as error:
+        log.warning("%s: its process cannot be looked at: %s", hand_over.name, error.strerror)
+        return _HIDDEN
+
+
+def _is_over(hand_over: HandOver) -> bool:
+    """Whether its process has ended for certain, or has not what it was given."""
+    try:
+        os.close(os.pidfd_open(hand_over.pid))
+    except ProcessLookupError:
+        return True
+    if process_started(hand_over.pid) not in (hand_over.started, None):
+        return True  # the number is another's by now
+    return _socket_of(hand_over) not in (hand_over.given, _HIDDEN)
 
 
 async def _offered(connection: socket.socket) -> tuple[Offer, socket.socket]:

@@ -2,9 +2,23 @@
 
 from __future__ import annotations
 
-import pytest
+import contextlib
+import errno
+import os
+import socket
+from collections.abc import AsyncIterator
+from pathlib import Path
 
-from refault.daemon.hand_overs import Offer, Refused
+import pytest
+import trio
+
+from refault.config.hand_over import Handed
+from refault.config.options import vm_options
+from refault.daemon import hand_overs
+from refault.daemon.fleet import Fleet
+from refault.daemon.hand_overs import HandOvers, Offer, Refused
+from refault.daemon.host.own_needs import Troubles
+from refault.daemon.monitor.address import Address
 
 
 def test_the_packet_of_wrapper_hand_over_h() -> None:
@@ -29,3 +43,94 @@ def test_the_packet_of_wrapper_hand_over_h() -> None:
 def test_anything_else_is_refused(packet: bytes) -> None:
     with pytest.raises(Refused):
         Offer.read(packet)
+
+
+class Offered:
+    """A process that hands a monitor over, which is ours, and what it was told."""
+
+    def __init__(self, directory: Path, name: str) -> None:
+        self.monitor = socket.socket(socket.AF_UNIX)
+        self.monitor.bind(str(directory / f"{name}.sock"))
+        self.monitor.listen(1)
+        self._connection = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+        self._connection.connect(str(directory / "exec"))
+        packet = f"refault-exec 1\0{name}\0\0{self.monitor.fileno()}\0".encode()
+        socket.send_fds(self._connection, [packet], [self.monitor.fileno()])
+        self._connection.setblocking(False)
+
+    async def told(self) -> bytes:
+        """The answer. The socket that comes with it is laid nowhere."""
+        await trio.lowlevel.wait_readable(self._connection)
+        answer, fds, _, _ = socket.recv_fds(self._connection, 4096, 1)
+        for fd in fds:
+            os.close(fd)
+        return answer
+
+    def ends(self) -> None:
+        self._connection.close()
+
+    def close(self) -> None:
+        self._connection.close()
+        self.monitor.close()
+
+
+@contextlib.asynccontextmanager
+async def taking(directory: Path) -> AsyncIterator[tuple[HandOvers, Fleet]]:
+    fleet = Fleet(Troubles())
+    taken = HandOvers(fleet)
+    handed = Handed(Address(str(directory / "exec"), server=True), (), directory / "state")
+    (directory / "state").mkdir()
+    async with trio.open_nursery() as nursery:
+        await nursery.start(fleet.run)
+        await nursery.start(taken.run)
+        await nursery.start(taken.serve, handed)
+        yield taken, fleet
+        nursery.cancel_scope.cancel()
+
+
+async def test_who_takes_a_socket_and_does_nothing_with_it_is_in_nobodys_way_for_ever(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(hand_overs, "_MOST_AT_ONCE", 3)
+    monkeypatch.setattr(hand_overs, "TAKEN_WITHIN", 0.2)
+    with contextlib.ExitStack() as stack:
+        async with taking(tmp_path):
+            offered = [stack.enter_context(contextlib.closing(Offered(tmp_path, f"vm{n}"))) for n in range(4)]
+            assert [await each.told() for each in offered] == [b"ok", b"ok", b"ok", b"no there are too many"]
+            with trio.fail_after(5):
+                while True:
+                    with contextlib.closing(Offered(tmp_path, f"vm{len(os.listdir(tmp_path))}")) as again:
+                        if await again.told() == b"ok":
+                            return
+                    await trio.sleep(0.05)
+
+
+async def test_what_cannot_be_looked_at_is_what_was_given(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A QEMU that has given up its rights, say: else nobody answers libvirt."""
+    async with taking(tmp_path) as (_, fleet):
+        with contextlib.closing(Offered(tmp_path, "vm1")) as offered:
+            assert await offered.told() == b"ok"
+
+            def hidden(*_: object) -> int:
+                raise PermissionError(errno.EACCES, "Permission denied")
+
+            monkeypatch.setattr(hand_overs, "socket_at", hidden)
+            offered.ends()
+            with trio.fail_after(5):
+                while "vm1" not in fleet.members:
+                    await trio.sleep(0.01)
+
+
+async def test_what_is_being_handed_over_is_nobody_elses(tmp_path: Path) -> None:
+    table = vm_options("vm1", {"qemu": Address("/nowhere"), "listen": ()}, tmp_path / "state" / "vm1")
+    async with taking(tmp_path) as (_, fleet):
+        with contextlib.closing(Offered(tmp_path, "vm1")) as offered:
+            assert await offered.told() == b"ok"
+            await fleet.want({"file": [table]})
+            assert not fleet.members
+            offered.ends()  # without having laid it: it goes its own way
+            with trio.fail_after(5):
+                while "vm1" not in fleet.members:
+                    await trio.sleep(0.01)

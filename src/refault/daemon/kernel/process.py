@@ -42,11 +42,13 @@ def holds(pid: int, inode: int) -> bool:
 
 
 def socket_at(pid: int, number: int) -> int | None:
-    """The inode of the socket that a process has at a number; None where it has none there, or one may not
-    look."""
+    """The inode of the socket that a process has at a number; None where it has none there, or is gone.
+
+    Raises OSError where one may not look.
+    """
     try:
         target = os.readlink(f"/proc/{pid}/fd/{number}")
-    except OSError:
+    except (FileNotFoundError, ProcessLookupError):
         return None
     found = re.fullmatch(r"socket:\[(\d+)\]", target)
     return int(found[1]) if found else None

@@ -91,7 +91,7 @@ class Wire:
         return len(data)
 
 
-def readable(sock: socket.socket) -> bool:
+def readable(sock: socket.socket | int) -> bool:
     """Whether there is something to be read now, or somebody to be accepted."""
     poll = select.poll()
     poll.register(sock, select.POLLIN)
