@@ -27,6 +27,7 @@ from refault.daemon.monitor.monitor import (
     words,
 )
 from refault.daemon.monitor.presence import Qemu
+from refault.daemon.near.given import given_in
 from refault.daemon.options import VmOptions
 from refault.daemon.record.state_file import MigrationRecord, StateFile
 from refault.daemon.record.state_lock import StateLock
@@ -260,8 +261,13 @@ class Vm:
             self._must_be(info)
             if await self._busy():
                 return Forward()
-            endpoint = endpoint_of(command.arguments)
+            endpoint, given = endpoint_of(command.arguments), None
+            if role is Source and (given := given_in(self.monitor, command)) is not None:
+                given.close()  # the role takes it
+                endpoint = given.endpoint
             reason, lanes = await self.state.judge(endpoint, role.role)
+            if given is not None and reason is None and lanes.count:
+                reason = "beside a descriptor QEMU opens no further connection"
             await self.state.ask_threads()
             if role is Destination and isinstance(self._procedure, Destination):
                 await self._retire_last()  # it may stand at the address

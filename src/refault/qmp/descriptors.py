@@ -103,6 +103,8 @@ class Descriptors:
                 upstream = names.define(number, name)
             elif request.rebuilt and names.has(own, name):
                 upstream = names.use(own, name)  # the watcher put it in
+            elif number == own and not names.has(own, name):
+                upstream = name  # refault itself means what QEMU calls so
             else:
                 upstream = request.names.get(name) or names.use(number, name)
             if upstream != name:

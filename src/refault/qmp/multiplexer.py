@@ -186,6 +186,10 @@ class Multiplexer:
         self.descriptors.sets.left(client.number)
         self._pump()
 
+    def name_upstream(self, client: int, name: str) -> str:
+        """QEMU's name for a descriptor that a client passed as `name`; `name` where it passed none."""
+        return self.descriptors.names.of(client).get(name, name)
+
     def half_close(self, client: Client) -> None:
         """A client will send nothing more; it leaves once it has its replies, as with QEMU."""
         client.half_closed = True

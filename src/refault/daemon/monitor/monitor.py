@@ -44,6 +44,7 @@ from refault.daemon.monitor.first_client import FirstClient
 from refault.daemon.monitor.front import Front
 from refault.daemon.monitor.keeper import Keeper
 from refault.daemon.monitor.listener import Bound, ListenError
+from refault.daemon.monitor.passed import Passed
 from refault.daemon.monitor.presence import Presence, Qemu
 from refault.daemon.monitor.socket_file import Access
 from refault.daemon.monitor.upstream import Upstream
@@ -245,6 +246,15 @@ class Monitor:
     def clients_come_to(self) -> list[Address]:
         """Where clients are served: the addresses as they are bound, and the managers that are dialled."""
         return [*(front.address for front in self._client_fronts), *self.managers]
+
+    @property
+    def passed(self) -> Passed:
+        """Connections that clients passed to QEMU."""
+        return self._upstream.passed
+
+    def name_upstream(self, client: int, name: str) -> str:
+        """QEMU's name for a descriptor that a client passed as `name`."""
+        return self._core.name_upstream(client, name)
 
     @property
     def counters(self) -> Counters:

@@ -17,6 +17,7 @@ from refault.daemon.monitor.address import Address
 from refault.daemon.monitor.dial import CONNECT_TIMEOUT, dial, pauses, prepare, why
 from refault.daemon.monitor.first_client import FirstClient
 from refault.daemon.monitor.keeper import Keeper
+from refault.daemon.monitor.passed import Passed
 from refault.daemon.monitor.presence import Presence, Qemu
 from refault.daemon.monitor.turns import Turns
 from refault.daemon.monitor.wire import Wire, hung_up
@@ -57,6 +58,7 @@ class Upstream:
     ) -> None:
         self.peer = Peer(None, None)
         """Who is at the other end."""
+        self.passed = Passed()
         self._name = name
         self._address = address
         self._core = core
@@ -179,6 +181,7 @@ class Upstream:
                 if fd >= 0:
                     self._recorder.close(fd)
             return
+        self.passed.sends(out)
         waiting = bool(wire.backlog)
         if len(out) == 1 or any(fd >= 0 for _, fd in out):
             wire.backlog.extend((memoryview(data), fd) for data, fd in out)
@@ -299,4 +302,5 @@ class Upstream:
         wire, self._wire, self._connection = self._wire, None, None
         if wire is not None:
             wire.discard()
+        self.passed.clear()
         self._lost()

@@ -14,6 +14,7 @@ from refault.daemon.far.dial import REDIAL_TIMEOUT, connect_any, dial_in_course,
 from refault.daemon.known.vm_state import QUERY_TIMEOUT
 from refault.daemon.migration import Migration
 from refault.daemon.monitor.monitor import Answer, Forward, QmpError, WatchedCommand, words
+from refault.daemon.near.given import Given, given_in
 from refault.daemon.near.local import Pair, hand_over, take_back
 from refault.daemon.near.local_unix import Listening
 from refault.daemon.recovery.doubt import TAKE_BACK, decide
@@ -62,8 +63,10 @@ class Source:
             except (OSError, QmpError, trio.TooSlowError) as error:
                 await migration.go_unrelayed(f"no local leg could be made: {words(error)}")
             else:
+                given = given_in(self._vm.monitor, command)
+                to = inet_of(migration.endpoint)
                 self._opening = Opening(
-                    self._course, channels, near, inet_of(migration.endpoint), deque(), recovered=False
+                    self._course, channels, near, to, deque(), recovered=False, given=given
                 )
                 return Forward(with_uri(command.arguments, near.uri), on_reply=self._watch_reply)
         return Forward(on_reply=self._watch_reply)
@@ -100,9 +103,10 @@ class Source:
         *,
         shield: trio.CancelScope | None = None,
         asks: bool = False,
+        given: Given | None = None,
     ) -> str:
         """Makes both legs of a recovered channel and joins them, where it `asks` only when there is an
-        answer; the address at which QEMU finds its end.
+        answer; the address at which QEMU finds its end. `given`: what is connected already.
 
         Dialled last and joined at once: a connection to a QEMU that listens for a recovery must not be given
         up. Raises OSError, AttemptFailed, and what `execute` raises.
@@ -112,7 +116,10 @@ class Source:
         monitor = self._vm.monitor
         local = await hand_over(monitor, Role.SOURCE)
         try:
-            connection, endpoint = await dial_in_course(endpoints, REDIAL_TIMEOUT, shield)
+            if given is not None:
+                connection, endpoint = given.lend(), given.endpoint
+            else:
+                connection, endpoint = await dial_in_course(endpoints, REDIAL_TIMEOUT, shield)
             with connection:
                 self._course.addresses.tried(endpoint)
                 if shield is not None and asks:
@@ -251,15 +258,21 @@ class Source:
         channels = migration.channels
         if channels is None:
             return Forward(on_reply=self._dialling.watch(endpoint, migration.watch_move(endpoint)))
+        given = given_in(vm.monitor, command) if not course.lanes.count else None
+        if given is not None:
+            endpoint = given.endpoint
         if not isinstance(endpoint, Inet):
             return Forward(on_reply=migration.watch_recovery)
         try:
-            uri = await self._join(channels, [endpoint])
+            uri = await self._join(channels, [endpoint], given=given)
         except (AttemptFailed, OSError) as error:
             course.feed(Event.ATTEMPT_FAILED)
             return Answer(error=("GenericError", str(error)))
         except (QmpError, trio.TooSlowError):
             return Forward(on_reply=migration.watch_recovery)
+        finally:
+            if given is not None:
+                given.close()  # unless it is joined
         course.addresses.moved(endpoint)
         channel = channels.channel
 
@@ -269,6 +282,8 @@ class Source:
             elif channels.channel == channel:
                 channels.answered()
                 course.remember()
+            if given is not None and not is_error(reply):
+                vm.start_soon(given.taken)
             return migration.watch_recovery(reply)
 
         return Forward(with_uri(command.arguments, uri), on_reply=watch)

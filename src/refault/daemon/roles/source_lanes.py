@@ -26,6 +26,7 @@ from refault.daemon.far.session_dialled import SessionDialled
 from refault.daemon.kernel.unix_diag import peer_inode_now
 from refault.daemon.known.course import Course
 from refault.daemon.monitor.monitor import MonitorLost, QmpError
+from refault.daemon.near.given import Given
 from refault.daemon.near.local import LocalLeg, Pair
 from refault.daemon.near.local_unix import Listening
 from refault.daemon.near.short_queue import shorten
@@ -58,7 +59,9 @@ class Opening:
         connections: deque[trio.socket.SocketType],
         *,
         recovered: bool,
+        given: Given | None = None,
     ) -> None:
+        """`given`: what the client has connected, in place of dialling."""
         self.uri = near.uri
         """What QEMU's `migrate` is given."""
         self.joined = trio.Event()
@@ -73,6 +76,7 @@ class Opening:
         self._endpoint = endpoint
         self._connections = connections
         self._recovered = recovered
+        self._given = given
         self._scope = trio.CancelScope()
         self._waits = trio.CancelScope()
         """The wait for QEMU's next connection."""
@@ -101,6 +105,8 @@ class Opening:
         else:
             self.cancel()
             self._near.close()
+            if self._given is not None:
+                self._given.close()
 
     def _opens_no_more(self) -> None:
         self._has_opened_all = True
@@ -137,7 +143,11 @@ class Opening:
             course.return_path = has_return_path(capabilities)
             course.remember()
         try:
-            connection = await connect_as_qemu(self._endpoint)
+            if (given := self._given) is not None:
+                self._given = None
+                connection = await given.take()
+            else:
+                connection = await connect_as_qemu(self._endpoint)
         except OSError as error:
             raise _NotReached(str(error)) from None
         self._connections.append(connection)
