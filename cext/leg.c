@@ -45,8 +45,6 @@ static void take_note(struct rf_leg *leg, enum rf_leg_state state, int error) {
     }
 }
 
-static bool is_later(int error) { return error == EAGAIN || error == EWOULDBLOCK; }
-
 /* ---- a leg that may be a session ---- */
 
 void rf_leg_drop_link(struct rf_leg *leg) {
@@ -111,7 +109,7 @@ static size_t look_for_offer(struct rf_leg *leg, uint8_t *buf, size_t len) {
     int error = n < 0 ? errno : 0;
     size_t seen;
 
-    if (n < 0 && is_later(error)) {
+    if (n < 0 && rf_tcp_is_later(error)) {
         return 0;
     }
     link->offered += n > 0 ? (size_t)n : 0;
@@ -138,7 +136,7 @@ static size_t read_connection(struct rf_leg *leg, uint8_t *buf, size_t len, int 
         }
         return (size_t)n;
     }
-    if (leg->may_read && (n == 0 || !is_later(errno))) {
+    if (leg->may_read && (n == 0 || !rf_tcp_is_later(errno))) {
         come_to_end(leg, n == 0 ? 0 : errno);
     }
     return 0;
@@ -234,7 +232,7 @@ size_t rf_leg_write(struct rf_leg *leg, const uint8_t *buf, size_t len) {
         leg->sent += (uint64_t)n;
         return (size_t)n;
     }
-    if (is_later(errno)) {
+    if (rf_tcp_is_later(errno)) {
         return 0;
     }
     if (rf_link_outlives_write(leg->link)) {

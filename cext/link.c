@@ -295,10 +295,11 @@ static void send_all(struct rf_link *link) {
             n = sendmsg(link->fd, &message, MSG_DONTWAIT | MSG_NOSIGNAL);
         } while (n < 0 && errno == EINTR);
         if (n < 0) {
-            if (errno == EAGAIN || errno == EWOULDBLOCK) {
-                link->kernel_full = true;
-            } else {
-                break_off(link, errno);
+            int error = errno;
+
+            link->kernel_full = rf_tcp_is_later(error);
+            if (!link->kernel_full) {
+                break_off(link, error);
             }
             break;
         }
@@ -491,11 +492,13 @@ static void receive(struct rf_link *link) {
         enum rf_wrong wrong;
         ssize_t n = receive_some(link);
 
-        if (n < 0 && (errno == EAGAIN || errno == EWOULDBLOCK)) {
+        int error = n < 0 ? errno : 0;
+
+        if (n < 0 && rf_tcp_is_later(error)) {
             return;
         }
         if (n <= 0) {
-            between(link, n < 0 ? errno : 0);
+            between(link, error);
             return;
         }
         wrong = rf_stream_take(link->stream, link->rings->scratch, (size_t)n);

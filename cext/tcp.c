@@ -1,12 +1,15 @@
 #include "tcp.h"
 
+#include <errno.h>
 #include <netinet/in.h>
 #include <netinet/tcp.h>
 #include <sys/socket.h>
+#include <time.h>
 
 enum {
     FIRST_UNSENT = 8 * 1024,
     UNANSWERED_PROBES = 3,
+    NO_MEMORY_PAUSE_NS = 1000000,
 };
 
 bool rf_tcp_prepare(int fd) {
@@ -78,4 +81,14 @@ unsigned rf_tcp_flight(int fd) {
         return 0;
     }
     return info.tcpi_snd_cwnd * info.tcpi_snd_mss;
+}
+
+bool rf_tcp_is_later(int error) {
+    const struct timespec pause = {.tv_nsec = NO_MEMORY_PAUSE_NS};
+
+    if (error == ENOBUFS || error == ENOMEM) {
+        nanosleep(&pause, NULL);
+        return true;
+    }
+    return error == EAGAIN || error == EWOULDBLOCK;
 }

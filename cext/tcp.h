@@ -31,4 +31,8 @@ bool rf_tcp_silent(int fd, unsigned dead_after_s);
 /* Bytes that it has under way at the most as the network is now. */
 unsigned rf_tcp_flight(int fd);
 
+/* Of any socket, by the errno of a call that does not wait: whether the same may succeed later. Where the
+ * kernel has no memory, of which poll(2) does not tell, it waits a millisecond. */
+bool rf_tcp_is_later(int error);
+
 #endif

@@ -1,11 +1,12 @@
-/* Preloaded: every other poll(2) outside the main thread fails for want of memory, and so does what asks for
- * as much at once as a lane takes. What the main thread frees of the size of a chunk of records (records.c)
- * is counted. */
+/* Preloaded: every other poll(2) and every third sendmsg(2) outside the main thread fails for want of memory,
+ * and so does what asks for as much at once as a lane takes. What the main thread frees of the size of a
+ * chunk of records (records.c) is counted. */
 #include <errno.h>
 #include <malloc.h>
 #include <poll.h>
 #include <stdatomic.h>
 #include <stddef.h>
+#include <sys/socket.h>
 #include <sys/syscall.h>
 #include <unistd.h>
 
@@ -36,6 +37,16 @@ int poll(struct pollfd *polls, nfds_t count, int timeout) {
         return -1;
     }
     return (int)syscall(SYS_poll, polls, count, timeout);
+}
+
+ssize_t sendmsg(int fd, const struct msghdr *message, int flags) {
+    static atomic_uint calls;
+
+    if (gettid() != getpid() && atomic_fetch_add(&calls, 1) % 3 == 0) {
+        errno = ENOBUFS; /* net/core/sock.c, sock_alloc_send_pskb */
+        return -1;
+    }
+    return syscall(SYS_sendmsg, fd, message, flags);
 }
 
 void *calloc(size_t count, size_t size) {
