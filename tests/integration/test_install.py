@@ -81,7 +81,7 @@ def test_users_and_directories_are_what_systemd_reads(system: Path) -> None:
     users = (system / "usr/lib/sysusers.d/refault.conf").read_text()
     assert "u refault - " in users
     directories = (system / "usr/lib/tmpfiles.d/refault.conf").read_text()
-    assert "d /run/refault 0755 refault refault -" in directories
+    assert "d /run/refault :0755 :refault :refault -" in directories
 
 
 def test_destdir_is_in_no_file_that_is_installed(tmp_path: Path) -> None:

@@ -14,8 +14,10 @@ listen = "{dir}/{stem}"
 
 from __future__ import annotations
 
+import errno
 import os
 import re
+import stat
 import tomllib
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -43,6 +45,8 @@ from refault.daemon.options import Configuration, HostOptions, VmOptions
 
 DEFAULT = Path("/etc/refault/refault.toml")
 VMS_D = "vms.d"
+MOST = 16 << 20
+"""Bytes of one file."""
 _TOP = "[daemon], [defaults], [vm.NAME] and [[watch]]"
 
 
@@ -71,13 +75,15 @@ def load(main: Path) -> Configuration:
 
 def load_alone(files: Sequence[Path]) -> Configuration:
     """What these files, each as it could be refault.toml, say together. Raises ConfigError."""
-    return _Reader().read(None, files)
+    return _Reader(waits=True).read(None, files)
 
 
 class _Reader:
     """Reads on after what is wrong, so that all of it is told at once."""
 
-    def __init__(self) -> None:
+    def __init__(self, *, waits: bool = False) -> None:
+        self._waits = waits
+        """For whoever writes into a pipe: not where a daemon reads."""
         self._wrong: list[str] = []
         self._common: dict[str, object] = {}
         self._daemon: dict[str, Any] = {}
@@ -112,7 +118,7 @@ class _Reader:
 
     def _tables(self, file: Path) -> Mapping[str, Any]:
         try:
-            table = tomllib.loads(file.read_bytes().decode())
+            table = tomllib.loads(self._bytes(file).decode())
         except OSError as error:
             self._wrong.append(f"{file}: {error.strerror}")
         except UnicodeDecodeError as error:
@@ -127,6 +133,17 @@ class _Reader:
                 self._wrong.append(f"{file}: {key_as_written(key)}: not known; at the top stand {_TOP}")
             return table
         return {}
+
+    def _bytes(self, file: Path) -> bytes:
+        """Raises OSError."""
+        fd = os.open(file, os.O_RDONLY | os.O_CLOEXEC | (0 if self._waits else os.O_NONBLOCK))
+        with os.fdopen(fd, "rb") as opened:
+            if not self._waits and not stat.S_ISREG(os.fstat(fd).st_mode):
+                raise OSError(errno.EINVAL, "no regular file")
+            data = opened.read(MOST + 1)
+        if len(data) > MOST:
+            raise OSError(errno.EFBIG, f"more than {MOST >> 20} MiB")
+        return data
 
     def _read_common(self, file: Path, name: str, table: object, main: Path | None) -> None:
         where = f"{file}: [{name}]"

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import os
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
 from refault.cli.main import main
-from refault.config.files import ConfigError, load
+from refault.config.files import MOST, ConfigError, load, load_alone
 from refault.config.options import DaemonTable, ListenerTable, VmTable, WatchTable, fields_of
 from refault.daemon.known.patience import Patience
 from refault.daemon.monitor.address import Address
@@ -354,3 +355,31 @@ def test_a_domain_whose_name_is_none_here_has_its_uuid(tmp_path: Path, name: str
     handed = loaded(tmp_path, '[daemon]\nexec = "/x"\n').handed
     assert handed is not None
     assert handed.names(name, "uuid") == names
+
+
+def test_a_daemon_waits_for_no_pipe_and_reads_no_file_without_end(tmp_path: Path) -> None:
+    """A pipe or a device among the files would stop its loop, at a reload all VMs'."""
+    main_file = written(tmp_path, VM, b=B)
+    os.mkfifo(tmp_path / "vms.d" / "pipe.toml")
+    (tmp_path / "vms.d" / "zero.toml").symlink_to("/dev/zero")
+    (tmp_path / "vms.d" / "large.toml").touch()
+    os.truncate(tmp_path / "vms.d" / "large.toml", MOST + 1)
+    with pytest.raises(ConfigError) as error:
+        load(main_file)
+    assert [line.rpartition("/")[2] for line in error.value.lines] == [
+        "large.toml: more than 16 MiB",
+        "pipe.toml: no regular file",
+        "zero.toml: no regular file",
+    ]
+    with pytest.raises(ConfigError, match="/dev/zero: more than 16 MiB"):
+        load_alone([Path("/dev/zero")])
+
+
+def test_check_reads_what_a_shell_pipes_to_it() -> None:
+    reads, writes = os.pipe()
+    with open(writes, "wb") as pipe:
+        pipe.write(VM.encode())
+    try:
+        assert [vm.name for vm in load_alone([Path(f"/dev/fd/{reads}")]).vms] == ["a"]
+    finally:
+        os.close(reads)
