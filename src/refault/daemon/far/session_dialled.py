@@ -25,7 +25,8 @@ log = logging.getLogger("refault.session")
 DIAL_TIMEOUT = 1.0
 WELCOME_TIMEOUT = 2.0
 """A HELLO that the network swallowed is sent again ever later: dialling anew is sooner."""
-_FIRST_PAUSE, _LONGEST_PAUSE = 0.01, 0.25
+_FIRST_PAUSE, _LONGEST_PAUSE = 0.001, 0.25
+"""A longer pause would be most of a resumption: an attempt that is lost in the handshake took some ms."""
 OFFER_MARGIN = 0.5
 """Seconds before its end at which an offer is not taken up any more, for the destination counts too."""
 _LAST_ATTEMPT = (1 << 32) - 1

@@ -5,7 +5,7 @@ from __future__ import annotations
 import errno
 import os
 import socket
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Callable, Iterator
 from contextlib import asynccontextmanager, suppress
 from dataclasses import dataclass, field, replace
 
@@ -15,6 +15,7 @@ from tests.unit.channel.test_relay import tcp_pair
 
 from refault.channel.relay import Relay, SessionEnd, SessionState
 from refault.daemon.far import session_dialled
+from refault.daemon.far.connection import growing_pauses
 from refault.daemon.far.dial import connect
 from refault.daemon.far.session_answered import SessionAnswered, receive
 from refault.daemon.far.session_dialled import SessionDialled
@@ -190,6 +191,27 @@ async def test_what_is_lost_of_the_handshake_is_said_again(lost_after: int) -> N
         both.source.qemu.send(b" and on")
         assert await both.destination.receive(14) == b"forward and on"
         assert both.source.seen.began == both.destination.seen.began == 1
+
+
+async def test_little_is_waited_between_attempts_though_several_are_lost_in_a_row(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    waited: list[float] = []
+
+    def pauses(*bounds: float) -> Iterator[float]:
+        for pause in growing_pauses(*bounds):
+            waited.append(pause)
+            yield pause
+
+    async with world() as both:
+        await _becomes_a_session(both)
+        monkeypatch.setattr(session_dialled, "growing_pauses", pauses)
+        both.network.extend([1, 70, MESSAGE_BYTES, MESSAGE_BYTES + 60])
+        both.lose()
+        both.source.qemu.send(b"on")
+        assert await both.destination.receive(2) == b"on"
+    assert len(waited) >= 4
+    assert sum(waited[:4]) < 0.03
 
 
 async def test_a_lost_connection_is_resumed_and_counted() -> None:
