@@ -89,6 +89,15 @@ class Journal:
             self._map[: len(journal.GIVEN_UP)] = journal.GIVEN_UP
             self._forget()
 
+    def give_up_left(self) -> None:
+        """The same of what the last refault wrote, which is here no longer true. Raises OSError."""
+        fd = os.open(self.path, os.O_WRONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC)
+        try:
+            os.pwrite(fd, journal.GIVEN_UP, 0)
+        finally:
+            os.close(fd)
+        self._ours = True
+
     def end(self) -> None:
         """Nothing is to be known by it any more."""
         self.on = False

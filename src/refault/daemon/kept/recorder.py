@@ -59,6 +59,12 @@ class Recorder:
         self.on = True
         return True
 
+    def go_on(self) -> None:
+        """Writes down from here on, where the last refault has written; where that cannot be, nobody goes on
+        from what that wrote. Raises OSError where that would be."""
+        if not self.begin() and self._journal is not None:
+            self._journal.give_up_left()
+
     def end(self) -> None:
         """Nothing is written down any more, and what was is of no use."""
         self.on = False

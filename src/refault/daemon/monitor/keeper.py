@@ -196,10 +196,22 @@ class Keeper:
     def tidy(self) -> None:
         """Clears away what is kept and has ended. Raises OSError."""
         now, then = self._lots
-        then.put(self._kept)
+        try:
+            then.put(self._kept)
+        except OSError:
+            then.empty()
+            raise
         self._lots = [then, now]
         now.empty()
         self._left_over = 0
+
+    def tidy_if_possible(self) -> None:
+        """The same, where it can be now."""
+        try:
+            self.tidy()
+        except OSError as error:
+            log.info("%s: what is kept for nobody stays: %s", self._name, error.strerror)
+            self._left_over = 0
 
     def hold_fronts(self) -> None:
         """Keeps the sockets where clients come, which are new."""
@@ -216,11 +228,7 @@ class Keeper:
         end_for_all(sock)
         self._left_over += 1
         if self.on and (listens or self._left_over > _LEFT_OVER):  # its address is to be free
-            try:
-                self.tidy()
-            except OSError as error:
-                log.info("%s: what is kept for nobody stays: %s", self._name, error.strerror)
-                self._left_over = 0
+            self.tidy_if_possible()
 
     def end_upstream(self, sock: socket.socket) -> None:
         """The connection to QEMU is about to be closed."""

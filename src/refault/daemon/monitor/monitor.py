@@ -364,15 +364,15 @@ class Monitor:
         self._upstream.take_over(taken.upstream)
         for fd, (number, count) in taken.peeked.items():
             self._recorder.recovered(fd, taken.clients[number][0], number, count)
-        self._recorder.begin()
+        self._recorder.go_on()
         for fd in taken.spent:
             self._recorder.close(fd)
         if taken.of_nobody:
-            self._keeper.tidy()
+            self._keeper.tidy_if_possible()
 
     def _not_recorded(self) -> None:
         """The next refault could not go on: QEMU is to hold nothing."""
-        self._upstream.start_soon(self._keeper.give_up)
+        self._upstream.give_up_soon()
 
     def _keep(self) -> None:
         """Has QEMU hold what it does not hold yet, where the next refault could find it."""

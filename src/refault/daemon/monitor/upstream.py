@@ -143,6 +143,12 @@ class Upstream:
         if self._wire is not None and self._connection is not None:
             self.start_soon(self._keeper.begin, self._wire.sock, self.peer.pid)
 
+    def give_up_soon(self) -> None:
+        """Has QEMU hold nothing: at once, or where an earlier refault's connection is gone on with, as soon
+        as it is."""
+        if self._connection is not None:
+            self.start_soon(self._keeper.give_up)
+
     async def take(self, sock: socket.socket) -> None:
         """A QEMU has connected to us: its turn comes when the one before it is gone."""
         try:
@@ -270,6 +276,8 @@ class Upstream:
         for request in list(core.asked.values()):
             core.ask(request)
         self._flush_all()
+        if not self._recorder.on:
+            self.start_soon(self._keeper.give_up)
 
     async def _read(self, sock: socket.socket, greeting: trio.CancelScope) -> None:
         core = self._core
