@@ -839,36 +839,31 @@ void rf_pagemap_handshake_over(struct rf_pagemap *map) {
 }
 
 /* The received bitmaps of this channel, whole or not, count for nothing. */
-static void disown_bitmaps(struct rf_pagemap *map) {
+static int disown_bitmaps(struct rf_pagemap *map) {
+    int status = RF_OK;
     for (uint32_t i = 0; i < blocks_length(map); i++) {
         struct block *block = block_at(map, i);
-        if (block->bitmap_channel == map->channel || block->in_flight != NULL || i == map->bitmap_block) {
+        if (block->bitmap_channel == map->channel || i == map->bitmap_block) {
             block->bitmap_channel = 0;
             block->disowned = true;
             map->sweep = map->records.oldest;
         }
-    }
-    map->bitmap_block = NONE;
-}
-
-int rf_pagemap_channel_lost(struct rf_pagemap *map) {
-    int status = RF_OK;
-    write_begin(map);
-    add(&map->counters.losses, 1);
-    if (!map->agreed) {
-        disown_bitmaps(map);
-    }
-    map->bitmap_block = NONE;
-    if (map->proof == PROOF_ASKED) {
-        map->proof = PROOF_NONE; /* a PONG of another channel answers another PING */
-    }
-    for (uint32_t i = 0; i < blocks_length(map); i++) {
-        struct block *block = block_at(map, i);
         if (block->in_flight != NULL && !put_back_in_flight(map, block)) {
             status = RF_NO_MEMORY;
         }
         forget_in_flight(block);
     }
+    map->bitmap_block = NONE;
+    return status;
+}
+
+int rf_pagemap_channel_lost(struct rf_pagemap *map) {
+    write_begin(map);
+    add(&map->counters.losses, 1);
+    if (map->proof == PROOF_ASKED) {
+        map->proof = PROOF_NONE; /* a PONG of another channel answers another PING */
+    }
+    int status = map->agreed ? RF_OK : disown_bitmaps(map);
     write_end(map);
     return status;
 }
@@ -981,11 +976,14 @@ bool rf_pagemap_bitmap_lacks_loaded(const struct rf_pagemap *map) {
     return map->bitmap_block != NONE && map->report.loaded_not_received > 0;
 }
 
-void rf_pagemap_bitmap_disown(struct rf_pagemap *map) {
+int rf_pagemap_bitmap_disown(struct rf_pagemap *map) {
     if (map->bitmap_block == NONE) {
-        return;
+        return RF_UNKNOWN_BLOCK;
     }
-    disown_bitmaps(map);
+    write_begin(map);
+    int status = disown_bitmaps(map);
+    write_end(map);
+    return status;
 }
 
 int rf_pagemap_bitmap_end(struct rf_pagemap *map, struct rf_bitmap_report *report) {

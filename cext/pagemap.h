@@ -159,8 +159,8 @@ bool rf_pagemap_bitmap_is_foreign(const struct rf_pagemap *map);
 /* Whether it lacks a page that is known to be loaded. */
 bool rf_pagemap_bitmap_lacks_loaded(const struct rf_pagemap *map);
 /* In place of end: it is another VM's, and counts for nothing, as those before it on this channel do. The
- * channel is to be lost. */
-void rf_pagemap_bitmap_disown(struct rf_pagemap *map);
+ * channel is to be lost. RF_NO_MEMORY as for that. */
+int rf_pagemap_bitmap_disown(struct rf_pagemap *map);
 
 /* Judges some more records by the received bitmaps, the oldest first, in well below a millisecond. Whether
  * some are left. */

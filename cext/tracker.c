@@ -409,7 +409,9 @@ static void bitmap_end(struct rf_tracker *tracker) {
     struct rf_bitmap_report report;
     if (another_vms(tracker)) {
         note(tracker, RF_FACT_FOREIGN_PAGES);
-        rf_pagemap_bitmap_disown(tracker->map);
+        if (rf_pagemap_bitmap_disown(tracker->map) == RF_NO_MEMORY) {
+            no_longer_whole(tracker);
+        }
     } else {
         (void)rf_pagemap_bitmap_end(tracker->map,
                                     &report); /* RF_UNKNOWN_BLOCK: it was refused at its begin */

@@ -146,6 +146,10 @@ class PageMap:
             pass
         return BitmapReport(*(int(getattr(raw, field)) for field in BitmapReport.__slots__))
 
+    def disown(self) -> None:
+        """The received bitmap that has come but for its end is another VM's."""
+        _checked(lib.rf_pagemap_bitmap_disown(self._map))
+
     def sweep(self) -> bool:
         """Judges some more records by the received bitmaps; whether some are left."""
         return bool(lib.rf_pagemap_sweep(self._map))

@@ -368,6 +368,22 @@ def test_a_handshake_that_came_to_nothing_leaves_the_counts_as_they_were() -> No
     assert huge.present == HUGE - PAGE
 
 
+def test_what_has_passed_stays_answered_though_another_vms_bitmap_lacks_it() -> None:
+    page_map = declared()
+    page_map.request(b"pc.ram", 0, PAGE, 10)
+    page_map.arrived(0, 0, PAGE, 20)
+    page_map.channel_begin()
+    page_map.received_in_part(b"pc.ram", bytes(1 << 15))
+    page_map.disown()
+    for lost in (page_map.channel_lost, page_map.channel_begin):
+        while page_map.sweep():
+            pass
+        assert page_map.stats().outstanding == 0
+        lost()
+    (ram,) = page_map.blocks()
+    assert ram.present == PAGE
+
+
 def test_a_pong_proves_all_that_passed_before_its_ping_and_no_more() -> None:
     page_map = declared()
     for page in range(3):
