@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import functools
 import json
+import os
 import re
 import signal
 import sys
@@ -72,7 +73,7 @@ def execute(arguments: argparse.Namespace) -> int:
             if getattr(arguments, option) is not None:
                 arguments.usage_error(f"--{option} is not for --starve")
     console = Console(stderr=arguments.json)
-    if arguments.report is not None and not arguments.report.parent.is_dir():
+    if arguments.report is not None and not os.path.isdir(arguments.report.parent):
         raise OperatorError(f"--report {arguments.report}: there is no directory {arguments.report.parent}")
     findings, version = check_host(arguments.qemu)
     live_view.show_findings(console, findings)

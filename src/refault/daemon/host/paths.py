@@ -72,7 +72,7 @@ def make_default_directory(path: Path) -> None:
 
     Raises `OperatorError`.
     """
-    if path.is_dir():
+    if os.path.isdir(path):
         return
     try:
         mode = _mode(path)
@@ -108,7 +108,7 @@ def make_again(path: Path) -> None:
 
     Raises nothing: whoever needs it hears of it.
     """
-    if not path.exists():
+    if not os.path.exists(path):
         with contextlib.suppress(OSError):
             mode = _mode(path)
             path.mkdir(mode=mode)

@@ -89,7 +89,7 @@ class StateFile:
 
     def look(self) -> None:
         """Writes again what has gone away since it was written, and tells of what cannot be written again."""
-        if self._record is not None and (self._not_ours or not self._path.exists()):
+        if self._record is not None and (self._not_ours or not os.path.exists(self._path)):
             self.save(self._record)
         self.pages.look()
 

@@ -134,6 +134,6 @@ def query(path: Path, timeout: float) -> Status:
 
 
 def _why_not(path: Path, error: OSError) -> str:
-    if path.exists() and not path.is_socket():
+    if os.path.exists(path) and not path.is_socket():
         return "it is no socket; name a daemon's with --control"
     return f"{error.strerror or error}; is `refault run` running?"

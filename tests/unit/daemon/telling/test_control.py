@@ -17,6 +17,7 @@ import trio
 from tests.unit.daemon.pictures import BUSY, PICTURE
 
 from refault.daemon.host.errors import OperatorError
+from refault.daemon.host.paths import make_again, make_default_directory
 from refault.daemon.monitor.address import Address
 from refault.daemon.monitor.address_text import parse_address
 from refault.daemon.telling import control
@@ -184,6 +185,15 @@ def test_query_names_what_is_no_status(tmp_path: Path, document: bytes, told: st
 def test_query_of_no_daemon_says_so(tmp_path: Path) -> None:
     with pytest.raises(OperatorError, match=r"no daemon answers at .*/gone: No such file.*; is .* running"):
         control.query(tmp_path / "gone", 5.0)
+
+
+def test_a_name_that_no_file_can_have_is_one_error(tmp_path: Path) -> None:
+    long = tmp_path / ("x" * 300)
+    with pytest.raises(OperatorError, match=r"no daemon answers at .*too long"):
+        control.query(long, 5.0)
+    with pytest.raises(OperatorError, match="File name too long"):
+        make_default_directory(long)
+    make_again(long)
 
 
 def test_query_of_a_silent_daemon_ends(tmp_path: Path) -> None:
