@@ -1,9 +1,10 @@
 """refault killed at random moments under clients that are at work: none may notice.
 
 Five clients: with 0, 1 or 40 commands in flight, one that reads large replies slowly, and one that passes
-descriptors, beside events that somebody at another monitor of QEMU's makes happen. After so many kills: each
-command has had one answer, in order; each event has come once, in order; QEMU has run no command twice, by
-its own trace (`handle_qmp_command`) and by the fd sets that there are.
+descriptors; at each kill a visitor in the midst of something (visitors.py); beside events that somebody at
+another monitor of QEMU's makes happen. After so many kills: each command has had one answer, in order; each
+event has come once, in order; QEMU has run no command twice, by its own trace (`handle_qmp_command`) and
+by the fd sets.
 """
 
 from __future__ import annotations
@@ -19,16 +20,19 @@ import sys
 import tempfile
 import time
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Awaitable, Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 
 import trio
+from tests.campaign.visitors import ALL, Visitor
 
 from refault.qmp.splitter import Splitter
 
 REFAULT = (sys.executable, "-m", "refault")
+WEIGHTS = (4, 4, 4, 1, 4)
+"""How often each of the visitors comes."""
 EARLY = 0.3
 """Of the kills: those of a refault that is about to start."""
 STARTED_WITHIN = 1.0
@@ -155,7 +159,7 @@ def qemu_at(binary: str, directory: Path) -> Iterator[subprocess.Popen[bytes]]:
     monitors = [f"unix:{directory}/{name},server=on,wait=off" for name in ("q", "q2")]
     process = subprocess.Popen(
         [
-            *(binary, "-machine", "none", "-nodefaults", "-display", "none"),
+            *(binary, "-machine", "none", "-m", "4M", "-nodefaults", "-display", "none"),
             *("-qmp", monitors[0], "-qmp", monitors[1]),
             *("-trace", "handle_qmp_command", "-D", f"{directory}/trace"),
         ]
@@ -195,6 +199,31 @@ async def events_at(path: Path, seen: list[tuple[str, int, int]], stop: trio.Eve
                 await stream.send_all(b'{"execute": "query-fdsets", "id": "sets"}')
 
 
+async def visit(visitor: Visitor, do: Callable[[Visitor], Awaitable[None]], wrong: list[str]) -> None:
+    """One visitor, from its coming to its going."""
+    if (told := await visitor.run(do)) is not None:
+        wrong.append(told)
+
+
+async def told(directory: Path) -> dict[str, int]:
+    """What refault tells of the VM's clients; nothing where it has only just begun."""
+    try:
+        stream = await trio.open_unix_socket(str(directory / "control"))
+    except OSError:
+        return {}
+    async with stream:
+        return dict(json.loads(b"".join([data async for data in stream]))["vms"][0]["clients"])
+
+
+async def connected(directory: Path, expected: int) -> int:
+    """How many clients refault serves: who has left is not served for long."""
+    served = -1
+    with trio.move_on_after(NOTICED_WITHIN):
+        while (served := (await told(directory)).get("connected", -1)) != expected:
+            await trio.sleep(0.1)
+    return served
+
+
 def start(directory: Path) -> subprocess.Popen[bytes]:
     """One more refault."""
     with open(directory / "log", "ab") as log:
@@ -221,7 +250,7 @@ async def campaign(binary: str, kills: int, seed: int, directory: Path, *, plann
     ]
     seen: list[tuple[str, int, int]] = []
     stop = trio.Event()
-    sets = -1
+    sets, early = -1, 0
     wrong: list[str] = []
     with qemu_at(binary, directory) as qemu:
         while not (directory / "q2").exists():
@@ -239,24 +268,34 @@ async def campaign(binary: str, kills: int, seed: int, directory: Path, *, plann
                 async with trio.open_nursery() as working:
                     for client in clients:
                         working.start_soon(client.run)
-                    while not (directory / "state" / "vm.clients").exists() or not all(
-                        client.answered for client in clients if client.window
-                    ):
+                    while not all(client.answered for client in clients if client.window):
+                        await trio.sleep(0.02)
+                    while not (await told(directory)).get("kept"):
                         await trio.sleep(0.02)
                     nursery.start_soon(make_events)
                     for _ in range(kills):
-                        await trio.sleep(chance.random() * 0.2)
+                        do = chance.choices(ALL, WEIGHTS)[0]
+                        visitor = Visitor(path, do.__name__)
+                        working.start_soon(visit, visitor, do, wrong)
+                        with trio.move_on_after(NOTICED_WITHIN):
+                            await visitor.ready.wait()
+                        if chance.random() < 0.7:
+                            await trio.sleep(chance.random() * 0.2)
                         if planned:
                             process.send_signal(signal.SIGUSR2)
                         else:
                             process.kill()
                         await trio.to_thread.run_sync(process.wait)
+                        visitor.killed.set()
                         if chance.random() < 0.3:
                             await trio.sleep(0.3)
                         process = start(directory)
                         if not planned and chance.random() < EARLY:  # in any moment of the start
                             await trio.sleep(chance.random() * STARTED_WITHIN)
-                            continue
+                            process.kill()
+                            await trio.to_thread.run_sync(process.wait)
+                            early += 1
+                            process = start(directory)
                         restarted = time.monotonic()
                         with trio.move_on_after(NOTICED_WITHIN) as scope:
                             while any(client.heard < restarted for client in clients[1:]):
@@ -267,9 +306,13 @@ async def campaign(binary: str, kills: int, seed: int, directory: Path, *, plann
                             break
                     for client in clients:
                         client.window = 0
-                    await trio.sleep(2)
+                    with trio.move_on_after(NOTICED_WITHIN):
+                        while any(len(client.answered) < len(client.sent) for client in clients):
+                            await trio.sleep(0.01)
                     stop.set()
                     await trio.sleep(1.5)
+                    if (served := await connected(directory, len(clients))) != len(clients):
+                        wrong.append(f"{served} clients are served, and there are {len(clients)}")
                     for client in clients:
                         client.stop = True
         except BaseExceptionGroup as error:
@@ -292,8 +335,9 @@ async def campaign(binary: str, kills: int, seed: int, directory: Path, *, plann
         wrong.append(f"{len(clients[3].sent)} descriptors were passed, QEMU has {sets}")
     ran = Counter(re.findall(r'"(?:path|opaque)": "/?([a-z]+-\d+)"', (directory / "trace").read_text()))
     wrong += [f"QEMU ran {name} {count} times" for name, count in ran.items() if count > 1][:10]
+    commands = sum(len(client.sent) for client in clients)
     print(
-        f"{binary}: {kills} ends, {sum(len(client.sent) for client in clients)} commands,"
+        f"{binary}: {kills + early} ends, {early} in a start, {commands} commands,"
         f" {len(seen)} events, {sets} descriptors, {len(ran)} commands in QEMU's trace"
     )
     return wrong

@@ -230,7 +230,7 @@ def test_libvirt_does_not_notice_that_refault_is_another(
     """It has one connection for life, and says something while no refault is there; others come later."""
     with domain(tmp_path, wrapper(tmp_path), "a") as fronted:
         assert fronted.ask("qmp_capabilities") == {"return": {}}
-        served.until(lambda status: (tmp_path / "run" / "a" / "a.clients").exists())
+        served.until(lambda status: status.vms and status.vms[0].clients.kept)
         served.process.send_signal(number)
         served.process.wait()
         fronted.say("query-name")
@@ -262,7 +262,7 @@ def test_after_an_internal_error_libvirts_socket_is_there_yet(
 ) -> None:
     """It is not refault's to end: nobody could listen there again."""
     with domain(tmp_path, wrapper(tmp_path), "a") as fronted:
-        served.until(lambda status: (tmp_path / "run" / "a" / "a.clients").exists())
+        served.until(lambda status: status.vms and status.vms[0].clients.kept)
         Path(f"{fronted.path}.crash").touch()
         with socket.socket(socket.AF_UNIX) as victim:
             victim.connect(str(fronted.path))

@@ -14,7 +14,10 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
-from tests.campaign.restart import campaign, qemu_at, start
+import trio
+import trio.testing
+from tests.campaign.restart import campaign, qemu_at, start, visit
+from tests.campaign.visitors import ALL, Visitor
 from tests.integration.qemus import qemus
 
 from refault.lab.qemu import DEFAULT_BINARY
@@ -56,7 +59,7 @@ def served(tmp_path: Path) -> Iterator[tuple[subprocess.Popen[bytes], subprocess
         with client.sock, client.file:
             assert "QMP" in client.line()
             assert client.say("qmp_capabilities") == {"return": {}}
-            wait_until(lambda: (tmp_path / "state" / "vm.clients").exists())
+            wait_until(lambda: bool(status(tmp_path).get("kept")))
             assert "return" in client.say("query-status")
             yield qemu, process, client
 
@@ -70,6 +73,17 @@ def started(tmp_path: Path) -> Iterator[subprocess.Popen[bytes]]:
     finally:
         process.kill()
         process.wait()
+
+
+def status(directory: Path) -> dict[str, object]:
+    """What refault tells of the VM's clients; nothing where it has only just begun."""
+    with socket.socket(socket.AF_UNIX) as sock:
+        try:
+            sock.connect(str(directory / "control"))
+        except OSError:
+            return {}
+        with sock.makefile("rb") as file:
+            return dict(json.load(file)["vms"][0]["clients"])
 
 
 def wait_until(condition: Callable[[], bool]) -> None:
@@ -88,6 +102,29 @@ def greeted(path: Path) -> bool:
         except ConnectionRefusedError:
             return False
         return b"QMP" in sock.recv(4096)
+
+
+async def test_who_is_in_the_midst_of_something_goes_on(tmp_path: Path) -> None:
+    with served(tmp_path) as (_, process, _):
+        visitors = [(Visitor(tmp_path / "f", do.__name__), do) for do in ALL]
+        wrong: list[str] = []
+        async with trio.open_nursery() as nursery:
+            for visitor, do in visitors:
+                nursery.start_soon(visit, visitor, do, wrong)
+            for visitor, _ in visitors:
+                await visitor.ready.wait()
+            process.kill()
+            process.wait()
+            for visitor, _ in visitors:
+                visitor.killed.set()
+            await trio.testing.wait_all_tasks_blocked()
+            next_one = start(tmp_path)
+        try:
+            assert wrong == []
+            wait_until(lambda: status(tmp_path).get("connected") == 1)
+        finally:
+            next_one.kill()
+            next_one.wait()
 
 
 def test_an_end_for_good_ends_clients_and_frees_the_monitor(tmp_path: Path) -> None:
