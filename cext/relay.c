@@ -38,6 +38,7 @@ struct told {
     uint64_t waiting;
     uint64_t last_lanes;
     enum rf_link_state session;
+    uint64_t session_lost_ns; /* each loss is news, though nobody was told of the connection before it */
     bool session_complete;
 };
 
@@ -115,6 +116,7 @@ static bool has_news(struct rf_relay *relay, const uint64_t *words) {
         .waiting = relay->view.waiting,
         .last_lanes = relay->view.last_lanes,
         .session = relay->links != NULL ? relay->links->state : (enum rf_link_state)relay->last.state,
+        .session_lost_ns = relay->links != NULL ? relay->links->lost_ns : relay->last.lost_ns,
         .session_complete = relay->links != NULL && is_complete(relay->links),
     };
     bool news = now.facts != relay->told.facts || now.channel_facts != relay->told.channel_facts ||
@@ -123,6 +125,7 @@ static bool has_news(struct rf_relay *relay, const uint64_t *words) {
                 now.local_state != relay->told.local_state || now.far_state != relay->told.far_state ||
                 now.lanes != relay->told.lanes || now.waiting != relay->told.waiting ||
                 now.last_lanes != relay->told.last_lanes || now.session != relay->told.session ||
+                now.session_lost_ns != relay->told.session_lost_ns ||
                 now.session_complete != relay->told.session_complete;
 
     relay->told = now;

@@ -6,6 +6,7 @@ import errno
 import fcntl
 import os
 import random
+import select
 import socket
 import struct
 import sys
@@ -252,6 +253,25 @@ def test_a_hello_that_came_late_does_not_end_the_session() -> None:
         assert ends.join()
         ends.from_qemu.sendall(b" and on")
         assert _exactly(ends.to_qemu, 7) == b" and on"
+
+
+def test_each_loss_is_told_though_the_connection_before_it_was_not() -> None:
+    with both() as ends:
+        ends.offered()
+        assert ends.join()
+        hello = ends.source.session_tell()
+        assert hello is not None
+        assert ends.destination.session_rejoin(hello)
+        for turn in range(30):
+            until(lambda: _state(ends.destination) is SessionState.BETWEEN, "it is carried")
+            while select.select([ends.destination.notify_fd], [], [], 0.002)[0]:
+                os.eventfd_read(ends.destination.notify_fd)
+            here, there = tcp_pair()
+            with here:
+                assert ends.destination.session_adopt(there.detach())
+                assert ends.destination.session_rejoin(hello)  # mostly before the pump's turn
+                told, _, _ = select.select([ends.destination.notify_fd], [], [], PATIENCE)
+            assert told, f"loss {turn} was not told"
 
 
 def test_before_the_offer_a_loss_is_one_as_ever() -> None:
