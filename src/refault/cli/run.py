@@ -25,7 +25,7 @@ def add_parser(subparsers: Any) -> None:
         description="Fronts one QEMU: takes its QMP clients, relays its migration channel, and recovers it.",
         epilog="ADDR is unix:/path, a bare path, or tcp:HOST:PORT, with QEMU's own options behind it; at a"
         " socket file of --listen also mode=, owner= and group=, at each --listen allow-user=, allow-group=,"
-        " read-only=, deny= and audit=. docs/qmp.md and docs/access.md have them all.",
+        " read-only=, deny=, audit= and hide-pause=. docs/qmp.md and docs/access.md have them all.",
     )
     options = {**fields_of(DaemonTable), **fields_of(VmTable)}
     del options["log_level"]  # --verbose

@@ -6,6 +6,7 @@ import argparse
 import shutil
 import sys
 import textwrap
+import time
 from collections.abc import Iterator
 from typing import Any
 
@@ -95,6 +96,9 @@ def _vm_lines(vm: VmStatus, width: int) -> list[str]:
         facts.append(("LEAVING", vm.leaving))
     if vm.internal_error:
         facts.append(("ERRORS", f"{vm.internal_errors} of refault's own, the last {vm.internal_error}"))
+    if migration.pause_hidden_since is not None:
+        since = time.strftime("%H:%M:%S", time.localtime(migration.pause_hidden_since))
+        facts.append(("hidden", f"since {since} its pause, from clients that are not to know (hide-pause)"))
     if migration.held:
         facts.append(("HELD", migration.held))
     if recovery.given_up:
@@ -175,6 +179,8 @@ def _rules(listener: ListenerStatus) -> Iterator[str]:
         yield f"denied {', '.join(listener.deny)}"
     if listener.audit:
         yield "audit"
+    if listener.hide_pause:
+        yield f"pauses hidden for {listener.hide_pause:g} s"
 
 
 def _page_table(vm: VmStatus, width: int) -> list[str]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +12,11 @@ from refault.config.options import vm_options
 from refault.daemon.host.paths import SUN_PATH
 from refault.daemon.monitor.address import Address
 from refault.daemon.options import VmOptions
+from refault.qmp.access import Rule
+
+HIDE_PAUSE = 30.0
+"""Seconds for which libvirt does not hear of a pause that refault recovers: `virsh migrate` gives up by
+itself after 30 s in which the other host is not reached (keepalive of libvirtd.conf)."""
 
 
 @dataclass(frozen=True)
@@ -37,6 +42,8 @@ class Handed:
         """Its sockets are in its state directory: QEMU's, and one for people, for libvirt lets nobody else
         speak at a migrating destination. Raises ValueError."""
         directory = self.state_dir / name
+        said = self.address.rule.hide_pause
+        monitor = replace(monitor, rule=Rule(hide_pause=HIDE_PAUSE if said is None else said))
         given = {
             **dict(self.common),
             "qemu": Address(str(directory / "monitor")),

@@ -42,6 +42,9 @@ class ListenerTable(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=Tru
     read_only: Annotated[bool | None, Option("only what tells something and changes nothing", bool)] = None
     deny: Annotated[str | tuple[str, ...] | None, Option("commands that are refused")] = None
     audit: Annotated[bool | None, Option("what changes the VM is a line of the log", bool)] = None
+    hide_pause: Annotated[
+        int | float | None, Option("for so many seconds a pause that refault recovers is not told there")
+    ] = None
 
 
 _REPEATED = {"allow_users": "allow-user", "allow_groups": "allow-group"}
@@ -54,7 +57,7 @@ def address_of(given: Mapping[str, Any]) -> str:
     for key, value in given.items():
         name = _REPEATED.get(key, key.replace("_", "-"))
         for each in value if isinstance(value, tuple) else (value,):
-            said = "on" if each is True else "off" if each is False else each.replace(",", ",,")
+            said = "on" if each is True else "off" if each is False else str(each).replace(",", ",,")
             if key != "address":
                 words.append(f"{name}={said}")
     return ",".join(words)
@@ -171,7 +174,7 @@ class DaemonTable(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True)
         str | None, Option("below which each VM has a directory of its name", values.path, "DIR")
     ] = None
     exec: Annotated[
-        str | None, Option("where libvirt's emulator hands monitors over", values.control, "PATH")
+        str | None, Option("where libvirt's emulator hands monitors over", values.hand_over, "PATH")
     ] = None
     log_level: Annotated[
         Literal["debug", "info", "warning"] | None, Option("what is logged, from this level on")

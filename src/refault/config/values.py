@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import re
+from dataclasses import replace
 from pathlib import Path
 
 from refault.daemon.monitor.address import Address
@@ -124,6 +125,18 @@ def control(text: str) -> Address:
     if address.abstract or not address.server or address.wait or address.rule != FREE:
         raise ValueError(
             f"{text!r}: behind such a path stand mode=, owner=, group=, allow-user= and allow-group= alone"
+        )
+    return address
+
+
+def hand_over(text: str) -> Address:
+    """The same, of where libvirt's emulator comes: `hide-pause` is libvirt's own."""
+    address = parse_address(f"unix:{socket_path(text)}", server=True)
+    rule = replace(address.rule, hide_pause=None)
+    if address.abstract or not address.server or address.wait or rule != FREE:
+        raise ValueError(
+            f"{text!r}: behind such a path stand mode=, owner=, group=, allow-user=, allow-group= and"
+            " hide-pause= alone"
         )
     return address
 

@@ -25,6 +25,7 @@ from refault.daemon.recovery import stall_watch
 from refault.daemon.recovery.attempts import Attempts, Procedure
 from refault.daemon.relayed.channels import Channels
 from refault.daemon.relayed.losses import Losses
+from refault.migration.addresses import GOOD_FOR_ONE
 from refault.migration.endpoint import Endpoint, parse_uri
 from refault.migration.legs import UNTIL_LOADED
 from refault.migration.phase import Phase, Role
@@ -40,8 +41,6 @@ STATUS_INTERVAL_UNRELAYED = 0.1
 the relay cannot read what passes."""
 COMPLETION_INTERVAL = 0.05
 NO_MIGRATION = "no migration yet"
-_GOOD_FOR_ONE = ("fd:", "[")
-"""How addresses begin at which no other channel can be made: a descriptor, `channels` that no URI says."""
 
 
 class RoleProcedure(Procedure, Protocol):
@@ -222,7 +221,7 @@ class Migration:
 
     def watch_move(self, endpoint: Endpoint | None) -> Callable[[bytes], bytes]:
         """What hears QEMU's reply to a client's recovery, unrelayed, at an address that may be another."""
-        if endpoint is None or endpoint.uri.startswith(_GOOD_FOR_ONE):
+        if endpoint is None or endpoint.uri.startswith(GOOD_FOR_ONE):
             return self.watch_recovery
 
         def watch(reply: bytes) -> bytes:

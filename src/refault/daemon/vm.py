@@ -271,7 +271,7 @@ class Vm:
             await self.state.ask_threads()
             if role is Destination and isinstance(self._procedure, Destination):
                 await self._retire_last()  # it may stand at the address
-            migration = self._pending = Migration(self.state, role, endpoint, lanes)
+            migration = self._pending = self._new(role, endpoint, lanes)
             try:
                 try:
                     migration.begin(reason)
@@ -337,10 +337,15 @@ class Vm:
         """A new migration in the last one's place; `reason` and `met` as for `Migration.begin`."""
         await self._retire_last()
         await self.state.ask_threads()
-        self.migration = Migration(self.state, role, endpoint, lanes)
+        self.migration = self._new(role, endpoint, lanes)
         self.migration.settled.set()
         self.migration.begin(reason, met)
         return self.migration
+
+    def _new(self, role: MakesRole, endpoint: Endpoint | None, lanes: Lanes) -> Migration:
+        migration = Migration(self.state, role, endpoint, lanes)
+        migration.course.pauses_told_by(self.monitor.hide_pauses)
+        return migration
 
     async def _retire_last(self) -> None:
         if self.migration is not None:

@@ -7,6 +7,9 @@ from collections.abc import Iterable
 from refault.migration.endpoint import Endpoint, Inet
 from refault.migration.recovery import AttemptFailed
 
+GOOD_FOR_ONE = ("fd:", "[")
+"""How addresses begin at which no other channel can be made: a descriptor, `channels` that no URI says."""
+
 
 class Addresses:
     """The addresses of one migration. `first` is the one that its command named; None where none is known."""
@@ -40,6 +43,11 @@ class Addresses:
         choices = ([self.first] if self.first is not None else []) + self.alternatives
         at = self._next % len(choices) if choices else 0
         return choices[at:] + choices[:at]
+
+    @property
+    def known(self) -> bool:
+        """Whether there is one at which another channel can be made."""
+        return any(not endpoint.uri.startswith(GOOD_FOR_ONE) for endpoint in self.order())
 
     def tried(self, endpoint: Endpoint) -> None:
         """One was tried: the one after it comes next."""

@@ -47,6 +47,13 @@ class State(enum.Enum):
     ENDED = "ended"
 
 
+RECOVERS = frozenset(
+    {State.RUNNING, State.WAITING, State.ATTEMPTING, State.OPEN, State.HANDSHAKE, State.HELD}
+)
+"""Where a pause that QEMU tells of is refault's to recover, so that clients need not know. A leg that is held
+holds up the recovery of what was lost before: of that they hear."""
+
+
 class Event(enum.Enum):
     """What can happen to it."""
 

@@ -79,12 +79,15 @@ ANYBODY = Callers()
 
 @dataclass(frozen=True)
 class Rule:
-    """What a listener's clients may say, and whether it is put on record."""
+    """What a listener's clients may say, whether it is put on record, and what they are not told."""
 
     read_only: bool = False
     deny: frozenset[str] = frozenset()
     """Names of commands. A `_` and a `-` are the same, for in no QEMU two commands differ in that alone."""
     audit: bool = False
+    hide_pause: float | None = None
+    """Seconds for which a pause that refault recovers is kept from them (hiding.py); 0: not at all. None: as
+    is usual for such a listener, which is 0 but at libvirt's own."""
 
     def refusal(self, name: str, arguments: Callable[[], Mapping[str, object]]) -> str | None:
         """Why a command is refused, in an error's words; None where it is not. `arguments` decodes them."""

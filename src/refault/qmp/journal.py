@@ -46,6 +46,8 @@ class Kind(IntEnum):
     """Bytes with which a descriptor came. They and it are in the socket yet."""
     CONSUMED = 12
     """The same bytes: they are not there any more, nor is it."""
+    HIDING = 13
+    """What refault says about pauses (hiding.py)."""
 
 
 _WITH_DATA = frozenset(Kind) - {Kind.SENT}

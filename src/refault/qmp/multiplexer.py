@@ -32,6 +32,7 @@ from refault.qmp.decoding import decode, decode_arguments, decode_members, verb_
 from refault.qmp.descriptors import Descriptors
 from refault.qmp.fdnames import TAKES_FD, USES_NAMES
 from refault.qmp.greeting import Greeting, NotQmpError, parse_greeting
+from refault.qmp.hiding import NOTHING, Hiding, Verdict, Word, status_of
 from refault.qmp.session import Client, Limits, Request
 from refault.qmp.splitter import (
     ERROR,
@@ -54,6 +55,7 @@ SHARE = 2
 """In-band commands of one client with QEMU: it always has its next one, and others need not wait for many."""
 
 _CAPABILITIES = b"qmp_capabilities"
+_QUERY_MIGRATE = b"query-migrate"
 _EOL = b"\r\n"
 
 
@@ -68,6 +70,8 @@ class Counters:
     slow_clients: int = 0
     dropped_replies: int = 0
     """Replies of QEMU's that nobody waits for."""
+    hidden_pauses: int = 0
+    """Those that were kept from a client, for a time at least."""
 
 
 class Multiplexer:
@@ -107,6 +111,10 @@ class Multiplexer:
         self.ungreeted = b""
         """The beginning of what came last without a greeting before it."""
         self.ready = False
+        self.hiding = Hiding()
+        """The pause that QEMU is in, for clients that are not to know."""
+        self.taking = False
+        """Whether a batch of QEMU's messages is being taken."""
         self.spent = False
         """Set when a command is over that may have a secret in it: what was written down of it is to go."""
         self._own = self._internal(0)
@@ -468,6 +476,7 @@ class Multiplexer:
         """The connection to QEMU is gone. The clients to be disconnected are returned; they have been told
         all there is.
         """
+        self._tell(self.hiding.lost())
         pending = self.window.lost()
         queued = [*self._own.queue, *self._keeper.queue]
         self.ready = False
@@ -509,6 +518,13 @@ class Multiplexer:
 
     def receive_upstream(self, data: bytes) -> None:
         """Bytes from QEMU; one batch of messages is taken. Raises NotQmpError where they cannot be."""
+        self.taking = True
+        try:
+            self._take_upstream(data)
+        finally:
+            self.taking = False
+
+    def _take_upstream(self, data: bytes) -> None:
         for message in self.splitter.feed(data, batch=True):
             if message.problem is not None:
                 raise NotQmpError(f"it sent {message.raw[:60]!r}")
@@ -554,15 +570,35 @@ class Multiplexer:
 
     def _event(self, message: Message) -> None:
         line = message.raw + _EOL
-        for client in self.clients.values():
-            if client.negotiated and not client.closing:
-                self.counters.events += 1
-                self._put(client, line)
         data = decode_members(message).get("data", {})
         name = verb_name(message)
+        verdict = NOTHING
+        if name == b"MIGRATION":
+            verdict = self.hiding.event(data.get("status") if isinstance(data, dict) else None, line)
+            self._tell(verdict)
+        for client in self.clients.values():
+            if client.hears and not (verdict.withhold and verdict.concerns(client.rule.hide_pause)):
+                self.counters.events += 1
+                self._put(client, line)
         if name in (b"RESUME", b"MIGRATION"):
             self.descriptors.sets.look()
         self.on_event(name.decode(), data if isinstance(data, dict) else {})
+
+    def hide(self, word: Word, value: float = 0.0) -> int:
+        """What refault says about pauses; how many clients hear of one by that. Not while `taking`."""
+        return self._tell(self.hiding.says(word, value))
+
+    def _tell(self, verdict: Verdict) -> int:
+        """Tells of a pause those from whom it was kept."""
+        if not verdict.first:
+            return 0
+        told = 0
+        for client in self.clients.values():
+            if client.hears and verdict.concerns(client.rule.hide_pause):
+                told += 1
+                self._put(client, verdict.first)
+        self.counters.events += told
+        return told
 
     def _reply(self, message: Message) -> None:
         spelling = message.raw[message.id : message.id_end]
@@ -583,6 +619,8 @@ class Multiplexer:
         else:
             client.in_flight -= 1
         self.descriptors.answered(request, message, _returned)
+        if request.name == _QUERY_MIGRATE:
+            self._tell(self.hiding.read(status_of(message.raw)))
         if request.purpose:
             self.descriptors.sets.told(request.purpose, _returned(message))
         elif request.done:
@@ -622,7 +660,7 @@ class Multiplexer:
         if request.on_reply is None and not request.prefixes and not request.negotiates:
             if client.connected and client is not self._orphans:
                 raw = message.with_id(request.spelling) if request.spelling else message.without_id()
-                self._put(client, raw + _EOL)
+                self._put(client, self._shown(request, raw) + _EOL)
             return
         raw = message.without_id()
         for prefix in request.prefixes:
@@ -631,8 +669,14 @@ class Multiplexer:
             raw = request.on_reply(raw)
         if request.negotiates:
             raw = self._negotiated_by_qemu(request, raw)
-        request.answer = raw
+        request.answer = self._shown(request, raw)
         self._deliver_local(request)
+
+    def _shown(self, request: Request, raw: bytes) -> bytes:
+        """What of a reply its client is shown."""
+        if request.name == _QUERY_MIGRATE and self.hiding.hides_from(request.client.rule.hide_pause):
+            return self.hiding.shown(raw)
+        return raw
 
     def _deliver_local(self, request: Request) -> None:
         client, raw = request.client, request.answer

@@ -14,6 +14,7 @@ import msgspec
 from refault.qmp import saved
 from refault.qmp.access import Rule
 from refault.qmp.commands import Answer, Forward
+from refault.qmp.hiding import Word
 from refault.qmp.journal import Kind, Record, TornError
 from refault.qmp.multiplexer import Multiplexer, nobody
 from refault.qmp.session import Client
@@ -26,11 +27,12 @@ class Joined(msgspec.Struct, array_like=True):
     deny: list[str]
     audit: bool
     about: msgspec.Raw
+    hide_pause: float | None = None
 
     @property
     def rule(self) -> Rule:
         """The rule."""
-        return Rule(self.read_only, frozenset(self.deny), self.audit)
+        return Rule(self.read_only, frozenset(self.deny), self.audit, self.hide_pause)
 
 
 class Called(msgspec.Struct, array_like=True):
@@ -52,6 +54,13 @@ class Verdict(msgspec.Struct, array_like=True):
     value: object = None
     arguments: dict[str, object] | None = None
     changes: bool = False
+
+
+class Said(msgspec.Struct, array_like=True):
+    """Of Kind.HIDING."""
+
+    word: Word
+    value: float
 
 
 class Replay:
@@ -156,6 +165,9 @@ class Replay:
                     done=nobody,
                     beside=call.beside,
                 )
+            case Kind.HIDING:
+                said = msgspec.msgpack.decode(record.data, type=Said)
+                core.hide(said.word, said.value)
             case Kind.FORGOTTEN:
                 number = msgspec.msgpack.decode(record.data, type=int)
                 for own in core.internal:

@@ -14,6 +14,7 @@ import msgspec
 from refault.qmp.access import Rule
 from refault.qmp.fdsets import FdSets
 from refault.qmp.greeting import Greeting, parse_greeting
+from refault.qmp.hiding import Hiding, State
 from refault.qmp.multiplexer import Multiplexer, nobody
 from refault.qmp.session import Client, Request
 from refault.qmp.splitter import MAX_REPLY, Message, Splitter
@@ -73,6 +74,7 @@ class _Client(msgspec.Struct, array_like=True):
     half_closed: bool
     closing: bool
     splitter: SplitterState
+    hide_pause: float | None = None
 
 
 class _Names(msgspec.Struct, array_like=True):
@@ -91,6 +93,15 @@ class _Sets(msgspec.Struct, array_like=True):
     asked_older: bool
     looks: bool
     returned: list[object]
+
+
+class _Hiding(msgspec.Struct, array_like=True, frozen=True):
+    state: str = State.CLEAR.name
+    may: bool | None = None
+    withheld: bytes = b""
+    over: tuple[float, ...] = ()
+    began: float | None = None
+    events: bool = False
 
 
 class _Core(msgspec.Struct, array_like=True):
@@ -114,6 +125,7 @@ class _Core(msgspec.Struct, array_like=True):
     early: list[int]
     names: _Names
     sets: _Sets
+    hiding: _Hiding = _Hiding()
 
 
 def save(
@@ -177,6 +189,7 @@ def save(
             client.half_closed,
             client.closing,
             client.splitter.saved(),
+            client.rule.hide_pause,
         )
 
     clients = [of_client(client) for client in (*internal, *core.clients.values())]
@@ -208,6 +221,7 @@ def save(
                 [(client, name, upstream) for (client, name), upstream in names.upstream.items()],
             ),
             _of_sets(sets),
+            _of_hiding(core.hiding),
         )
     )
 
@@ -254,6 +268,17 @@ def _of_sets(sets: FdSets) -> _Sets:
     )
 
 
+def _of_hiding(hiding: Hiding) -> _Hiding:
+    return _Hiding(
+        hiding.state.name,
+        hiding.may,
+        hiding.withheld,
+        tuple(sorted(hiding.over)),
+        hiding.began,
+        hiding.events,
+    )
+
+
 def restore(core: Multiplexer, saved: bytes | memoryview, changed: Callable[[bytes], bytes]) -> None:
     """Makes a new core what the saved one was. All that is unsent is in its `upstream_out` and in the `out`
     of its clients. `changed`: what becomes of a reply that a watcher wanted to change.
@@ -296,12 +321,19 @@ def restore(core: Multiplexer, saved: bytes | memoryview, changed: Callable[[byt
         looks=sets.looks,
         returned=sets.returned,
     )
+    _hiding(core.hiding, was.hiding)
+
+
+def _hiding(hiding: Hiding, was: _Hiding) -> None:
+    hiding.state = State[was.state]
+    hiding.may, hiding.withheld, hiding.over = was.may, was.withheld, frozenset(was.over)
+    hiding.began, hiding.events = was.began, was.events
 
 
 def _client(core: Multiplexer, clients: dict[int, Client], was: _Client) -> None:
     client = clients.get(was.number)
     if client is None:
-        rule = Rule(was.read_only, frozenset(was.deny), was.audit)
+        rule = Rule(was.read_only, frozenset(was.deny), was.audit, was.hide_pause)
         client = clients[was.number] = core.new_client(was.number, rule)
         if was.connected:
             core.clients[client.number] = client

@@ -105,6 +105,11 @@ class Client:
         """To be disconnected once everything is sent."""
 
     @property
+    def hears(self) -> bool:
+        """Whether it is told of events."""
+        return self.negotiated and not self.closing
+
+    @property
     def paused(self) -> bool:
         """Whether no more should be read from it for now.
 

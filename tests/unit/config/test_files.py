@@ -16,6 +16,7 @@ from refault.daemon.monitor.address import Address
 from refault.daemon.monitor.address_text import parse_address, with_access
 from refault.daemon.options import Configuration, HostOptions, VmOptions
 from refault.migration.endpoint import Inet
+from refault.qmp.access import Rule
 
 B = '[vm.b]\nqemu = "/q/b"\nlisten = "/l/b"\n'
 URI = 'recover_uri = "tcp:h:1"\n'
@@ -103,7 +104,7 @@ def test_a_listener_may_be_a_table(tmp_path: Path) -> None:
         '"/l/a"',
         """[
             "/l/a,mode=0660",
-            { address = "/l/b,server=on", allow_users = ["0", "42"], allow_groups = "0", read_only = true },
+            { address = "/l/b,server=on", allow_users = ["0", "42"], allow_groups = "0", hide_pause = 1.5 },
             { address = "/l,,c", mode = "0600", deny = ["quit", "stop"], audit = true, read_only = false },
         ]""",
     )
@@ -114,7 +115,7 @@ def test_a_listener_may_be_a_table(tmp_path: Path) -> None:
             parse_address("/l/b", server=True),
             allow_users=[0, 42],
             allow_groups=[0],
-            read_only=True,
+            hide_pause=1.5,
         ),
         with_access(parse_address("/l,,c,mode=0600", server=True), deny=["quit", "stop"], audit=True),
     )
@@ -339,7 +340,7 @@ def test_what_libvirt_hands_over_has_the_defaults_and_sockets_of_its_own(tmp_pat
     assert handed.vm("vm1", monitor) == VmOptions(
         name="vm1",
         qemu=Address("/s/vm1/monitor"),
-        listen=(monitor, Address("/s/vm1/qmp", server=True)),
+        listen=(replace(monitor, rule=Rule(hide_pause=30.0)), Address("/s/vm1/qmp", server=True)),
         state_dir=Path("/s/vm1"),
         patience=Patience(client_wait=3),
     )

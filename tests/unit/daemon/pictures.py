@@ -34,6 +34,7 @@ BUSY = VmStatus(
         relay_reason="the channel is encrypted",
         phase="postcopy-active",
         held="the recovery handshake is under way",
+        pause_hidden_since=1.7e9,
     ),
     pages=PagesStatus(
         requested=120,

@@ -52,6 +52,10 @@ class Qemu:
         self.qemu = QemuInfo(pid, 0, "10.0.0", (10, 0, 0), "", True)
         self.asked: list[str] = []
         self.says: dict[str, object] = {"query-migrate-capabilities": []}
+        self.hides: list[bool | None] = []
+
+    def hide_pauses(self, may: bool | None, _: str) -> None:
+        self.hides.append(may)
 
     async def execute(self, command: str, arguments: Any = None, **_: object) -> object:
         await trio.lowlevel.checkpoint()
@@ -493,6 +497,7 @@ async def test_a_leg_held_for_a_qemu_that_has_ended_is_held_no_more(tmp_path: Pa
     """Nor is it told; and nothing of it goes to the QEMU that is behind the monitor by now."""
     async with fronted(tmp_path) as (qemu, vm):
         vars(qemu).update(fronts=(), clients=0, clients_total=0, counters=Counters(), kept=(True, None))
+        vars(qemu).update(pause_hidden_since=None)
         answer(await vm._migrate(migrate("tcp:127.0.0.1:1")), OK)
         assert vm.migration is not None
         assert vm.migration.channels is not None

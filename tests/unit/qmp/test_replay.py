@@ -16,9 +16,10 @@ from tests.unit.qmp.played import GREETING, Played, command
 from refault.qmp import saved
 from refault.qmp.access import Rule
 from refault.qmp.commands import Answer, Forward
+from refault.qmp.hiding import Word
 from refault.qmp.journal import Kind, Record
 from refault.qmp.multiplexer import Multiplexer, nobody
-from refault.qmp.replay import Called, Joined, Replay, Verdict
+from refault.qmp.replay import Called, Joined, Replay, Said, Verdict
 from refault.qmp.session import Client, Limits, Request
 from refault.qmp.splitter import Splitter, compact
 
@@ -105,7 +106,7 @@ class Side:
     # what befalls it; each is noted first
 
     def join(self, rule: Rule) -> Client:
-        joined = Joined(rule.read_only, sorted(rule.deny), rule.audit, msgspec.Raw(b"\xc0"))
+        joined = Joined(rule.read_only, sorted(rule.deny), rule.audit, msgspec.Raw(b"\xc0"), rule.hide_pause)
         self.note(Kind.JOINED, self.core.last_client + 1, msgspec.msgpack.encode(joined))
         return self.core.join(None, rule)
 
@@ -144,6 +145,10 @@ class Side:
         told = Called(name, {"fdname": "own"}, False, fd >= 0, beside)
         self.note(Kind.CALLED, 0, msgspec.msgpack.encode(told))
         self.core.call(name, {"fdname": "own"}, oob=False, fd=fd, done=nobody, beside=beside)
+
+    def hide(self, word: Word, value: float) -> None:
+        self.note(Kind.HIDING, 0, msgspec.msgpack.encode(Said(word, value)))
+        self.core.hide(word, value)
 
     def look(self) -> tuple[object, ...]:
         """What is to be seen of it: what it is going to send, and what it would save."""
@@ -208,6 +213,8 @@ class Course:
             data = b"".join(command("many", self.serial * 100 + each) for each in range(40))
         elif kind == 7:
             data = b'{"execute": "qmp_capabilities", "arguments": {"enable": ["x"]}}'
+        elif kind == 8:
+            data = command("query-migrate", self.serial)
         else:
             data = command("plain", self.serial, fdname="a") if kind < 10 else command("p", self.serial)
         return data, fd
@@ -217,7 +224,8 @@ class Course:
         numbers = [number for number in self.first.core.clients if number not in self.gone]
         kind = chance.randrange(16)
         if kind == 0 and len(numbers) < 6:
-            rule = chance.choice((Rule(), Rule(), Rule(read_only=True), Rule(deny=frozenset({"p"}))))
+            rules = (Rule(), Rule(hide_pause=9.0), Rule(read_only=True), Rule(deny=frozenset({"p"})))
+            rule = chance.choice(rules)
             new = {side.join(rule).number for side in sides}
             assert len(new) == 1
             [number] = new
@@ -255,12 +263,21 @@ class Course:
             fd, beside = chance.choice((-1, 9999)), chance.random() < 0.5
             for side in sides:
                 side.call("getfd", fd, beside)
-        elif kind == 10:
+        elif kind == 10 and chance.random() < 0.5:
             self.from_qemu(b'{"event": "%s", "data": {}}\r\n' % chance.choice((b"RESUME", b"X")))
+        elif kind == 10:
+            status = chance.choice(("postcopy-paused", "postcopy-active", "setup", "completed"))
+            self.from_qemu(b'{"event": "MIGRATION", "data": {"status": "%s"}}\r\n' % status.encode())
+        elif kind == 13:
+            word, length = chance.choice((Word.MAY, *Word)), chance.choice((9.0, 1.5))
+            for side in sides:
+                side.hide(word, length)
         elif kind <= 12 and self.qemu:
             one = self.qemu.pop(0)
             value: object = {}
             match one.get("execute"):
+                case "query-migrate":
+                    value = {"status": chance.choice(("postcopy-paused", "postcopy-active", "active"))}
                 case "query-status":
                     value = {"running": True}
                 case "query-fdsets":
@@ -313,6 +330,8 @@ def test_the_next_core_goes_on_as_the_killed_one(seed: int, until: int, more: in
     assert following.look() == course.first.look()
     course.sides.append(following)
     course.first.killed = True
+    for request in course.first.core.window.pending.values():
+        request.on_reply = None  # a reply that is not changed goes with its id where QEMU has it
     following.save()
     for side in course.sides:
         side.asked.sort(key=lambda request: request.asked)

@@ -19,7 +19,7 @@ from refault.migration.addresses import Addresses
 from refault.migration.endpoint import Endpoint
 from refault.migration.legs import waits_for_pong
 from refault.migration.phase import Role
-from refault.migration.recovery import Action, Event, Pace, Recovery, State
+from refault.migration.recovery import RECOVERS, Action, Event, Pace, Recovery, State
 from refault.migration.relayable import NO_LANES, Lanes
 
 log = logging.getLogger("refault.migration")
@@ -85,6 +85,7 @@ class Course:
         self.gone = False
         """Whether its QEMU has ended: nothing of it is told any more."""
         self._drive: Callable[[tuple[Action, ...]], None] = lambda _: None
+        self._say_of_pauses: Callable[[bool | None, str], None] = lambda *_: None
         self._look = trio.Event()
         self._starts = trio.Event()
 
@@ -110,6 +111,11 @@ class Course:
         """Who carries out what the policy asks for."""
         self._drive = drive
 
+    def pauses_told_by(self, say: Callable[[bool | None, str], None]) -> None:
+        """Who is told whether refault would recover a pause, so that some clients need not know of it, and
+        why not; None: they are told of the one that there is."""
+        self._say_of_pauses = say
+
     def feed(self, event: Event) -> None:
         """Hands an event to the recovery policy, and has carried out what it asks for."""
         before = self.policy.state
@@ -120,10 +126,25 @@ class Course:
         if event is Event.CLIENT_PAUSED and before is not State.YIELDED:
             self.paused_channel = self.channel
         self._drive(self.policy.handle(event))
+        if self.policy.state is State.HELD and before is not State.HELD:
+            self._say_of_pauses(None, self.policy.state.value)
+        self._say_who_recovers()
         if self.under_way:
             self._starts.set()
         if self.policy.state is not before:
             log.debug("%s: %s: %s -> %s", self.name, event.name, before.value, self.policy.state.value)
+
+    def _say_who_recovers(self) -> None:
+        """Of a pause that refault recovers some clients do not want to know."""
+        state = self.policy.state
+        if state is State.IDLE:
+            return
+        if self.client_pauses:
+            self._say_of_pauses(False, "a client pauses the migration")
+        elif not self.addresses.known:
+            self._say_of_pauses(False, "the address of the lost channel is not known")
+        else:
+            self._say_of_pauses(state in RECOVERS, state.value)
 
     async def until_under_way(self) -> None:
         """Returns while it is under way; before and after there is nothing to ask for again and again."""
@@ -141,10 +162,12 @@ class Course:
     def client_pauses_it(self) -> None:
         """A client's `migrate-pause` goes to QEMU."""
         self.client_pauses = True
+        self._say_who_recovers()
 
     def client_paused(self) -> bool:
         """That is answered, or never will be; whether the loss that it asked for is yet to come."""
         to_come, self.client_pauses = self.client_pauses, False
+        self._say_who_recovers()
         return to_come
 
     # ---- what it is ----

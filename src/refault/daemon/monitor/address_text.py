@@ -41,6 +41,8 @@ _FOREIGN = {
     "logfile": "refault keeps no copy of what is said",
     "fd": "refault takes no open descriptor: name the socket",
 }
+MOST_HIDDEN = 3600
+"""Seconds for which a pause can be kept from clients."""
 _SCHEME = re.compile(r"[A-Za-z][A-Za-z0-9+.-]*:")
 _EXPECTED = "expected unix:/path, /path or tcp:HOST:PORT"
 
@@ -79,6 +81,18 @@ class _Options:
             number = -1
         if number < 0:
             raise ValueError(f"'{name}={value}': {name} is a number")
+        return number
+
+    def seconds(self, name: str, most: int) -> float | None:
+        value = self.text(name)
+        if value is None:
+            return None
+        try:
+            number = float(value)
+        except ValueError:
+            number = -1.0
+        if number != 0 and not 1 <= number <= most:
+            raise ValueError(f"'{name}={value}': {name} is 0 or a number of seconds from 1 to {most}")
         return number
 
     def finish(self) -> None:
@@ -149,6 +163,7 @@ def with_access(
     read_only: bool = False,
     deny: Sequence[str] = (),
     audit: bool = False,
+    hide_pause: float | None = None,
 ) -> Address:
     """A listener's address with rules of who may speak there, and what: names or numbers of users and groups,
     and names of commands. Raises ValueError, with a text for the operator.
@@ -168,16 +183,19 @@ def with_access(
     if callers and address.server and not address.abstract:
         free = (address.mode, address.owner, address.group) == (None, None, None)
         mode = 0o666 if free else mode
-    return replace(address, mode=mode, callers=callers, rule=Rule(read_only, denied(deny), audit))
+    return replace(address, mode=mode, callers=callers, rule=Rule(read_only, denied(deny), audit, hide_pause))
 
 
 def _access(options: _Options, address: Address, *, listener: bool) -> Address:
     """The address with the options of `with_access`."""
     users, groups, deny = options.texts("allow-user"), options.texts("allow-group"), options.texts("deny")
     read_only, audit = options.switch("read-only"), options.switch("audit")
-    if not listener and (users or groups or deny or read_only is not None or audit is not None):
+    hide_pause = options.seconds("hide-pause", MOST_HIDDEN)
+    said = (*users, *groups, *deny, read_only, audit, hide_pause)
+    if not listener and any(each is not None for each in said):
         raise ValueError(
-            "'allow-user', 'allow-group', 'read-only', 'deny' and 'audit' are for where clients come"
+            "'allow-user', 'allow-group', 'read-only', 'deny', 'audit' and 'hide-pause' are for where clients"
+            " come"
         )
     return with_access(
         address,
@@ -186,6 +204,7 @@ def _access(options: _Options, address: Address, *, listener: bool) -> Address:
         read_only=bool(read_only),
         deny=deny,
         audit=bool(audit),
+        hide_pause=hide_pause,
     )
 
 

@@ -309,7 +309,7 @@ class Clients:
         cookie = self._keeper.hold(sock)
         if self._recorder.on:
             about = msgspec.Raw(msgspec.msgpack.encode(About(str(address), cookie)))
-            joined = Joined(rule.read_only, sorted(rule.deny), rule.audit, about)
+            joined = Joined(rule.read_only, sorted(rule.deny), rule.audit, about, rule.hide_pause)
             self._recorder.note(Kind.JOINED, wire.who, msgspec.msgpack.encode(joined))
         client = core.join(wire, rule)
         self._of[client.number] = address

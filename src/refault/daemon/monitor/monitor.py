@@ -45,6 +45,7 @@ from refault.daemon.monitor.front import Front
 from refault.daemon.monitor.keeper import Keeper
 from refault.daemon.monitor.listener import Bound, ListenError
 from refault.daemon.monitor.passed import Passed
+from refault.daemon.monitor.pauses import Pauses
 from refault.daemon.monitor.presence import Presence, Qemu
 from refault.daemon.monitor.socket_file import Access
 from refault.daemon.monitor.upstream import Upstream
@@ -193,6 +194,13 @@ class Monitor:
             fronts=lambda: [sock for front in self._client_fronts for sock in _socks(front)],
             clients=lambda: [sock for sock, _ in self._clients.connections().values()],
         )
+        self._pauses = Pauses(
+            self.name,
+            self._core,
+            self._recorder,
+            self._flush,
+            lambda task, *args: self._nursery.start_soon(task, *args),
+        )
         self.presence.set(Qemu.UNKNOWN)
         all_listen = (*listen, *self.managers)
         first_client = self._first_client = FirstClient(
@@ -229,9 +237,11 @@ class Monitor:
     def renew(self) -> None:
         """After `run` has failed: it can be run again, and what was counted is counted on."""
         counters, total = self._core.counters, self._clients.total
+        may = self._core.hiding.may
         # A port that was chosen stays the same.
         self._make([front.address for front in self.fronts[: len(self._listen)]])
         self._core.counters, self._clients.total = counters, total
+        self._core.hiding.may = may
 
     @property
     def _all_listen(self) -> tuple[Address, ...]:
@@ -270,6 +280,19 @@ class Monitor:
     def clients_total(self) -> int:
         """Clients since the start."""
         return self._clients.total
+
+    @property
+    def pause_hidden_since(self) -> float | None:
+        """Since when a pause is kept from clients, in Unix time; None where none is."""
+        return self._pauses.since
+
+    def hide_pauses(self, may: bool | None, why: str) -> None:
+        """Whether a pause is kept from the clients that asked for that, for refault recovers it. Where not,
+        they are told of the one that there is, and where it is None of that alone; `why` is for the log."""
+        if may is None:
+            self._pauses.tell(why)
+        else:
+            self._pauses.may(may, why)
 
     async def run(self, *, task_status: trio.TaskStatus[None] = trio.TASK_STATUS_IGNORED) -> None:
         """Binds the listeners (ListenError), then serves and reconnects until cancelled. Leaves no socket
@@ -612,6 +635,7 @@ class Monitor:
     def _flush(self) -> None:
         """Sends what the core has to say, as far as it goes at once; the rest waits for tasks."""
         core = self._core
+        self._pauses.look()
         while core.upstream_out or core.dirty:
             self._upstream.flush()
             self._clients.flush()

@@ -121,6 +121,8 @@ def families(status: Status) -> list[Metric]:
     )
     commands = counter("commands", "Commands taken from clients")
     events = counter("events", "Events delivered to clients")
+    hidden = counter("hidden_pauses", "Pauses kept from clients, for a time at least")
+    hides = gauge("pause_hidden", "1 while a pause is kept from clients")
     migration_status = gauge(
         "migration_status", "1 for the status QEMU reports and the VM's role", "role", "status"
     )
@@ -167,6 +169,8 @@ def families(status: Status) -> list[Metric]:
         outlive.add_metric([vm.name], vm.clients.kept)
         commands.add_metric([vm.name], vm.clients.commands)
         events.add_metric([vm.name], vm.clients.events)
+        hidden.add_metric([vm.name], vm.clients.hidden_pauses)
+        hides.add_metric([vm.name], vm.migration.pause_hidden_since is not None)
         if vm.migration.status is not None:
             migration_status.add_metric([vm.name, vm.migration.role, vm.migration.status], 1)
         for each in dict.fromkeys((*_STATES, vm.migration.status or "none")):

@@ -67,11 +67,12 @@ def picture(of: Vm) -> VmStatus:
             total=monitor.clients_total,
             commands=monitor.counters.commands,
             events=monitor.counters.events,
+            hidden_pauses=monitor.counters.hidden_pauses,
             slow_disconnected=monitor.counters.slow_clients,
             kept=kept,
             not_kept=not_kept,
         ),
-        migration=_migration(migration, relay),
+        migration=_migration(migration, relay, monitor.pause_hidden_since),
         pages=_pages(relay, _kernel(info, migration)),
         pages_total=_pages_total(counters, passing),
         latency_seconds=_latency(relay),
@@ -108,12 +109,15 @@ def _listener(front: Front) -> ListenerStatus:
         read_only=rule.read_only,
         deny=tuple(sorted(rule.deny)),
         audit=rule.audit,
+        hide_pause=rule.hide_pause or 0.0,
     )
 
 
-def _migration(migration: Migration | None, relay: Relay | None) -> MigrationStatus:
+def _migration(
+    migration: Migration | None, relay: Relay | None, hidden_since: float | None
+) -> MigrationStatus:
     if migration is None:
-        return MigrationStatus(relay_reason=NO_MIGRATION)
+        return MigrationStatus(relay_reason=NO_MIGRATION, pause_hidden_since=hidden_since)
     opaque = relay.opaque_reason() if relay else None
     state: RelayState = "off" if relay is None else "opaque" if opaque else "tracking"
     return MigrationStatus(
@@ -123,6 +127,7 @@ def _migration(migration: Migration | None, relay: Relay | None) -> MigrationSta
         relay_reason=migration.relay_reason if relay is None else opaque,
         phase=migration.phase.value,
         held=migration.held,
+        pause_hidden_since=hidden_since,
     )
 
 

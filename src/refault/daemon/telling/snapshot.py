@@ -52,6 +52,8 @@ class ListenerStatus(msgspec.Struct, frozen=True, kw_only=True):
     read_only: bool = False
     deny: tuple[str, ...] = ()
     audit: bool = False
+    hide_pause: float = 0.0
+    """Seconds for which a pause that refault recovers is not told there."""
 
 
 class ClientsStatus(msgspec.Struct, frozen=True, kw_only=True):
@@ -63,6 +65,8 @@ class ClientsStatus(msgspec.Struct, frozen=True, kw_only=True):
     """Commands taken from clients, those that refault answers itself or refuses included."""
     events: int = 0
     """Events delivered, each counted once a client."""
+    hidden_pauses: int = 0
+    """Pauses that were kept from clients, for a time at least."""
     slow_disconnected: int = 0
     """Clients dropped because they did not read."""
     kept: bool = False
@@ -85,6 +89,8 @@ class MigrationStatus(msgspec.Struct, frozen=True, kw_only=True):
     """The phase that decides whether a local leg may be closed (docs/architecture.md)."""
     held: str | None = None
     """Why a local leg is held open though its other side is lost."""
+    pause_hidden_since: float | None = None
+    """Unix time since which a pause is kept from clients whose listener asks for that; null where none is."""
 
 
 class BlockStatus(msgspec.Struct, frozen=True, kw_only=True):
