@@ -14,6 +14,7 @@ MATRIX ?=
 QTESTS ?=
 NIGHTLY ?=
 ENDS ?=
+LIBVIRT ?=
 TEST ?=
 SECONDS ?= 60
 # Other QEMUs than the machine's own, as make qemus unpacks them: .qemus/qemu-10 and so on.
@@ -50,7 +51,7 @@ C_WARNINGS := -std=c11 -D_GNU_SOURCE -Wall -Wextra -Werror -Icext -fsyntax-only
 CAMPAIGNS := starvation truth floor strays silence patience huge_pages many last_bytes tunnel session troubles \
         restart
 
-.PHONY: help build demo picture qemus analyzers prometheus analyze matrix qtests test systemd campaign campaign-kill \
+.PHONY: libvirt-lab help build demo picture qemus analyzers prometheus analyze matrix qtests test systemd campaign campaign-kill \
         campaign-preempt $(CAMPAIGNS:%=campaign-%) lint bench fuzz tsan ends nightly dist install deb clean
 .NOTPARALLEL:
 
@@ -86,6 +87,7 @@ help:
 	@echo 'make matrix   all checks on QEMU 5.2, 7.2, 10.0 and 11.1, as a table (MATRIX="--only truth")'
 	@echo 'make qtests   QEMU'"'"'s own migration-test of 7.2 and 10.0, through refault and without (QTESTS="--only postcopy")'
 	@echo 'make campaign-patience  slow migrations, a blocked main thread, a source that nobody answers'
+	@echo 'make libvirt-lab  two libvirt hosts on this machine, with QEMU alone and with refault (LIBVIRT="--lifecycle")'
 	@echo 'make nightly  all that is too long for CI, for hours; goes on where it was (NIGHTLY="fuzz qtests" for some steps)'
 	@echo 'make dist     sdist and wheel, in dist/'
 	@echo 'make install  program, man pages, completion, systemd units and directories (DESTDIR, PREFIX, PACKAGE)'
@@ -203,6 +205,11 @@ qtests: build $(VENV)/.dev
 	tests/tools/qtests $(QEMU_DIR) 7.2 10
 	tests/tools/with-userfaultfd $(BIN)/python -m tests.qtests $(QTESTS)
 
+# Debian's own libvirt and QEMU.
+libvirt-lab: build $(VENV)/.dev
+	$(BOOTSTRAP) libvirt
+	$(BIN)/python -m tests.libvirt $(LIBVIRT)
+
 nightly: build $(VENV)/.dev qemus analyzers prometheus
 	tests/tools/nightly .nightly $(NIGHTLY)
 
@@ -225,6 +232,9 @@ install:
 	$(READABLE) sed 's|@PREFIX@|$(PREFIX)|g' systemd/refault@.service >$(DESTDIR)$(UNITDIR)/refault@.service
 	$(READABLE) sed -e 's|@PREFIX@|$(PREFIX)|g' $(NOTIFY_RELOAD_UNIT) systemd/refault.service >$(DESTDIR)$(UNITDIR)/refault.service
 	$(READABLE) install -d $(DESTDIR)$(CATALOGDIR)
+	$(READABLE) install -d $(DESTDIR)$(SYSCONFDIR)/apparmor.d/abstractions/libvirt-qemu.d $(DESTDIR)$(PREFIX)/share/refault/selinux
+	install -m 644 packaging/apparmor/refault $(DESTDIR)$(SYSCONFDIR)/apparmor.d/abstractions/libvirt-qemu.d/refault
+	install -m 644 packaging/selinux/refault.te packaging/selinux/refault.fc $(DESTDIR)$(PREFIX)/share/refault/selinux
 	install -m 644 systemd/refault.catalog $(DESTDIR)$(CATALOGDIR)/refault.catalog
 	install -m 644 systemd/refault.sysusers $(DESTDIR)$(SYSUSERSDIR)/refault.conf
 	install -m 644 systemd/refault.tmpfiles $(DESTDIR)$(TMPFILESDIR)/refault.conf

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import signal
-import subprocess
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from pathlib import Path
@@ -16,6 +15,7 @@ from tests.integration.test_main_job import GUEST
 from tests.integration.test_reclaim import ONLY_11, take_back, wait_for_arrival
 from tests.integration.test_restart import runs, sockets
 from tests.integration.waiting import nothing_moves
+from tests.support.certificates import make_certificates
 
 from refault.daemon.app import PHASE_PATIENCE
 from refault.daemon.known.vm_state import QUERY_TIMEOUT
@@ -35,25 +35,11 @@ CLIENT_HELLO = (
 )
 
 
-def openssl(*arguments: str | Path) -> None:
-    subprocess.run(["openssl", *map(str, arguments)], check=True, capture_output=True)
-
-
 @pytest.fixture(scope="module")
 def credentials(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A directory as QEMU's tls-creds-x509 and tls-creds-psk want it, for both ends."""
     place = tmp_path_factory.mktemp("tls")
-    key = ("-newkey", "ec", "-pkeyopt", "ec_paramgen_curve:P-256", "-nodes", "-keyout")
-    ca, ca_key = place / "ca-cert.pem", place / "ca-key.pem"
-    openssl("req", "-x509", *key, ca_key, "-subj", "/CN=lab", "-out", ca)
-    for end, usage in (("server", "serverAuth"), ("client", "clientAuth")):
-        extensions, request = place / f"{end}.ext", place / f"{end}.csr"
-        extensions.write_text(
-            f"subjectAltName=DNS:{NAME},IP:127.0.0.1\nextendedKeyUsage={usage}\nkeyUsage=digitalSignature\n"
-        )
-        openssl("req", *key, place / f"{end}-key.pem", "-subj", f"/CN={end}", "-out", request)
-        signed = ("-CA", ca, "-CAkey", ca_key, "-CAcreateserial", "-extfile", extensions)
-        openssl("x509", "-req", "-in", request, *signed, "-out", place / f"{end}-cert.pem")
+    make_certificates(place, f"DNS:{NAME},IP:127.0.0.1")
     (place / "keys.psk").write_text("qemu:" + "5a" * 32 + "\n")
     return place
 
