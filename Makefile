@@ -211,6 +211,7 @@ libvirt-lab: build $(VENV)/.dev
 	$(BIN)/python -m tests.libvirt $(LIBVIRT)
 
 nightly: build $(VENV)/.dev qemus analyzers prometheus
+	$(BOOTSTRAP) libvirt
 	tests/tools/nightly .nightly $(NIGHTLY)
 
 dist: $(VENV)/.dev

@@ -1,4 +1,4 @@
-"""libvirt itself, with QEMU alone and with refault. `make libvirt-lab` has all that is too long for here."""
+"""libvirt itself, with QEMU alone and with refault: what of `make libvirt-lab` has a right value by itself."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from tests.libvirt.hosts import libvirt_hosts
 
 PACKAGING = Path(__file__).parents[2] / "packaging"
 
-pytestmark = [pytest.mark.qemu, pytest.mark.timeout(180)]
+pytestmark = [pytest.mark.nightly, pytest.mark.qemu, pytest.mark.timeout(180)]
 
 
 def test_what_libvirt_does_it_does_as_with_qemu_alone() -> None:
@@ -23,7 +23,6 @@ def test_what_libvirt_does_it_does_as_with_qemu_alone() -> None:
     assert [step.comparable for step in fronted] == [step.comparable for step in bare]
 
 
-@pytest.mark.nightly
 def test_virsh_migrate_does_not_notice_lost_channels_of_a_session() -> None:
     [kind] = [kind for kind in migrations.KINDS if kind.name == "postcopy, 3 lost"]
     with libvirt_hosts() as [source, destination]:
