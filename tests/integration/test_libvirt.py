@@ -1,4 +1,4 @@
-"""libvirt itself, with QEMU alone and with refault: what of `make libvirt-lab` has a right value by itself."""
+"""libvirt itself, with QEMU alone and with refault; `make libvirt-lab` has more."""
 
 from __future__ import annotations
 
