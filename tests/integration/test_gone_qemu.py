@@ -153,6 +153,7 @@ NONE = {
     "relay_reason": "no migration yet",
     "phase": None,
     "held": None,
+    "pause_hidden_since": None,
 }
 
 

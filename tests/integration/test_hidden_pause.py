@@ -89,6 +89,7 @@ async def ask(client: QmpClient, told: set[str]) -> None:
         await trio.sleep(0.002)
 
 
+@pytest.mark.nightly
 @pytest.mark.parametrize("binary", BINARIES)
 async def test_two_losses_and_a_kill_are_as_if_they_had_not_been(tmp_path: Path, binary: str) -> None:
     for name in ("lost", "unbroken"):

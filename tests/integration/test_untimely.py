@@ -362,6 +362,9 @@ async def test_migrations_in_a_row_leave_nothing_behind(tmp_path: Path, further:
             pair = Pair(pair.source, destination)
             destination, client = await stack.enter_async_context(new_destination(pair, tmp_path))
             await trio.sleep(SETTLES)
+            with trio.fail_after(20):  # then all is held by which QEMU keeps clients' connections
+                while [status.clients.kept for status in await driver.statuses()] != [True, True]:
+                    await trio.sleep(0.05)
             first = first or held(driver)
             with trio.move_on_after(THREADS_END):  # a loaded machine settles late
                 while socket_directories(tmp_path) or any(
