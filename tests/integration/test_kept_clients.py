@@ -19,6 +19,7 @@ import trio.testing
 from tests.campaign.restart import campaign, qemu_at, start, visit
 from tests.campaign.visitors import ALL, Visitor
 from tests.integration.qemus import qemus
+from tests.support.until import until
 
 from refault.lab.qemu import DEFAULT_BINARY
 
@@ -87,10 +88,7 @@ def status(directory: Path) -> dict[str, object]:
 
 
 def wait_until(condition: Callable[[], bool]) -> None:
-    deadline = time.monotonic() + 30
-    while not condition():
-        assert time.monotonic() < deadline
-        time.sleep(0.02)
+    until(condition, lambda: "it did not come to that", seconds=30, pause=0.02)
 
 
 def greeted(path: Path) -> bool:

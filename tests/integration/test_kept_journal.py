@@ -2,22 +2,12 @@
 
 from __future__ import annotations
 
-import json
-import socket
 from pathlib import Path
 
 import pytest
-from tests.integration.test_kept_clients import Client, served, started, wait_until
+from tests.integration.test_kept_clients import Client, served, started, status, wait_until
 
 pytestmark = [pytest.mark.qemu, pytest.mark.timeout(90)]
-
-
-def kept(tmp_path: Path) -> bool:
-    """Whether the end of refault reaches no client, as it tells."""
-    with socket.socket(socket.AF_UNIX) as sock:
-        sock.connect(str(tmp_path / "control"))
-        with sock.makefile("rb") as file:
-            return bool(json.load(file)["vms"][0]["clients"]["kept"])
 
 
 def test_what_cannot_be_written_down_anew_is_gone_on_with_once(tmp_path: Path) -> None:
@@ -26,14 +16,13 @@ def test_what_cannot_be_written_down_anew_is_gone_on_with_once(tmp_path: Path) -
     in_the_way = journal.with_name("vm.clients.new")
     with served(tmp_path) as (_, process, client):
         client.sock.sendall(b'{"execute": "query-name"}' * 40)
-        wait_until(lambda: kept(tmp_path))
         process.kill()
         process.wait()
         in_the_way.mkdir()
         with started(tmp_path) as second:
             assert [client.line() for _ in range(40)] == [{"return": {}}] * 40
             assert "return" in client.say("query-status")
-            wait_until(lambda: not kept(tmp_path))
+            wait_until(lambda: status(tmp_path).get("kept") is False)
             wait_until(lambda: not journal.exists())
             second.kill()
             assert client.file.read() == b""

@@ -199,9 +199,8 @@ class HandOvers:
             hand_over.save(vm.state_dir)
             socket.send_fds(connection, [b"ok"], [fresh.fileno()], socket.MSG_NOSIGNAL | socket.MSG_DONTWAIT)
         with trio.move_on_after(TAKEN_WITHIN):
-            await trio.lowlevel.wait_readable(
-                connection
-            )  # nothing comes but its end, of an exec or a process
+            # Nothing comes but its end, of an exec or a process.
+            await trio.lowlevel.wait_readable(connection)
         if _socket_of(hand_over) not in (hand_over.given, _HIDDEN) or readable(ends):
             log.warning("%s: its QEMU went its own way, without refault", name)
             return

@@ -8,7 +8,6 @@ import errno
 import logging
 import os
 import socket
-import sys
 from collections.abc import Callable
 from pathlib import Path
 
@@ -17,6 +16,7 @@ import trio
 
 from refault.daemon.host.repeats import repeats
 from refault.daemon.kept.journal import Journal, NoRoomError
+from refault.daemon.kept.sockets import ONE_FD, passed_descriptor
 from refault.qmp.journal import Kind
 
 log = logging.getLogger("refault.qmp")
@@ -25,8 +25,6 @@ TAKEN_WITHIN = 0.1
 """Seconds for which a descriptor is left in its client's socket until QEMU has it, where the client may have
 something urgent to say behind it."""
 
-_ONE_FD = socket.CMSG_LEN(4)
-"""Room for one descriptor: the kernel closes the others, as QEMU would."""
 _RECEIVE = socket.MSG_DONTWAIT | socket.MSG_CMSG_CLOEXEC
 _SEND = socket.MSG_NOSIGNAL | socket.MSG_DONTWAIT
 
@@ -129,8 +127,8 @@ class Recorder:
         self._still_ours()
         if not takes:
             return sock.recv(most, _RECEIVE), -1
-        data, ancillary, _, _ = sock.recvmsg(most, _ONE_FD, _RECEIVE)
-        return data, _descriptor(ancillary) if ancillary else -1
+        data, ancillary, _, _ = sock.recvmsg(most, ONE_FD, _RECEIVE)
+        return data, passed_descriptor(ancillary)
 
     async def taken(self, sock: socket.socket, within: float) -> bool:
         """Whether QEMU has the descriptor that was received last, or it was closed, within so many seconds. A
@@ -199,11 +197,3 @@ class Recorder:
     def _still_ours(self) -> None:
         if self._left:
             raise OSError(errno.ESHUTDOWN, os.strerror(errno.ESHUTDOWN))
-
-
-def _descriptor(ancillary: list[tuple[int, int, bytes]]) -> int:
-    """The descriptor in what recvmsg returned, or -1."""
-    for level, kind, data in ancillary:
-        if level == socket.SOL_SOCKET and kind == socket.SCM_RIGHTS and len(data) >= 4:
-            return int.from_bytes(data[:4], sys.byteorder, signed=True)
-    return -1

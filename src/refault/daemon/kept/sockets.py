@@ -9,6 +9,7 @@ import contextlib
 import os
 import secrets
 import socket
+import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 
@@ -16,6 +17,8 @@ import msgspec
 
 from refault.daemon.kernel.process import duplicate_of, process_started, sockets_of
 
+ONE_FD = socket.CMSG_LEN(4)
+"""Room for one descriptor: the kernel closes the others, as QEMU would."""
 _SO_COOKIE = 57
 """include/uapi/asm-generic/socket.h; since Linux 4.12. Unlike an inode's number it is never used again."""
 
@@ -47,6 +50,14 @@ def end_for_all(sock: socket.socket) -> None:
 def cookie_of(sock: socket.socket) -> bytes:
     """By which the kernel knows a socket. Raises OSError of what is none."""
     return sock.getsockopt(socket.SOL_SOCKET, _SO_COOKIE, 8)
+
+
+def passed_descriptor(ancillary: list[tuple[int, int, bytes]]) -> int:
+    """The descriptor in what recvmsg returned, or -1."""
+    for level, kind, data in ancillary:
+        if (level, kind) == (socket.SOL_SOCKET, socket.SCM_RIGHTS) and len(data) >= 4:
+            return int.from_bytes(data[:4], sys.byteorder, signed=True)
+    return -1
 
 
 class Held:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import logging
 import socket
-import sys
 from collections.abc import Collection
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,7 +15,7 @@ from refault.daemon.host.errors import OperatorError
 from refault.daemon.kept.journal import left
 from refault.daemon.kept.left import About, Left, Listening, OtherVersionError, decode
 from refault.daemon.kept.lot import Lot
-from refault.daemon.kept.sockets import Held, cookie_of, end_for_all, held
+from refault.daemon.kept.sockets import ONE_FD, Held, cookie_of, end_for_all, held, passed_descriptor
 from refault.daemon.kernel.process import process_started
 from refault.qmp.journal import TornError, before, read
 from refault.qmp.multiplexer import Multiplexer
@@ -151,10 +150,8 @@ def _peek(sock: socket.socket, count: int) -> int:
     """A duplicate of the descriptor that comes with the first bytes, or -1."""
     with contextlib.suppress(OSError):
         flags = socket.MSG_PEEK | socket.MSG_DONTWAIT | socket.MSG_CMSG_CLOEXEC
-        _, ancillary, _, _ = sock.recvmsg(count, socket.CMSG_LEN(4), flags)
-        for level, kind, data in ancillary:
-            if level == socket.SOL_SOCKET and kind == socket.SCM_RIGHTS and len(data) >= 4:
-                return int.from_bytes(data[:4], sys.byteorder, signed=True)
+        _, ancillary, _, _ = sock.recvmsg(count, ONE_FD, flags)
+        return passed_descriptor(ancillary)
     return -1
 
 

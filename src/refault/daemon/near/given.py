@@ -24,9 +24,8 @@ class Given:
 
     async def take(self) -> trio.socket.SocketType:
         """The connection, which from here on is ours alone: QEMU closes its own descriptor of it."""
-        self._monitor.passed.forget(self._name)
         try:
-            await take_back(self._monitor, self._name)
+            await self.taken()
         except BaseException:
             self.close()
             raise
