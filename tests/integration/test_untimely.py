@@ -347,7 +347,7 @@ async def test_migrations_in_a_row_leave_nothing_behind(tmp_path: Path, further:
     async with fronted(tmp_path) as (pair, channel, driver), contextlib.AsyncExitStack() as stack:
         destination, client = pair.destination, driver.destination
         first: dict[str, list[str]] = {}
-        for turn in range(3):
+        for _ in range(3):
             await bare.set_capabilities(driver.source, *capabilities)
             await bare.set_capabilities(client, *capabilities)
             await driver.source.execute("migrate-set-parameters", {"max-bandwidth": 1 << 20})
@@ -362,8 +362,10 @@ async def test_migrations_in_a_row_leave_nothing_behind(tmp_path: Path, further:
             pair = Pair(pair.source, destination)
             destination, client = await stack.enter_async_context(new_destination(pair, tmp_path))
             await trio.sleep(SETTLES)
-            if turn < 2:  # by the second what QEMU keeps clients' connections by is there (daemon/kept)
-                first = held(driver)
+            with trio.fail_after(20):  # then all is held by which QEMU keeps clients' connections
+                while [status.clients.kept for status in await driver.statuses()] != [True, True]:
+                    await trio.sleep(0.05)
+            first = first or held(driver)
             with trio.move_on_after(THREADS_END):  # a loaded machine settles late
                 while socket_directories(tmp_path) or any(
                     len(now) > len(first[kind]) for kind, now in held(driver).items()

@@ -246,6 +246,7 @@ class Keeper:
         """The connection to QEMU is over."""
         self.on = False
         self.upstream = None
+        self._asked_at = -_ASK_AGAIN  # the next one has refused nothing
         self._recorder.end()
         self._empty_lots()
 
