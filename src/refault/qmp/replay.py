@@ -14,6 +14,7 @@ import msgspec
 from refault.qmp import saved
 from refault.qmp.access import Rule
 from refault.qmp.commands import Answer, Forward
+from refault.qmp.greeting import NotQmpError
 from refault.qmp.hiding import Word
 from refault.qmp.journal import Kind, Record, TornError
 from refault.qmp.multiplexer import Multiplexer, nobody
@@ -94,7 +95,14 @@ class Replay:
                 record = records[self._at]
                 self._at += 1
                 self._put_in(record)
-        except (msgspec.MsgspecError, KeyError, IndexError, ValueError, TypeError, AssertionError) as error:
+        except (
+            NotQmpError,
+            msgspec.MsgspecError,
+            LookupError,
+            ValueError,
+            TypeError,
+            AssertionError,
+        ) as error:
             raise TornError(f"it does not fit together: {error!r}") from error
         finally:
             core.ask, core.discard, core.on_event, core.on_ready, core.audit = callbacks

@@ -352,3 +352,14 @@ def test_nonsense_is_told(text: bytes) -> None:
 
     with pytest.raises(TornError):
         Replay(new_core([])).run(text, [])
+
+
+@pytest.mark.parametrize("said", [b'{"return": {"a": ]}}', b'{"retur\x05n": {}}'])
+def test_what_no_qemu_says_is_told(said: bytes) -> None:
+    """The file was damaged, or the kill came before its connection was given up for it."""
+    from refault.qmp.journal import TornError
+
+    course = Course(1)
+    course.first.save()
+    with pytest.raises(TornError):
+        Replay(new_core([])).run(course.first.before, [Record(Kind.RECEIVED, 0, len(said), memoryview(said))])
