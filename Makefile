@@ -15,12 +15,14 @@ QTESTS ?=
 NIGHTLY ?=
 ENDS ?=
 LIBVIRT ?=
+SUITE ?=
 TEST ?=
 SECONDS ?= 60
 # Other QEMUs than the machine's own, as make qemus unpacks them: .qemus/qemu-10 and so on.
 QEMUS ?= 5.2 10 11
 QEMU_DIR := $(CURDIR)/.qemus
 NSPAWN_DIR := $(CURDIR)/.nspawn
+SUITES_DIR := $(CURDIR)/.suites
 export PATH := $(PATH):$(QEMU_DIR)
 
 # What make install and make deb install: this checkout, or the wheel that make dist has built from it (PACKAGE=dist/NAME.whl).
@@ -49,7 +51,7 @@ C_WARNINGS := -std=c11 -D_GNU_SOURCE -Wall -Wextra -Werror -Icext -fsyntax-only
 
 # Each has a module of its own in tests/campaign.
 CAMPAIGNS := starvation truth floor strays silence patience huge_pages many last_bytes tunnel session troubles \
-        restart
+        restart session_restart
 
 .PHONY: libvirt-lab help build demo picture qemus analyzers prometheus analyze matrix qtests test systemd campaign campaign-kill \
         campaign-preempt $(CAMPAIGNS:%=campaign-%) lint bench fuzz tsan ends nightly dist install deb clean
@@ -82,12 +84,13 @@ help:
 	@echo 'make campaign-troubles  what one VM whose QEMU or client misbehaves costs the others behind the same daemon'
 	@echo 'make campaign-tunnel  10 GiB through refault tunnel, 500 connections lost (CAMPAIGN="--size 2")'
 	@echo 'make campaign-session  1000 connections of migrations lost, with sessions; beside it without (CAMPAIGN="--losses 100")'
+	@echo 'make campaign-session_restart  sessions whose refaults are restarted again and again, which no QEMU notices'
 	@echo 'make campaign-silence  a network that goes silent, beside a bare QEMU'
 	@echo 'make campaign-last_bytes  what the kernels hold when an end comes, 20 times each (CAMPAIGN="--qemu qemu-10")'
 	@echo 'make matrix   all checks on QEMU 5.2, 7.2, 10.0 and 11.1, as a table (MATRIX="--only truth")'
 	@echo 'make qtests   QEMU'"'"'s own migration-test of 7.2 and 10.0, through refault and without (QTESTS="--only postcopy")'
 	@echo 'make campaign-patience  slow migrations, a blocked main thread, a source that nobody answers'
-	@echo 'make libvirt-lab  two libvirt hosts on this machine, with QEMU alone and with refault (LIBVIRT="--lifecycle")'
+	@echo 'make libvirt-lab  two libvirt hosts on this machine, with QEMU alone and with refault (LIBVIRT="--lifecycle" SUITE=trixie)'
 	@echo 'make nightly  all that is too long for CI, for hours; goes on where it was (NIGHTLY="fuzz qtests" for some steps)'
 	@echo 'make dist     sdist and wheel, in dist/'
 	@echo 'make install  program, man pages, completion, systemd units and directories (DESTDIR, PREFIX, PACKAGE)'
@@ -135,7 +138,7 @@ analyze: analyzers build $(VENV)/.dev
 	tests/tools/with-userfaultfd $(BIN)/python -m pytest tests/integration/test_analyze.py
 
 test: build $(VENV)/.dev
-	$(BOOTSTRAP) test
+	$(BOOTSTRAP) test libvirt
 ifeq ($(TEST),)
 	tests/tools/with-userfaultfd $(BIN)/python -m pytest -n auto tests/unit
 	tests/tools/with-userfaultfd $(BIN)/python -m pytest -n $$(($$(nproc) + 1)) --dist loadgroup tests/integration
@@ -205,10 +208,11 @@ qtests: build $(VENV)/.dev
 	tests/tools/qtests $(QEMU_DIR) 7.2 10
 	tests/tools/with-userfaultfd $(BIN)/python -m tests.qtests $(QTESTS)
 
-# Debian's own libvirt and QEMU.
+# The machine's own libvirt and QEMU, or those of another suite, in .suites (SUITE=trixie, SUITE=trixie-backports).
 libvirt-lab: build $(VENV)/.dev
-	$(BOOTSTRAP) libvirt
-	$(BIN)/python -m tests.libvirt $(LIBVIRT)
+	$(BOOTSTRAP) test libvirt
+	$(if $(SUITE),tests/tools/suite $(SUITES_DIR) $(SUITE))
+	$(BIN)/python -m tests.libvirt $(if $(SUITE),--root $(SUITES_DIR)/$(SUITE)) $(LIBVIRT)
 
 nightly: build $(VENV)/.dev qemus analyzers prometheus
 	$(BOOTSTRAP) libvirt
@@ -248,6 +252,6 @@ deb:
 	packaging/deb/build dist
 
 clean:
-	rm -rf $(VENV) $(QEMU_DIR) $(NSPAWN_DIR) build dist .mypy_cache .pytest_cache .ruff_cache .hypothesis src/refault.egg-info
+	rm -rf $(VENV) $(QEMU_DIR) $(NSPAWN_DIR) $(SUITES_DIR) build dist .mypy_cache .pytest_cache .ruff_cache .hypothesis src/refault.egg-info
 	find src tests cext -name __pycache__ -type d -prune -exec rm -rf {} +
 	find src -name '*.so' -delete

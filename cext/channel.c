@@ -38,6 +38,11 @@ static bool has_passed(const struct rf_channel *channel, uint32_t facts) {
     return (rf_tracker_channel_facts(channel->tracker) & facts) != 0;
 }
 
+static bool in_postcopy(const struct rf_channel *channel) {
+    return rf_tracker_facts(channel->tracker) & RF_FACT_PACKAGED_BEGUN ||
+           has_passed(channel, RF_FACT_RECV_BITMAP_ASKED);
+}
+
 /* Whether what is read must not pass before the lanes are there. */
 static bool forward_gated(const struct rf_channel *channel) {
     return channel->lane_count < channel->lanes_wanted &&
@@ -66,7 +71,9 @@ static enum rf_seen seen(const struct rf_channel *channel) {
         return RF_SEEN_ALL;
     }
     if (!unread(channel)) {
-        return RF_SEEN_MORE_DUE;
+        return has_passed(channel, RF_FACT_MULTIFD) && !channel->in_postcopy && !in_postcopy(channel)
+                   ? RF_SEEN_MORE_DUE_LANES
+                   : RF_SEEN_MORE_DUE;
     }
     return has_passed(channel, RF_FACT_MULTIFD) || channel->lane_count < channel->lanes_wanted
                ? RF_SEEN_UNREAD_LANES
@@ -140,7 +147,11 @@ static void set_queues(struct rf_channel *channel, enum rf_regime regime) {
 }
 
 static enum rf_regime regime_now(const struct rf_channel *channel) {
-    return rf_channel_is_short(channel) ? rf_fullness_regime(&channel->fullness) : RF_REGIME_PRECOPY;
+    if (rf_channel_is_short(channel)) {
+        return rf_fullness_regime(&channel->fullness);
+    }
+    return channel->source_side && channel->forward_bytes < RF_BEGIN_BYTES ? RF_REGIME_BEGIN
+                                                                           : RF_REGIME_PRECOPY;
 }
 
 static void forward_read(struct rf_channel *channel) {
@@ -151,7 +162,7 @@ static void forward_read(struct rf_channel *channel) {
         set_queues(channel, regime);
     }
     n = rf_pipe_read(&channel->forward, forward_from(channel), forward_to(channel), rf_queues[regime].chunk);
-    if (regime != RF_REGIME_PRECOPY && (n > 0 || channel->forward.waits)) {
+    if (rf_channel_is_short(channel) && (n > 0 || channel->forward.waits)) {
         rf_fullness_note(&channel->fullness, !channel->forward.waits);
     }
     if (n > 0) {
@@ -354,12 +365,23 @@ static bool lanes_move(const struct rf_channel *channel) {
 }
 
 /*
+ * Whether a destination's QEMU may wait for ever for what a lane of multifd brings. Its threads wait at each
+ * round's end for the main one, which waits for what will not come on the main connection, and, where it has
+ * come to a round's end, for each thread to have come there too (migration/multifd.c, multifd_recv_thread,
+ * multifd_recv_sync_main). Behind device state a source that was cut off looks like one that has completed.
+ */
+static bool multifd_waits(const struct rf_channel *channel) {
+    enum rf_seen now = seen(channel);
+
+    return (now == RF_SEEN_UNREAD_LANES || now == RF_SEEN_MORE_DUE_LANES) &&
+           channel->lane_count == channel->lanes_wanted;
+}
+
+/*
  * Whether QEMU, the destination's, has been given what had arrived. Where its lanes bring nothing and do not
- * end, that is all there is. Where EOF cannot be read a source that was cut off looks like one that has
- * completed, and its lanes may never be drained: QEMU's threads for multifd wait at each round's end for the
- * main thread, which waits for what will not come (migration/multifd.c, multifd_recv_thread). So QEMU, when
- * it has read all there was on the main connection, is shown its end, as it would be without a relay; one
- * that has all reads no further.
+ * end, that is all there is; but not while multifd may wait. Then QEMU, when it has read all there was on the
+ * main connection, is shown its end, as it would be without a relay, and goes on or ends: one that has all
+ * reads no further.
  */
 static bool destination_has_all(struct rf_channel *channel) {
     if (moves(forward_flow(channel))) {
@@ -373,7 +395,7 @@ static bool destination_has_all(struct rf_channel *channel) {
         channel->still_from_ns = rf_leg_unconfirmed(&channel->local) > 0 ? 0 : channel->still_from_ns;
         return false;
     }
-    if (seen(channel) == RF_SEEN_UNREAD_LANES && channel->lane_count == channel->lanes_wanted) {
+    if (multifd_waits(channel)) {
         rf_leg_end_writing(&channel->local);
         return false;
     }
@@ -416,11 +438,6 @@ bool rf_channel_is_short(const struct rf_channel *channel) {
     const uint32_t turned = RF_FACT_POSTCOPY_DISCARD_SEEN | RF_FACT_PACKAGED_BEGUN;
 
     return channel->in_postcopy || rf_tracker_facts(channel->tracker) & turned ||
-           has_passed(channel, RF_FACT_RECV_BITMAP_ASKED);
-}
-
-static bool in_postcopy(const struct rf_channel *channel) {
-    return rf_tracker_facts(channel->tracker) & RF_FACT_PACKAGED_BEGUN ||
            has_passed(channel, RF_FACT_RECV_BITMAP_ASKED);
 }
 
@@ -582,7 +599,17 @@ int rf_channel_timeout_ms(const struct rf_channel *channel) {
 }
 
 bool rf_channel_ready(const struct rf_channel *channel, const struct pollfd *polls) {
-    return rf_leg_ready(&channel->far, &polls[RF_POLL_FAR]);
+    if (rf_leg_ready(&channel->far, &polls[RF_POLL_FAR])) {
+        return true;
+    }
+    for (unsigned i = 0; i < channel->lane_count; i++) {
+        const struct pollfd *lane_polls = &polls[RF_POLL_LANES + i * RF_LANE_POLLS];
+
+        if (rf_leg_ready(&channel->lanes[i]->far, &lane_polls[RF_LANE_FAR])) {
+            return true;
+        }
+    }
+    return false;
 }
 
 static void move_lanes(struct rf_channel *channel, const struct pollfd *polls) {
@@ -639,12 +666,25 @@ static bool is_open(const struct rf_channel *channel) {
     return channel->local.fd >= 0 || rf_leg_is_open(&channel->far) || channel->lane_count > 0;
 }
 
+/* Those of lanes that are not added any more. */
+static void leave_lane_links(struct rf_channel *channel) {
+    for (unsigned i = 0; i < channel->lanes_wanted; i++) {
+        if (rf_link_carries(channel->lane_links[i])) {
+            rf_link_leave(channel->lane_links[i]);
+        } else if (channel->lane_links[i] != NULL) {
+            rf_link_drop(channel->lane_links[i]);
+        }
+        channel->lane_links[i] = NULL;
+    }
+}
+
 void rf_channel_begin(struct rf_channel *channel, int local_fd, int far_fd, bool recovered, bool may_replay,
                       unsigned lanes) {
     if (is_open(channel)) {
         rf_channel_close(channel, false);
     }
-    forget(channel); /* where both legs were lost the end of a channel may have stayed */
+    leave_lane_links(channel); /* which QEMU's own end of it left */
+    forget(channel);           /* where both legs were lost the end of a channel may have stayed */
     channel->stage = RF_STAGE_JOINED;
     channel->lost_ns = channel->still_from_ns = channel->missed_from_ns = 0;
     channel->lanes_wanted = lanes < RF_LANES_MAX ? lanes : RF_LANES_MAX;
@@ -655,18 +695,52 @@ void rf_channel_begin(struct rf_channel *channel, int local_fd, int far_fd, bool
     rf_leg_adopt(&channel->local, local_fd);
     rf_leg_adopt(&channel->far, far_fd);
     channel->fullness = (struct rf_fullness){0};
-    set_queues(channel, recovered ? RF_REGIME_FULL : RF_REGIME_PRECOPY);
+    set_queues(channel, recovered ? RF_REGIME_FULL : regime_now(channel));
     if (!channel->source_side) {
         rf_leg_bound_unread(&channel->far, RF_QUEUE_FAR, RF_LAN_ROUND_TRIP_US);
     }
 }
 
-void rf_channel_add_lane(struct rf_channel *channel, struct rf_lane *lane, int local_fd, int far_fd,
-                         bool its_own) {
-    rf_lane_join(lane, local_fd, far_fd);
-    if (!its_own || channel->local.fd < 0 || channel->lane_count >= channel->lanes_wanted) {
+void rf_channel_give_link(struct rf_channel *channel, unsigned lane, struct rf_link *link) {
+    if (lane == 0) {
+        channel->far.link = link;
+    } else {
+        channel->lane_links[lane - 1] = link;
+    }
+}
+
+void rf_channel_drop_lane_links(struct rf_channel *channel) {
+    for (unsigned i = 0; i < channel->lane_count; i++) {
+        struct rf_leg *leg = &channel->lanes[i]->far;
+
+        if (rf_link_carries(leg->link)) {
+            rf_link_give_up(leg->link, ECONNRESET);
+        } else {
+            rf_leg_drop_link(leg);
+        }
+    }
+    for (unsigned i = 0; i < channel->lanes_wanted; i++) {
+        if (channel->lane_links[i] != NULL) {
+            rf_link_drop(channel->lane_links[i]);
+            channel->lane_links[i] = NULL;
+        }
+    }
+    settle(channel);
+}
+
+void rf_channel_add_lane(struct rf_channel *channel, struct rf_lane *lane, unsigned number, int local_fd,
+                         int far_fd, bool its_own) {
+    bool is_wanted = its_own && channel->local.fd >= 0 && channel->lane_count < channel->lanes_wanted;
+
+    bool may_be_session = is_wanted && number >= 1 && number <= channel->lanes_wanted;
+
+    rf_lane_join(lane, local_fd, far_fd, may_be_session ? channel->lane_links[number - 1] : NULL);
+    if (!is_wanted) {
         rf_lane_free(lane);
         return;
+    }
+    if (may_be_session) {
+        channel->lane_links[number - 1] = NULL;
     }
     channel->lanes[channel->lane_count++] = lane;
     if (lane->kind == RF_LANE_PREEMPT) {
@@ -767,6 +841,7 @@ void rf_channel_close(struct rf_channel *channel, bool keep_local) {
         rf_lane_free(channel->lanes[i]);
         channel->lanes[i] = NULL;
     }
+    leave_lane_links(channel);
     channel->lane_count = 0;
     if (keep_local) {
         rf_leg_let_go(&channel->local);
@@ -776,4 +851,88 @@ void rf_channel_close(struct rf_channel *channel, bool keep_local) {
     mark_lost(channel);
     channel->stage = RF_STAGE_NONE;
     forget(channel);
+}
+
+/* ---- from one process to the next ---- */
+
+bool rf_channel_hand_over(const struct rf_channel *channel, struct rf_handed *handed) {
+    const struct rf_replay *replay = &channel->replay;
+    const struct rf_leg *local = &channel->local;
+    const struct rf_link *link = channel->far.link;
+    const char *block;
+    size_t block_length;
+
+    if (channel->stage != RF_STAGE_JOINED || channel->lanes_wanted > 0 || channel->say_length > 0 ||
+        local->state != RF_LEG_OPEN || !local->may_read || !local->may_write ||
+        channel->far.state != RF_LEG_OPEN || !channel->far.may_read || !channel->far.may_write ||
+        !rf_link_carries(link) || link->state == RF_LINK_OVER || link->shut || link->parting ||
+        replay->holding || replay->replaying || replay->foreign ||
+        !rf_tracker_may_go_on(channel->tracker, &block, &block_length)) {
+        return false;
+    }
+    *handed = (struct rf_handed){
+        .source_side = channel->source_side,
+        .name_lost = replay->name_lost,
+        .facts = rf_tracker_facts(channel->tracker),
+        .channel_facts = rf_tracker_channel_facts(channel->tracker),
+        .block = {(const uint8_t *)block, block_length},
+        .partial = {replay->partial, replay->partial_len},
+        .forward = {channel->forward.data + channel->forward.off,
+                    channel->forward.len - channel->forward.off},
+        .backward = {replay->out.data + replay->out.off, rf_replay_pending(replay)},
+        .stream = {NULL, rf_stream_saved_size(link->stream)},
+    };
+    memcpy(handed->id, link->id, sizeof(handed->id));
+    return true;
+}
+
+bool rf_channel_hand_over_last(const struct rf_channel *channel, const struct rf_link *link,
+                               struct rf_handed *handed) {
+    bool is_alone = channel->lanes_wanted == 0 && link != NULL && link->next == NULL;
+    bool all_is_in_it = is_alone && (!link->has_leg || channel->stage == RF_STAGE_UNACKED);
+
+    if (channel->source_side || !all_is_in_it || !rf_link_carries(link) || link->state == RF_LINK_OVER ||
+        link->parting) {
+        return false;
+    }
+    *handed = (struct rf_handed){.ended = true, .stream = {NULL, rf_stream_saved_size(link->stream)}};
+    memcpy(handed->id, link->id, sizeof(handed->id));
+    return true;
+}
+
+void rf_channel_leave(struct rf_channel *channel, struct rf_link *link) {
+    rf_link_detach(link);
+    rf_link_drop(link);
+    rf_leg_let_go(&channel->local);
+    rf_leg_init(&channel->far);
+    channel->stage = RF_STAGE_NONE;
+    forget(channel);
+}
+
+bool rf_channel_go_on(struct rf_channel *channel, int local_fd, const struct rf_handed *handed) {
+    struct rf_replay *replay = &channel->replay;
+    const struct rf_handed nothing = {.block = {(const uint8_t *)"", 0}};
+    bool is_lost = handed == NULL;
+
+    handed = is_lost ? &nothing : handed;
+    if (handed->block.length > UINT8_MAX || handed->partial.length > sizeof(replay->partial) ||
+        handed->forward.length > sizeof(channel->forward_room) ||
+        handed->backward.length > replay->out.room ||
+        (!is_lost && handed->source_side != channel->source_side)) {
+        return false;
+    }
+    channel->stage = RF_STAGE_JOINED;
+    rf_tracker_channel_goes_on(channel->tracker, handed->facts, handed->channel_facts,
+                               (const char *)handed->block.data, handed->block.length);
+    rf_replay_channel(replay, false, false, false);
+    rf_replay_goes_on(replay, handed->partial.data, handed->partial.length, handed->backward.data,
+                      handed->backward.length, handed->name_lost, now_ns());
+    if (handed->forward.length > 0) {
+        memcpy(channel->forward_room, handed->forward.data, handed->forward.length);
+        channel->forward.len = handed->forward.length;
+    }
+    rf_leg_adopt(&channel->local, local_fd);
+    rf_leg_adopt(&channel->far, -1);
+    set_queues(channel, rf_channel_is_short(channel) ? RF_REGIME_FULL : RF_REGIME_PRECOPY);
+    return true;
 }

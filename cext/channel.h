@@ -19,6 +19,7 @@
 #include <stdint.h>
 
 #include "ends.h"
+#include "handed.h"
 #include "lane.h"
 #include "leg.h"
 #include "pipe.h"
@@ -49,6 +50,7 @@ struct rf_channel {
     struct rf_leg local;
     struct rf_leg far;
     struct rf_lane *lanes[RF_LANES_MAX];
+    struct rf_link *lane_links[RF_LANES_MAX]; /* of lanes that are not added yet, by their number less one */
     unsigned lane_count;
     unsigned lanes_wanted;
     bool no_more_lanes;       /* as told: those that have not come never do */
@@ -80,10 +82,17 @@ void rf_channel_free(struct rf_channel *channel);
 void rf_channel_begin(struct rf_channel *channel, int local_fd, int far_fd, bool recovered, bool may_replay,
                       unsigned lanes);
 
+/* What the far leg of the channel that has begun, or that of its lane `lane` from 1 on, may be carried by. */
+void rf_channel_give_link(struct rf_channel *channel, unsigned lane, struct rf_link *link);
+
+/* No session comes of what the channel may have become: its lanes go on with the connections that they have,
+ * and those that have none are lost. */
+void rf_channel_drop_lane_links(struct rf_channel *channel);
+
 /* Takes the lane, whose legs are to be joined; where it is not of this channel (`its_own`), or that has all
- * or is closed, both are closed. */
-void rf_channel_add_lane(struct rf_channel *channel, struct rf_lane *lane, int local_fd, int far_fd,
-                         bool its_own);
+ * or is closed, both are closed. `number`: of its link. `far_fd` -1: it begins as a session's. */
+void rf_channel_add_lane(struct rf_channel *channel, struct rf_lane *lane, unsigned number, int local_fd,
+                         int far_fd, bool its_own);
 
 /* Says at most RF_SAY_MAX bytes to a source's QEMU, between two messages of its return path, if it hears. */
 void rf_channel_say(struct rf_channel *channel, const uint8_t *bytes, size_t length);
@@ -96,6 +105,22 @@ void rf_channel_lose(struct rf_channel *channel, int error);
  * path is put on record to its end. `keep_local`: QEMU is not to see its legs end.
  */
 void rf_channel_close(struct rf_channel *channel, bool keep_local);
+
+/*
+ * What another process needs to go on with it, but for its stream; false where it cannot: it is no session,
+ * or more than one connection, one of its ends has shown itself, or a recovery is under way on it. Valid
+ * until the channel moves again.
+ */
+bool rf_channel_hand_over(const struct rf_channel *channel, struct rf_handed *handed);
+/* The same of a destination's whose QEMU has ended it, while the other host has yet to hear the last of that:
+ * its session's `link` alone goes on. */
+bool rf_channel_hand_over_last(const struct rf_channel *channel, const struct rf_link *link,
+                               struct rf_handed *handed);
+/* It goes on elsewhere, with its session, `link`: nothing of it is closed but our descriptors. */
+void rf_channel_leave(struct rf_channel *channel, struct rf_link *link);
+/* Goes on with what another process has had, its local leg and what it had in hand; false where that cannot
+ * be. A link is to be given. Without any, `handed` NULL, the far leg is lost. */
+bool rf_channel_go_on(struct rf_channel *channel, int local_fd, const struct rf_handed *handed);
 
 /* What it waits for, RF_CHANNEL_POLLS entries at the most; the count. */
 unsigned rf_channel_want(const struct rf_channel *channel, struct pollfd *polls);

@@ -36,22 +36,23 @@ static const struct {
     enum rf_deed deed;
 } DEEDS[] = {
     /* connection  local  source  in order  seen */
-    {RF_MAIN,     YES,    ANY,     ANY,       ANY,                   RF_DEED_LINGER},
-    {ANY,         YES,    ANY,     ANY,       ANY,                   RF_DEED_PASS_ON},
+    {RF_MAIN,     YES,    ANY,     ANY,       ANY,                    RF_DEED_LINGER},
+    {ANY,         YES,    ANY,     ANY,       ANY,                    RF_DEED_PASS_ON},
     /* A source's end waits until QEMU has been given what is on the lanes. */
-    {RF_MAIN,     NO,     NO,      ANY,       RF_SEEN_ALL,           RF_DEED_DRAIN},
-    {RF_MAIN,     NO,     NO,      ANY,       RF_SEEN_UNREAD_LANES,  RF_DEED_DRAIN},
-    {RF_MAIN,     NO,     ANY,     ANY,       ANY,                   RF_DEED_LOSS},
+    {RF_MAIN,     NO,     NO,      ANY,       RF_SEEN_ALL,            RF_DEED_DRAIN},
+    {RF_MAIN,     NO,     NO,      YES,       RF_SEEN_MORE_DUE_LANES, RF_DEED_DRAIN},
+    {RF_MAIN,     NO,     NO,      ANY,       RF_SEEN_UNREAD_LANES,   RF_DEED_DRAIN},
+    {RF_MAIN,     NO,     ANY,     ANY,       ANY,                    RF_DEED_LOSS},
     /* A source that has completed closes all, and this end can come before what is under way on others. */
-    {RF_MULTIFD,  NO,     ANY,     YES,       ANY,                   RF_DEED_PASS_ON},
+    {RF_MULTIFD,  NO,     ANY,     YES,       ANY,                    RF_DEED_PASS_ON},
     /* A destination closes its lanes before it says SHUT on the main connection. */
-    {ANY,         NO,     ANY,     ANY,       RF_SEEN_ALL,           RF_DEED_NOTHING},
+    {ANY,         NO,     ANY,     ANY,       RF_SEEN_ALL,            RF_DEED_NOTHING},
     /* Whether this is the end cannot be read: the main connection ends too if not, or QEMU writes on. */
-    {RF_PREEMPT,  NO,     YES,     YES,       RF_SEEN_UNREAD,        RF_DEED_MISSED},
-    {RF_PREEMPT,  NO,     YES,     YES,       RF_SEEN_UNREAD_LANES,  RF_DEED_MISSED},
-    {RF_PREEMPT,  NO,     NO,      YES,       RF_SEEN_UNREAD,        RF_DEED_NOTHING},
-    {RF_PREEMPT,  NO,     NO,      YES,       RF_SEEN_UNREAD_LANES,  RF_DEED_NOTHING},
-    {ANY,         NO,     ANY,     ANY,       ANY,                   RF_DEED_LOSS},
+    {RF_PREEMPT,  NO,     YES,     YES,       RF_SEEN_UNREAD,         RF_DEED_MISSED},
+    {RF_PREEMPT,  NO,     YES,     YES,       RF_SEEN_UNREAD_LANES,   RF_DEED_MISSED},
+    {RF_PREEMPT,  NO,     NO,      YES,       RF_SEEN_UNREAD,         RF_DEED_NOTHING},
+    {RF_PREEMPT,  NO,     NO,      YES,       RF_SEEN_UNREAD_LANES,   RF_DEED_NOTHING},
+    {ANY,         NO,     ANY,     ANY,       ANY,                    RF_DEED_LOSS},
 };
 
 static const struct {

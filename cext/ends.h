@@ -52,9 +52,10 @@ enum rf_connection {
 
 /* What of the forward stream has passed when the leg ends. */
 enum rf_seen {
-    RF_SEEN_MORE_DUE,     /* the source has not sent all */
-    RF_SEEN_ALL,          /* EOF has passed */
-    RF_SEEN_UNREAD,       /* it cannot be read whether the source has sent all */
+    RF_SEEN_MORE_DUE,       /* the source has not sent all */
+    RF_SEEN_MORE_DUE_LANES, /* likewise, and its pages go over several connections */
+    RF_SEEN_ALL,            /* EOF has passed */
+    RF_SEEN_UNREAD,         /* it cannot be read whether the source has sent all */
     RF_SEEN_UNREAD_LANES, /* likewise, and its pages go over several connections, or some have not come yet */
 };
 

@@ -716,6 +716,7 @@ const char *rf_forward_reason_text(uint32_t reason) {
         [RF_OPAQUE_BITMAP_BLOCK] = "a received bitmap of an unknown RAM block",
         [RF_OPAQUE_CRASHED] = "refault crashed while it read it; a new migration is read again",
         [RF_OPAQUE_KEPT_BLOCKS] = "the state file's RAM blocks are not those of this migration",
+        [RF_OPAQUE_HANDED_OVER] = "refault was restarted in its midst",
     };
     return reason < sizeof(texts) / sizeof(texts[0]) ? texts[reason] : "unknown reason";
 }

@@ -116,6 +116,7 @@ enum rf_opaque {
     RF_OPAQUE_BITMAP_BLOCK = 29,
     RF_OPAQUE_CRASHED = 30,
     RF_OPAQUE_KEPT_BLOCKS = 31,
+    RF_OPAQUE_HANDED_OVER = 32,
 };
 
 /* For the operator: a phrase that goes on after "cannot be read: ". */

@@ -58,7 +58,7 @@ void rf_journal_begin(void *file, uint64_t log_at, uint64_t size) {
     h->size = size;
     h->cell.at = UINT64_MAX;
     ordered();
-    memcpy(h->magic, "refault1", sizeof h->magic);
+    memcpy(h->magic, "refault2", sizeof h->magic);
 }
 
 uint64_t rf_journal_room(const void *file) {
@@ -117,8 +117,17 @@ static int descriptor(struct msghdr *header) {
     return fd;
 }
 
-int64_t rf_journal_receive(void *file, int fd, int kind, uint32_t who, uint32_t most, uint64_t *at) {
-    struct header *h = file;
+/* The bytes that may be received now, at most `most`; 0 for none. */
+static uint32_t receivable(const struct header *h, uint32_t most, uint64_t full) {
+    uint64_t room = rf_journal_room(h);
+
+    if (room < RF_JOURNAL_LEAST || h->tail > full) {
+        return 0;
+    }
+    return room < most ? (uint32_t)room : most;
+}
+
+static int64_t receive(struct header *h, int fd, int kind, uint32_t who, uint32_t most, uint64_t *at) {
     char *data = tail(h) + RF_JOURNAL_RECORD;
     struct cell *cell = prepare(h, kind, who, data, most);
     uint32_t count;
@@ -128,21 +137,27 @@ int64_t rf_journal_receive(void *file, int fd, int kind, uint32_t who, uint32_t 
     }
     count = cell->message.msg_len;
     if (count > 0) {
-        *at = (uint64_t)(data - (char *)file);
+        *at = (uint64_t)(data - (char *)h);
         commit(h, kind, who, count, count);
     }
     return count;
 }
 
-int64_t rf_journal_peek(void *file, int fd, int kind, int peeked, uint32_t who, uint32_t most, uint64_t *at,
-                        int *passed) {
+int64_t rf_journal_receive(void *file, int fd, int kind, uint32_t who, uint32_t most, uint64_t full,
+                           uint64_t *at) {
+    most = receivable(file, most, full);
+    return most > 0 ? receive(file, fd, kind, who, most, at) : RF_JOURNAL_NO_ROOM;
+}
+
+int64_t rf_journal_peek(void *file, int fd, int kind, int peeked, uint32_t who, uint32_t most, uint64_t full,
+                        uint64_t *at, int *passed) {
     struct header *h = file;
     char *data = tail(h) + RF_JOURNAL_RECORD;
     union {
         struct cmsghdr align;
         char bytes[CMSG_SPACE(sizeof(int))];
     } control;
-    struct iovec piece = {.iov_base = data, .iov_len = most};
+    struct iovec piece = {.iov_base = data, .iov_len = receivable(h, most, full)};
     struct msghdr header = {.msg_iov = &piece,
                             .msg_iovlen = 1,
                             .msg_control = control.bytes,
@@ -150,6 +165,9 @@ int64_t rf_journal_peek(void *file, int fd, int kind, int peeked, uint32_t who, 
     ssize_t count;
 
     *passed = -1;
+    if (piece.iov_len == 0) {
+        return RF_JOURNAL_NO_ROOM;
+    }
     /* A cell that stands at the tail would be one of the bytes that are looked at. */
     h->cell.at = UINT64_MAX;
     ordered();
@@ -159,7 +177,7 @@ int64_t rf_journal_peek(void *file, int fd, int kind, int peeked, uint32_t who, 
     }
     *passed = descriptor(&header);
     if (*passed < 0) {
-        return count > 0 ? rf_journal_receive(file, fd, kind, who, (uint32_t)count, at) : 0;
+        return count > 0 ? receive(h, fd, kind, who, (uint32_t)count, at) : 0;
     }
     *at = (uint64_t)(data - (char *)file);
     commit(h, peeked, who, (uint32_t)count, (size_t)count);
@@ -169,10 +187,15 @@ int64_t rf_journal_peek(void *file, int fd, int kind, int peeked, uint32_t who, 
 int64_t rf_journal_send(void *file, int fd, int kind, uint32_t who, const void *data, size_t len,
                         int passed) {
     struct header *h = file;
-    struct cell *cell = prepare(h, kind, who, (void *)(uintptr_t)data, len < MOST_SENT ? len : MOST_SENT);
-    struct msghdr *header = &cell->message.msg_hdr;
+    struct cell *cell;
+    struct msghdr *header;
     uint32_t count;
 
+    if (rf_journal_room(h) == 0) {
+        return RF_JOURNAL_NO_ROOM;
+    }
+    cell = prepare(h, kind, who, (void *)(uintptr_t)data, len < MOST_SENT ? len : MOST_SENT);
+    header = &cell->message.msg_hdr;
     if (passed >= 0) {
         struct cmsghdr *c = &cell->control.align;
         memset(&cell->control, 0, sizeof cell->control);

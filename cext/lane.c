@@ -31,9 +31,13 @@ static struct rf_leg *forward_to(struct rf_lane *lane) {
     return lane->source_side ? &lane->far : &lane->local;
 }
 
-void rf_lane_join(struct rf_lane *lane, int local_fd, int far_fd) {
+void rf_lane_join(struct rf_lane *lane, int local_fd, int far_fd, struct rf_link *link) {
     rf_leg_adopt(&lane->local, local_fd);
     rf_leg_adopt(&lane->far, far_fd);
+    if (link != NULL) {
+        link->bulk = lane->kind == RF_LANE_MULTIFD;
+    }
+    rf_leg_adopt_link(&lane->far, link);
     rf_leg_set_unsent(forward_to(lane), queues_of(lane)->unsent);
     rf_leg_set_send_buffer(forward_to(lane), queues_of(lane)->to_qemu);
     if (!lane->source_side && lane->kind == RF_LANE_PREEMPT) {
@@ -141,6 +145,14 @@ uint64_t rf_lane_move(struct rf_lane *lane, const struct pollfd *polls, struct r
     return passed;
 }
 
+/* Whether a session is offered that nobody has taken up yet. A destination's lane does not end before that is
+ * decided: who takes it up then would find it gone, which is a loss there. */
+static bool is_undecided(const struct rf_lane *lane) {
+    const struct rf_link *link = lane->far.link;
+
+    return !lane->source_side && link != NULL && link->state == RF_LINK_OFFERED && !link->in_being;
+}
+
 void rf_lane_settle(struct rf_lane *lane) {
     rf_leg_see_failed_write(&lane->far);
     if (rf_leg_lost(&lane->local)) {
@@ -149,7 +161,7 @@ void rf_lane_settle(struct rf_lane *lane) {
         if (out || lane->source_side) { /* a source's is read for as long as the far leg takes it */
             rf_leg_close(&lane->local);
         }
-        if (out && !rf_pipe_pending(outward(lane))) {
+        if (out && !rf_pipe_pending(outward(lane)) && !is_undecided(lane)) {
             rf_leg_end_writing(&lane->far);
             if (!lane->source_side) {
                 rf_leg_close(&lane->far); /* as QEMU's own would, so that the source notices */

@@ -47,8 +47,8 @@ struct rf_lane {
 /* NULL without memory. */
 struct rf_lane *rf_lane_new(enum rf_lane_kind kind, bool source_side);
 
-/* Takes ownership of both descriptors. */
-void rf_lane_join(struct rf_lane *lane, int local_fd, int far_fd);
+/* Takes ownership of both descriptors. `link`: what its far leg may be carried by, or is; NULL for none. */
+void rf_lane_join(struct rf_lane *lane, int local_fd, int far_fd, struct rf_link *link);
 
 /* Frees it; both legs are closed. */
 void rf_lane_free(struct rf_lane *lane);

@@ -47,8 +47,22 @@ static void take_note(struct rf_leg *leg, enum rf_leg_state state, int error) {
 
 /* ---- a leg that may be a session ---- */
 
+void rf_leg_adopt_link(struct rf_leg *leg, struct rf_link *link) {
+    leg->link = link;
+    if (rf_link_carries(link)) {
+        rf_leg_leave_connection(leg); /* all that was sent on it comes again */
+    } else if (leg->fd < 0 && link != NULL) {
+        rf_link_begin(link);
+    } else if (leg->fd < 0) {
+        leg->may_read = leg->may_write = false;
+        take_note(leg, RF_LEG_FAILED, ENOTCONN);
+    }
+}
+
 void rf_leg_drop_link(struct rf_leg *leg) {
-    if (leg->link != NULL && !rf_link_carries(leg->link)) {
+    if (leg->link != NULL && leg->link->in_being && rf_link_outlives(leg->link, 0)) {
+        rf_leg_leave_connection(leg);
+    } else if (leg->link != NULL && !rf_link_carries(leg->link)) {
         rf_link_drop(leg->link);
         leg->link = NULL;
     }
@@ -105,7 +119,7 @@ static void come_to_end(struct rf_leg *leg, int error) {
 /* The first bytes of the other host, which may offer a session; 0 while that is not decided, or it is one. */
 static size_t look_for_offer(struct rf_leg *leg, uint8_t *buf, size_t len) {
     struct rf_link *link = leg->link;
-    ssize_t n = receive(leg->fd, link->offer + link->offered, RF_OFFER_BYTES - link->offered, 0);
+    ssize_t n = receive(leg->fd, link->offer + link->offered, link->offer_bytes - link->offered, 0);
     int error = n < 0 ? errno : 0;
     size_t seen;
 
@@ -127,12 +141,21 @@ static size_t look_for_offer(struct rf_leg *leg, uint8_t *buf, size_t len) {
 
 /* ---- what it says and hears ---- */
 
+/* What a link would be offered in has passed, and cannot be. */
+static void leave_bare(struct rf_leg *leg) {
+    if (leg->link->bare) {
+        rf_leg_drop_link(leg);
+    }
+}
+
 static size_t read_connection(struct rf_leg *leg, uint8_t *buf, size_t len, int flags) {
-    ssize_t n = leg->may_read ? receive(leg->fd, buf, len, flags) : 0;
+    size_t most = leg->link != NULL ? rf_link_plain_most(leg->link, false, len) : len;
+    ssize_t n = leg->may_read ? receive(leg->fd, buf, most, flags) : 0;
 
     if (n > 0) {
         if (leg->link != NULL && flags == 0) {
-            rf_link_plain_came(leg->link, (size_t)n);
+            rf_link_plain_came(leg->link, buf, (size_t)n);
+            leave_bare(leg);
         }
         return (size_t)n;
     }
@@ -181,7 +204,7 @@ static size_t write_link(struct rf_leg *leg, const uint8_t *buf, size_t len) {
 /* As the kernel takes it, and behind the offer where there is one to make. */
 static ssize_t transmit(struct rf_leg *leg, const uint8_t *buf, size_t len) {
     struct rf_link *link = leg->link;
-    size_t offer = link != NULL && link->answers ? RF_OFFER_BYTES - link->offered : 0;
+    size_t offer = link != NULL ? rf_link_offer_due(link) : 0;
     struct iovec parts[2] = {
         {.iov_base = offer > 0 ? link->offer + link->offered : NULL, .iov_len = offer},
         {.iov_base = (void *)buf, .iov_len = len},
@@ -215,11 +238,14 @@ size_t rf_leg_write(struct rf_leg *leg, const uint8_t *buf, size_t len) {
         return keep(leg, buf, len);
     }
     if (leg->link != NULL && rf_link_plain_room(leg->link) < len) {
-        if (leg->link->answers) {
+        if (leg->link->answers && leg->link->place.lane == 0) {
             rf_leg_drop_link(leg); /* nobody has taken the offer */
         } else {
             len = rf_link_plain_room(leg->link);
         }
+    }
+    if (leg->link != NULL) {
+        len = rf_link_plain_most(leg->link, true, len);
     }
     if (len == 0) {
         return 0;
@@ -228,6 +254,7 @@ size_t rf_leg_write(struct rf_leg *leg, const uint8_t *buf, size_t len) {
     if (n >= 0) {
         if (leg->link != NULL) {
             rf_link_plain_sent(leg->link, buf, (size_t)n);
+            leave_bare(leg);
         }
         leg->sent += (uint64_t)n;
         return (size_t)n;
@@ -317,7 +344,8 @@ bool rf_leg_writable(const struct rf_leg *leg) {
     if (rf_link_carries(leg->link)) {
         return (leg->at_last && rf_stream_room(leg->link->stream) > 0) || rf_link_writable(leg->link);
     }
-    if (leg->link != NULL && !leg->link->answers && rf_link_plain_room(leg->link) == 0) {
+    if (leg->link != NULL && (!leg->link->answers || leg->link->place.lane > 0) &&
+        rf_link_plain_room(leg->link) == 0) {
         return false;
     }
     return leg->fd >= 0 && (leg->at_last || poll(&one, 1, 0) > 0);
@@ -335,7 +363,8 @@ void rf_leg_probe(struct rf_leg *leg, unsigned dead_after_s) {
 }
 
 void rf_leg_check_silence(struct rf_leg *leg, unsigned dead_after_s) {
-    if (leg->is_tcp && leg->state == RF_LEG_OPEN && rf_tcp_silent(leg->fd, dead_after_s)) {
+    if (leg->is_tcp && leg->state == RF_LEG_OPEN && rf_tcp_silent(leg->fd, dead_after_s) &&
+        !outlived(leg, ETIMEDOUT)) {
         rf_leg_break(leg, ETIMEDOUT);
     }
 }

@@ -48,7 +48,12 @@ void rf_leg_init(struct rf_leg *leg);
  */
 void rf_leg_adopt(struct rf_leg *leg, int fd);
 
-/* It is no session and becomes none; nothing where the link carries it already. */
+/* One lane of a session: with the connection that it has of its own, until a link that has none yet has the
+ * first. Without a link and a connection it is FAILED. */
+void rf_leg_adopt_link(struct rf_leg *leg, struct rf_link *link);
+
+/* It is no session and becomes none; nothing where the link carries it already. A further lane of a session
+ * that is there goes on by that, which delivers what the connection has not. */
 void rf_leg_drop_link(struct rf_leg *leg);
 
 /* The connection that it has of its own ends, and the link alone carries it. */

@@ -82,14 +82,26 @@ static void write_offer(struct rf_link *link) {
     }
 }
 
-struct rf_link *rf_link_new(bool answers, const uint8_t *id, struct rf_rings *rings) {
-    struct rf_link *link = calloc(1, sizeof(*link));
+/* That all lanes can begin with. */
+static size_t first_ring(unsigned lanes) {
     size_t size = FIRST_RING;
+
+    while (size > SMALLEST_RING && lanes * 2 * size > MIGRATION_RINGS) {
+        size /= 2;
+    }
+    return size;
+}
+
+struct rf_link *rf_link_new(bool answers, const uint8_t *id, struct rf_link_place place,
+                            struct rf_rings *rings) {
+    struct rf_link *link = calloc(1, sizeof(*link));
+    size_t size = first_ring(place.lanes);
 
     if (link == NULL) {
         return NULL;
     }
     link->rings = rings;
+    link->place = place;
     while (!reserve(link, 2 * size) && size > SMALLEST_RING) {
         size /= 2;
     }
@@ -107,10 +119,46 @@ struct rf_link *rf_link_new(bool answers, const uint8_t *id, struct rf_rings *ri
     link->fd = -1;
     link->state = RF_LINK_PLAIN;
     link->has_leg = true;
+    link->offer_bytes = RF_OFFER_BYTES;
     if (answers) {
         memcpy(link->id, id, sizeof(link->id));
         write_offer(link);
     }
+    if (place.lane > 0) {
+        link->offered = link->offer_bytes; /* elsewhere */
+    }
+    return link;
+}
+
+static void between(struct rf_link *link, int64_t lost_by);
+
+size_t rf_link_largest_ring(void) { return LARGEST_RING; }
+
+struct rf_link *rf_link_go_on(bool answers, const uint8_t *id, struct rf_link_place place,
+                              struct rf_rings *rings, rf_stream *stream) {
+    struct rf_link *link = calloc(1, sizeof(*link));
+    struct rf_stream_facts facts;
+
+    if (link == NULL) {
+        return NULL;
+    }
+    rf_stream_facts(stream, &facts);
+    link->rings = rings;
+    link->place = place;
+    link->fd = -1;
+    if (rings->scratch == NULL) {
+        rings->scratch = malloc(RF_LINK_SCRATCH);
+    }
+    if (rings->scratch == NULL || !reserve(link, facts.out_size + facts.in_size)) {
+        rf_link_free(link);
+        return NULL;
+    }
+    link->stream = stream;
+    link->answers = answers;
+    link->has_leg = true;
+    memcpy(link->id, id, sizeof(link->id));
+    link->offered = link->offer_bytes = RF_OFFER_BYTES; /* long ago */
+    between(link, 0);
     return link;
 }
 
@@ -129,6 +177,7 @@ void rf_link_free(struct rf_link *link) {
         }
         give_back(link, link->reserved);
         rf_stream_free(link->stream);
+        free(link->tls);
         free(link);
     }
 }
@@ -139,14 +188,12 @@ static bool grow(struct rf_link *link) {
     size_t size = facts.out_size;
 
     if (link->postcopy || size >= LARGEST_RING || facts.limit - facts.acknowledged <= size ||
-        !reserve(link, size)) {
+        !reserve(link, 2 * size)) {
         return false;
     }
-    if (rf_stream_grow(link->stream, 2 * size) < 0) {
-        give_back(link, size);
-        return false;
-    }
-    return true;
+    bool larger = rf_stream_grow(link->stream, 2 * size) == 0;
+    give_back(link, larger ? size : 2 * size); /* both were there at once */
+    return larger;
 }
 
 /* What the peer is promised, where it has said that nothing else keeps it, and QEMU takes what comes. */
@@ -156,12 +203,12 @@ static void widen(struct rf_link *link) {
 
     if (link->postcopy || size >= LARGEST_RING || facts.wanted == 0 || facts.here.received < facts.wanted ||
         facts.wanted < link->widened_at || facts.here.received - facts.here.written > size / 2 ||
-        !reserve(link, size)) {
+        !reserve(link, 2 * size)) {
         return;
     }
-    if (rf_stream_widen(link->stream, 2 * size) < 0) {
-        give_back(link, size);
-    } else {
+    bool larger = rf_stream_widen(link->stream, 2 * size) == 0;
+    give_back(link, larger ? size : 2 * size);
+    if (larger) {
         link->widened_at = facts.here.written + 2 * size;
     }
 }
@@ -171,10 +218,34 @@ static void widen(struct rf_link *link) {
 bool rf_link_carries(const struct rf_link *link) { return link != NULL && link->state >= RF_LINK_CARRIED; }
 
 bool rf_link_looks(const struct rf_link *link) {
-    return link != NULL && !link->answers && link->state == RF_LINK_PLAIN;
+    return link != NULL && !link->answers && link->place.lane == 0 && link->state == RF_LINK_PLAIN &&
+           link->tls == NULL;
+}
+
+static void write_offer_in_tls(struct rf_link *link) {
+    link->offer_bytes = RF_OFFER_IN_TLS;
+    for (size_t at = 0; at < RF_OFFER_IN_TLS; at += RF_TLS_CCS) {
+        memcpy(link->offer + at, rf_tls_ccs, RF_TLS_CCS);
+    }
+}
+
+static enum rf_offer judge_in_tls(struct rf_link *link) {
+    for (size_t i = 0; i < link->offered; i++) {
+        if (link->offer[i] != rf_tls_ccs[i % RF_TLS_CCS]) {
+            return RF_OFFER_NONE;
+        }
+    }
+    if (link->offered < RF_OFFER_IN_TLS) {
+        return RF_OFFER_UNDECIDED;
+    }
+    link->state = RF_LINK_OFFERED;
+    return RF_OFFER_MADE;
 }
 
 enum rf_offer rf_link_judge(struct rf_link *link) {
+    if (link->offer_bytes == RF_OFFER_IN_TLS) {
+        return judge_in_tls(link);
+    }
     size_t begun = least(link->offered, PONG_BYTES);
 
     if (memcmp(link->offer, OFFER_BEGINS, begun) != 0) {
@@ -195,14 +266,55 @@ enum rf_offer rf_link_judge(struct rf_link *link) {
     return RF_OFFER_MADE;
 }
 
+bool rf_link_in_tls(struct rf_link *link) {
+    link->tls = calloc(1, sizeof(*link->tls));
+    return link->tls != NULL;
+}
+
+/* What passes of a TLS handshake, until the place of the offer is known. */
+static void see_tls(struct rf_link *link, const uint8_t *bytes, size_t length, bool server) {
+    if (link->tls == NULL) {
+        return;
+    }
+    if (!server) {
+        rf_tls_client_says(link->tls, bytes, length);
+        return;
+    }
+    switch (rf_tls_server_says(link->tls, bytes, length)) {
+    case RF_TLS_BEFORE:
+        return;
+    case RF_TLS_HERE:
+        rf_tls_id(link->tls, link->id);
+        write_offer_in_tls(link);
+        break;
+    case RF_TLS_NOWHERE:
+        link->bare = true;
+        break;
+    }
+    free(link->tls);
+    link->tls = NULL;
+}
+
 size_t rf_link_plain_room(const struct rf_link *link) { return rf_stream_room(link->stream); }
 
 void rf_link_plain_sent(struct rf_link *link, const uint8_t *bytes, size_t length) {
     (void)rf_stream_keep(link->stream, bytes, length); /* there was room */
     rf_stream_plain_sent(link->stream);
+    see_tls(link, bytes, length, link->answers);
 }
 
-void rf_link_plain_came(struct rf_link *link, size_t length) { rf_stream_plain_came(link->stream, length); }
+void rf_link_plain_came(struct rf_link *link, const uint8_t *bytes, size_t length) {
+    rf_stream_plain_came(link->stream, length);
+    see_tls(link, bytes, length, !link->answers);
+}
+
+size_t rf_link_plain_most(const struct rf_link *link, bool sent, size_t length) {
+    return link->tls != NULL && sent == link->answers ? least(length, rf_tls_wants(link->tls)) : length;
+}
+
+size_t rf_link_offer_due(const struct rf_link *link) {
+    return link->answers && link->tls == NULL ? link->offer_bytes - link->offered : 0;
+}
 
 static void between(struct rf_link *link, int64_t lost_by) {
     close_connection(link);
@@ -245,6 +357,18 @@ void rf_link_drop(struct rf_link *link) {
     link->has_leg = false;
     link->state = RF_LINK_OVER;
 }
+
+/* ---- further lanes ---- */
+
+void rf_link_follow(struct rf_link *link, const struct rf_link *main) {
+    if (link->state == RF_LINK_PLAIN && main->state != RF_LINK_PLAIN) {
+        memcpy(link->id, main->id, sizeof(link->id));
+        link->state = RF_LINK_OFFERED;
+    }
+    link->in_being = main->was_session;
+}
+
+void rf_link_begin(struct rf_link *link) { between(link, 0); }
 
 /* ---- the leg's side ---- */
 
@@ -422,7 +546,10 @@ void rf_link_leave(struct rf_link *link) {
 
 /* ---- the connections ---- */
 
-void rf_link_tell(struct rf_link *link, struct rf_positions *here) { rf_stream_tell(link->stream, here); }
+void rf_link_tell(struct rf_link *link, struct rf_positions *here) {
+    rf_stream_tell(link->stream, here);
+    link->in_being = link->in_being || !link->answers;
+}
 
 void rf_link_detach(struct rf_link *link) {
     if (link->state != RF_LINK_OVER && link->state != RF_LINK_BETWEEN) {
@@ -448,7 +575,7 @@ void rf_link_adopt(struct rf_link *link, int fd) {
     link->parting = false;
     rf_tcp_prepare(fd);
     set_queues(link);
-    if (link->answers) {
+    if (link->answers && !link->bulk) {
         rf_tcp_bound_unread(fd, RF_QUEUE_FAR, RF_LAN_ROUND_TRIP_US);
     }
     rf_tcp_probe(fd, SILENT_AFTER_S);
@@ -522,7 +649,7 @@ static void settle(struct rf_link *link) {
     if (facts.end_there) {
         link->error = complete ? 0 : ECONNRESET; /* it cannot know what is not so */
         over(link);
-    } else if (complete && link->answers && !link->parting) {
+    } else if (((complete && link->answers) || facts.reset_there) && !link->parting) {
         link->parting = true;
         rf_stream_end(link->stream);
         send_all(link);
@@ -591,6 +718,7 @@ void rf_link_look(const struct rf_link *link, struct rf_link_view *view) {
 
     *view = (struct rf_link_view){
         .state = link->state,
+        .channel = link->place.channel,
         .error = (uint64_t)link->lost_by,
         .has_leg = link->has_leg,
         .complete = facts.delivered && facts.taken,

@@ -9,6 +9,13 @@
  * end puts before its first bytes. A peer that makes no offer, or does not take one, ends the link, and the
  * leg goes on without.
  *
+ * Of a TLS channel the offer stands in the handshake (tls.h), and the id is made of that. Where there is no
+ * place for it the link ends.
+ *
+ * A further connection of a channel is a lane of the same session with a link of its own, and nothing is
+ * offered on it: what the other host is the main connection tells (rf_link_follow). One that is opened when
+ * the session is there has no connection 0, and begins as BETWEEN.
+ *
  * The pump moves its bytes, and whoever dials or answers asks for positions and gives it the next connection:
  * all under one lock, which is the caller's.
  */
@@ -21,6 +28,7 @@
 #include <stdint.h>
 
 #include "session.h"
+#include "tls.h"
 
 /* cffi: begin */
 enum rf_link_role {
@@ -40,6 +48,7 @@ enum rf_link_state {
 
 struct rf_link_view {
     uint64_t state;         /* enum rf_link_state */
+    uint64_t channel;       /* of which it is the session, from 1 */
     uint64_t error;         /* errno or, negative, enum rf_wrong that ended the last connection */
     uint64_t has_leg;       /* 0: QEMU's side has ended, and what is left is delivered */
     uint64_t complete;      /* 1: both streams are over, and all is acknowledged and taken */
@@ -56,6 +65,7 @@ struct rf_link_view {
 
 enum {
     RF_OFFER_BYTES = 5 * 8, /* five PONGs */
+    RF_OFFER_IN_TLS = 2 * RF_TLS_CCS,
     RF_LINK_SCRATCH = 64 * 1024,
 };
 
@@ -65,12 +75,29 @@ struct rf_rings {
     uint8_t *scratch; /* RF_LINK_SCRATCH bytes, from the first link on */
 };
 
+/* What of it was told last, to who waits for changes. */
+struct rf_link_told {
+    enum rf_link_state state;
+    uint64_t lost_ns;
+    bool complete;
+};
+
+/* Which streams it has: lane 0 is a channel's main connection. */
+struct rf_link_place {
+    uint64_t channel;
+    unsigned lane;
+    unsigned lanes; /* that the session has in all, at the most */
+};
+
 struct rf_link {
     rf_stream *stream;
     struct rf_rings *rings;
     size_t reserved;
+    struct rf_link_place place;
     enum rf_link_state state;
     bool answers;
+    bool bulk;     /* what is queued is no latency, in postcopy neither: a multifd lane */
+    bool in_being; /* the session is there, or asked for: the connection of its own may end */
     bool has_leg;
     bool was_session; /* it has been carried by more than connection 0 */
     bool shut;        /* nothing more of the peer's is taken than what is here */
@@ -88,15 +115,36 @@ struct rf_link {
     uint64_t look_ns;        /* when to look at the connection's silence, and at its room */
     uint64_t widened_at;
     uint8_t id[16];
+    struct rf_tls *tls; /* of a TLS channel, until the place of the offer is known; NULL for none */
+    bool bare;          /* there is no such place */
     uint8_t offer[RF_OFFER_BYTES];
-    size_t offered; /* of it, sent or received */
+    size_t offer_bytes; /* its length */
+    size_t offered;     /* of it, sent or received */
+    struct rf_link_told told;
     struct rf_link *next;
 };
 
 /* `id`: of who answers, 16 bytes of which 4 have their top bit set. NULL where memory is short, or what links
  * may have of it is used up. */
-struct rf_link *rf_link_new(bool answers, const uint8_t *id, struct rf_rings *rings);
+struct rf_link *rf_link_new(bool answers, const uint8_t *id, struct rf_link_place place,
+                            struct rf_rings *rings);
 void rf_link_free(struct rf_link *link);
+
+/* The same of a session that another process has had, whose stream becomes the link's; it has no connection.
+ * NULL as there, and then the stream is the caller's. */
+struct rf_link *rf_link_go_on(bool answers, const uint8_t *id, struct rf_link_place place,
+                              struct rf_rings *rings, rf_stream *stream);
+/* The most bytes that a ring has. */
+size_t rf_link_largest_ring(void);
+
+/* Of lane 0 of a channel that speaks TLS, before its first bytes. False without memory. */
+bool rf_link_in_tls(struct rf_link *link);
+
+/* Of a further lane: the session of which `main` is lane 0 is offered, or is there. */
+void rf_link_follow(struct rf_link *link, const struct rf_link *main);
+
+/* Of a further lane: its leg has no connection of its own, and the next one is waited for. */
+void rf_link_begin(struct rf_link *link);
 
 /* ---- connection 0, which the leg has ---- */
 
@@ -114,7 +162,14 @@ enum rf_offer rf_link_judge(struct rf_link *link);
 /* How much more may be sent on it: what was sent is kept. */
 size_t rf_link_plain_room(const struct rf_link *link);
 void rf_link_plain_sent(struct rf_link *link, const uint8_t *bytes, size_t length);
-void rf_link_plain_came(struct rf_link *link, size_t length);
+void rf_link_plain_came(struct rf_link *link, const uint8_t *bytes, size_t length);
+
+/* How many of the next `length` bytes that are sent, or come, may be taken at once: none from both sides of
+ * the offer's place. */
+size_t rf_link_plain_most(const struct rf_link *link, bool sent, size_t length);
+
+/* Of the offer, what is to be sent before the next bytes. */
+size_t rf_link_offer_due(const struct rf_link *link);
 
 /* Whether the loss of connection 0 is one that the link outlives; then it is BETWEEN. */
 bool rf_link_outlives(struct rf_link *link, int error);

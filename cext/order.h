@@ -26,12 +26,14 @@ enum rf_order_kind {
 struct rf_order {
     enum rf_order_kind kind;
     uint64_t channel;
+    unsigned number; /* of a lane */
     int local_fd;
     int far_fd;
     bool recovered;
     bool may_replay;
     unsigned lanes;
     enum rf_link_role session;
+    bool tls;
     uint8_t id[16];
     struct rf_lane *lane;
     int error;

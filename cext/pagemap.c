@@ -344,7 +344,7 @@ static void reopen(struct rf_pagemap *map, uint32_t slot) {
     }
 }
 
-/* Whether a received bitmap has confirmed all pages of the record. */
+/* Whether its block's received bitmap, once it holds, confirms all pages of the record. */
 static bool is_confirmed(const struct rf_pagemap *map, const struct rf_record *record) {
     const struct block *block = block_at(map, record->block);
     uint64_t end = first_page(map, record) + page_count(map, record);
@@ -354,27 +354,40 @@ static bool is_confirmed(const struct rf_pagemap *map, const struct rf_record *r
 
 /* What a bitmap that counts for nothing has confirmed is not. Without memory it stays so, and the
  * destination's own repetition must do. */
-static void take_back(struct rf_pagemap *map, uint32_t slot) {
-    const struct rf_record *record = record_at(map, slot);
-    struct block *block = block_at(map, record->block);
+static void take_back(const struct rf_pagemap *map, const struct rf_record *record) {
+    const struct block *block = block_at(map, record->block);
     (void)rf_bitmap_set_range(block->unconfirmed, first_page(map, record), page_count(map, record));
-    if (miss_pages(map, record)) {
-        set_outstanding(map, slot, true);
+}
+
+/* Pages that a received bitmap has confirmed are not missing. */
+static void find_confirmed(const struct rf_pagemap *map, const struct rf_record *record) {
+    const struct block *block = block_at(map, record->block);
+    uint64_t first = first_page(map, record);
+    uint64_t end = first + page_count(map, record);
+    if (rf_bitmap_count_range(block->unconfirmed, first, end - first) == end - first) {
+        return;
+    }
+    uint64_t page = rf_bitmap_next(block->missing, first);
+    while (page < end) {
+        uint64_t kept = rf_bitmap_next(block->unconfirmed, page);
+        uint64_t upto = kept < end ? kept : end;
+        rf_bitmap_clear_range(block->missing, page, upto - page);
+        page = rf_bitmap_next(block->missing, upto > page ? upto : page + 1);
     }
 }
 
 /*
- * Makes of the record what its block's received bitmap says, if one has come on this channel: it ends, or
- * what has not passed again since is missing. As often as one likes; a record that the sweep has not come to
- * is judged before anything else is made of it. False if it has ended.
+ * Makes of the record what its block's received bitmap says, if one has come on this channel and holds: it
+ * ends, or what has not passed again since is missing. As often as one likes; a record that the sweep has not
+ * come to is judged before anything else is made of it. False if it has ended.
  */
 static bool judge(struct rf_pagemap *map, uint32_t slot) {
     const struct rf_record *record = record_at(map, slot);
     const struct block *block = block_at(map, record->block);
     if (block->disowned) {
-        take_back(map, slot);
+        take_back(map, record);
     }
-    if (block->bitmap_channel != map->channel) {
+    if (!map->agreed || block->bitmap_channel != map->channel) {
         return true;
     }
     if (is_confirmed(map, record)) {
@@ -382,6 +395,7 @@ static bool judge(struct rf_pagemap *map, uint32_t slot) {
         add(&map->counters.confirmed, 1);
         return false;
     }
+    find_confirmed(map, record);
     if (miss_pages(map, record)) {
         add(&map->counters.reopened, !record->outstanding);
         set_outstanding(map, slot, true);
@@ -600,6 +614,9 @@ static void repeat(struct rf_pagemap *map, uint32_t slot) {
     struct block *block = block_at(map, record->block);
     add(&map->counters.repeated, 1);
     record->requested_on = map->channel;
+    if (block->bitmap_channel == map->channel && !map->agreed) {
+        return; /* the end of the handshake shows whether its answer was lost */
+    }
     if (!record->outstanding && !all_forwarded(map, block, record->start, record->length)) {
         reopen(map, slot);
     }
@@ -836,6 +853,7 @@ void rf_pagemap_handshake_over(struct rf_pagemap *map) {
     forget_unproven(map);
     map->proof = whole ? PROOF_GIVEN : PROOF_NONE;
     map->agreed = true;
+    map->sweep = map->records.oldest;
 }
 
 /* The received bitmaps of this channel, whole or not, count for nothing. */
@@ -959,7 +977,6 @@ int rf_pagemap_bitmap_data(struct rf_pagemap *map, uint64_t offset, const uint8_
     map->report.received += before - only_forwarded + only_received;
     map->report.forwarded_not_received += only_forwarded;
     map->report.received_not_forwarded += only_received;
-    rf_bitmap_and_not(block->missing, offset, dense, bytes);
     rf_bitmap_and_not(block->unconfirmed, offset, dense, bytes);
     int status =
         only_forwarded > 0 && !keep_in_flight(map, block, offset, dense, bytes) ? RF_NO_MEMORY : RF_OK;
@@ -991,7 +1008,6 @@ int rf_pagemap_bitmap_end(struct rf_pagemap *map, struct rf_bitmap_report *repor
         return RF_UNKNOWN_BLOCK;
     }
     block_at(map, map->bitmap_block)->bitmap_channel = map->channel;
-    map->sweep = map->records.oldest;
     map->bitmap_block = NONE;
     *report = map->report;
     return RF_OK;
@@ -1118,7 +1134,7 @@ int rf_pagemap_next_record(struct rf_pagemap *map, uint64_t after, struct rf_req
 /* The sweep ends those that are confirmed: here they would keep the others waiting. */
 static bool to_replay(struct rf_pagemap *map, uint32_t slot) {
     const struct rf_record *record = record_at(map, slot);
-    return block_at(map, record->block)->bitmap_channel == map->channel &&
+    return map->agreed && block_at(map, record->block)->bitmap_channel == map->channel &&
            record->requested_on != map->channel && record->replayed_on != map->channel &&
            !is_confirmed(map, record) && judge(map, slot) && record->outstanding;
 }

@@ -5,8 +5,8 @@
  * Two things are kept apart. A request is *outstanding* from the moment it passes
  * until all its target pages have passed the other way: that is the live count, and what latencies are taken
  * from. Its *record* lives on, for the answer may be lost behind the relay: it ends when a received bitmap
- * confirms the pages, or with the migration. What is replayed after a recovery is what is recorded and not
- * received.
+ * that was resumed with confirms the pages, or with the migration. What is replayed after a recovery is what
+ * is recorded and not received.
  *
  * One thread writes (everything that takes a plain pointer); any thread may read through the functions that
  * end in _stats and _latency. The writer never waits for a reader. Times are monotonic, in ns, the caller's.
@@ -139,17 +139,15 @@ void rf_pagemap_forward_unseen(struct rf_pagemap *map);
 void rf_pagemap_ping_passed(struct rf_pagemap *map);
 void rf_pagemap_pong_passed(struct rf_pagemap *map);
 
-/* Where the recovery handshake was not over, its received bitmaps, the one under way too, count for nothing:
- * what was in flight before it may have been received after all, and what they confirmed is not, for they may
- * be another VM's, save that records which the sweep has ended by those that came whole do not come back.
- * RF_NO_MEMORY: not all of that could be noted. */
+/* Where the recovery handshake was not over, its received bitmaps, the one under way too, count for nothing,
+ * for they may be another VM's: what was in flight before it may have been received after all, and no record
+ * has ended. RF_NO_MEMORY: not all of that could be noted. */
 int rf_pagemap_channel_lost(struct rf_pagemap *map);
 void rf_pagemap_channel_begin(struct rf_pagemap *map);
 
 /* A received bitmap, of `size` bytes. begin: the block's index, RF_BAD_SIZE, RF_UNKNOWN_BLOCK, RF_NO_MEMORY.
- * data: in order, any sizes. end: the records of the block end that are confirmed, and the others are
- * outstanding again, both as the sweep comes to them or they are asked for; nothing else shows that it has
- * not. RF_NO_MEMORY of data: should the handshake fail, what was forwarded is no longer known whole. */
+ * data: in order, any sizes. end: it has come whole; it says nothing of records before the handshake is over.
+ * RF_NO_MEMORY of data: should the handshake fail, what was forwarded is no longer known whole. */
 int rf_pagemap_bitmap_begin(struct rf_pagemap *map, const char *name, size_t name_length, uint64_t size);
 int rf_pagemap_bitmap_data(struct rf_pagemap *map, uint64_t offset, const uint8_t *dense, size_t bytes);
 int rf_pagemap_bitmap_end(struct rf_pagemap *map, struct rf_bitmap_report *report);
@@ -167,17 +165,20 @@ int rf_pagemap_bitmap_disown(struct rf_pagemap *map);
 bool rf_pagemap_sweep(struct rf_pagemap *map);
 bool rf_pagemap_is_sweeping(const struct rf_pagemap *map);
 
-/* RESUME_ACK: the received bitmaps of this channel hold, and what they say is known to be loaded. */
+/* RESUME_ACK: the received bitmaps of this channel hold, and what they say is known to be loaded. The records
+ * of their blocks end that are confirmed, and the others are outstanding again, both as the sweep comes to
+ * them or they are asked for; nothing else shows that it has not. */
 void rf_pagemap_handshake_over(struct rf_pagemap *map);
 
 /* The oldest record with an id above `after` (start with 0). 1 and *out filled, or 0. Cheap when `after` is
  * the id it gave before. */
 int rf_pagemap_next_record(struct rf_pagemap *map, uint64_t after, struct rf_request *out);
 
-/* The same among those to replay: recorded, of a block whose received bitmap has come on this channel without
- * confirming it, not answered and not asked for again by the destination since the channel began, not
- * replayed on it yet. It looks at *looks records at the most, above 0, fewer of huge pages, and takes from it
- * those that it has; RF_LOOK_ON: at all, and *out is the last: ask again behind that. */
+/* The same among those to replay, once the handshake is over: recorded, of a block whose received bitmap has
+ * come on this channel without confirming it, not answered and not asked for again by the destination since
+ * the channel began, not replayed on it yet. It looks at *looks records at the most, above 0, fewer of huge
+ * pages, and takes from it those that it has; RF_LOOK_ON: at all, and *out is the last: ask again behind
+ * that. */
 int rf_pagemap_replay_next(struct rf_pagemap *map, uint64_t after, unsigned *looks, struct rf_request *out);
 
 /* The record was written to the source. RF_OUT_OF_RANGE: no such record. */

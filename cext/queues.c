@@ -12,6 +12,7 @@ enum {
 
 const struct rf_queues rf_queues[RF_REGIMES] = {
     /*                     chunk       unsent      to_qemu */
+    [RF_REGIME_BEGIN]   = {16 * 1024,  8 * 1024,   208 * 1024},
     [RF_REGIME_PRECOPY] = {256 * 1024, UINT32_MAX, 208 * 1024},
     [RF_REGIME_FREE]    = {64 * 1024,  32 * 1024,  128 * 1024},
     [RF_REGIME_FULL]    = {16 * 1024,  8 * 1024,   128 * 1024},

@@ -27,9 +27,14 @@ enum {
     /* Microseconds of round trip, at the most, that say LAN: so long RF_QUEUE_FAR carries 8 Gbit/s and more.
      */
     RF_LAN_ROUND_TRIP_US = 200,
+    /* The destination's QEMU refuses a stream by its first bytes: the machine, the RAM blocks. Without a
+     * return path a source has completed as soon as all that it sends fits into the queues, whatever becomes
+     * of it. */
+    RF_BEGIN_BYTES = 1024 * 1024,
 };
 
 enum rf_regime {
+    RF_REGIME_BEGIN,   /* a source's first RF_BEGIN_BYTES */
     RF_REGIME_PRECOPY, /* nobody waits for a page: throughput counts */
     RF_REGIME_FREE,    /* postcopy, and who is written to takes all at once: a queue passes in no time */
     RF_REGIME_FULL,    /* postcopy, and who is written to does not: a queue is latency */

@@ -22,7 +22,7 @@ enum {
     STOP_WAIT_MS = 20,
     OFFER_LOOK_MS = 100,
     OFFER_WAIT_MS = 3000, /* for the destination's first word, once no more is sent before it */
-    LINKS_MAX = 8,        /* that are delivering yet */
+    LINKS_MAX = 1 + RF_LANES_MAX,
     VIEW_WORDS = sizeof(struct rf_relay_view) / sizeof(uint64_t),
 };
 
@@ -37,17 +37,9 @@ struct told {
     uint64_t lanes;
     uint64_t waiting;
     uint64_t last_lanes;
-    enum rf_link_state session;
-    uint64_t session_lost_ns; /* each loss is news, though nobody was told of the connection before it */
-    bool session_complete;
 };
 
-enum {
-    POLL_ORDERS,
-    POLL_LINKS,
-    POLL_CHANNEL = POLL_LINKS + LINKS_MAX,
-    POLL_MAX = POLL_CHANNEL + RF_CHANNEL_POLLS
-};
+enum { POLL_ORDERS, POLL_CHANNEL, POLL_MAX = POLL_CHANNEL + RF_CHANNEL_POLLS + LINKS_MAX };
 
 struct rf_relay {
     struct rf_orders orders;
@@ -65,9 +57,11 @@ struct rf_relay {
     /* What the pump holds but for when it waits. Under it alone links, and the far leg's connection, are
      * looked at or changed. */
     pthread_mutex_t at_work;
-    struct rf_link *links;    /* the newest first */
-    _Atomic bool had_link;    /* without it there is nothing to lock for */
-    struct rf_link_view last; /* of the session that has ended; state NONE: there was none */
+    struct rf_link *links; /* of the newest channel, its main connection's first */
+    _Atomic bool had_link; /* without it there is nothing to lock for */
+    bool link_forgotten;   /* which is news */
+    /* Of the lanes of the session that has ended; state NONE: there was none. */
+    struct rf_link_view last[1 + RF_LANES_MAX];
     struct rf_rings rings;
 
     /* All below belongs to the pump's thread. */
@@ -102,6 +96,21 @@ static bool is_complete(const struct rf_link *link) {
     return view.complete;
 }
 
+/* Each loss is news, though nobody was told of the connection before it. */
+static bool links_have_news(struct rf_relay *relay) {
+    bool news = relay->link_forgotten;
+
+    for (struct rf_link *link = relay->links; link != NULL; link = link->next) {
+        const struct rf_link_told now = {link->state, link->lost_ns, is_complete(link)};
+
+        news = news || now.state != link->told.state || now.lost_ns != link->told.lost_ns ||
+               now.complete != link->told.complete;
+        link->told = now;
+    }
+    relay->link_forgotten = false;
+    return news;
+}
+
 /* What others wait for is told at once; counters they look up when they like. */
 static bool has_news(struct rf_relay *relay, const uint64_t *words) {
     const struct told now = {
@@ -115,18 +124,15 @@ static bool has_news(struct rf_relay *relay, const uint64_t *words) {
         .lanes = relay->view.lanes,
         .waiting = relay->view.waiting,
         .last_lanes = relay->view.last_lanes,
-        .session = relay->links != NULL ? relay->links->state : (enum rf_link_state)relay->last.state,
-        .session_lost_ns = relay->links != NULL ? relay->links->lost_ns : relay->last.lost_ns,
-        .session_complete = relay->links != NULL && is_complete(relay->links),
     };
-    bool news = now.facts != relay->told.facts || now.channel_facts != relay->told.channel_facts ||
-                now.forward_opaque != relay->told.forward_opaque ||
-                now.return_opaque != relay->told.return_opaque || now.channel != relay->told.channel ||
-                now.local_state != relay->told.local_state || now.far_state != relay->told.far_state ||
-                now.lanes != relay->told.lanes || now.waiting != relay->told.waiting ||
-                now.last_lanes != relay->told.last_lanes || now.session != relay->told.session ||
-                now.session_lost_ns != relay->told.session_lost_ns ||
-                now.session_complete != relay->told.session_complete;
+    bool news = links_have_news(relay);
+
+    news = news || now.facts != relay->told.facts || now.channel_facts != relay->told.channel_facts ||
+           now.forward_opaque != relay->told.forward_opaque ||
+           now.return_opaque != relay->told.return_opaque || now.channel != relay->told.channel ||
+           now.local_state != relay->told.local_state || now.far_state != relay->told.far_state ||
+           now.lanes != relay->told.lanes || now.waiting != relay->told.waiting ||
+           now.last_lanes != relay->told.last_lanes;
 
     relay->told = now;
     return news;
@@ -183,25 +189,6 @@ bool rf_relay_look(const struct rf_relay *relay, struct rf_relay_view *view) {
 
 /* ---- links ---- */
 
-static void begin_link(struct rf_relay *relay, const struct rf_order *order) {
-    struct rf_link *link = NULL;
-    unsigned count = 0;
-
-    for (struct rf_link *each = relay->links; each != NULL; each = each->next) {
-        count++;
-    }
-    if (order->session != RF_LINK_NO && count < LINKS_MAX) {
-        link = rf_link_new(order->session == RF_LINK_ANSWERS, order->id, &relay->rings);
-    }
-    relay->offer_due_ns = 0;
-    relay->channel.far.link = link;
-    if (link != NULL) {
-        atomic_store(&relay->had_link, true);
-        link->next = relay->links;
-        relay->links = link;
-    }
-}
-
 static void forget_links(struct rf_relay *relay, bool all) {
     struct rf_link **at = &relay->links;
 
@@ -211,8 +198,10 @@ static void forget_links(struct rf_relay *relay, bool all) {
         if (all || (link->state == RF_LINK_OVER && !link->has_leg)) {
             *at = link->next;
             if (link->was_session) {
-                rf_link_look(link, &relay->last);
+                rf_link_give_up(link, ECONNRESET);
+                rf_link_look(link, &relay->last[link->place.lane]);
             }
+            relay->link_forgotten = true;
             rf_link_free(link);
         } else {
             at = &link->next;
@@ -220,8 +209,62 @@ static void forget_links(struct rf_relay *relay, bool all) {
     }
 }
 
-/* How long until one of them is due, or the channel, -1 for ever; with what they want. */
-static int want_links(struct rf_relay *relay, struct pollfd *polls, int timeout_ms) {
+/* One for each connection that the channel has or will have, before all others; false: for none. */
+static bool add_links(struct rf_relay *relay, const struct rf_order *order) {
+    struct rf_link_place place = {relay->view.channel, 0, 1 + relay->channel.lanes_wanted};
+    bool answers = order->session == RF_LINK_ANSWERS;
+
+    for (unsigned left = place.lanes; left > 0; left--) {
+        struct rf_link *link;
+
+        place.lane = left - 1;
+        link = rf_link_new(answers, order->id, place, &relay->rings);
+        if (link != NULL && place.lane == 0 && order->tls && !rf_link_in_tls(link)) {
+            rf_link_free(link);
+            link = NULL;
+        }
+        if (link == NULL) {
+            forget_links(relay, true);
+            return false;
+        }
+        link->next = relay->links;
+        relay->links = link;
+    }
+    return true;
+}
+
+static void begin_links(struct rf_relay *relay, const struct rf_order *order) {
+    relay->offer_due_ns = 0;
+    if (order->session == RF_LINK_NO || !add_links(relay, order)) {
+        return;
+    }
+    atomic_store(&relay->had_link, true);
+    memset(relay->last, 0, sizeof(relay->last));
+    for (struct rf_link *link = relay->links; link != NULL; link = link->next) {
+        rf_channel_give_link(&relay->channel, link->place.lane, link);
+    }
+}
+
+/* Another channel follows: nobody waits for what those of the one before have to deliver yet. */
+static void give_up_links(struct rf_relay *relay) {
+    for (struct rf_link *link = relay->links; link != NULL; link = link->next) {
+        if (rf_link_carries(link)) {
+            rf_link_give_up(link, ECONNRESET);
+        }
+    }
+}
+
+static struct rf_link *find_link(const struct rf_relay *relay, unsigned lane) {
+    struct rf_link *link = relay->links;
+
+    while (link != NULL && link->place.lane != lane) {
+        link = link->next;
+    }
+    return link;
+}
+
+/* How long until one of them is due, or the channel, -1 for ever; with what they want, so many entries. */
+static int want_links(struct rf_relay *relay, struct pollfd *polls, unsigned *count, int timeout_ms) {
     uint64_t now = now_ns();
     unsigned i = 0;
 
@@ -235,9 +278,7 @@ static int want_links(struct rf_relay *relay, struct pollfd *polls, int timeout_
         rf_link_want(link, &polls[i++]);
         timeout_ms = due >= 0 && (timeout_ms < 0 || due < timeout_ms) ? due : timeout_ms;
     }
-    for (; i < LINKS_MAX; i++) {
-        polls[i] = (struct pollfd){.fd = -1};
-    }
+    *count = i;
     return timeout_ms;
 }
 
@@ -251,10 +292,21 @@ static void move_links(struct rf_relay *relay, const struct pollfd *polls) {
     forget_links(relay, false);
 }
 
+/* Whether a connection of the channel has sent all that it may before the other host is known. */
+static bool any_is_full(const struct rf_relay *relay) {
+    const struct rf_channel *channel = &relay->channel;
+    bool full = rf_link_plain_room(channel->far.link) == 0;
+
+    for (unsigned i = 0; i < channel->lane_count && !full; i++) {
+        full = channel->lanes[i]->far.link != NULL && rf_link_plain_room(channel->lanes[i]->far.link) == 0;
+    }
+    return full;
+}
+
 /* A destination that says nothing, of which QEMU is to be heard by now: it goes on without a session. */
 static void mind_offer(struct rf_relay *relay) {
     struct rf_leg *far = &relay->channel.far;
-    bool waits = rf_link_looks(far->link) && rf_link_plain_room(far->link) == 0;
+    bool waits = rf_link_looks(far->link) && any_is_full(relay);
 
     if (!waits) {
         relay->offer_due_ns = 0;
@@ -262,6 +314,26 @@ static void mind_offer(struct rf_relay *relay) {
         relay->offer_due_ns = now_ns() + OFFER_WAIT_MS * 1000000ull;
     } else if (now_ns() >= relay->offer_due_ns) {
         rf_leg_drop_link(far);
+    }
+}
+
+/* The lanes of a channel are what its main connection is. */
+static void mind_lanes(struct rf_relay *relay) {
+    const struct rf_link *main = find_link(relay, 0);
+    bool is_session = main != NULL ? main->state != RF_LINK_OVER || main->was_session
+                                   : relay->last[0].state != RF_LINK_NONE;
+
+    for (struct rf_link *link = relay->links; link != NULL; link = link->next) {
+        if (link->place.lane == 0) {
+            continue;
+        }
+        if (!is_session) {
+            rf_channel_drop_lane_links(&relay->channel);
+            return;
+        }
+        if (main != NULL) {
+            rf_link_follow(link, main);
+        }
     }
 }
 
@@ -273,13 +345,15 @@ static void carry_out(struct rf_relay *relay, struct rf_order *order) {
 
     switch (order->kind) {
     case RF_ORDER_ATTACH:
+        give_up_links(relay);
         rf_channel_begin(channel, order->local_fd, order->far_fd, order->recovered, order->may_replay,
                          order->lanes);
-        begin_link(relay, order);
+        forget_links(relay, true);
         relay->view.channel++;
+        begin_links(relay, order);
         break;
     case RF_ORDER_LANE:
-        rf_channel_add_lane(channel, order->lane, order->local_fd, order->far_fd, current);
+        rf_channel_add_lane(channel, order->lane, order->number, order->local_fd, order->far_fd, current);
         break;
     case RF_ORDER_NO_MORE_LANES:
         if (current) {
@@ -347,7 +421,9 @@ static int give(struct rf_relay *relay, const struct rf_order *order) {
 static bool turn(struct rf_relay *relay) {
     struct pollfd *polls = relay->polls;
     unsigned count = rf_channel_want(&relay->channel, &polls[POLL_CHANNEL]);
-    int timeout_ms = want_links(relay, &polls[POLL_LINKS], rf_channel_timeout_ms(&relay->channel));
+    struct pollfd *link_polls = &polls[POLL_CHANNEL + count];
+    unsigned link_count = 0;
+    int timeout_ms = want_links(relay, link_polls, &link_count, rf_channel_timeout_ms(&relay->channel));
     bool go_on = true;
     int found;
 
@@ -358,7 +434,7 @@ static bool turn(struct rf_relay *relay) {
     }
     polls[POLL_ORDERS] = (struct pollfd){.fd = relay->orders.event, .events = POLLIN};
     pthread_mutex_unlock(&relay->at_work);
-    found = poll(polls, POLL_CHANNEL + count, timeout_ms);
+    found = poll(polls, POLL_CHANNEL + count + link_count, timeout_ms);
     if (found < 0) {
         const struct timespec pause = {.tv_nsec = NO_MEMORY_PAUSE_MS * 1000000L};
 
@@ -370,10 +446,11 @@ static bool turn(struct rf_relay *relay) {
         publish(relay);
         return go_on;
     }
-    move_links(relay, &polls[POLL_LINKS]);
+    move_links(relay, link_polls);
     rf_channel_move(&relay->channel, &polls[POLL_CHANNEL]);
     move_links(relay, NULL);
     mind_offer(relay);
+    mind_lanes(relay);
     if (polls[POLL_ORDERS].revents != 0) {
         go_on = take_orders(relay);
     }
@@ -513,14 +590,15 @@ int rf_relay_notify_fd(const struct rf_relay *relay) { return relay->notify_even
 struct rf_tracker *rf_relay_tracker(struct rf_relay *relay) { return relay->tracker; }
 
 int rf_relay_attach(struct rf_relay *relay, int local_fd, int far_fd, bool recovered, bool may_replay,
-                    unsigned lanes, int session, const uint8_t *id) {
+                    unsigned lanes, int session, bool tls, const uint8_t *id) {
     struct rf_order order = {.kind = RF_ORDER_ATTACH,
                              .local_fd = local_fd,
                              .far_fd = far_fd,
                              .recovered = recovered,
                              .may_replay = may_replay,
                              .lanes = lanes,
-                             .session = (enum rf_link_role)session};
+                             .session = (enum rf_link_role)session,
+                             .tls = tls};
 
     if (session == RF_LINK_ANSWERS) {
         memcpy(order.id, id, sizeof(order.id));
@@ -528,10 +606,12 @@ int rf_relay_attach(struct rf_relay *relay, int local_fd, int far_fd, bool recov
     return give(relay, &order);
 }
 
-int rf_relay_add_lane(struct rf_relay *relay, uint64_t channel, int kind, int local_fd, int far_fd) {
+int rf_relay_add_lane(struct rf_relay *relay, uint64_t channel, int kind, unsigned number, int local_fd,
+                      int far_fd) {
     struct rf_order order = {
         .kind = RF_ORDER_LANE,
         .channel = channel,
+        .number = number,
         .local_fd = local_fd,
         .far_fd = far_fd,
         .lane = rf_lane_new(kind == RF_LANE_MULTIFD ? RF_LANE_MULTIFD : RF_LANE_PREEMPT,
@@ -579,27 +659,37 @@ int rf_relay_complete(struct rf_relay *relay) {
 
 /* ---- the session ---- */
 
-/* The session of the migration: a link that never became one is none. */
-static struct rf_link *session_of(const struct rf_relay *relay) {
-    struct rf_link *link = relay->links;
+/* A lane of the session of the migration: a link that never became one is none. */
+static struct rf_link *session_of(const struct rf_relay *relay, unsigned lane) {
+    struct rf_link *link = find_link(relay, lane);
 
     return link != NULL && (link->has_leg || link->state != RF_LINK_OVER) ? link : NULL;
 }
 
 static struct rf_leg *leg_of(struct rf_relay *relay, const struct rf_link *link) {
-    return relay->channel.far.link == link ? &relay->channel.far : NULL;
+    struct rf_channel *channel = &relay->channel;
+
+    if (link == NULL) {
+        return NULL;
+    }
+    for (unsigned i = 0; i < channel->lane_count; i++) {
+        if (channel->lanes[i]->far.link == link) {
+            return &channel->lanes[i]->far;
+        }
+    }
+    return channel->far.link == link ? &channel->far : NULL;
 }
 
-bool rf_relay_session_look(struct rf_relay *relay, struct rf_link_view *view) {
-    if (!atomic_load(&relay->had_link)) {
+bool rf_relay_session_look(struct rf_relay *relay, unsigned lane, struct rf_link_view *view) {
+    if (!atomic_load(&relay->had_link) || lane > RF_LANES_MAX) {
         return false;
     }
     pthread_mutex_lock(&relay->at_work);
-    const struct rf_link *link = session_of(relay);
+    const struct rf_link *link = session_of(relay, lane);
     if (link != NULL) {
         rf_link_look(link, view);
     } else {
-        *view = relay->last;
+        *view = relay->last[lane];
     }
     pthread_mutex_unlock(&relay->at_work);
     return view->state != RF_LINK_NONE;
@@ -614,9 +704,9 @@ static void leave_plain(struct rf_relay *relay, const struct rf_link *link) {
     }
 }
 
-bool rf_relay_session_tell(struct rf_relay *relay, struct rf_positions *here) {
+bool rf_relay_session_tell(struct rf_relay *relay, unsigned lane, struct rf_positions *here) {
     pthread_mutex_lock(&relay->at_work);
-    struct rf_link *link = session_of(relay);
+    struct rf_link *link = session_of(relay, lane);
     if (link != NULL) {
         rf_link_tell(link, here);
     }
@@ -624,11 +714,11 @@ bool rf_relay_session_tell(struct rf_relay *relay, struct rf_positions *here) {
     return link != NULL;
 }
 
-int rf_relay_session_rejoin(struct rf_relay *relay, const struct rf_positions *peer) {
+int rf_relay_session_rejoin(struct rf_relay *relay, unsigned lane, const struct rf_positions *peer) {
     int wrong = -1;
 
     pthread_mutex_lock(&relay->at_work);
-    struct rf_link *link = session_of(relay);
+    struct rf_link *link = session_of(relay, lane);
     if (link != NULL && link->state != RF_LINK_OVER) {
         leave_plain(relay, link);
         rf_link_detach(link);
@@ -639,11 +729,11 @@ int rf_relay_session_rejoin(struct rf_relay *relay, const struct rf_positions *p
     return wrong;
 }
 
-int rf_relay_session_adopt(struct rf_relay *relay, const struct rf_positions *peer, int fd) {
+int rf_relay_session_adopt(struct rf_relay *relay, unsigned lane, const struct rf_positions *peer, int fd) {
     int wrong = -1;
 
     pthread_mutex_lock(&relay->at_work);
-    struct rf_link *link = session_of(relay);
+    struct rf_link *link = session_of(relay, lane);
     if (link != NULL && link->state != RF_LINK_OVER) {
         wrong = peer != NULL ? (int)rf_link_resume(link, peer) : RF_RIGHT;
         if (wrong == RF_RIGHT) {
@@ -656,22 +746,102 @@ int rf_relay_session_adopt(struct rf_relay *relay, const struct rf_positions *pe
     return wrong;
 }
 
-void rf_relay_session_withdraw(struct rf_relay *relay) {
+void rf_relay_session_withdraw(struct rf_relay *relay, unsigned lane) {
     pthread_mutex_lock(&relay->at_work);
-    rf_leg_drop_link(&relay->channel.far);
+    struct rf_leg *leg = leg_of(relay, session_of(relay, lane));
+    if (leg != NULL) {
+        leg->link->in_being = leg->link->in_being && lane > 0;
+        rf_leg_drop_link(leg);
+    }
     pthread_mutex_unlock(&relay->at_work);
     rf_orders_wake(&relay->orders);
 }
 
-void rf_relay_session_give_up(struct rf_relay *relay, int error) {
+void rf_relay_session_give_up(struct rf_relay *relay, unsigned lane, int error) {
     pthread_mutex_lock(&relay->at_work);
-    struct rf_link *link = session_of(relay);
-    if (link != NULL) {
-        leave_plain(relay, link);
-        rf_link_give_up(link, error);
+    for (struct rf_link *link = relay->links; link != NULL; link = link->next) {
+        if (link->place.lane == lane || (lane == 0 && error != 0)) {
+            leave_plain(relay, link);
+            rf_link_give_up(link, error);
+        }
     }
     pthread_mutex_unlock(&relay->at_work);
     rf_orders_wake(&relay->orders);
+}
+
+/* ---- from one process to the next ---- */
+
+uint8_t *rf_relay_hand_over(struct rf_relay *relay, size_t *length) {
+    struct rf_channel *channel = &relay->channel;
+    struct rf_handed handed;
+    uint8_t *bytes = NULL;
+    uint8_t *stream;
+
+    pthread_mutex_lock(&relay->at_work);
+    struct rf_link *link = relay->links;
+    if (rf_channel_hand_over(channel, &handed) || rf_channel_hand_over_last(channel, link, &handed)) {
+        bytes = rf_handed_write(&handed, length, &stream);
+    }
+    if (bytes != NULL) {
+        rf_stream_save(link->stream, stream);
+        rf_channel_leave(channel, link);
+    }
+    pthread_mutex_unlock(&relay->at_work);
+    return bytes;
+}
+
+void rf_relay_handed_free(uint8_t *bytes) { free(bytes); }
+
+static struct rf_link *handed_link(struct rf_relay *relay, const struct rf_handed *handed) {
+    const struct rf_link_place place = {relay->view.channel + 1, 0, 1};
+    rf_stream *stream = rf_stream_restore(handed->stream.data, handed->stream.length, rf_link_largest_ring());
+    struct rf_link *link = NULL;
+
+    if (stream != NULL) {
+        link = rf_link_go_on(!relay->channel.source_side, handed->id, place, &relay->rings, stream);
+    }
+    if (link == NULL) {
+        rf_stream_free(stream);
+    }
+    return link;
+}
+
+int rf_relay_go_on(struct rf_relay *relay, int local_fd, const uint8_t *bytes, size_t length) {
+    struct rf_channel *channel = &relay->channel;
+    struct rf_handed handed;
+    struct rf_link *link = NULL;
+    int result = -1;
+
+    if (bytes != NULL && !rf_handed_read(bytes, length, &handed)) {
+        return -1;
+    }
+    pthread_mutex_lock(&relay->at_work);
+    if (bytes != NULL) {
+        link = handed_link(relay, &handed);
+    }
+    if (link != NULL && handed.ended && !channel->source_side) {
+        if (local_fd >= 0) {
+            close(local_fd);
+        }
+        rf_link_leave(link);
+        result = 0;
+    } else if ((link != NULL || bytes == NULL) && local_fd >= 0 &&
+               rf_channel_go_on(channel, local_fd, bytes != NULL ? &handed : NULL)) {
+        rf_leg_adopt_link(&channel->far, link);
+        result = 0;
+    }
+    if (result == 0) {
+        relay->view.channel++;
+        if (link != NULL) {
+            relay->links = link;
+            atomic_store(&relay->had_link, true);
+        }
+    } else {
+        rf_link_free(link);
+    }
+    pthread_mutex_unlock(&relay->at_work);
+    rf_orders_wake(&relay->orders);
+    return result;
 }
 
 void rf_relay_stop(struct rf_relay *relay, bool keep_local) {

@@ -79,18 +79,23 @@ bool rf_relay_look(const struct rf_relay *relay, struct rf_relay_view *view);
  * Joins two stream sockets as the next channel and takes ownership of both. `recovered`: it resumes a lost
  * channel. `may_replay`: outstanding page requests are replayed after RESUME_ACK. `lanes`: how many are to be
  * added before the device state or RESUME may pass. `session`: enum rf_link_role, which end of a session the
- * far leg may become; without memory for one it becomes none. `id`: the session's, of who answers.
+ * far leg may become; without memory for one it becomes none. `tls`: the channel speaks TLS. `id`: the
+ * session's, of who answers; where it speaks TLS it has another once that is offered.
  * What is left of the channel before is closed. 0, or -1; then the descriptors are still the caller's.
  */
 int rf_relay_attach(struct rf_relay *relay, int local_fd, int far_fd, bool recovered, bool may_replay,
-                    unsigned lanes, int session, const uint8_t *id);
+                    unsigned lanes, int session, bool tls, const uint8_t *id);
 
 /*
  * Joins two stream sockets as a further lane of `channel` and takes ownership of both. Where that is no
  * longer the one attached last, or has all its lanes, both are closed; where its far leg is lost, the lane's
- * is ended too. 0, or -1 as above.
+ * is ended too. `number`: which lane of a session it may be, from 1 on; of one that the channel has not, or
+ * has already, it is none and becomes none. `far_fd` -1: the channel is a session, and the lane begins as one
+ * of it, with the connection that it has been given already (rf_relay_session_adopt) or is given next. 0, or
+ * -1 as above.
  */
-int rf_relay_add_lane(struct rf_relay *relay, uint64_t channel, int kind, int local_fd, int far_fd);
+int rf_relay_add_lane(struct rf_relay *relay, uint64_t channel, int kind, unsigned number, int local_fd,
+                      int far_fd);
 
 /* QEMU, the source's, opens no more lanes of `channel` than were added. */
 int rf_relay_no_more_lanes(struct rf_relay *relay, uint64_t channel);
@@ -115,22 +120,39 @@ int rf_relay_close_channel(struct rf_relay *relay, uint64_t channel);
 int rf_relay_complete(struct rf_relay *relay);
 
 /*
- * The session of this migration (link.h); false where there is none. These wait for the pump no longer than
- * one turn of it takes.
+ * The session of this migration (link.h), by its lanes: 0 is the main connection. False where there is none.
+ * These wait for the pump no longer than one turn of it takes.
  */
-bool rf_relay_session_look(struct rf_relay *relay, struct rf_link_view *view);
+bool rf_relay_session_look(struct rf_relay *relay, unsigned lane, struct rf_link_view *view);
 /* Our positions, for HELLO or WELCOME. */
-bool rf_relay_session_tell(struct rf_relay *relay, struct rf_positions *here);
+bool rf_relay_session_tell(struct rf_relay *relay, unsigned lane, struct rf_positions *here);
 /* The connection is closed, with whatever is unread there, and the next one's peer has told this: enum
  * rf_wrong, or -1 where there is no session. */
-int rf_relay_session_rejoin(struct rf_relay *relay, const struct rf_positions *peer);
+int rf_relay_session_rejoin(struct rf_relay *relay, unsigned lane, const struct rf_positions *peer);
 /* Goes on with that connection and takes ownership of it; `peer`: what it has told, where that is not known
  * yet. As above; the descriptor is the caller's where it is not RF_RIGHT. */
-int rf_relay_session_adopt(struct rf_relay *relay, const struct rf_positions *peer, int fd);
-/* No session comes of the offer, and the plain connection goes on; nothing where one has. */
-void rf_relay_session_withdraw(struct rf_relay *relay);
-/* The session's connection is waited for no longer: the far leg breaks with `error`. */
-void rf_relay_session_give_up(struct rf_relay *relay, int error);
+int rf_relay_session_adopt(struct rf_relay *relay, unsigned lane, const struct rf_positions *peer, int fd);
+/* No session comes of the offer, and the plain connection goes on; nothing where one has. Of lane 0: of none
+ * of its lanes. */
+void rf_relay_session_withdraw(struct rf_relay *relay, unsigned lane);
+/* The lane's connection is waited for no longer: its far leg breaks with `error`. Of lane 0: those of all
+ * lanes, unless it has ended in order. */
+void rf_relay_session_give_up(struct rf_relay *relay, unsigned lane, int error);
+
+/*
+ * What another process needs to go on with the newest channel, of `length` bytes and freed by the caller with
+ * rf_relay_handed_free; from then on the channel is its. QEMU sees nothing, so it must hold the local leg's
+ * other end by then. NULL where that cannot be (channel.h), or without memory; then nothing has changed.
+ */
+uint8_t *rf_relay_hand_over(struct rf_relay *relay, size_t *length);
+void rf_relay_handed_free(uint8_t *bytes);
+/*
+ * Goes on with that, as the first channel of a new relay, whose local leg's descriptor is the pump's from
+ * then on; -1 where QEMU has ended it, and the last of it is to be delivered. Below 0 where it is not to be
+ * believed, or without memory; the descriptor is the caller's then.
+ * Without `bytes` (NULL) the far leg of the channel is lost, and all else is as for one that goes on.
+ */
+int rf_relay_go_on(struct rf_relay *relay, int local_fd, const uint8_t *bytes, size_t length);
 
 /*
  * Ends the thread, which closes both legs after what they hold has been offered to the kernel. Waits for that

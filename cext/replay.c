@@ -229,3 +229,10 @@ void rf_replay_refill(struct rf_replay *replay, unsigned *looks, uint64_t now_ns
         }
     }
 }
+
+void rf_replay_goes_on(struct rf_replay *replay, const uint8_t *partial, size_t partial_length,
+                       const uint8_t *pending, size_t pending_length, bool name_lost, uint64_t now_ns) {
+    rf_replay_feed(replay, partial, partial_length, now_ns);
+    (void)bytes_put(&replay->out, pending, pending_length);
+    replay->name_lost = name_lost;
+}

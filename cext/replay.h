@@ -94,6 +94,11 @@ void rf_replay_free(struct rf_replay *replay);
  */
 void rf_replay_channel(struct rf_replay *replay, bool recovered, bool may_replay, bool preempt);
 
+/* Goes on with a channel that another process has had: the begin of a message whose end has not come, what
+ * waited to be written, and its `name_lost`. They fit. */
+void rf_replay_goes_on(struct rf_replay *replay, const uint8_t *partial, size_t partial_length,
+                       const uint8_t *pending, size_t pending_length, bool name_lost, uint64_t now_ns);
+
 /* Takes `len` bytes of the return path, at most `input_max`, only while nothing is pending. */
 void rf_replay_feed(struct rf_replay *replay, const uint8_t *buf, size_t len, uint64_t now_ns);
 

@@ -279,3 +279,17 @@ size_t rf_returnpath_encode_request_id(uint8_t *out, size_t room, const char *na
     memcpy(out + 17, name, name_length);
     return HEADER + payload;
 }
+
+size_t rf_returnpath_block(const struct rf_returnpath *path, const char **name) {
+    *name = path->request_name;
+    return path->request_name_length;
+}
+
+void rf_returnpath_know_block(struct rf_returnpath *path, const char *name, size_t length) {
+    path->request_name_length = (uint8_t)length;
+    memcpy(path->request_name, name, length);
+}
+
+bool rf_returnpath_in_messages(const struct rf_returnpath *path) {
+    return path->state == AT_HEADER || path->state == AT_PAYLOAD;
+}

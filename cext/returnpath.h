@@ -78,6 +78,14 @@ size_t rf_returnpath_encode_request_id(uint8_t *out, size_t room, const char *na
                                        uint64_t start, uint32_t length);
 /* cffi: end */
 
+/* The block of the last request, by which the next one may go; its length, 0 for none. */
+size_t rf_returnpath_block(const struct rf_returnpath *path, const char **name);
+/* Of a path that was restarted: what that gave, at most 255 bytes. */
+void rf_returnpath_know_block(struct rf_returnpath *path, const char *name, size_t length);
+
+/* Whether it is between two messages, or inside one that it holds whole until its end. */
+bool rf_returnpath_in_messages(const struct rf_returnpath *path);
+
 /* Whether BAD has been given on this channel. */
 bool rf_returnpath_is_bad(const struct rf_returnpath *path);
 

@@ -231,15 +231,29 @@ void rf_stream_acknowledge(rf_stream *stream) {
     }
 }
 
+/* Puts bytes into a ring, from a position on. */
+static void copy_in(uint8_t *ring, size_t size, uint64_t to, size_t length, const uint8_t *from) {
+    while (length > 0) {
+        size_t part;
+        uint8_t *at = place(ring, size, to, &part);
+
+        part = least(part, length);
+        memcpy(at, from, part);
+        from += part;
+        to += part;
+        length -= part;
+    }
+}
+
 /* The same bytes at the same positions, in a ring of another size. */
 static uint8_t *copied(const uint8_t *ring, size_t size, uint64_t from, uint64_t end, size_t new_size) {
     uint8_t *larger = calloc(1, new_size);
     while (larger != NULL && from < end) {
-        size_t here, there;
-        const uint8_t *source = place((uint8_t *)ring, size, from, &here);
-        uint8_t *target = place(larger, new_size, from, &there);
-        size_t length = least(least(here, there), end - from);
-        memcpy(target, source, length);
+        size_t length;
+        const uint8_t *source = place((uint8_t *)ring, size, from, &length);
+
+        length = least(length, end - from);
+        copy_in(larger, new_size, from, length, source);
         from += length;
     }
     return larger;
@@ -565,14 +579,8 @@ static void take_data(rf_stream *stream, const uint8_t *bytes, size_t length) {
     bytes += known;
     length -= known;
     bool dropped = stream->stopped_here || stream->reset_here || stream->reset_there;
-    while (length > 0 && !dropped) {
-        size_t contiguous;
-        uint8_t *to = place(stream->in, stream->in_size, stream->received, &contiguous);
-        size_t part = least(contiguous, length);
-        memcpy(to, bytes, part);
-        stream->received += part;
-        bytes += part;
-        length -= part;
+    if (!dropped) {
+        copy_in(stream->in, stream->in_size, stream->received, length, bytes);
     }
     stream->received += length;
     if (dropped) {
@@ -634,4 +642,165 @@ void rf_stream_facts(const rf_stream *stream, struct rf_stream_facts *facts) {
         .in_a_frame = stream->head_sent < stream->head_length || stream->payload_left > 0,
         .at_fin = at_fin(stream),
     };
+}
+
+/* ---- written down ---- */
+
+enum saved {
+    SAVED_OUT_SIZE,
+    SAVED_ACKNOWLEDGED,
+    SAVED_SENT,
+    SAVED_DATA_END,
+    SAVED_LIMIT,
+    SAVED_RETRANSMITTED,
+    SAVED_WRITTEN,
+    SAVED_RECEIVED,
+    SAVED_TOLD,
+    SAVED_PROMISED,
+    SAVED_WINDOW,
+    SAVED_FIN_AT,
+    SAVED_WANTED,
+    SAVED_FLAGS,
+    SAVED_WORDS
+};
+
+enum saved_flags {
+    FINISHED = 1,
+    STOPPED_THERE = 2,
+    PLAIN = 4,
+    FIN_CAME = 8,
+    STOPPED_HERE = 16,
+    RESET_HERE = 32,
+    RESET_THERE = 64,
+    END_HERE = 128,
+    END_THERE = 256,
+    ALL_FLAGS = 511,
+};
+
+static size_t kept_out(const rf_stream *stream) {
+    return stream->data_end > stream->acknowledged ? (size_t)(stream->data_end - stream->acknowledged) : 0;
+}
+
+static size_t kept_in(const rf_stream *stream) {
+    uint64_t end = stream->fin_came ? stream->fin_at : stream->received;
+
+    return end > stream->written ? (size_t)(end - stream->written) : 0;
+}
+
+size_t rf_stream_saved_size(const rf_stream *stream) {
+    return SAVED_WORDS * sizeof(uint64_t) + kept_out(stream) + kept_in(stream);
+}
+
+static uint8_t *copy_out(const uint8_t *ring, size_t size, uint64_t from, size_t length, uint8_t *to) {
+    while (length > 0) {
+        size_t part;
+        const uint8_t *at = place((uint8_t *)ring, size, from, &part);
+
+        part = least(part, length);
+        memcpy(to, at, part);
+        to += part;
+        from += part;
+        length -= part;
+    }
+    return to;
+}
+
+void rf_stream_save(const rf_stream *stream, uint8_t *to) {
+    const uint64_t words[SAVED_WORDS] = {
+        [SAVED_OUT_SIZE] = stream->out_size,
+        [SAVED_ACKNOWLEDGED] = stream->acknowledged,
+        [SAVED_SENT] = stream->sent,
+        [SAVED_DATA_END] = stream->data_end,
+        [SAVED_LIMIT] = stream->limit,
+        [SAVED_RETRANSMITTED] = stream->retransmitted,
+        [SAVED_WRITTEN] = stream->written,
+        [SAVED_RECEIVED] = stream->received,
+        [SAVED_TOLD] = stream->told,
+        [SAVED_PROMISED] = stream->promised,
+        [SAVED_WINDOW] = stream->window,
+        [SAVED_FIN_AT] = stream->fin_at,
+        [SAVED_WANTED] = stream->wanted,
+        [SAVED_FLAGS] = (stream->finished ? FINISHED : 0u) | (stream->stopped_there ? STOPPED_THERE : 0u) |
+                        (stream->plain ? PLAIN : 0u) | (stream->fin_came ? FIN_CAME : 0u) |
+                        (stream->stopped_here ? STOPPED_HERE : 0u) | (stream->reset_here ? RESET_HERE : 0u) |
+                        (stream->reset_there ? RESET_THERE : 0u) | (stream->end_here ? END_HERE : 0u) |
+                        (stream->end_there ? END_THERE : 0u),
+    };
+
+    for (size_t i = 0; i < SAVED_WORDS; i++, to += sizeof(uint64_t)) {
+        put64(to, words[i]);
+    }
+    to = copy_out(stream->out, stream->out_size, stream->acknowledged, kept_out(stream), to);
+    (void)copy_out(stream->in, stream->in_size, stream->written, kept_in(stream), to);
+}
+
+/* Whether a stream can have been so, but for the bytes in its rings. */
+static bool could_be(const uint64_t *words, size_t largest) {
+    const uint64_t flags = words[SAVED_FLAGS];
+    const uint64_t end = words[SAVED_DATA_END] + (flags & FINISHED ? 1 : 0);
+    const uint64_t in_end = flags & FIN_CAME ? words[SAVED_FIN_AT] : words[SAVED_RECEIVED];
+
+    for (size_t i = SAVED_ACKNOWLEDGED; i < SAVED_FLAGS; i++) {
+        if (words[i] >= RF_POSITION_END) {
+            return false;
+        }
+    }
+    return flags <= ALL_FLAGS && is_size((size_t)words[SAVED_OUT_SIZE]) && words[SAVED_OUT_SIZE] <= largest &&
+           is_size((size_t)words[SAVED_WINDOW]) && words[SAVED_WINDOW] <= largest &&
+           words[SAVED_ACKNOWLEDGED] <= words[SAVED_SENT] && words[SAVED_SENT] <= end &&
+           end <= words[SAVED_ACKNOWLEDGED] + words[SAVED_OUT_SIZE] + 1 &&
+           words[SAVED_DATA_END] <= words[SAVED_ACKNOWLEDGED] + words[SAVED_OUT_SIZE] &&
+           words[SAVED_LIMIT] + 1 >= words[SAVED_ACKNOWLEDGED] && words[SAVED_TOLD] <= words[SAVED_WRITTEN] &&
+           words[SAVED_WRITTEN] <= words[SAVED_RECEIVED] &&
+           (!(flags & FIN_CAME) || words[SAVED_RECEIVED] == in_end + 1) &&
+           in_end <= words[SAVED_WRITTEN] + words[SAVED_WINDOW] &&
+           words[SAVED_PROMISED] <= words[SAVED_WRITTEN] + words[SAVED_WINDOW] &&
+           in_end <= words[SAVED_PROMISED];
+}
+
+rf_stream *rf_stream_restore(const uint8_t *from, size_t length, size_t largest) {
+    uint64_t words[SAVED_WORDS];
+    rf_stream *stream;
+
+    if (length < sizeof(words)) {
+        return NULL;
+    }
+    for (size_t i = 0; i < SAVED_WORDS; i++) {
+        words[i] = get64(from + i * sizeof(uint64_t));
+    }
+    if (!could_be(words, largest)) {
+        return NULL;
+    }
+    stream = rf_stream_new((size_t)words[SAVED_OUT_SIZE], (size_t)words[SAVED_WINDOW], 0);
+    if (stream == NULL) {
+        return NULL;
+    }
+    stream->acknowledged = words[SAVED_ACKNOWLEDGED];
+    stream->next = stream->sent = words[SAVED_SENT];
+    stream->data_end = words[SAVED_DATA_END];
+    stream->limit = words[SAVED_LIMIT];
+    stream->retransmitted = words[SAVED_RETRANSMITTED];
+    stream->written = words[SAVED_WRITTEN];
+    stream->received = words[SAVED_RECEIVED];
+    stream->told = words[SAVED_TOLD];
+    stream->promised = words[SAVED_PROMISED];
+    stream->fin_at = words[SAVED_FIN_AT];
+    stream->wanted = words[SAVED_WANTED];
+    stream->finished = words[SAVED_FLAGS] & FINISHED;
+    stream->stopped_there = words[SAVED_FLAGS] & STOPPED_THERE;
+    stream->plain = words[SAVED_FLAGS] & PLAIN;
+    stream->fin_came = words[SAVED_FLAGS] & FIN_CAME;
+    stream->stopped_here = words[SAVED_FLAGS] & STOPPED_HERE;
+    stream->reset_here = words[SAVED_FLAGS] & RESET_HERE;
+    stream->reset_there = words[SAVED_FLAGS] & RESET_THERE;
+    stream->end_here = words[SAVED_FLAGS] & END_HERE;
+    stream->end_there = words[SAVED_FLAGS] & END_THERE;
+    if (length != rf_stream_saved_size(stream)) {
+        rf_stream_free(stream);
+        return NULL;
+    }
+    from += sizeof(words);
+    copy_in(stream->out, stream->out_size, stream->acknowledged, kept_out(stream), from);
+    copy_in(stream->in, stream->in_size, stream->written, kept_in(stream), from + kept_out(stream));
+    return stream;
 }

@@ -142,6 +142,14 @@ void rf_stream_sent(rf_stream *stream, size_t length);
 enum rf_wrong rf_stream_take(rf_stream *stream, const uint8_t *bytes, size_t length);
 
 void rf_stream_facts(const rf_stream *stream, struct rf_stream_facts *facts);
+
+/* How much of it is written down for another process, and that: what is under way on its connection is not.
+ */
+size_t rf_stream_saved_size(const rf_stream *stream);
+void rf_stream_save(const rf_stream *stream, uint8_t *to);
+/* The same stream, without a connection; NULL without memory, where it cannot have been one, or where its
+ * rings have more than `largest` bytes. */
+rf_stream *rf_stream_restore(const uint8_t *from, size_t length, size_t largest);
 /* cffi: end */
 
 /* No position reaches it: sums of two positions stay in 64 bits. */

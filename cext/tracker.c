@@ -181,6 +181,24 @@ void rf_tracker_channel_begin(struct rf_tracker *tracker, int recovered) {
     }
 }
 
+static void went_opaque(struct rf_tracker *tracker, const struct rf_forward *decoder);
+
+void rf_tracker_channel_goes_on(struct rf_tracker *tracker, uint32_t facts, uint32_t channel_facts,
+                                const char *block, size_t block_length) {
+    rf_tracker_channel_begin(tracker, 1);
+    put_facts(tracker, (get(&tracker->facts) | facts) & ~(uint32_t)RF_FACT_WHOLE_STREAM_SEEN);
+    put(&tracker->channel_facts, channel_facts & ~(uint32_t)RF_FACT_WHOLE_STREAM_SEEN);
+    rf_returnpath_know_block(tracker->path, block, block_length);
+    rf_forward_fail(tracker->main.decoder, RF_OPAQUE_HANDED_OVER);
+    went_opaque(tracker, tracker->main.decoder);
+}
+
+int rf_tracker_may_go_on(const struct rf_tracker *tracker, const char **block, size_t *block_length) {
+    *block_length = rf_returnpath_block(tracker->path, block);
+    return tracker->unread == RF_OPAQUE_NO && get(&tracker->return_opaque) == RF_OPAQUE_NO &&
+           rf_returnpath_in_messages(tracker->path);
+}
+
 void rf_tracker_channel_lost(struct rf_tracker *tracker) {
     if (rf_pagemap_channel_lost(tracker->map) < 0) {
         no_longer_whole(tracker);

@@ -74,6 +74,14 @@ void rf_tracker_free(struct rf_tracker *tracker);
 void rf_tracker_channel_begin(struct rf_tracker *tracker, int recovered);
 void rf_tracker_channel_lost(struct rf_tracker *tracker);
 
+/* A channel goes on of which another process has seen the beginning, of this migration of these facts. What
+ * passes from the source is not read. `block`: of the last page request, at most 255 bytes. */
+void rf_tracker_channel_goes_on(struct rf_tracker *tracker, uint32_t facts, uint32_t channel_facts,
+                                const char *block, size_t block_length);
+/* Whether it can go on so in another process: all that it was fed of the return path is read, but for a
+ * message whose end has not come. `block`: what the other is to know; its length. */
+int rf_tracker_may_go_on(const struct rf_tracker *tracker, const char **block, size_t *block_length);
+
 /* What passed from the source, all of it. */
 void rf_tracker_forward(struct rf_tracker *tracker, const uint8_t *bytes, size_t length, uint64_t now);
 

@@ -11,6 +11,8 @@ import pytest
 from hypothesis import HealthCheck, settings
 
 IN_CI = bool(os.environ.get("CI"))
+_LOG_LINES = 60
+"""That are told of each log where a test fails."""
 
 # How long an example takes tells of the machine's other work (in CI Hypothesis has a like profile by itself).
 settings.register_profile("busy", deadline=None, suppress_health_check=[HealthCheck.too_slow])
@@ -34,11 +36,24 @@ def _fail_if_skipped(report: pytest.TestReport | pytest.CollectReport) -> None:
     report.longrepr = f"skipped, which CI does not allow (CI is set): {reason}"
 
 
+def _tell_logs(item: pytest.Item, report: pytest.TestReport) -> None:
+    """Adds the ends of what refaults and QEMUs wrote, which go with the test's directory."""
+    directory = getattr(item, "funcargs", {}).get("tmp_path")
+    for log in sorted(directory.rglob("*.log")) if report.failed and directory is not None else ():
+        report.sections.append(
+            (
+                str(log.relative_to(directory)),
+                "\n".join(log.read_text(errors="replace").splitlines()[-_LOG_LINES:]),
+            )
+        )
+
+
 @pytest.hookimpl(wrapper=True)
-def pytest_runtest_makereport() -> Generator[None, pytest.TestReport, pytest.TestReport]:
-    """Skips by a mark or inside a test."""
+def pytest_runtest_makereport(item: pytest.Item) -> Generator[None, pytest.TestReport, pytest.TestReport]:
+    """Skips by a mark or inside a test, and what a failure needs to be understood."""
     report = yield
     _fail_if_skipped(report)
+    _tell_logs(item, report)
     return report
 
 

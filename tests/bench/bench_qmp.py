@@ -1,10 +1,10 @@
 """What refault costs a QMP client: round trips and pipelined commands, beside other ways through.
 
 One QEMU has one monitor for each way: directly, and through refault, socat, a bare trio byte pump, and a
-proxy written with the qemu.qmp library. The ways take turns in small rounds, so that what else the machine
-does meets all alike.
+proxy written with the qemu.qmp library; and a new connection with one command. The ways take turns in small
+rounds, so that what else the machine does meets all alike.
 
-Run: python -m tests.bench.bench_qmp [--qemu QEMU] [--rounds N] [--json]
+Run: python -m tests.bench.bench_qmp [--qemu QEMU] [--rounds N] [--beside CHECKOUT] [--json]
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
@@ -27,8 +27,11 @@ from typing import Any
 import trio
 
 WAYS = ("direct", "pump", "refault", "socat", "qemu.qmp")
+NEW = "new connections"
+"""QEMU's monitor for direct ones: it has one client at a time."""
 QUERY = b'{"execute": "query-status", "id": 1}\n'
 PER_ROUND = 100
+CONNECTIONS = 20
 PIPELINED = 1000
 DEPTH = 64
 
@@ -87,6 +90,19 @@ class Client:
                 sent += 1
         return count / (time.perf_counter() - start)
 
+    def close(self) -> None:
+        self.sock.close()
+
+
+def connections(path: Path, count: int) -> float:
+    """Seconds that a connection with one command takes, on average."""
+    start = time.perf_counter()
+    for _ in range(count):
+        client = Client(path)
+        client.ask(QUERY)
+        client.close()
+    return (time.perf_counter() - start) / count
+
 
 def serve_pump(qemu: str, listen: str) -> None:
     """A byte pump as one writes it with trio."""
@@ -108,13 +124,6 @@ def serve_pump(qemu: str, listen: str) -> None:
             await trio.serve_listeners(serve, [trio.SocketListener(sock)])
 
     trio.run(run)
-
-
-def serve_refault(qemu: str, listen: str) -> None:
-    from refault.daemon.monitor.address_text import parse_address
-    from refault.daemon.monitor.monitor import Monitor
-
-    trio.run(Monitor("bench", parse_address(qemu), [parse_address(listen, server=True)]).run)
 
 
 def serve_library(qemu: str, listen: str) -> None:
@@ -161,68 +170,96 @@ def serve_library(qemu: str, listen: str) -> None:
 
 SERVERS: dict[str, Callable[[str, str], None]] = {
     "pump": serve_pump,
-    "refault": serve_refault,
     "qemu.qmp": serve_library,
 }
 
 
-def command(way: str, qemu: Path, listen: Path) -> list[str]:
+def command(way: str, qemu: Path, listen: Path, trees: Mapping[str, Path]) -> list[str]:
+    """`trees`: of the ways that are another checkout's refault, its `src`."""
     if way == "socat":
         return ["socat", f"UNIX-LISTEN:{listen},fork", f"UNIX-CONNECT:{qemu}"]
-    return [sys.executable, __file__, "--serve", way, str(qemu), str(listen)]
+    if way in SERVERS:
+        return [sys.executable, __file__, "--serve", way, str(qemu), str(listen)]
+    state = Path(f"{listen}.state")
+    state.mkdir()
+    argv = [sys.executable, "-m", "refault", "run", "--name", listen.name, "--qemu", f"unix:{qemu}"]
+    argv += ["--listen", f"unix:{listen}", "--state-dir", str(state)]
+    return ["env", f"PYTHONPATH={trees[way]}", *argv] if way in trees else argv
 
 
 @contextmanager
 def process(argv: list[str]) -> Iterator[subprocess.Popen[bytes]]:
-    with subprocess.Popen(argv) as running:
+    with subprocess.Popen(argv, stderr=subprocess.DEVNULL) as running:
         try:
             yield running
         finally:
             running.kill()
 
 
-def measure(qemu: str, rounds: int) -> dict[str, dict[str, float]]:
-    """For each way: p50 and p99 of the round trip in us, and pipelined commands a second (median)."""
+def measure(qemu: str, rounds: int, trees: Mapping[str, Path]) -> dict[str, dict[str, float]]:
+    """For each way: p50 and p99 of the round trip in us, pipelined commands a second (median), and us for a
+    connection with one command, where the way has connections of its own."""
+    ways = (*WAYS, *trees)
     with ExitStack() as stack:
-        directory = Path(stack.enter_context(tempfile.TemporaryDirectory()))
-        monitors = {way: directory / f"{way}.qemu" for way in WAYS}
+        shm = Path("/dev/shm")
+        directory = Path(stack.enter_context(tempfile.TemporaryDirectory(dir=shm if shm.is_dir() else None)))
+        monitors = {way: directory / f"{number}.qemu" for number, way in enumerate((*ways, NEW))}
         argv = [qemu, "-machine", "none", "-nodefaults", "-nographic", "-display", "none"]
         for path in monitors.values():
             argv += ["-qmp", f"unix:{path},server=on,wait=off"]
         stack.enter_context(process(argv))
         while not all(path.exists() for path in monitors.values()):
             time.sleep(0.02)
-        clients = {"direct": Client(monitors["direct"])}
-        for way in WAYS[1:]:
-            listen = directory / way
-            stack.enter_context(process(command(way, monitors[way], listen)))
+        clients, anew = {"direct": Client(monitors["direct"])}, {"direct": monitors[NEW]}
+        for number, way in enumerate(ways[1:]):
+            listen = directory / f"way{number}"
+            stack.enter_context(process(command(way, monitors[way], listen, trees)))
             clients[way] = Client(listen)
+            if way == "refault" or way in trees:
+                anew[way] = listen
         for client in clients.values():
             client.round_trips(50)
-        times: dict[str, list[list[float]]] = {way: [] for way in WAYS}
-        rates: dict[str, list[float]] = {way: [] for way in WAYS}
+        times: dict[str, list[list[float]]] = {way: [] for way in ways}
+        rates: dict[str, list[float]] = {way: [] for way in ways}
+        connects: dict[str, list[float]] = {way: [] for way in anew}
         for turn in range(rounds):
-            order = WAYS[turn % len(WAYS) :] + WAYS[: turn % len(WAYS)]
+            order = ways[turn % len(ways) :] + ways[: turn % len(ways)]
             for way in order:
                 times[way].append(clients[way].round_trips(PER_ROUND))
             for way in order:
                 rates[way].append(clients[way].pipelined(PIPELINED))
-        return {way: row(times, rates, way) for way in WAYS}
+            for way in filter(anew.__contains__, order):
+                connects[way].append(connections(anew[way], CONNECTIONS))
+        return {way: row(times, rates, way) | connection_row(connects, way) for way in ways}
+
+
+def ratio(of: list[float], to: list[float]) -> float:
+    """The median over the rounds, each round's ways compared with each other."""
+    return statistics.median(one / other for one, other in zip(of, to, strict=True))
+
+
+def connection_row(connects: dict[str, list[float]], way: str) -> dict[str, float]:
+    """A way's figures of new connections, if it has some."""
+    if way not in connects:
+        return {}
+    return {
+        "connection_us": statistics.median(connects[way]) * 1e6,
+        "connection_to_direct": ratio(connects[way], connects["direct"]),
+        "connection_to_refault": ratio(connects[way], connects["refault"]),
+    }
 
 
 def row(times: dict[str, list[list[float]]], rates: dict[str, list[float]], way: str) -> dict[str, float]:
-    """A way's figures. Ratios are medians over the rounds, each round's ways compared with each other."""
+    """A way's figures of round trips and pipelined commands."""
     every = [time for turn in times[way] for time in turn]
     medians = {name: [statistics.median(turn) for turn in turns] for name, turns in times.items()}
-
-    def ratio(of: list[float], to: list[float]) -> float:
-        return statistics.median(one / other for one, other in zip(of, to, strict=True))
-
     return {
         "p50_us": statistics.median(every) * 1e6,
         "p99_us": statistics.quantiles(every, n=100)[98] * 1e6,
         "p50_to_direct": ratio(medians[way], medians["direct"]),
         "p50_to_pump": ratio(medians[way], medians["pump"]),
+        "p50_to_socat": ratio(medians[way], medians["socat"]),
+        "p50_to_refault": ratio(medians[way], medians["refault"]),
         "commands_per_second": statistics.median(rates[way]),
         "rate_to_direct": ratio(rates[way], rates["direct"]),
     }
@@ -235,26 +272,24 @@ def main() -> None:
     parser.add_argument("--qemu", default=os.environ.get("QEMU", "qemu-system-x86_64"))
     parser.add_argument("--rounds", type=int, default=20)
     parser.add_argument("--json", action="store_true")
+    parser.add_argument(
+        "--beside", action="append", default=[], help="a built checkout, whose refault runs too"
+    )
     parser.add_argument("--serve", nargs=3, metavar=("WAY", "QEMU", "LISTEN"), help=argparse.SUPPRESS)
     options = parser.parse_args()
     if options.serve:
         way, qemu, listen = options.serve
         SERVERS[way](qemu, listen)
         return
-    result = measure(options.qemu, options.rounds)
+    trees = {f"refault, {Path(tree).name}": Path(tree).resolve() / "src" for tree in options.beside}
+    result = measure(options.qemu, options.rounds, trees)
     if options.json:
         print(json.dumps(result))
         return
-    print(
-        f"{'way':10} {'p50 us':>8} {'p99 us':>8} {'x direct':>9} {'x pump':>7}"
-        f" {'commands/s':>11} {'x direct':>9}"
-    )
-    for way in WAYS:
-        line = result[way]
-        print(
-            f"{way:10} {line['p50_us']:8.1f} {line['p99_us']:8.1f} {line['p50_to_direct']:9.2f}"
-            f" {line['p50_to_pump']:7.2f} {line['commands_per_second']:11.0f} {line['rate_to_direct']:9.2f}"
-        )
+    heads = "us,p99 us,x direct,x pump,x socat,x refault,commands/s,x direct,connect us,x direct,x refault"
+    print(f"{'way':20}" + "".join(f" {head:>10}" for head in heads.split(",")))
+    for way, line in result.items():
+        print(f"{way:20}" + "".join(f" {figure:10.{0 if figure > 100 else 2}f}" for figure in line.values()))
     added, theirs = (result[way]["p50_us"] - result["direct"]["p50_us"] for way in ("refault", "qemu.qmp"))
     print(f"added to the round trip: refault {added:.1f} us, a qemu.qmp proxy {theirs:.1f} us")
 

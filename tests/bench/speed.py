@@ -21,7 +21,7 @@ HEAD = """# What refault costs a migration's speed, and what it gains
 Made by `python -m tests.bench.speed docs/speed.md`. Each part alone, and beside another checkout, is made by
 `bench_faults.py` and `bench_precopy.py` (`make bench`), which say what is measured. The ways take turns.
 Figures are medians of {rounds} runs; "x" is of direct's, in the same run. "source" is a refault at the source
-alone, "both" one at each side, with their default options.
+alone, "both" one at each side, with their default options. "socat, 3 of 5": the others did not end.
 
 {machine}
 

@@ -38,6 +38,10 @@ _SWITCHES = re.compile(r"^(?:non)?voluntary_ctxt_switches:\s*(\d+)", re.MULTILIN
 _TICK = os.sysconf("SC_CLK_TCK")
 
 
+class NotEndedError(RuntimeError):
+    """A migration failed, or did not come to its end."""
+
+
 @dataclass(frozen=True)
 class Way:
     """How the source reaches the destination."""
@@ -92,12 +96,20 @@ def options_of(description: str) -> argparse.Namespace:
 def take_turns(
     options: argparse.Namespace, run: Callable[[Way, Path], Awaitable[Run]]
 ) -> dict[str, list[Run]]:
-    """What each way took, in as many rounds."""
+    """What each way took, in as many rounds, where it came to its end.
+
+    Raises NotEndedError where it did not, but for socat's: that takes connections in no order, and 7.2 has
+    the first for its main one (migration/migration.c, migration_ioc_process_incoming), with preempt too.
+    """
     results: dict[str, list[Run]] = {way.name: [] for way in options.ways}
     for _ in range(options.rounds):
         for way in options.ways:
             with tempfile.TemporaryDirectory(prefix="refault-bench-") as directory:
-                results[way.name].append(trio.run(run, way, Path(directory)))
+                try:
+                    results[way.name].append(trio.run(run, way, Path(directory)))
+                except NotEndedError:
+                    if way.between != "socat":
+                        raise
     return results
 
 
@@ -111,7 +123,11 @@ def compared(
     told = {}
     for cell in cells:
         results = take_turns(options, partial(migrate, cell))
-        told[cell.name] = {name: measures(runs) for name, runs in results.items()}
+        told[cell.name] = {
+            name + f", {len(runs)} of {options.rounds}" * (len(runs) < options.rounds): measures(runs)
+            for name, runs in results.items()
+            if runs
+        }
     return told
 
 
@@ -233,15 +249,15 @@ class Laid:
         await destination.execute("migrate-incoming", {"uri": self.incoming})
         await source.execute("migrate", {"uri": self.uri})
 
-    async def result(self, before: Spent, seconds: float = 120.0) -> Run:
-        """Waits for the end. Raises RuntimeError where it fails, or does not come in time."""
+    async def result(self, before: Spent, seconds: float = 60.0) -> Run:
+        """Waits for the end. Raises NotEndedError where it fails, or does not come in time."""
         answer: dict[str, Any] = {"status": f"not at its end after {seconds:g} s"}
         with trio.move_on_after(seconds):
             answer = await bare.wait_status(self.clients[0], "completed", "failed", poll=0.02)
             while answer["status"] == "completed" and not answer["total-time"]:  # it comes behind the status
                 answer = await self.clients[0].execute("query-migrate")
         if answer["status"] != "completed":
-            raise RuntimeError(f"{self.way.name}: {answer}")
+            raise NotEndedError(f"{self.way.name}: {answer}")
         spent = Spent.of(self.between)
         return Run(
             answer["total-time"] / 1e3,

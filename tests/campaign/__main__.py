@@ -29,6 +29,9 @@ def main() -> int:
     parser.add_argument("--minutes", type=float, default=120.0, help="begin no migration after this time")
     parser.add_argument("--record", type=Path, help="where to keep the record, to go on with it later")
     parser.add_argument("--preempt", action="store_true", help="with postcopy-preempt: two connections")
+    parser.add_argument(
+        "--also", action="append", default=[], help="a capability that both switch on besides"
+    )
     parser.add_argument("--logs", type=Path, help="where to keep the logs of what ended badly")
     parser.add_argument(
         "--only",
@@ -45,7 +48,8 @@ def main() -> int:
     command = " ".join(["python -m tests.campaign", *sys.argv[1:]])
     record = Record.begin(command, arguments.seed, arguments.record)
     campaign = partial(run, arguments.qemu, kinds, arguments.each, record, arguments.minutes * 60)
-    trio.run(partial(campaign, preempt=arguments.preempt, keep=arguments.record, logs=arguments.logs))
+    also = [*(["postcopy-preempt"] if arguments.preempt else []), *arguments.also]
+    trio.run(partial(campaign, also=also, keep=arguments.record, logs=arguments.logs))
     print(record)
     left = sum(record.left(kinds, arguments.each).values())
     if left:

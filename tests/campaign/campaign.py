@@ -28,16 +28,17 @@ async def run(
     record: Record,
     seconds: float,
     *,
-    preempt: bool = False,
+    also: Sequence[str] = (),
     keep: Path | None = None,
     logs: Path | None = None,
 ) -> Record:
     """Makes losses until the record has ``each`` of every class; begins no migration after ``seconds``.
 
-    The record is written to ``keep`` after each migration, and the logs of those that ended worse than QEMU
-    allows, or in which a recovery took long, below ``logs``.
+    ``also``: capabilities that both QEMUs switch on besides. The record is written to ``keep`` after each
+    migration, and the logs of those that ended worse than QEMU allows, or in which a recovery took long,
+    below ``logs``.
     """
-    capabilities = (*bare.CAPABILITIES, "postcopy-preempt") if preempt else bare.CAPABILITIES
+    capabilities = (*bare.CAPABILITIES, *also)
     print(f"seed {record.seed}", flush=True)
     began = trio.current_time()
     while any((left := record.left(kinds, each)).values()) and trio.current_time() - began < seconds:
@@ -53,8 +54,9 @@ async def run(
                 with trio.fail_after(_LONGEST):
                     await live(Path(directory), binary, plans, life, capabilities)
             except Exception as error:
-                record.failures.append(f"{name}: {error!r}")
-                print(f"{name}: the lab failed: {error!r}", flush=True)
+                failure = f"{error!r} at {life.making}"
+                record.failures.append(f"{name}: {failure}")
+                print(f"{name}: the lab failed: {failure}", flush=True)
                 keep_logs(logs, directory, name)
                 if len(record.failures) > 5:
                     raise

@@ -33,6 +33,7 @@ from tests.campaign.hosts import Setting, TwoHosts, on_two_hosts
 from tests.campaign.record import commit_of
 
 from refault.lab.channel import free_port
+from refault.lab.driver import REFAULT
 from refault.lab.guest import Guest
 from refault.lab.qemu import DEFAULT_BINARY, Qemu
 
@@ -43,7 +44,7 @@ LINK_AT_THE_END = "10gbit"
 RATIO_MOST = 1.5
 P99_MOST = 0.1
 _LOSSES_OF_ONE = 10
-_DEADLINE = 20.0
+_DEADLINE = 40.0
 
 
 STEPS = ("postcopy-paused", "postcopy-recover", "postcopy-active")
@@ -92,11 +93,15 @@ async def _recover(lab: TwoHosts, since: Sequence[int]) -> None:
         await source.execute("migrate", {"uri": lab.uri, "resume": True})
 
 
-async def losses_of_one(binary: str, refault: bool, losses: int) -> tuple[list[Steps], tuple[int, int, int]]:
-    """One migration with so many losses, compared at its end; what each took, and QEMU's version."""
+async def losses_of_one(
+    binary: str, refault: bool, losses: int, command: Sequence[str] = REFAULT
+) -> tuple[list[Steps], tuple[int, int, int]]:
+    """One migration with so many losses, compared at its end; what each took, and QEMU's version. `command`:
+    how refault is started."""
     taken: list[Steps] = []
     with tempfile.TemporaryDirectory(prefix="refault-floor-") as directory:
-        async with on_two_hosts(Path(directory), Setting(binary, GUEST, refault)) as lab:
+        setting = Setting(binary, GUEST, refault, command=command)
+        async with on_two_hosts(Path(directory), setting) as lab:
             lab.hosts[0].limit(LINK)
             await lab.begin(0)
             await lab.postcopy()

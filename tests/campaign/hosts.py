@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import sys
 from collections.abc import AsyncIterator, Sequence
 from contextlib import AsyncExitStack, asynccontextmanager
 from dataclasses import dataclass, field
@@ -12,7 +11,7 @@ import trio
 
 from refault.lab import bare
 from refault.lab.channel import free_port
-from refault.lab.driver import Relay
+from refault.lab.driver import REFAULT, Relay
 from refault.lab.guest import Guest
 from refault.lab.memory import Verdict, compare
 from refault.lab.netns import Host, two_hosts
@@ -20,7 +19,7 @@ from refault.lab.process import Process, started
 from refault.lab.qemu import DEFAULT_BINARY, Pair, PairOptions, Qemu, start_pair
 from refault.lab.qmp_client import QmpClient, connect
 
-GUEST = Guest(vcpus=4, log_pages=11, tick_ns=1_000_000)
+GUEST = Guest(vcpus=4, log_pages=11, tick_ns=4_000_000)
 
 
 @dataclass(frozen=True)
@@ -36,6 +35,8 @@ class Setting:
     """With a second network, which is named to both refaults: the port there."""
     options: tuple[str, ...] = ()
     """Further options of both refaults."""
+    command: Sequence[str] = REFAULT
+    """How a refault is started."""
 
 
 @dataclass
@@ -92,6 +93,7 @@ class TwoHosts:
             await source.execute("migrate-start-postcopy")
             await source.wait_migration("postcopy-active")
             await destination.wait_event(lambda event: event.name == "RESUME")
+        await bare.heard_of_postcopy(self.pair.source.qmp, self.pair.destination.qmp)
 
     def log(self, side: str) -> list[str]:
         """What the refault of that side (`src`, `dst`) has logged."""
@@ -124,7 +126,7 @@ def refault_command(
 ) -> list[str]:
     """How the refault of one side is started, inside its host."""
     host = hosts[0 if side == "src" else 1]
-    command = [*host.prefix, sys.executable, "-m", "refault", "run", "--qemu", qemu.monitor]
+    command = [*host.prefix, *setting.command, "run", "--qemu", qemu.monitor]
     command += ["--listen", f"unix:{lab_directory}/{side}.client", "--name", side, "--relay", setting.relay]
     command += ["--control", f"{lab_directory}/{side}.control", "--state-dir", str(lab_directory)]
     if setting.recover_port is not None:

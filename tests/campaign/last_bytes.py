@@ -36,11 +36,11 @@ from refault.lab.qemu import DEFAULT_BINARY
 
 MUCH = 1 << 20
 _RECEIVE_BUFFER = 16 << 20
-GUEST = Guest(vcpus=1, log_pages=10, tick_ns=1_000_000)
-"""Its memory fits into that buffer."""
+GUEST = Guest(vcpus=1, log_pages=10, tick_ns=10_000_000)
+"""Its memory fits into that buffer, and it takes ten seconds to ask for all of it."""
 LARGE, LARGER = (Guest(vcpus=1, log_pages=log_pages, tick_ns=1_000_000) for log_pages in (14, 15))
 """More than the kernels hold on the way: else a source has sent all before it can be refused."""
-_STANDS = 0.2
+_STANDS = 0.5
 
 
 def unread(lab: TwoHosts) -> int:

@@ -58,10 +58,19 @@ def processes(commands: Sequence[Sequence[str]], directory: Path) -> Iterator[li
         started = []
         for command in commands:
             process = subprocess.Popen(command, env=environment, stdout=log, stderr=log)
-            stack.callback(process.wait)
-            stack.callback(process.kill)
+            stack.callback(end, process)
             started.append(process)
         yield started
+
+
+def end(process: subprocess.Popen[bytes]) -> None:
+    """A refault that is killed leaves the monitor with its QEMU: it is told to stop first."""
+    process.terminate()
+    try:
+        process.wait(10)
+    except subprocess.TimeoutExpired:
+        process.kill()
+        process.wait()
 
 
 def connected(controls: Sequence[Path]) -> int:

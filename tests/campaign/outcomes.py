@@ -24,10 +24,19 @@ class Outcome(enum.Enum):
     DOUBLED = "DOUBLED"
     WRONG_MEMORY = "WRONG MEMORY"
     REFUSED = "REFUSED as another VM's"
+    NOTICED = "NOTICED by a client"
 
 
-def allowed(kind: LossClass, version: Version) -> tuple[Outcome, ...]:
-    """The outcomes of a loss that are no defect of refault's."""
+_AT_THE_END = (Outcome.RECOVERED, Outcome.COMPLETED_HELD, Outcome.HELD)
+
+
+def allowed(kind: LossClass, version: Version, *, at_its_end: bool = False) -> tuple[Outcome, ...]:
+    """The outcomes of a loss that are no defect of refault's.
+
+    ``at_its_end``: the source had turned to its completion when the channel was lost, whatever the class.
+    """
+    if at_its_end:
+        return _AT_THE_END
     if kind.place is Place.ALONE:
         return (Outcome.SOURCE_GOES_ON,)
     if kind.in_switchover:
@@ -39,7 +48,7 @@ def allowed(kind: LossClass, version: Version) -> tuple[Outcome, ...]:
         part_lost = (Outcome.HELD, Outcome.LEFT_AT_SOURCE, Outcome.STOPPED, Outcome.SOURCE_GOES_ON)
         return (Outcome.RECOVERED, *part_lost)
     if kind.place is Place.LAST:
-        return (Outcome.RECOVERED, Outcome.COMPLETED_HELD, Outcome.HELD)
+        return _AT_THE_END
     if (
         kind in (LossClass.REFAULT_AGAIN, LossClass.HUNG_RECOVERY)
         and not abilities(version).pauses_again_in_handshake

@@ -38,10 +38,13 @@ class Entry:
     note: str = ""
     outstanding: int = 0
     """Page requests that waited for their answer when the channel was lost."""
+    at_its_end: bool = False
+    """Whether the source had turned to its completion by then, which its class does not say."""
 
     def __str__(self) -> str:
         took = "" if self.seconds is None else f" in {self.seconds * 1000:.0f} ms"
-        return f"{self.loss}: {self.outcome.value}{took} {self.note}".rstrip()
+        end = ", at the source's end" if self.at_its_end else ""
+        return f"{self.loss}{end}: {self.outcome.value}{took} {self.note}".rstrip()
 
 
 @dataclass
@@ -93,6 +96,7 @@ class Record:
                 result.seconds,
                 result.note,
                 result.outstanding,
+                result.at_its_end,
             )
             for result in life.results
         ]
@@ -106,7 +110,7 @@ class Record:
 
     def is_defect(self, entry: Entry) -> bool:
         """Whether it did not end as well as this QEMU allows."""
-        return entry.outcome not in allowed(entry.kind, self.version)
+        return entry.outcome not in allowed(entry.kind, self.version, at_its_end=entry.at_its_end)
 
     @property
     def defects(self) -> list[Entry]:

@@ -20,7 +20,7 @@ import sys
 import tempfile
 import time
 from collections import Counter
-from collections.abc import Awaitable, Callable, Iterator
+from collections.abc import Awaitable, Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -63,7 +63,7 @@ class Client:
         """Connects once and for all."""
         sock = trio.socket.socket(socket.AF_UNIX)
         with sock:
-            await sock.connect(str(self.path))
+            await self._comes(sock)
             self._splitter = Splitter(lenient=True)
             self._sock = sock
             await self._say(
@@ -83,6 +83,17 @@ class Client:
                         await trio.sleep(0.01)
                 await trio.sleep(0.3)  # for what comes twice
                 nursery.cancel_scope.cancel()
+
+    async def _comes(self, sock: trio.socket.SocketType) -> None:
+        """A socket's file is there a moment before somebody listens."""
+        with trio.fail_after(NOTICED_WITHIN):
+            while True:
+                try:
+                    await sock.connect(str(self.path))
+                except ConnectionRefusedError:
+                    await trio.sleep(0.02)
+                else:
+                    return
 
     async def _command(self) -> None:
         name = f"{self.name}-{len(self.sent)}"
@@ -224,16 +235,22 @@ async def connected(directory: Path, expected: int) -> int:
     return served
 
 
-def start(directory: Path) -> subprocess.Popen[bytes]:
+def start(directory: Path, program: Sequence[str] = REFAULT) -> subprocess.Popen[bytes]:
     """One more refault."""
     with open(directory / "log", "ab") as log:
         return subprocess.Popen(
             [
-                *(*REFAULT, "run", "--name", "vm", "--qemu", f"{directory}/q", "--listen", f"{directory}/f"),
+                *(*program, "run", "--name", "vm", "--qemu", f"{directory}/q", "--listen", f"{directory}/f"),
                 *("--state-dir", f"{directory}/state", "--control", f"{directory}/control"),
             ],
             stderr=log,
         )
+
+
+def undecided(log: str) -> int:
+    """What was done at a kill that the next refault could not tell from what it found, by what it says."""
+    lost = sum(map(int, re.findall(r"(\d+) descriptors that clients had passed are lost", log)))
+    return lost + log.count("cannot go on where the last refault ended")
 
 
 async def campaign(binary: str, kills: int, seed: int, directory: Path, *, planned: bool) -> list[str]:
@@ -310,7 +327,9 @@ async def campaign(binary: str, kills: int, seed: int, directory: Path, *, plann
                         while any(len(client.answered) < len(client.sent) for client in clients):
                             await trio.sleep(0.01)
                     stop.set()
-                    await trio.sleep(1.5)
+                    with trio.move_on_after(NOTICED_WITHIN):  # until everybody has been told of all events
+                        while sets < 0 or any(client.events[-1:] != seen[-1:] for client in clients):
+                            await trio.sleep(0.01)
                     if (served := await connected(directory, len(clients))) != len(clients):
                         wrong.append(f"{served} clients are served, and there are {len(clients)}")
                     for client in clients:
@@ -338,7 +357,8 @@ async def campaign(binary: str, kills: int, seed: int, directory: Path, *, plann
     commands = sum(len(client.sent) for client in clients)
     print(
         f"{binary}: {kills + early} ends, {early} in a start, {commands} commands,"
-        f" {len(seen)} events, {sets} descriptors, {len(ran)} commands in QEMU's trace"
+        f" {len(seen)} events, {sets} descriptors, {len(ran)} commands in QEMU's trace,"
+        f" {undecided((directory / 'log').read_text())} not decided"
     )
     return wrong
 

@@ -2,9 +2,12 @@
 sessions no QEMU notices one.
 
 Connections are lost after a random number of bytes: few where the device state passes, and at the end; many
-in the session's own handshake. By a reset, by a close, or with old bytes that come later.
+in the session's own handshake. By a reset, by a close, or with old bytes that come later. With --preempt a
+migration has two connections, with --multifd many, of which one is lost, or several; the latter in precopy
+alone. With --tls it is encrypted.
 
-Run: python -m tests.campaign.session [--qemu BINARY] [--losses 1000] [--seed N] [--off N]
+Run: python -m tests.campaign.session [--qemu BINARY] [--preempt | --multifd N | --tls x509|psk]
+[--losses 1000] [--seed N] [--off N]
 """
 
 from __future__ import annotations
@@ -24,6 +27,7 @@ import trio.lowlevel
 from tests.campaign.invariants import Watch
 from tests.campaign.record import commit_of
 from tests.support.breaking_proxy import BreakingProxy
+from tests.support.certificates import make_certificates, make_key, set_tls
 
 from refault.lab import bare
 from refault.lab.channel import Channel, free_port
@@ -32,7 +36,7 @@ from refault.lab.guest import Guest
 from refault.lab.memory import compare
 from refault.lab.process import ProcessFailed
 from refault.lab.qemu import DEFAULT_BINARY, Pair, PairOptions, start_pair
-from refault.lab.qmp_client import QmpClosed, QmpError
+from refault.lab.qmp_client import QmpClient, QmpClosed, QmpError
 
 SEEN = {"setup", "active", "device", "postcopy-device", "postcopy-active", "completed"}
 """What a QEMU says that notices no loss."""
@@ -52,6 +56,27 @@ class Outcome:
 
 
 @dataclass(frozen=True)
+class Lanes:
+    """The connections of a migration beside its main one."""
+
+    preempt: bool = False
+    multifd: int = 0
+    """In precopy, which completes."""
+    tls: str = ""
+    """Encrypted, by x509 or psk; then there is no connection beside."""
+
+    @property
+    def capabilities(self) -> tuple[str, ...]:
+        """That both ends switch on."""
+        if self.multifd:
+            return ("events", "return-path", "multifd")
+        return (*bare.CAPABILITIES, "postcopy-preempt") if self.preempt else bare.CAPABILITIES
+
+
+NO_LANES = Lanes()
+
+
+@dataclass(frozen=True)
 class Between:
     """The way of the channel, through the proxy, as `refault_driver` asks for it."""
 
@@ -61,10 +86,16 @@ class Between:
 
 
 async def migrate(
-    directory: Path, binary: str, seed: int, losses: int, *, session: bool, memory: int = 96 * _MIB
+    directory: Path,
+    binary: str,
+    seed: int,
+    losses: int,
+    *,
+    session: bool,
+    memory: int = 96 * _MIB,
+    lanes: Lanes = NO_LANES,
 ) -> Outcome:
     """One migration that loses so many connections, spread over its phases."""
-    draw = random.Random(seed)
     outcome = Outcome()
     guest = Guest.of_size(memory, 2, 5_000_000)
     options = ("--session", "auto" if session else "off")
@@ -79,8 +110,16 @@ async def migrate(
             watch = Watch(pair)
             nursery.start_soon(watch.run)
             try:
-                with trio.fail_after(45):
-                    await _course(driver, proxy, draw, losses, way, directory, session=session)
+                with trio.fail_after(90):
+                    for qmp in (driver.source, driver.destination):
+                        await bare.set_capabilities(qmp, *lanes.capabilities)
+                        if lanes.multifd:
+                            await qmp.execute("migrate-set-parameters", {"multifd-channels": lanes.multifd})
+                    if lanes.tls:
+                        await encrypt(driver.source, driver.destination, lanes.tls, directory)
+                    course = Course(driver, proxy, way, random.Random(seed), losses)
+                    logs = directory if session else None
+                    await (course.precopy if lanes.multifd else course.postcopy)(logs)
                     outcome.resumed = await _resumptions(driver)
                     verdict = await compare(guest, pair.destination.qmp, pair.source.qmp)
                 if not verdict.right:
@@ -97,48 +136,79 @@ async def migrate(
     return outcome
 
 
-async def _course(
-    driver: Driver,
-    proxy: BreakingProxy,
-    draw: random.Random,
-    losses: int,
-    way: Channel,
-    directory: Path,
-    *,
-    session: bool,
-) -> None:
-    source, destination = driver.source, driver.destination
-    for qmp in (source, destination):
-        await bare.set_capabilities(qmp, *bare.CAPABILITIES)
-    limits = {
-        "max-bandwidth": 30 * _MIB,
-        "max-postcopy-bandwidth": 20 * _MIB,
-        "downtime-limit": bare.DOWNTIME_LIMIT,
-    }
-    await source.execute("migrate-set-parameters", limits)
-    await destination.execute("migrate-incoming", {"uri": way.target_uri})
-    await source.execute("migrate", {"uri": way.uri})
-    await bare.wait_sent(source, 0.02)
-    if session:
-        await _began(directory)
-    quarter = max(losses // 4, 1)
-    size = int((await source.execute("query-migrate"))["ram"]["total"])
-    await _lose(proxy, quarter, size // 3 // quarter)
-    await _lost(proxy)
-    await _lose(proxy, quarter, draw.choice((2_000, 20_000, 100_000)))
-    await source.execute("migrate-start-postcopy")
-    await source.wait_migration("postcopy-active")
-    await destination.wait_event(lambda event: event.name == "RESUME")
-    await _lost(proxy)
-    await _lose(proxy, quarter, size // 4 // quarter)
-    while await _remaining(driver) > 3 * _TAIL:
-        await trio.sleep(0.01)
-    await source.execute("migrate-set-parameters", {"max-postcopy-bandwidth": 4 * _MIB})
-    while await _remaining(driver) > _TAIL:
-        await trio.sleep(0.01)
-    await _lose(proxy, quarter, draw.choice((1_000, 20_000, 2 * _TAIL // quarter)))
-    await source.wait_migration("completed")
-    await destination.wait_migration("completed")
+async def encrypt(source: QmpClient, destination: QmpClient, kind: str, place: Path) -> None:
+    """Has the migrations of both speak TLS."""
+    if kind == "psk":
+        make_key(place)
+    else:
+        make_certificates(place, "IP:127.0.0.1")
+    await set_tls(source, destination, kind, place)
+    await source.execute("migrate-set-parameters", {"tls-hostname": "127.0.0.1"})
+
+
+@dataclass(frozen=True)
+class Course:
+    """A migration over `way` that loses so many connections, at moments that are drawn."""
+
+    driver: Driver
+    proxy: BreakingProxy
+    way: Channel
+    draw: random.Random
+    losses: int
+
+    async def precopy(self, logs: Path | None) -> None:
+        """As `_begin`, to its end in precopy."""
+        source = self.driver.source
+        await self._begin(logs, max(self.losses // 2, 1))
+        await source.execute("migrate-set-parameters", {"max-bandwidth": 0, "downtime-limit": 2000})
+        await self._completed()
+
+    async def postcopy(self, logs: Path | None) -> None:
+        """As `_begin`, and then by postcopy to its end."""
+        source, destination, proxy = self.driver.source, self.driver.destination, self.proxy
+        quarter = max(self.losses // 4, 1)
+        size = await self._begin(logs, quarter)
+        await source.execute("migrate-start-postcopy")
+        await source.wait_migration("postcopy-active")
+        await destination.wait_event(lambda event: event.name == "RESUME")
+        await _lost(proxy)
+        await _lose(proxy, quarter, size // 4 // quarter)
+        while await self._remaining() > 3 * _TAIL:
+            await trio.sleep(0.01)
+        await source.execute("migrate-set-parameters", {"max-postcopy-bandwidth": 4 * _MIB})
+        while await self._remaining() > _TAIL:
+            await trio.sleep(0.01)
+        await _lose(proxy, quarter, self.draw.choice((1_000, 20_000, 2 * _TAIL // quarter)))
+        await self._completed()
+
+    async def _begin(self, logs: Path | None, part: int) -> int:
+        """Precopy, with that many losses in its midst, and as many that come as it ends. `logs`: where the
+        source's refault says that the channel is a session. The size of the guest, in bytes."""
+        source, destination = self.driver.source, self.driver.destination
+        limits = {
+            "max-bandwidth": 8 * _MIB,
+            "max-postcopy-bandwidth": 20 * _MIB,
+            "downtime-limit": bare.DOWNTIME_LIMIT,
+        }
+        await source.execute("migrate-set-parameters", limits)
+        await destination.execute("migrate-incoming", {"uri": self.way.target_uri})
+        await source.execute("migrate", {"uri": self.way.uri})
+        await bare.wait_sent(source, 0.02)
+        if logs is not None:
+            await _began(logs)
+        size = int((await source.execute("query-migrate"))["ram"]["total"])
+        await _lose(self.proxy, part, size // 3 // part)
+        await _lost(self.proxy)
+        await _lose(self.proxy, part, self.draw.choice((2_000, 20_000, 100_000)))
+        return size
+
+    async def _remaining(self) -> int:
+        answer = await self.driver.source.execute("query-migrate")
+        return int(answer.get("ram", {}).get("remaining", 0))
+
+    async def _completed(self) -> None:
+        await self.driver.source.wait_migration("completed")
+        await self.driver.destination.wait_migration("completed")
 
 
 async def _began(directory: Path) -> None:
@@ -170,11 +240,6 @@ async def _resumptions(driver: Driver) -> Counter[float]:
     return found
 
 
-async def _remaining(driver: Driver) -> int:
-    answer = await driver.source.execute("query-migrate")
-    return int(answer.get("ram", {}).get("remaining", 0))
-
-
 def _statuses(pair: Pair) -> list[str]:
     wrong = []
     for qemu in (pair.source, pair.destination):
@@ -184,12 +249,12 @@ def _statuses(pair: Pair) -> list[str]:
     return wrong
 
 
-async def campaign(binary: str, losses: int, each: int, seed: int, off: int) -> int:
+async def campaign(binary: str, losses: int, each: int, seed: int, off: int, lanes: Lanes) -> int:
     """Runs it, prints what became of each migration that noticed something, and the table."""
     made, wrong, number = 0, 0, 0
     resumed: Counter[float] = Counter()
     while made < losses:
-        outcome = await _one(binary, seed + number, each, session=True)
+        outcome = await _one(binary, seed + number, each, lanes, session=True)
         made += outcome.losses
         resumed += outcome.resumed
         number += 1
@@ -200,7 +265,7 @@ async def campaign(binary: str, losses: int, each: int, seed: int, off: int) -> 
     print(f"{resumed.total()} resumptions: {_quantiles(resumed)}", flush=True)
     became: Counter[str] = Counter()
     for i in range(off):
-        outcome = await _one(binary, seed + i, 4, session=False)
+        outcome = await _one(binary, seed + i, 4, lanes, session=False)
         became["; ".join(outcome.wrong) or "noticed by no QEMU"] += 1
     for what, count in became.most_common():
         print(f"without sessions, 4 losses: {count} x {what}")
@@ -219,15 +284,19 @@ def _quantiles(resumed: Counter[float]) -> str:
     return ", ".join(told)
 
 
-async def _one(binary: str, seed: int, losses: int, *, session: bool) -> Outcome:
+async def _one(binary: str, seed: int, losses: int, lanes: Lanes, *, session: bool) -> Outcome:
     with tempfile.TemporaryDirectory() as directory:
-        return await migrate(Path(directory), binary, seed, losses, session=session)
+        return await migrate(Path(directory), binary, seed, losses, session=session, lanes=lanes)
 
 
 def main(arguments: list[str]) -> int:
     """Runs it once and prints the figures."""
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("--qemu", default=DEFAULT_BINARY)
+    several = parser.add_mutually_exclusive_group()
+    several.add_argument("--preempt", action="store_true", help="with postcopy-preempt: two connections")
+    several.add_argument("--multifd", type=int, default=0, help="with so many multifd channels")
+    several.add_argument("--tls", choices=["x509", "psk"], default="", help="encrypted")
     parser.add_argument("--losses", type=int, default=1000)
     parser.add_argument("--each", type=int, default=60, help="losses of one migration (60)")
     parser.add_argument("--off", type=int, default=5, help="the same seeds, without sessions (5)")
@@ -235,7 +304,8 @@ def main(arguments: list[str]) -> int:
     options = parser.parse_args(arguments)
     print(f"commit {commit_of()}: python -m tests.campaign.session {' '.join(arguments)}"
           f" (seed {options.seed})", flush=True)  # fmt: skip
-    return trio.run(campaign, options.qemu, options.losses, options.each, options.seed, options.off)
+    lanes = Lanes(options.preempt, options.multifd, options.tls)
+    return trio.run(campaign, options.qemu, options.losses, options.each, options.seed, options.off, lanes)
 
 
 if __name__ == "__main__":

@@ -100,7 +100,7 @@ class Strangers:
         sock.setblocking(False)
         stranger = trio.socket.from_stdlib_socket(sock)
         try:
-            with trio.fail_after(5):
+            with trio.fail_after(20):
                 await stranger.connect(address)
                 if data := words_of(kind, phase, self._draw):
                     await stranger.send(data)
@@ -140,7 +140,7 @@ class Course:
 
     async def come_to(self, phase: Phase) -> None:
         """From the phase before. Raises what the lab raises, and trio.TooSlowError."""
-        with trio.fail_after(40):
+        with trio.fail_after(80):
             await _STEPS[phase](self)
 
     async def listen(self) -> None:
@@ -163,11 +163,11 @@ class Course:
         since = lab.marks()
         if lab.setting.refault:
             self._kill_front()
-            await lab.both("postcopy-paused", since, 20)
+            await lab.both("postcopy-paused", since, 40)
             return
         with connection_of(lab.pair.source.pid, lab.port) as connection:
             connection.shutdown(socket.SHUT_RDWR)
-        await lab.both("postcopy-paused", since, 20)
+        await lab.both("postcopy-paused", since, 40)
         await self._wait_for_source()
 
     def _kill_front(self) -> None:
@@ -191,7 +191,7 @@ class Course:
             if "postcopy-active" not in told:
                 return
             source.process.signal(signal.SIGCONT)
-            await lab.both("postcopy-active", since, 20)
+            await lab.both("postcopy-active", since, 40)
             await trio.sleep(0.1)
             since = lab.marks()
             owner = self._fronts[0] if lab.setting.refault else source
@@ -200,7 +200,7 @@ class Course:
                     self._kill_front()
                 else:
                     connection.shutdown(socket.SHUT_RDWR)
-            await lab.both("postcopy-paused", since, 20)
+            await lab.both("postcopy-paused", since, 40)
             if not lab.setting.refault:
                 await self._wait_for_source()
         raise RuntimeError("the recovery handshake was always over before the source was stopped")
@@ -217,7 +217,7 @@ class Course:
     async def complete(self) -> None:
         self._lab.pair.source.process.signal(signal.SIGCONT)
         await self._lab.pair.source.qmp.wait_migration("postcopy-active")
-        await self._lab.finish(20)
+        await self._lab.finish(40)
 
     def all_live(self) -> None:
         """Raises ProcessFailed where one has ended."""

@@ -41,11 +41,18 @@ static uint64_t offset(struct input *in) {
     return kind < 240 ? (uint64_t)kind * PAGE : next64(in);
 }
 
+static uint64_t confirmed(const struct rf_pagemap *map) {
+    struct rf_pagemap_stats stats;
+    CHECK(rf_pagemap_stats(map, &stats) == 1);
+    return stats.confirmed;
+}
+
 static void received(struct rf_pagemap *map, struct input *in, const char *name) {
     uint64_t size = next(in) < 250 ? (uint64_t)(next(in) % 9) * 8 : next64(in);
     uint8_t fill = next(in);
     struct rf_bitmap_report report;
     if (rf_pagemap_bitmap_begin(map, name, strlen(name), size) >= 0) {
+        const uint64_t before = confirmed(map);
         uint8_t dense[72];
         memset(dense, fill, sizeof(dense));
         for (uint64_t done = 0; done < size && done < 4096;) {
@@ -64,6 +71,8 @@ static void received(struct rf_pagemap *map, struct input *in, const char *name)
         } else {
             CHECK(rf_pagemap_bitmap_end(map, &report) == RF_OK);
         }
+        rf_pagemap_sweep(map);
+        CHECK(confirmed(map) == before); /* no received bitmap ends a record before RESUME_ACK */
         if (size % 5 == 0) {
             rf_pagemap_handshake_over(map);
         }

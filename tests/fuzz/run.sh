@@ -1,5 +1,6 @@
 #!/bin/sh
 # Fuzzes every tests/fuzz/fuzz_*.c under the address and undefined-behaviour sanitizers, one on each core: run.sh [SECONDS each].
+# And every tests/fuzz/fuzz_*.py, by the Python of .venv.
 # What they fuzz is compiled once. Seeds are in corpus/NAME; what is found is kept in $FUZZ_DIR (default: a temporary
 # directory, named at the end).
 # Exits with 1 on a finding.
@@ -32,16 +33,25 @@ fuzz() { # TARGET.c SECONDS DIRECTORY
     fi
 }
 
+fuzz_python() { # TARGET.py SECONDS
+    cd "$here/../.."
+    .venv/bin/python -m "tests.fuzz.$(basename "$1" .py)" "$2"
+}
+
 case ${1:-} in
 --compile) shift; compile "$@"; exit ;;
---one) shift; fuzz "$@"; exit ;;
+--one)
+    shift
+    case $1 in *.py) fuzz_python "$@" ;; *) fuzz "$@" ;; esac
+    exit
+    ;;
 esac
 
 seconds=${1:-60}
 work=${FUZZ_DIR:-$(mktemp -d)}
 mkdir -p "$work/objects"
 printf '%s\n' "$cext"/*.c | xargs -P "$(nproc)" -I '{}' "$0" --compile '{}' "$work"
-if ! printf '%s\n' "$here"/fuzz_*.c | xargs -P "$(nproc)" -I '{}' "$0" --one '{}' "$seconds" "$work"; then
+if ! printf '%s\n' "$here"/fuzz_*.c "$here"/fuzz_*.py | xargs -P "$(nproc)" -I '{}' "$0" --one '{}' "$seconds" "$work"; then
     echo "inputs and logs are in $work" >&2
     exit 1
 fi

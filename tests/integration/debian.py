@@ -19,7 +19,7 @@ from tests.support import until as support
 ROOT = Path(__file__).parents[2]
 BASE = ROOT / ".nspawn"
 T = TypeVar("T")
-PATIENCE = 60
+PATIENCE = 120
 # The system is an overlay over what tests/tools/nspawn has made, in memory, seen by this process tree alone.
 _BOOT = """
 mount -t tmpfs -o mode=755 tmpfs "$place"

@@ -102,7 +102,7 @@ async def compare_bitmaps(
             await bare.recover(source, destination, tap, since=since)
             assert Fact.FOREIGN_PAGES not in tap.tracker.facts
         await bare.finish(source)
-        with trio.fail_after(5):
+        with trio.fail_after(20):
             while Fact.SHUT_PASSED not in tap.tracker.facts:
                 await trio.sleep(0.005)
         nursery.cancel_scope.cancel()

@@ -6,6 +6,7 @@ tests/integration/test_memory_kinds.py runs them on some QEMUs, tests/campaign/m
 from __future__ import annotations
 
 import contextlib
+import os
 import random
 import re
 import tempfile
@@ -46,7 +47,8 @@ def nodes(guest: Guest, *backends: str) -> list[str]:
     return words
 
 
-_GUEST = Guest(vcpus=4, log_pages=11, tick_ns=1_000_000)
+# It takes eight seconds to ask for all of its memory, in which the losses are to fall.
+_GUEST = Guest(vcpus=4, log_pages=11, tick_ns=4_000_000)
 
 
 @dataclass(frozen=True)
@@ -85,7 +87,7 @@ MANY_BLOCKS = Kind(
     dimm=True,
 )
 XBZRLE = Kind(
-    Guest(vcpus=4, log_pages=11, tick_ns=200_000), capabilities=("xbzrle",), precopy_bandwidth=32 * MIB
+    Guest(vcpus=4, log_pages=9, tick_ns=200_000), capabilities=("xbzrle",), precopy_bandwidth=4 * MIB
 )
 # Lost while the source serves a request, which QEMU does not come back from by itself (docs/matrix.md).
 HUGE_PAGES = Kind(
@@ -136,7 +138,7 @@ async def migrate(directory: Path, kind: Kind, binary: str = DEFAULT_BINARY) -> 
     ):
         if kind.dimm:
             (await _dimm_memory(pair.source)).write(0, random.randbytes(DIMM))
-        with trio.fail_after(30):
+        with trio.fail_after(60):
             since = await bare.begin(
                 driver.source,
                 driver.destination,
@@ -146,6 +148,7 @@ async def migrate(directory: Path, kind: Kind, binary: str = DEFAULT_BINARY) -> 
                 capabilities=(*bare.CAPABILITIES, *kind.capabilities),
             )
             if "xbzrle" in kind.capabilities:
+                _prefer(pair.source)
                 await _wait_xbzrle(driver.source)
             else:
                 await bare.wait_sent(driver.source, kind.precopy_share)
@@ -176,12 +179,12 @@ async def _lose(driver: RefaultDriver, channel: Channel, loss: Loss) -> None:
 
 
 async def _recovered(driver: RefaultDriver, since: int) -> None:
-    with trio.fail_after(10):
+    with trio.fail_after(30):
         await driver.destination.wait_migration("postcopy-active", since=since)
         await bare.wait_status(driver.source, "postcopy-active")
 
 
-async def at_rest(driver: RefaultDriver, seconds: float = 10.0) -> None:
+async def at_rest(driver: RefaultDriver, seconds: float = 30.0) -> None:
     """Waits until a recovery holds. Raises trio.TooSlowError after so many seconds."""
 
     def since_the_last() -> float:
@@ -203,17 +206,28 @@ async def _end(kind: Kind, pair: Pair, driver: RefaultDriver) -> None:
         assert here == there, "the dimm's content is not the same"
 
 
+def _prefer(qemu: Qemu) -> None:
+    """Its guest writes on however busy the machine is: else all has passed before anything is lost.
+
+    Nice values count within a session, and those of sessions between them (sched(7), autogroup).
+    """
+    with contextlib.suppress(FileNotFoundError, PermissionError):
+        for thread in Path(f"/proc/{qemu.pid}/task").iterdir():
+            os.setpriority(os.PRIO_PROCESS, int(thread.name), -10)
+        Path(f"/proc/{qemu.pid}/autogroup").write_text("-10")
+
+
 async def _wait_xbzrle(source: QmpClient) -> None:
     """Until pages have passed as differences to what they were, which is so once all have passed twice.
 
-    Precopy is made slow before, or it would be over soon: differences are short. Then the guest is given time
-    to write to what postcopy is to carry.
+    Precopy is made slow long before, or it would be over soon: differences are short, and the guest of a busy
+    machine writes little meanwhile. Then it is given time to write to what postcopy is to carry.
     """
     await source.execute("migrate-set-parameters", {"downtime-limit": 1})
     twice = 2 * XBZRLE.guest.written_bytes // PAGE
-    while (await source.execute("query-migrate")).get("ram", {"normal": 0})["normal"] < twice * 0.9:
+    while (await source.execute("query-migrate")).get("ram", {"normal": 0})["normal"] < twice * 0.85:
         await trio.sleep(0.005)
-    await source.execute("migrate-set-parameters", {"max-bandwidth": 2 * MIB})
+    await source.execute("migrate-set-parameters", {"max-bandwidth": MIB // 4})
     while not (await source.execute("query-migrate"))["xbzrle-cache"]["pages"]:
         await trio.sleep(0.005)
     await source.execute("migrate-set-parameters", {"max-bandwidth": 64 << 10})
@@ -259,7 +273,7 @@ async def ask_for_zero_pages(directory: Path, binary: str = DEFAULT_BINARY) -> N
         channel.freeze()
         async with trio.open_nursery() as nursery:
             nursery.start_soon(_read_zeros, memory, last)
-            with trio.fail_after(10):
+            with trio.fail_after(20):
                 while (await _dimm_status(driver)).requested < _ASKED:
                     await trio.sleep(0.01)
             await channel.kill(request_inside=False)
@@ -333,7 +347,7 @@ async def _precopy(driver: RefaultDriver, channel: Channel, *, lost: bool) -> No
     await driver.destination.execute("migrate-incoming", {"uri": channel.target_uri})
     await channel.wait_open()
     await driver.source.execute("migrate", {"uri": channel.uri})
-    with trio.fail_after(20):
+    with trio.fail_after(40):
         if lost:
             while not await _blocks_are_told(driver):
                 await trio.sleep(0.01)

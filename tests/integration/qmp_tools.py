@@ -116,7 +116,7 @@ class Client:
 
 async def dial(path: Path | tuple[str, int]) -> trio.SocketStream:
     """Connects as soon as somebody listens."""
-    with trio.fail_after(20):
+    with trio.fail_after(30):
         while True:
             try:
                 if isinstance(path, Path):
@@ -128,7 +128,7 @@ async def dial(path: Path | tuple[str, int]) -> trio.SocketStream:
 
 async def greeted(path: Path | tuple[str, int]) -> Client:
     """Connects as soon as QEMU is there: before, there is the end of file in place of its greeting."""
-    with trio.fail_after(20):
+    with trio.fail_after(30):
         while True:
             client = Client(await dial(path))
             try:
@@ -160,7 +160,7 @@ async def negotiated(path: Path | tuple[str, int], *enable: str) -> AsyncIterato
 
 async def clients_gone(monitor: Monitor, remaining: int = 0) -> None:
     """Waits until refault has noticed."""
-    with trio.fail_after(10):
+    with trio.fail_after(30):
         while monitor.clients > remaining:
             await trio.sleep(0.01)
 
@@ -176,7 +176,7 @@ def open_fds() -> dict[str, str]:
     return found
 
 
-async def until(condition: Callable[[], object], seconds: float = 20) -> None:
+async def until(condition: Callable[[], object], seconds: float = 30) -> None:
     """Waits for it, with a deadline."""
     with trio.fail_after(seconds):
         while not condition():

@@ -66,7 +66,7 @@ class RelayTap(Channel):
         """Loses the channel; the destination's leg is closed as soon as the relay has told, as the daemon
         does."""
         lost = await self.carried_by.lose(loss)
-        with trio.fail_after(5):
+        with trio.fail_after(20):
             while (view := self.relay.look()).far is LegState.OPEN:
                 await trio.sleep(0.0005)
             self.relay.close_channel(view.channel)

@@ -1,4 +1,4 @@
-"""A resolver that takes five seconds for one name, to be preloaded into a refault."""
+"""A resolver that takes its time for one name, to be preloaded into a refault."""
 
 from __future__ import annotations
 
@@ -6,7 +6,8 @@ import subprocess
 from pathlib import Path
 
 SLOW_NAME = "far.test"
-"""It stands for 127.0.0.1; slow while the file that `SLOW` in the environment names is there."""
+"""It stands for 127.0.0.1, which nobody is told while the file that `HELD` in the environment names is there,
+and only after five seconds while that of `SLOW` is."""
 
 
 def slow_resolver(directory: Path) -> Path:

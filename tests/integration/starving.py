@@ -122,12 +122,13 @@ async def lose_a_request(case: Case, directory: Path) -> AsyncIterator[Recovered
         await bare.start_postcopy(driver.source, driver.destination, channel, bandwidth=case.background)
         await trio.sleep(0.2)
         events = pair.destination.qmp  # its own monitor: what it tells passes nobody else
+        await bare.heard_of_postcopy(pair.source.qmp, events)
         since = len(events.events)
         lost = await _lose(case, channel, driver, directory)
         assert lost.bytes_inside > 0
         found = Recovered(pair, driver, lost.when, 0.0, [[] for _ in range(case.guest.vcpus)])
         nursery.start_soon(_watch, pair, found)
-        with trio.fail_after(20):
+        with trio.fail_after(60):  # a refault may have to be started in it
             event = await events.wait_migration("postcopy-active", since=since)
             found.recovered = event.emitted
         yield found

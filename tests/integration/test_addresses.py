@@ -18,12 +18,12 @@ from tests.integration.waiting import told
 
 from refault.lab import bare
 from refault.lab.channel import Channel, Loss, free_port, start_channel
-from refault.lab.driver import RefaultDriver, refault_driver
+from refault.lab.driver import REFAULT, RefaultDriver, refault_driver
 from refault.lab.memory import compare
 from refault.lab.qemu import DEFAULT_BINARY, Pair, PairOptions, start_pair
 from refault.lab.qmp_client import QmpClient, QmpError
 
-pytestmark = [pytest.mark.qemu, pytest.mark.timeout(90)]
+pytestmark = [pytest.mark.qemu, pytest.mark.timeout(200)]
 
 NEW = [binary for binary in BINARIES if binary != DEFAULT_BINARY]
 """Those that know `channels`: QEMU 8.2 and later."""
@@ -31,15 +31,17 @@ NEW = [binary for binary in BINARIES if binary != DEFAULT_BINARY]
 
 @asynccontextmanager
 async def fronted(
-    directory: Path, options: PairOptions, refault: Sequence[str] = ()
+    directory: Path, options: PairOptions, refault: Sequence[str] = (), command: Sequence[str] = REFAULT
 ) -> AsyncIterator[tuple[Pair, Channel, RefaultDriver]]:
     """A refault in front of each; `refault`: further options of the destination's, with PORT for the port."""
     port = free_port()
-    further = [option.replace("PORT", str(port)) for option in refault]
+    # A client that has paused is left as long as a busy machine takes for it.
+    waits = ["--client-wait", "60"]
+    further = [*waits, *(option.replace("PORT", str(port)) for option in refault)]
     async with (
         start_pair(GUEST, directory, options) as pair,
         start_channel(directory, port) as channel,
-        refault_driver(pair, channel, directory, options=((), further)) as driver,
+        refault_driver(pair, channel, directory, options=(waits, further), command=command) as driver,
     ):
         yield pair, channel, driver
 
@@ -69,7 +71,7 @@ async def lose(channel: Channel, driver: RefaultDriver) -> None:
 
 
 async def active_again(driver: RefaultDriver, since: int) -> None:
-    with trio.fail_after(20):
+    with trio.fail_after(40):
         await driver.destination.wait_migration("postcopy-active", since=since)
         await bare.wait_status(driver.source, "postcopy-active")
 
@@ -94,7 +96,7 @@ async def test_a_qemu_that_listens_by_its_command_line(tmp_path: Path, binary: s
         [address] = (await driver.destination.execute("query-migrate"))["socket-address"]
         assert (address["type"], address["host"]) == ("inet", "127.0.0.1")
         port = int(address["port"])
-        with trio.fail_after(10):
+        with trio.fail_after(20):
             for stranger in (b"", b"GET / HTTP/1.0\r\n\r\n"):  # QEMU hears of neither
                 async with await trio.open_tcp_stream("127.0.0.1", port) as connection:
                     await connection.send_all(stranger)
@@ -141,7 +143,7 @@ async def test_channels_in_place_of_uri(tmp_path: Path, binary: str) -> None:
         # By hand, to another port; migrate-recover takes a uri only.
         since = len(driver.destination.events)
         await driver.source.execute("migrate-pause", oob=True)
-        with trio.fail_after(10):
+        with trio.fail_after(40):
             await driver.destination.wait_migration("postcopy-paused", since=since)
             await bare.wait_status(driver.source, "postcopy-paused")
         await channel.retarget()
@@ -199,12 +201,15 @@ async def test_addresses_that_are_not_relayed_pass_word_for_word(tmp_path: Path)
             assert vm.migration.relay == "off"
             assert reason in (vm.migration.relay_reason or "")
         assert all(path.stat().st_size > 1 << 20 for path in saved)
-        # What came out last goes in again, as the client says it.
+        # What came out last goes in again, as the client says it; cat has all of it later than QEMU says.
         await source.execute("stop")
-        await source.execute("migrate", {"uri": f"exec:cat >{saved[0]}"})
+        whole = tmp_path / "whole"
+        await source.execute("migrate", {"uri": f"exec:cat >{whole}.part && mv {whole}.part {whole}"})
         with trio.fail_after(30):
             await bare.wait_status(source, "completed")
-        await driver.destination.execute("migrate-incoming", {"uri": f"exec:cat {saved[0]}"})
+            while not whole.exists():
+                await trio.sleep(0.01)
+        await driver.destination.execute("migrate-incoming", {"uri": f"exec:cat {whole}"})
         with trio.fail_after(30):
             await bare.wait_status(driver.destination, "completed")
         await driver.destination.execute("cont")  # it was saved while it stood still
@@ -216,7 +221,7 @@ async def test_addresses_that_are_not_relayed_pass_word_for_word(tmp_path: Path)
 async def test_a_qemu_that_listens_publicly_is_told_of_and_passes_beside_the_relay(tmp_path: Path) -> None:
     options = PairOptions(incoming=f"tcp:127.0.0.1:{free_port()}")
     async with fronted(tmp_path, options) as (pair, _, driver):
-        with trio.fail_after(10):
+        with trio.fail_after(20):
             while "QEMU itself listens" not in (tmp_path / "refault-destination.log").read_text():
                 await trio.sleep(0.05)
         for qmp in (driver.source, driver.destination):

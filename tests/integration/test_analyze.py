@@ -23,7 +23,7 @@ from refault.lab.qemu import DEFAULT_BINARY, start_qemu
 
 from .qemus import BINARIES
 
-pytestmark = [pytest.mark.qemu, pytest.mark.timeout(90)]
+pytestmark = [pytest.mark.qemu, pytest.mark.timeout(200)]
 
 SCRIPTS = Path(__file__).parents[2] / ".qemus"
 VERSIONS = {DEFAULT_BINARY: "7.2", "qemu-10": "10"}
@@ -104,7 +104,7 @@ async def saved(directory: Path, binary: str, capabilities: tuple[str, ...]) -> 
         await qemu.wait_guest()
         await bare.set_capabilities(qemu.qmp, *capabilities)
         await qemu.qmp.execute("migrate-set-parameters", {"max-bandwidth": 30 << 20, "downtime-limit": 1})
-        await qemu.qmp.execute("migrate", {"uri": f"exec:cat >{file}"})
+        await qemu.qmp.execute("migrate", {"uri": f"exec:cat >{file}.part && mv {file}.part {file}"})
         with trio.fail_after(30):
             while (answer := await bare.wait_status(qemu.qmp, "active", "completed"))["status"] == "active":
                 if answer["ram"]["dirty-sync-count"] >= ROUNDS:
@@ -113,6 +113,8 @@ async def saved(directory: Path, binary: str, capabilities: tuple[str, ...]) -> 
         await qemu.qmp.execute("migrate-set-parameters", {"max-bandwidth": 1 << 34, "downtime-limit": 2000})
         with trio.fail_after(30):
             sent = (await bare.wait_status(qemu.qmp, "completed"))["ram"]
+            while not file.exists():  # cat has all of it a little later
+                await trio.sleep(0.01)
     return file, sent
 
 

@@ -18,15 +18,16 @@ from refault.lab.driver import RefaultDriver, refault_driver
 from refault.lab.memory import compare
 from refault.lab.qemu import PairOptions, start_pair
 
-pytestmark = [pytest.mark.qemu, pytest.mark.timeout(90)]
+pytestmark = [pytest.mark.qemu, pytest.mark.timeout(200)]
 
 PREEMPT = (*bare.CAPABILITIES, "postcopy-preempt")
 MULTIFD = ("events", "multifd")
 
 
-# QEMU is stopped for half a second while it is given the first recovered channel's preempt lane.
+# QEMU is stopped while it is given the first recovered channel's preempt lane, until half a second after the
+# test has lost that channel.
 SLOW_TO_ACCEPT = """
-import os, signal, sys, threading
+import os, signal, sys, threading, time
 from pathlib import Path
 from refault.daemon.near.local_unix import PrivateSockets
 connect, seen = PrivateSockets.connect, []
@@ -34,8 +35,14 @@ async def slow(self, path):
     seen.append(path)
     if len(seen) == 4:
         os.kill(self.qemu.pid, signal.SIGSTOP)
-        Path(sys.argv[sys.argv.index("--state-dir") + 1], "stopped").touch()
-        threading.Timer(0.5, os.kill, (self.qemu.pid, signal.SIGCONT)).start()
+        place = Path(sys.argv[sys.argv.index("--state-dir") + 1])
+        place.joinpath("stopped").touch()
+        def go_on():
+            while not place.joinpath("lost").exists():
+                time.sleep(0.01)
+            time.sleep(0.5)
+            os.kill(self.qemu.pid, signal.SIGCONT)
+        threading.Thread(target=go_on, daemon=True).start()
     return await connect(self, path)
 PrivateSockets.connect = slow
 from refault.cli.main import main
@@ -67,8 +74,8 @@ async def test_preempt_is_tracked_and_recovers_whichever_connection_is_lost(
         await bare.finish(driver.source)
         verdict = await compare(GUEST, pair.destination.qmp, pair.source.qmp)
         assert verdict.right, verdict
-        ended = await told(driver, lambda vms: all(vm.migration.status == "completed" for vm in vms))
-        assert [vm.pages.outstanding for vm in ended] == [0, 0]
+        ended = [("completed", 0)] * 2
+        await told(driver, lambda vms: [(vm.migration.status, vm.pages.outstanding) for vm in vms] == ended)
 
 
 @pytest.mark.skipif("qemu-10" not in BINARIES, reason="run 'make qemus' first")
@@ -80,11 +87,13 @@ async def test_a_channel_that_is_lost_while_qemu_takes_up_its_preempt_lane(tmp_p
             driver.source, driver.destination, channel, bandwidth=1 << 20, capabilities=PREEMPT
         )
         await channel.lose(Loss.RESET)
-        with trio.fail_after(15):
-            while not await trio.Path(tmp_path / "destination.state" / "stopped").exists():
+        state = trio.Path(tmp_path / "destination.state")
+        with trio.fail_after(40):
+            while not await (state / "stopped").exists():
                 await trio.sleep(0.01)
         await channel.lose(Loss.RESET)
-        with trio.fail_after(20):
+        await (state / "lost").touch()
+        with trio.fail_after(40):
             while [vm.recovery.recoveries for vm in await driver.statuses()] != [1, 1]:
                 pair.destination.process.must_run()
                 await trio.sleep(0.05)
@@ -115,20 +124,24 @@ async def test_preempt_ends_where_the_stream_cannot_be_read(tmp_path: Path) -> N
         )
         await pair.destination.wait_progress()
         await bare.finish(driver.source)
-        for vm in await driver.statuses():
+        for vm in await told(driver, lambda vms: all(vm.migration.status == "completed" for vm in vms)):
             assert vm.recovery.losses == 0
         verdict = await compare(GUEST, pair.destination.qmp, pair.source.qmp)
         assert verdict.right, verdict
 
 
 async def begin_multifd(
-    driver: RefaultDriver, channel: Channel, bandwidth: int, capabilities: Sequence[str] = MULTIFD
+    driver: RefaultDriver,
+    channel: Channel,
+    bandwidth: int,
+    downtime: int,
+    capabilities: Sequence[str] = MULTIFD,
 ) -> None:
     for qmp in (driver.source, driver.destination):
         await bare.set_capabilities(qmp, *capabilities)
         await qmp.execute("migrate-set-parameters", {"multifd-channels": 4})
     await driver.source.execute(
-        "migrate-set-parameters", {"max-bandwidth": bandwidth, "downtime-limit": 1000}
+        "migrate-set-parameters", {"max-bandwidth": bandwidth, "downtime-limit": downtime}
     )
     await driver.destination.execute("migrate-incoming", {"uri": channel.target_uri})
     await channel.wait_open()
@@ -139,12 +152,12 @@ async def begin_multifd(
 async def test_multifd_goes_through_the_relay_and_arrives_whole(tmp_path: Path, binary: str) -> None:
     async with fronted(tmp_path, binary=binary) as (pair, channel, driver):
         with trio.fail_after(60):
-            await begin_multifd(driver, channel, 256 << 20)
+            await begin_multifd(driver, channel, 256 << 20, 1000)
             await bare.wait_status(driver.source, "completed")
             await driver.destination.wait_migration("completed")
         assert all(vm.channel.bytes_forward > 0 for vm in await driver.statuses())
         await pair.destination.wait_progress()
-        with trio.fail_after(10):
+        with trio.fail_after(20):
             while any(vm.migration.status != "completed" for vm in await driver.statuses()):
                 await trio.sleep(0.05)
         assert [vm.recovery.losses for vm in await driver.statuses()] == [0, 0]
@@ -158,7 +171,7 @@ async def test_multifd_goes_through_the_relay_and_arrives_whole(tmp_path: Path, 
 async def test_a_lost_multifd_precopy_leaves_the_guest_at_the_source(tmp_path: Path, binary: str) -> None:
     async with fronted(tmp_path, binary=binary) as (pair, channel, driver):
         with trio.fail_after(60):
-            await begin_multifd(driver, channel, 8 << 20)
+            await begin_multifd(driver, channel, 4 << 20, bare.DOWNTIME_LIMIT)
             await bare.wait_sent(driver.source, 0.2)
             await channel.lose(Loss.RESET)
             await bare.wait_status(pair.source.qmp, "failed")

@@ -15,7 +15,7 @@ from refault.lab.driver import refault_driver
 from refault.lab.guest import Guest
 from refault.lab.qemu import PairOptions, start_pair
 
-pytestmark = [pytest.mark.qemu, pytest.mark.timeout(90)]
+pytestmark = [pytest.mark.qemu, pytest.mark.timeout(200)]
 
 GUEST = Guest(vcpus=1, log_pages=14, tick_ns=1_000_000)
 
@@ -31,7 +31,7 @@ async def test_a_source_that_would_run_its_guest_again_is_held(tmp_path: Path, b
         for qmp in (driver.source, driver.destination):
             await bare.set_capabilities(qmp, *bare.CAPABILITIES)
         limits = {"max-bandwidth": bare.PRECOPY_BANDWIDTH, "downtime-limit": bare.DOWNTIME_LIMIT}
-        limits["max-postcopy-bandwidth"] = 1 << 20
+        limits["max-postcopy-bandwidth"] = 128 << 10  # or the way is full before QEMU is told to complete
         await driver.source.execute("migrate-set-parameters", limits)
         await driver.destination.execute("migrate-incoming", {"uri": channel.target_uri})
         await channel.wait_open()
@@ -43,7 +43,7 @@ async def test_a_source_that_would_run_its_guest_again_is_held(tmp_path: Path, b
             await driver.destination.wait_event(lambda event: event.name == "RESUME")
         channel.freeze()
         # What is left fits into that now: QEMU sends it all at once, and stands when the way is full.
-        await driver.source.execute("migrate-set-parameters", {"downtime-limit": 600_000})
+        await driver.source.execute("migrate-set-parameters", {"downtime-limit": 2_000_000})
         await nothing_moves(driver)
         channel.thaw()
         await channel.reset()

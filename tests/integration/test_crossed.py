@@ -23,12 +23,12 @@ from refault.lab.driver import RefaultDriver
 from refault.lab.qemu import Pair
 from refault.migration.versions import abilities
 
-pytestmark = [pytest.mark.qemu, pytest.mark.timeout(120)]
+pytestmark = [pytest.mark.qemu, pytest.mark.timeout(200)]
 
 TOLD = "answers for another VM"
 SHARES = 0.05, 0.6
 """How much of the memory precopy sends, of the one VM and of the other."""
-PRECOPY = 16 << 20
+PRECOPY = 8 << 20
 """Bytes a second: what is left is more than is sent within the downtime limit, or precopy would complete."""
 
 
@@ -113,6 +113,7 @@ async def begin(vm: One, share: float) -> None:
         precopy_bandwidth=PRECOPY,
         precopy_share=share,
     )
+    await bare.heard_of_postcopy(vm.pair.source.qmp, vm.pair.destination.qmp)
 
 
 async def wait_active(vms: Sequence[One], marks: Sequence[int]) -> None:
@@ -123,7 +124,9 @@ async def wait_active(vms: Sequence[One], marks: Sequence[int]) -> None:
 
 
 async def is_held(vm: One) -> None:
+    with trio.fail_after(20):
+        await bare.wait_status(vm.pair.source.qmp, "postcopy-recover")
+        while not (await vm.driver.statuses())[0].migration.held:
+            await trio.sleep(0.02)
     for qemu in (vm.pair.source, vm.pair.destination):
         qemu.process.must_run()
-    assert await bare.migration_status(vm.pair.source.qmp) == "postcopy-recover"
-    assert (await vm.driver.statuses())[0].migration.held

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 import trio
-from tests.integration.beside import SMALL, End, end, listens
+from tests.integration.beside import End, end, listens
 from tests.integration.qemus import BINARIES
 
 from refault.lab import bare
@@ -16,7 +16,7 @@ from refault.lab.channel import free_port
 from refault.lab.guest import Guest
 from refault.lab.qmp_client import QmpClosed
 
-pytestmark = [pytest.mark.qemu, pytest.mark.timeout(120)]
+pytestmark = [pytest.mark.qemu, pytest.mark.timeout(200)]
 
 CAPABILITIES = {
     "one": ("events",),
@@ -24,7 +24,8 @@ CAPABILITIES = {
     "return path": ("events", "return-path"),
     "multifd and return path": ("events", "multifd", "return-path"),
 }
-BIGGER = Guest(vcpus=1, log_pages=10, tick_ns=1_000_000)
+GUEST, BIGGER = (Guest(vcpus=1, log_pages=log_pages, tick_ns=1_000_000) for log_pages in (12, 13))
+"""Multifd sends half a mebibyte at once: of less it would have sent all before a busy machine looks."""
 
 
 async def cancel(src: End, _: End) -> None:
@@ -57,20 +58,21 @@ async def end_of(directory: Path, binary: str, what: str, how: str, relayed: boo
     port = free_port()
     refuses = how == "refused"
     async with (
-        end(directory, "src", binary=binary, relayed=False) as src,
+        end(directory, "src", binary=binary, relayed=False, guest=GUEST) as src,
         end(
             directory,
             "dst",
             binary=binary,
             incoming="defer",
             relayed=relayed,
-            guest=BIGGER if refuses else SMALL,
+            guest=BIGGER if refuses else GUEST,
         ) as dst,
     ):
         for client in (src.client, dst.client):
             await bare.set_capabilities(client, *CAPABILITIES[what])
             await client.execute("migrate-set-parameters", {"multifd-channels": 16})
-        await src.client.execute("migrate-set-parameters", {"max-bandwidth": 128 << 10})
+        slow = {"max-bandwidth": 128 << 10, "downtime-limit": 1}
+        await src.client.execute("migrate-set-parameters", slow)
         await dst.client.execute("migrate-incoming", {"uri": f"tcp:127.0.0.1:{port}"})
         await src.client.execute("migrate", {"uri": f"tcp:127.0.0.1:{port}"})
         with trio.fail_after(40):
@@ -109,6 +111,27 @@ async def test_a_precopy_ends_as_without_a_relay(tmp_path: Path, binary: str, wh
         for end_ in ends:
             assert end_.pop() in ("cancelled", "failed")
     assert ends[1] == ends[0]
+
+
+@pytest.mark.parametrize("relayed", [False, True])
+async def test_a_source_learns_that_it_is_refused_before_it_has_sent_all_of_a_small_guest(
+    tmp_path: Path, relayed: bool
+) -> None:
+    """Without a return path it would have completed, and the guest run nowhere."""
+    port = free_port()
+    async with (
+        end(tmp_path, "src", relayed=relayed) as src,
+        end(tmp_path, "dst", incoming="defer", relayed=relayed, guest=BIGGER) as dst,
+    ):
+        await src.client.execute("migrate-set-parameters", {"max-bandwidth": 0})
+        await dst.client.execute("migrate-incoming", {"uri": f"tcp:127.0.0.1:{port}"})
+        await src.client.execute("migrate", {"uri": f"tcp:127.0.0.1:{port}"})
+        with trio.fail_after(20):
+            assert await dst.qemu.process.wait() == 1
+            # A bare one that is refused late, on a busy machine, has completed.
+            ends = ("failed",) if relayed else ("failed", "completed")
+            if (await bare.wait_status(src.client, *ends))["status"] == "failed":
+                await src.qemu.wait_progress()
 
 
 @pytest.mark.parametrize("relayed", [False, True])

@@ -15,12 +15,14 @@ from typing import Any
 
 import pytest
 from tests.integration.test_host import scraped, status
-from tests.integration.test_service import Daemon, answer, ask, client_of, daemon, eventually, free_port
+from tests.integration.test_service import Daemon, answer, ask, client_of, daemon, eventually
+
+from refault.lab.channel import free_port
 
 pytestmark = pytest.mark.qemu
 
 GUEST = ["-M", "pc", "-m", "256", "-nodefaults", "-display", "none", "-accel", "tcg", "-S"]
-"""It is stopped, so that only what is asked for moves: half a minute of precopy, at 9 bytes a page."""
+"""It is stopped, so that only what is asked for moves: a minute of precopy, at 9 bytes a page."""
 
 
 class Side:
@@ -83,7 +85,7 @@ def migrating(source: Side, destination: Side) -> None:
     port = free_port()
     for side in (source, destination):
         switch_on(side, "postcopy-ram", "events")
-    slow = {"max-bandwidth": 20000, "max-postcopy-bandwidth": 100, "downtime-limit": 1}
+    slow = {"max-bandwidth": 8000, "max-postcopy-bandwidth": 100, "downtime-limit": 1}
     source.tell("migrate-set-parameters", **slow)
     destination.tell("migrate-incoming", uri=f"tcp:127.0.0.1:{port}")
     source.tell("migrate", uri=f"tcp:127.0.0.1:{port}")
@@ -116,7 +118,7 @@ def test_a_qemu_that_is_killed_leaves_nothing_behind(phase: str, which: str) -> 
     with two() as (source, destination):
         side, other = (source, destination) if which == "a" else (destination, source)
         PHASES[phase](source, destination)
-        assert f"{which}.migration.json" in side.kept()
+        eventually(lambda: f"{which}.migration.json" in side.kept(), side.refault.output)
         if phase == "paused":
             other.end()
             side.until("postcopy-paused")

@@ -7,12 +7,15 @@ and takes an end of the connection for QEMU's.
 from __future__ import annotations
 
 import contextlib
+import fcntl
 import json
 import os
 import signal
 import socket
+import struct
 import subprocess
 import sys
+import termios
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -20,26 +23,28 @@ from typing import Any
 
 import pytest
 from tests.integration.test_serve import CRASHING, Served
+from tests.support.until import until
 
-pytestmark = [pytest.mark.qemu, pytest.mark.timeout(90)]
+pytestmark = [pytest.mark.qemu, pytest.mark.timeout(200)]
 
 QEMU = "qemu-system-x86_64"
 WRAPPER = Path(__file__).parents[2] / "wrapper"
 PATIENCE = 2.8
 
 
+def build_wrapper(directory: Path, refault: Path, *defined: str) -> Path:
+    """A wrapper, in a directory, whose refault is in another."""
+    program = directory / f"refault-{QEMU}"
+    macros = [f'-DREFAULT_EXEC_SOCKET="{refault}/run/exec"', *defined]
+    command = ["gcc", "-std=c11", "-D_GNU_SOURCE", *macros, "-o", str(program)]
+    subprocess.run([*command, *map(str, WRAPPER.glob("*.c"))], check=True)
+    return program
+
+
 @pytest.fixture(scope="module")
-def wrapper(tmp_path_factory: pytest.TempPathFactory) -> Callable[[Path], Path]:
-    """A wrapper whose refault is in a directory."""
-
-    def build(directory: Path) -> Path:
-        program = directory / f"refault-{QEMU}"
-        defined = [f'-DREFAULT_EXEC_SOCKET="{directory}/run/exec"']
-        command = ["gcc", "-std=c11", "-D_GNU_SOURCE", *defined, "-o", str(program)]
-        subprocess.run([*command, *map(str, WRAPPER.glob("*.c"))], check=True)
-        return program
-
-    return build
+def wrapper() -> Callable[[Path], Path]:
+    """A wrapper whose refault is in a directory, and which waits for it as long as a busy machine takes."""
+    return lambda directory: build_wrapper(directory, directory, "-DREFAULT_PATIENCE=30000")
 
 
 @pytest.fixture
@@ -56,9 +61,16 @@ def served(tmp_path: Path) -> Iterator[Served]:
 
 
 class Domain:
-    """A QEMU as libvirt starts it, and libvirt's connection to it."""
+    """A QEMU as libvirt starts it, and libvirt's connection to it. `started` is called before it greets."""
 
-    def __init__(self, directory: Path, emulator: str, name: str, *more: str) -> None:
+    def __init__(
+        self,
+        directory: Path,
+        emulator: str,
+        name: str,
+        *more: str,
+        started: Callable[[subprocess.Popen[bytes]], None] = lambda _: None,
+    ) -> None:
         self.path = directory / f"{name}.sock"
         self.path.unlink(missing_ok=True)
         with socket.socket(socket.AF_UNIX) as listening:
@@ -77,9 +89,10 @@ class Domain:
                 env={"LC_ALL": "C", "PATH": ""},
             )
         self.socket = socket.socket(socket.AF_UNIX)
-        self.socket.settimeout(20)
+        self.socket.settimeout(60)  # the next refault may have to start first
         self.socket.connect(str(self.path))  # before it listens, as libvirt
         self._lines = self.socket.makefile("rb")
+        started(self.process)
         self.greeting = self._line()
         self.seconds = time.monotonic() - began
 
@@ -90,12 +103,16 @@ class Domain:
         except ConnectionResetError:
             return b"reset"
 
-    def ask(self, command: str) -> Any:
-        self.say(command)
+    def ask(self, command: str, end: bytes = b"") -> Any:
+        self.say(command, end)
         return json.loads(self._line())
 
-    def say(self, command: str) -> None:
-        self.socket.sendall(json.dumps({"execute": command}).encode())
+    def say(self, command: str, end: bytes = b"") -> None:
+        self.socket.sendall(json.dumps({"execute": command}).encode() + end)
+
+    def until_read(self) -> None:
+        """Until nothing of what was said waits to be read."""
+        until(lambda: _unread(self.socket) == 0, lambda: self.process.poll())
 
     def end(self) -> tuple[list[bytes], int, bytes]:
         """What is said up to the end, QEMU's exit, and its errors."""
@@ -104,7 +121,7 @@ class Domain:
             said.append(line)
         return (
             [*said, line],
-            self.process.wait(20),
+            self.process.wait(60),
             self.process.stderr.read() if self.process.stderr else b"",
         )
 
@@ -117,11 +134,15 @@ class Domain:
         self.socket.close()
 
 
-@contextlib.contextmanager
-def domain(directory: Path, emulator: Path | str, name: str, *more: str) -> Iterator[Domain]:
-    started = Domain(directory, str(emulator), name, *more)
-    with contextlib.closing(started):
-        yield started
+def _unread(sock: socket.socket) -> int:
+    """By the other side of a unix socket; in the kernel's own measure."""
+    return int(struct.unpack("i", fcntl.ioctl(sock, termios.TIOCOUTQ, bytes(4)))[0])
+
+
+def domain(
+    directory: Path, emulator: Path | str, name: str, *more: str
+) -> contextlib.AbstractContextManager[Domain]:
+    return contextlib.closing(Domain(directory, str(emulator), name, *more))
 
 
 def without_times(lines: list[bytes]) -> list[Any]:
@@ -147,6 +168,7 @@ def test_libvirt_sees_what_it_sees_of_a_bare_qemu(
         [vm] = served.until(lambda status: status.vms and status.vms[0].qemu.connected).vms
         assert (vm.name, vm.qemu.pid) == ("a", fronted.process.pid)
         with socket.socket(socket.AF_UNIX) as person:
+            person.settimeout(60)
             person.connect(str(tmp_path / "run" / "a" / "qmp"))
             assert b"QMP" in person.recv(4096)
         fronted.say("quit")
@@ -154,7 +176,7 @@ def test_libvirt_sees_what_it_sees_of_a_bare_qemu(
         (said, *ended), (beside_said, *beside_ended) = fronted.end(), bare.end()
         assert (without_times(said), ended) == (without_times(beside_said), beside_ended)
     served.until(lambda status: status.vms == ())
-    assert not (tmp_path / "run" / "a").exists()
+    until(lambda: not (tmp_path / "run" / "a").exists(), served.log.read_text)
     with domain(tmp_path, wrapper(tmp_path), "a") as again:  # under the same name at once
         assert again.ask("qmp_capabilities") == {"return": {}}
         assert served.until(lambda status: status.vms).vms[0].name == "a"
@@ -176,11 +198,34 @@ def test_a_qemu_that_does_not_start_ends_libvirts_connection(
     served.until(lambda status: status.vms == ())
 
 
-@pytest.mark.parametrize("why", ["none", "stopped", "no directory", "no listener"])
-def test_qemu_starts_whatever_refault_does(
-    served: Served, wrapper: Callable[[Path], Path], tmp_path: Path, why: str
+@pytest.mark.parametrize("end", [b"", b"\r\n"])
+def test_a_qemu_that_ends_before_it_takes_commands_leaves_the_end_of_the_line_unread(
+    served: Served, wrapper: Callable[[Path], Path], tmp_path: Path, end: bytes
 ) -> None:
-    program = wrapper(tmp_path)
+    """libvirt tells of an error of its monitor then, in addition to the end of the domain."""
+    fifos = [tmp_path / f"{name}.fifo" for name in "ab"]
+    for fifo in fifos:
+        os.mkfifo(fifo)
+    waits = [("-device", f"loader,file={fifo},force-raw=on") for fifo in fifos]  # until it can be opened
+    with (
+        domain(tmp_path, wrapper(tmp_path), "a", *waits[0]) as fronted,
+        domain(tmp_path, f"/usr/bin/{QEMU}", "b", *waits[1]) as bare,
+    ):
+        assert fronted.ask("qmp_capabilities", end) == {"return": {}}
+        fronted.say("query-name", end)
+        bare.say("qmp_capabilities", end)
+        for each, fifo in zip((fronted, bare), fifos, strict=True):
+            if not end:
+                each.until_read()
+            fifo.open("wb").close()
+        ends = [each.end() for each in (fronted, bare)]
+    assert [(said, code) for said, code, _ in ends] == [([b"reset" if end else b"end of file"], 1)] * 2
+    assert all(b"Cannot load specified image" in errors for _, _, errors in ends)
+
+
+@pytest.mark.parametrize("why", ["none", "stopped", "no directory", "no listener"])
+def test_qemu_starts_whatever_refault_does(served: Served, tmp_path: Path, why: str) -> None:
+    program = build_wrapper(tmp_path, tmp_path)
     if why == "none":
         served.process.kill()
         served.process.wait()
@@ -216,11 +261,19 @@ def next_refault(directory: Path) -> Iterator[None]:
             process.kill()
 
 
-def greeted(path: Path) -> bool:
+def is_greeted(path: Path) -> bool:
     with socket.socket(socket.AF_UNIX) as libvirt:
-        libvirt.settimeout(20)
-        libvirt.connect(str(path))
-        return b"QMP" in libvirt.recv(4096)
+        libvirt.settimeout(60)
+        try:
+            libvirt.connect(str(path))
+            return b"QMP" in libvirt.recv(4096)
+        except (ConnectionError, FileNotFoundError):
+            return False
+
+
+def greeted(path: Path) -> bool:
+    """Whether who comes again until there is somebody finds a QEMU."""
+    return until(lambda: is_greeted(path), lambda: f"nobody greets at {path}")
 
 
 @pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGUSR2])

@@ -6,6 +6,7 @@ from __future__ import annotations
 import contextlib
 import json
 import os
+import resource
 import shutil
 import signal
 import socket
@@ -18,6 +19,9 @@ from typing import Any
 
 import pytest
 from tests.integration.test_service import REFAULT, answer, ask, client_of, daemon, eventually, qemu, qmp
+
+from refault.daemon.telling.control import query
+from refault.lab.channel import free_port
 
 pytestmark = pytest.mark.qemu
 
@@ -45,7 +49,7 @@ def serves(place: Path) -> bool:
 def status(place: Path, *more: str) -> tuple[int, dict[str, Any]]:
     command = [*REFAULT, "status", "--json", *more]
     environment = os.environ | {"RUNTIME_DIRECTORY": str(place)}
-    done = subprocess.run(command, env=environment, capture_output=True, timeout=20, check=False)
+    done = subprocess.run(command, env=environment, capture_output=True, timeout=60, check=False)
     return done.returncode, json.loads(done.stdout or b"{}")
 
 
@@ -102,7 +106,7 @@ def test_what_is_not_qmp_keeps_no_vm_from_being_served(place: Path) -> None:
     """The metrics' port is taken, the control socket's directory is a file, and so is that of the state."""
     (place / "file").write_text("precious")
     there = ["--control", str(place / "file" / "c"), "--state-dir", str(place / "file"), "--verbose"]
-    with socket.create_server(("127.0.0.1", 0)) as taken, qemu(place / "q"):
+    with socket.create_server(("127.0.0.1", free_port())) as taken, qemu(place / "q"):
         where = f"127.0.0.1:{taken.getsockname()[1]}"
         with daemon(place, *arguments(place), *there, "--metrics", where) as running:
             running.wait_ready()
@@ -188,11 +192,36 @@ def test_signals_that_mean_nothing_here_end_nothing(place: Path) -> None:
     assert not (place / "l").exists()
 
 
+def test_clients_leave_descriptors_free_and_the_status_says_that_there_are_few(place: Path) -> None:
+    control = place / "vm1.control"
+    with contextlib.ExitStack() as stack, qemu(place / "q"), daemon(place, *arguments(place)) as running:
+        running.wait_ready()
+        eventually(lambda: serves(place), running.output)
+        resource.prlimit(running.process.pid, resource.RLIMIT_NOFILE, (100, 100))
+        clients: list[socket.socket] = []
+
+        def few() -> bool:
+            for _ in range(10):
+                client = stack.enter_context(socket.socket(socket.AF_UNIX))
+                client.setblocking(False)
+                if client.connect_ex(str(place / "l")) == 0:
+                    clients.append(client)
+            return bool(query(control, 20).troubles)
+
+        eventually(few, running.output)
+        told = query(control, 20)
+        assert "LimitNOFILE=" in told.troubles[0]
+        assert told.vms[0].clients.connected < 100
+        for client in clients:
+            client.close()
+        eventually(lambda: not query(control, 20).troubles and serves(place), running.output)
+
+
 def refused(place: Path, *more: str) -> str:
     """What the daemon that cannot start says last."""
     command = [*REFAULT, "run", *more]
     environment = os.environ | {"RUNTIME_DIRECTORY": str(place)}
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=30, check=False)
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=60, check=False)
     assert done.returncode == 1, done.stderr
     return done.stderr.splitlines()[-1]
 
@@ -220,6 +249,9 @@ def test_a_second_daemon_of_a_name_is_refused_before_it_touches_anything(place: 
             eventually(lambda: serves(place), running.output)
             stack.enter_context(migrating(place))
             eventually(record.exists, running.output)
+            eventually(
+                lambda: status(place)[1]["vms"][0]["migration"]["status"] == "pre-switchover", running.output
+            )
             files = {name: (place / name).read_bytes() for name in ("vm1.migration.json", "vm1.lock")}
             told = refused(place, *other)
             assert (
@@ -237,7 +269,7 @@ def test_a_second_daemon_of_a_name_is_refused_before_it_touches_anything(place: 
             running.wait_output(f"vm1.clients is of QEMU process {first.pid} at unix:{place}/q, which")
             running.wait_output(f"is of QEMU process {first.pid}, which still runs, so nothing is kept")
             assert record.read_bytes() == files["vm1.migration.json"]
-            assert serves(place / "b")
+            eventually(lambda: serves(place / "b"), running.output)
             assert (place / "vm1.clients").read_bytes() == clients
             code, document = status(place, "vm1")
             assert (code, document["vms"][0]["qemu"]["pid"]) == (0, second.pid)

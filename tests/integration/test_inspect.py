@@ -15,10 +15,15 @@ from refault.lab.qemu import DEFAULT_BINARY, start_qemu
 
 from .qemus import BINARIES
 
-pytestmark = [pytest.mark.qemu, pytest.mark.timeout(60)]
+pytestmark = [pytest.mark.qemu, pytest.mark.timeout(200)]
 
 ROUNDS = 6  # XBZRLE has something to compare with from the third on
 GUEST = Guest(vcpus=1, log_pages=10, tick_ns=1_000_000)
+
+
+def to(file: Path) -> str:
+    """An address of a file that is there when it is whole, which is later than QEMU has completed."""
+    return f"exec:cat >{file}.part && mv {file}.part {file}"
 
 
 async def saved(directory: Path, binary: str, *capabilities: str, extra: tuple[str, ...] = ()) -> Path:
@@ -28,9 +33,11 @@ async def saved(directory: Path, binary: str, *capabilities: str, extra: tuple[s
         await bare.set_capabilities(qemu.qmp, *capabilities)
         await qemu.qmp.execute("migrate-set-parameters", {"max-bandwidth": 1 << 34})
         await qemu.qmp.execute("stop")
-        await qemu.qmp.execute("migrate", {"uri": f"exec:cat >{file}"})
+        await qemu.qmp.execute("migrate", {"uri": to(file)})
         with trio.fail_after(20):
             await bare.wait_status(qemu.qmp, "completed")
+            while not file.exists():
+                await trio.sleep(0.01)
     return file
 
 
@@ -66,7 +73,7 @@ async def test_every_page_is_counted_by_its_kind(
         await qemu.wait_guest()
         await bare.set_capabilities(qemu.qmp, capability)
         await qemu.qmp.execute("migrate-set-parameters", {"max-bandwidth": 30 << 20, "downtime-limit": 1})
-        await qemu.qmp.execute("migrate", {"uri": f"exec:cat >{file}"})
+        await qemu.qmp.execute("migrate", {"uri": to(file)})
         with trio.fail_after(20):
             while (answer := await bare.wait_status(qemu.qmp, "active", "completed"))["status"] == "active":
                 if answer["ram"]["dirty-sync-count"] >= ROUNDS:
@@ -75,6 +82,8 @@ async def test_every_page_is_counted_by_its_kind(
         await qemu.qmp.execute("migrate-set-parameters", {"max-bandwidth": 1 << 34, "downtime-limit": 2000})
         with trio.fail_after(20):
             sent = (await bare.wait_status(qemu.qmp, "completed"))["ram"]
+            while not file.exists():
+                await trio.sleep(0.01)
     assert main(["inspect", str(file)]) == 0
     told = capsys.readouterr().out
     rows = re.findall(r"\S+ +\d+ +host's +(\d+) +(\d+) +(\d+) +(\d+) +0\n", told)

@@ -2,28 +2,32 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import random
+import resource
 import signal
 import socket
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
 import trio
 import trio.testing
-from tests.campaign.restart import campaign, qemu_at, start, visit
+from tests.campaign.restart import REFAULT, campaign, qemu_at, start, visit
 from tests.campaign.visitors import ALL, Visitor
 from tests.integration.qemus import qemus
 from tests.support.until import until
 
 from refault.lab.qemu import DEFAULT_BINARY
+from refault.qmp.journal import before, checked
+from refault.qmp.session import Limits
 
-pytestmark = [pytest.mark.qemu, pytest.mark.timeout(90)]
+pytestmark = [pytest.mark.qemu, pytest.mark.timeout(200)]
 
 
 @pytest.mark.parametrize("planned", [False, True], ids=["killed", "restarted"])
@@ -40,7 +44,8 @@ class Client:
     def __init__(self, path: Path) -> None:
         self.sock = socket.socket(socket.AF_UNIX)
         self.sock.settimeout(30)
-        self.sock.connect(str(path))
+        # A socket's file is there a moment before somebody listens.
+        wait_until(lambda: self.sock.connect_ex(str(path)) == 0)
         self.file = self.sock.makefile("rb")
 
     def line(self) -> dict[str, object]:
@@ -66,8 +71,8 @@ def served(tmp_path: Path) -> Iterator[tuple[subprocess.Popen[bytes], subprocess
 
 
 @contextmanager
-def started(tmp_path: Path) -> Iterator[subprocess.Popen[bytes]]:
-    process = start(tmp_path)
+def started(tmp_path: Path, program: Sequence[str] = REFAULT) -> Iterator[subprocess.Popen[bytes]]:
+    process = start(tmp_path, program)
     try:
         wait_until(lambda: (tmp_path / "f").exists())
         yield process
@@ -94,10 +99,10 @@ def wait_until(condition: Callable[[], bool]) -> None:
 def greeted(path: Path) -> bool:
     """Whether who connects to a monitor gets its greeting."""
     with socket.socket(socket.AF_UNIX) as sock:
-        sock.settimeout(10)
+        sock.settimeout(60)
         try:
             sock.connect(str(path))
-        except ConnectionRefusedError:
+        except (ConnectionRefusedError, FileNotFoundError):
             return False
         return b"QMP" in sock.recv(4096)
 
@@ -123,6 +128,36 @@ async def test_who_is_in_the_midst_of_something_goes_on(tmp_path: Path) -> None:
         finally:
             next_one.kill()
             next_one.wait()
+
+
+ACCEPTS_ALONE = """
+import sys, trio
+from pathlib import Path
+from refault.cli.main import main
+from refault.daemon.host.turns import Turns
+async def come(self):
+    Path(sys.argv[sys.argv.index("--state-dir") + 1], "accepted").touch()
+    await trio.sleep_forever()
+Turns.come = come
+sys.exit(main())
+"""
+
+
+@pytest.mark.parametrize("planned", [False, True], ids=["killed", "restarted"])
+def test_who_was_accepted_and_not_served_yet_is_served_by_the_next(tmp_path: Path, *, planned: bool) -> None:
+    (tmp_path / "state").mkdir()
+    with qemu_at(DEFAULT_BINARY, tmp_path):
+        with started(tmp_path, (sys.executable, "-c", ACCEPTS_ALONE)) as first:
+            wait_until(lambda: bool(status(tmp_path).get("kept")))
+            client = Client(tmp_path / "f")
+            wait_until((tmp_path / "state" / "accepted").exists)
+            first.send_signal(signal.SIGUSR2 if planned else signal.SIGKILL)
+            first.wait()
+        with client.sock, client.file, started(tmp_path):
+            assert "QMP" in client.line()
+            assert client.say("qmp_capabilities") == {"return": {}}
+            assert "return" in client.say("query-status")
+            wait_until(lambda: status(tmp_path).get("connected") == 1)
 
 
 def test_an_end_for_good_ends_clients_and_frees_the_monitor(tmp_path: Path) -> None:
@@ -166,6 +201,41 @@ def test_after_a_kill_that_nobody_follows_the_monitor_is_freed_by_hand(tmp_path:
             wait_until(lambda: greeted(tmp_path / "f"))
 
 
+@pytest.mark.nightly
+def test_a_descriptor_is_passed_beside_as_many_clients_as_there_may_be(tmp_path: Path) -> None:
+    """More than QEMU may have files; and none of them notices a kill."""
+    with served(tmp_path) as (qemu, process, first), contextlib.ExitStack() as stack:
+        resource.prlimit(qemu.pid, resource.RLIMIT_NOFILE, (256, 256))
+        clients = [first]
+        while len(clients) < Limits().clients:
+            client = Client(tmp_path / "f")
+            stack.enter_context(client.sock)
+            stack.enter_context(client.file)
+            assert "QMP" in client.line()
+            assert client.say("qmp_capabilities") == {"return": {}}
+            clients.append(client)
+        assert (len(clients), status(tmp_path)["connected"]) == (512, 512)
+        ours, theirs = map(stack.enter_context, socket.socketpair())
+        getfd = {"execute": "getfd", "arguments": {"fdname": "mine"}}
+        socket.send_fds(first.sock, [json.dumps(getfd).encode()], [theirs.fileno()])
+        assert first.line() == {"return": {}}
+        data = {"addr": {"type": "fd", "data": {"str": "mine"}}, "server": False}
+        plug = {
+            "execute": "chardev-add",
+            "arguments": {"id": "c", "backend": {"type": "socket", "data": data}},
+        }
+        first.sock.sendall(json.dumps(plug).encode())
+        assert first.line() == {"return": {}}
+        process.kill()
+        process.wait()
+        with started(tmp_path):
+            for client in clients:
+                assert client.say("query-name") == {"return": {}}
+        ours.setblocking(False)
+        with pytest.raises(BlockingIOError):  # QEMU has it, and it is open
+            ours.recv(1)
+
+
 def test_a_qemu_that_ends_while_no_refault_is_there_ends_its_clients(tmp_path: Path) -> None:
     with served(tmp_path) as (qemu, process, client):
         process.kill()
@@ -180,20 +250,28 @@ def test_a_journal_that_cannot_be_read_is_told_and_clients_come_again(tmp_path: 
         process.wait()
         journal = tmp_path / "state" / "vm.clients"
         data = journal.read_bytes()
-        journal.write_bytes(data.replace(b"\xa50.1.0", b"\xa50.0.9"))
+        first = bytes(before(data))
+        journal.write_bytes(data.replace(checked(first), checked(first.replace(b"\xa50.1.0", b"\xa50.0.9"))))
         with started(tmp_path):
             assert client.file.read() == b""
             wait_until(lambda: greeted(tmp_path / "f"))
-    assert "written by refault 0.0.9" in (tmp_path / "log").read_text()
+            wait_until(lambda: "written by refault 0.0.9" in (tmp_path / "log").read_text())
 
 
 def test_no_secret_stays_longer_than_its_command(tmp_path: Path) -> None:
+    secret = {"qom-type": "secret", "id": "s", "data": "hush-hush"}
+    drive = {"driver": "null-co", "node-name": "hush-hush"}
+    commands: list[tuple[str, dict[str, object]]] = [
+        ("object-add", dict(secret)),
+        ("qom-get", {"path": "/objects/s", "property": "data"}),
+        ("blockdev-add", dict(drive)),
+        ("chardev-add", {"id": "c", "backend": {"type": "hush-hush"}}),
+        ("migrate", {"uri": "exec:hush-hush", "no-such": 1}),
+        ("no-such-command-yet", {"key": "hush-hush"}),
+    ]
     with served(tmp_path) as (_, _, client):
-        command = {
-            "execute": "object-add",
-            "arguments": {"qom-type": "secret", "id": "s", "data": "hush-hush"},
-        }
-        client.sock.sendall(json.dumps(command).encode())
-        assert client.line() == {"return": {}}
-        client.say("query-status")
-        assert b"hush-hush" not in (tmp_path / "state" / "vm.clients").read_bytes()
+        for name, arguments in commands:
+            client.sock.sendall(json.dumps({"execute": name, "arguments": arguments}).encode())
+            client.line()
+            client.say("query-status")
+            assert b"hush-hush" not in (tmp_path / "state" / "vm.clients").read_bytes(), name

@@ -22,9 +22,10 @@ from refault.lab.qmp_client import QmpError
 
 from .qemus import BINARIES
 
-pytestmark = [pytest.mark.qemu, pytest.mark.timeout(120)]
+pytestmark = [pytest.mark.qemu, pytest.mark.timeout(200)]
 
-GUEST = Guest(vcpus=4, log_pages=11, tick_ns=1_000_000)
+GUEST = Guest(vcpus=4, log_pages=11, tick_ns=4_000_000)
+"""It takes eight seconds to ask for all of its memory, in which the losses are to fall."""
 
 
 @asynccontextmanager
@@ -77,7 +78,7 @@ async def test_nobody_recovers_a_loss_by_itself(tmp_path: Path) -> None:
 async def test_a_guest_that_stands_still_after_the_migration_is_seen(tmp_path: Path) -> None:
     async with postcopy(tmp_path, DEFAULT_BINARY) as (pair, _):
         await bare.finish(pair.source.qmp)
-        verdict = await compare(GUEST, pair.source.qmp, pair.source.qmp)
+        verdict = await compare(GUEST, pair.source.qmp, pair.source.qmp, patience=1.0)
         assert verdict.stuck_vcpus == (0, 1, 2, 3)
         assert not verdict.right
         assert "did not go on" in str(verdict)

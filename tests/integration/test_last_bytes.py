@@ -12,7 +12,7 @@ from refault.lab.qemu import DEFAULT_BINARY
 
 pytestmark = [
     pytest.mark.qemu,
-    pytest.mark.timeout(100),
+    pytest.mark.timeout(200),
     pytest.mark.skipif(os.geteuid() != 0, reason="only root makes network namespaces"),
 ]
 

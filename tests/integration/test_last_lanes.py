@@ -18,7 +18,7 @@ from refault.lab.channel import free_port
 from refault.lab.guest import Guest
 from refault.lab.qmp_client import QmpClosed
 
-pytestmark = [pytest.mark.qemu, pytest.mark.timeout(60)]
+pytestmark = [pytest.mark.qemu, pytest.mark.timeout(200)]
 
 # So that a socket between QEMU and refault holds all that is sent on it.
 TINY = Guest(vcpus=1, log_pages=4, tick_ns=1_000_000)

@@ -13,7 +13,7 @@ import pytest
 from . import memory_kinds as kinds
 from .qemus import BINARIES
 
-pytestmark = [pytest.mark.qemu, pytest.mark.timeout(90)]
+pytestmark = [pytest.mark.qemu, pytest.mark.timeout(200)]
 
 
 @pytest.fixture

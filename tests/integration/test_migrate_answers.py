@@ -19,12 +19,14 @@ from refault.lab import bare
 from refault.lab.channel import free_port
 from refault.lab.driver import REFAULT
 from refault.lab.process import Process, started
+from refault.lab.procnet import tcp_sockets
 from refault.lab.qmp_client import QmpClient, QmpError, connect
 
-pytestmark = [pytest.mark.qemu, pytest.mark.timeout(90)]
+pytestmark = [pytest.mark.qemu, pytest.mark.timeout(200)]
 
 MACHINE = ("-M", "pc", "-m", "16", "-nodefaults", "-display", "none", "-accel", "tcg", "-S")
 ENDED = ("failed", "cancelled", "completed")
+SYN_SENT = 0x02
 
 
 @dataclass
@@ -90,7 +92,7 @@ async def told(end: End, arguments: Mapping[str, Any]) -> Told:
     except QmpError as error:
         reply = (error.kind, error.description)
     else:
-        with trio.fail_after(20):
+        with trio.fail_after(40):
             await end.qmp.wait_migration(*ENDED, since=since)
     asked = await end.qmp.execute("query-migrate")
     return {
@@ -238,6 +240,11 @@ async def test_an_address_where_nobody_listens(tmp_path: Path, binary: str) -> N
                 await end.qmp.execute("migrate-set-capabilities", {"capabilities": [off]})
 
 
+def dials(port: int) -> bool:
+    """Whether anybody on this host waits for an answer from that port."""
+    return any(row.state == SYN_SENT and row.remote[1] == port for row in tcp_sockets())
+
+
 @pytest.mark.parametrize("binary", BINARIES)
 async def test_an_address_that_does_not_answer_holds_nobody_up(tmp_path: Path, binary: str) -> None:
     """And is dialled no more once the migration is cancelled; then a second one has its own way."""
@@ -248,7 +255,7 @@ async def test_an_address_that_does_not_answer_holds_nobody_up(tmp_path: Path, b
         uri = f"tcp:127.0.0.1:{server.getsockname()[1]}"
         async with at(tmp_path, binary, "vm") as end, connect(end.address, name="another") as another:
             since = len(end.qmp.events)
-            with trio.fail_after(2):
+            with trio.fail_after(8):
                 assert await end.qmp.execute("migrate", {"uri": uri}) == {}
                 assert await bare.migration_status(another) == "setup"
                 with pytest.raises(QmpError, match="process in progress"):
@@ -256,6 +263,9 @@ async def test_an_address_that_does_not_answer_holds_nobody_up(tmp_path: Path, b
                 await another.execute("migrate_cancel")
                 await end.qmp.wait_migration("cancelled", since=since)
             assert end.statuses(since) == ["setup", "cancelling", "cancelled"]
+            with trio.fail_after(20):
+                while dials(server.getsockname()[1]):
+                    await trio.sleep(0.01)
             fillers.close()
             server.accept()[0].close()
             server.settimeout(1.5)  # a SYN that was still in the air would be sent again by now

@@ -16,7 +16,7 @@ from refault.lab.channel import Loss, free_port, start_channel
 from refault.lab.driver import refault_driver
 from refault.lab.qemu import PairOptions, start_pair
 
-pytestmark = [pytest.mark.qemu, pytest.mark.timeout(90)]
+pytestmark = [pytest.mark.qemu, pytest.mark.timeout(200)]
 
 
 async def forward(place: Path, to: str, *, task_status: trio.TaskStatus[None]) -> None:

@@ -39,6 +39,7 @@ from refault.daemon.monitor.address_text import parse_address
 from refault.daemon.monitor.dial import prepare
 from refault.daemon.monitor.listener import ListenError
 from refault.daemon.monitor.monitor import Limits, Monitor, MonitorLost, QemuInfo
+from refault.lab.channel import free_port
 
 # QEMU comes and goes
 
@@ -48,7 +49,7 @@ async def test_qemu_quits_and_another_comes() -> None:
     seen: list[str] = []
 
     async def came(info: QemuInfo) -> None:
-        await monitor.execute("query-status", timeout=5)
+        await monitor.execute("query-status", timeout=20)
         seen.append(f"came {info.pid}")
 
     with directory() as path:
@@ -104,19 +105,15 @@ async def test_qemu_killed_with_commands_on_the_way() -> None:
             with qemu_process(f"unix:{path}/qemu,server=on,wait=off"):
                 async with negotiated(path / "front") as client:
                     assert await client.command("query-name") == {}
-                assert await monitor.execute("query-name", timeout=5) == {}
+                assert await monitor.execute("query-name", timeout=20) == {}
 
 
 @pytest.mark.qemu
 @pytest.mark.parametrize("pretty", ["", ",pretty=on"])
 @pytest.mark.parametrize("kind", ["unix", "tcp"])
 async def test_kinds_of_monitors_and_listeners(kind: str, pretty: str) -> None:
-    with directory() as path, socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        free.listen(0)
-        port = free.getsockname()[1]
-        free.close()
-        where = f"unix:{path}/qemu" if kind == "unix" else f"tcp:127.0.0.1:{port}"
+    with directory() as path:
+        where = f"unix:{path}/qemu" if kind == "unix" else f"tcp:127.0.0.1:{free_port()}"
         argv = ["-chardev", _chardev(where, "server=on,wait=off"), "-mon", f"chardev=m,mode=control{pretty}"]
         with qemu_process(extra=argv):
             listen = [
@@ -145,7 +142,7 @@ async def _talk(address: Path | tuple[str, int], pretty: bool) -> None:
     async with await dial(address) as stream:
         await stream.send_all(b'{"execute": "qmp_capabilities"}{"execute": "query-status", "id": [1]}')
         text = b""
-        with trio.fail_after(10):
+        with trio.fail_after(30):
             while text.count(b"return") < 2 or not text.endswith(b"}\r\n"):
                 text += await stream.receive_some()
         assert (b"\r\n    " in text) == pretty
@@ -366,8 +363,7 @@ async def test_what_is_no_socket_is_told(
     with directory() as path:
         make(path / "qemu")
         async with refault(path / "qemu", path / "front"):
-            pass
-        assert f"no QEMU at unix:{path}/qemu yet: that is {said}" in caplog.text
+            await until(lambda: f"no QEMU at unix:{path}/qemu yet: that is {said}" in caplog.text)
 
 
 @pytest.mark.qemu

@@ -41,7 +41,7 @@ NOBODY = {"refused", "end"}
 """What a client finds where nobody is."""
 
 
-def find(address: Address, seconds: float = 10) -> str:
+def find(address: Address, seconds: float = 30) -> str:
     """What a client finds who connects and reads."""
     family = socket.AF_UNIX if address.path is not None else socket.AF_INET
     with socket.socket(family) as client:
@@ -94,7 +94,7 @@ async def test_without_a_qemu_there_is_nobody(kind: str) -> None:
                     assert await finds(front) == "greeting"
                     assert await finds(bare) == "greeting"
                     if quit_:
-                        await monitor.execute("quit", timeout=5)
+                        await monitor.execute("quit", timeout=20)
                     else:
                         qemu.kill()
                     await trio.to_thread.run_sync(qemu.wait)
@@ -178,6 +178,7 @@ async def test_a_client_waits_for_a_qemu_that_is_being_connected_to(monkeypatch:
             connection, _ = await trio.to_thread.run_sync(qemu.accept)
             with connection:
                 assert await finds(front) == "end"
+                monkeypatch.setattr(clients, "_GREETED_WITHIN", 30.0)
                 async with trio.open_nursery() as nursery:
                     found: list[str] = []
 
@@ -188,6 +189,7 @@ async def test_a_client_waits_for_a_qemu_that_is_being_connected_to(monkeypatch:
                     await until(lambda: monitor.clients)
                     connection.sendall(GREETING)
                 assert found == ["greeting"]
+                monkeypatch.setattr(clients, "_GREETED_WITHIN", 1.0)
                 async with connected(("127.0.0.1", front.port)) as stays:
                     await trio.sleep(1.5)  # longer than one waits who has not been greeted
                     await stays.negotiate()

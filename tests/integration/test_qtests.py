@@ -45,6 +45,6 @@ async def test_refault_is_between_and_ends_with_a_qemu_that_is_the_process_start
             process.kill()
             assert await client.line() == b""
         assert await process.wait() == -9
-        while not (vm / "status").exists():
+        while not (vm / "status").exists() or not (vm / "status").read_text():
             await trio.sleep(0.01)
         assert complaints((vm / "log").read_text(), vm / "status") == []

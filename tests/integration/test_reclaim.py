@@ -20,7 +20,7 @@ from refault.lab.memory import compare
 from refault.lab.qemu import Pair, PairOptions, disks, start_pair
 from refault.lab.qmp_client import QmpError
 
-pytestmark = [pytest.mark.qemu, pytest.mark.timeout(90)]
+pytestmark = [pytest.mark.qemu, pytest.mark.timeout(200)]
 
 DISKS = 24
 """A package of 1 MiB, so that the loss is surely noticed before all of it has left QEMU."""
@@ -48,7 +48,7 @@ async def wait_for_arrival(pair: Pair, driver: RefaultDriver) -> None:
 
     Slowly, or what nobody reads fills the way before precopy has ended.
     """
-    await driver.source.execute("migrate-set-parameters", {"max-bandwidth": 1 << 20})
+    await driver.source.execute("migrate-set-parameters", {"max-bandwidth": 64 << 10})
     pair.destination.process.signal(signal.SIGSTOP)
     await driver.source.execute("migrate-start-postcopy")
     await bare.wait_status(pair.source.qmp, "postcopy-device")
@@ -58,7 +58,7 @@ async def take_back(pair: Pair, driver: RefaultDriver) -> None:
     """As the operator does; the guest goes on at the source, and its memory is right."""
     pair.destination.process.kill()
     await driver.source.execute("migrate", {"uri": TAKE_BACK, "resume": True})
-    with trio.fail_after(20):
+    with trio.fail_after(40):
         await bare.wait_status(pair.source.qmp, "failed")
         await pair.source.wait_progress()
     assert (await driver.source.execute("query-status"))["running"]
@@ -73,7 +73,7 @@ async def lose_in_switchover(
     await run_precopy(driver, channel, 1 << 20, capabilities)
     await channel.cut_at(cut)
     await driver.source.execute("migrate-start-postcopy")
-    await channel.was_cut(cut, 20)
+    await channel.was_cut(cut)
 
 
 @pytest.mark.parametrize("binary", qemus("qemu-10", "qemu-11"))
@@ -120,7 +120,7 @@ async def test_a_guest_that_has_arrived_is_not_taken_back(tmp_path: Path) -> Non
         # The destination's word that it has the guest: QEMU tells of postcopy before it has come.
         await told(driver, lambda vms: vms[0].migration.phase == "postcopy")
         driver.processes[1].kill()  # so that the channel is lost, and not recovered
-        with trio.fail_after(20):
+        with trio.fail_after(40):
             await bare.wait_status(pair.source.qmp, "postcopy-paused")
             with pytest.raises(QmpError, match="has said that it had it"):
                 await driver.source.execute("migrate", {"uri": TAKE_BACK, "resume": True})
@@ -138,7 +138,7 @@ async def test_a_source_that_writes_while_it_waits_for_its_guests_arrival_pauses
     tmp_path: Path, binary: str, lost: bool
 ) -> None:
     async with fronted(tmp_path, binary=binary) as (pair, channel, driver):
-        with trio.fail_after(30):
+        with trio.fail_after(60):
             await run_precopy(driver, channel, 1 << 30, WITHOUT_EVENTS)
             await wait_for_arrival(pair, driver)
             await nothing_moves(driver)
@@ -160,7 +160,7 @@ async def test_a_source_that_never_hears_that_its_guest_has_arrived_does_not_run
     """From 10.2 on a source fails where its channel ends before that, instead of pausing."""
     async with fronted(tmp_path, binary=binary) as (pair, channel, driver):
         cut = Cut(Loss.CLOSE, False, PONG_3, 0, "now")
-        with trio.fail_after(30):
+        with trio.fail_after(60):
             await lose_in_switchover(driver, channel, cut)
             await recovered(driver, 1)
         await bare.finish(driver.source)

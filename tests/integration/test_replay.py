@@ -18,13 +18,13 @@ from refault.lab.starving_back_end import BackEndCase, BackEndMigration, start_w
 from .qemus import OTHERS_NIGHTLY
 from .starving import WOKEN, Case, Recovered, build_no_repeat, lose_a_request
 
-pytestmark = [pytest.mark.qemu, pytest.mark.timeout(90)]
+pytestmark = [pytest.mark.qemu, pytest.mark.timeout(200)]
 kvm = pytest.mark.skipif(
     not os.access("/dev/kvm", os.R_OK | os.W_OK), reason="the preloaded library is for KVM only"
 )
 
 GUEST = Guest(vcpus=4, log_pages=12, tick_ns=2_000_000)
-BACKGROUND = 256 << 10
+BACKGROUND = 16 << 10
 """Bytes a second: slow enough that the background copy does not come to a lost page by itself soon."""
 MOSTLY_BACK_END = Guest(vcpus=1, log_pages=15, tick_ns=1_000_000_000)
 

@@ -18,6 +18,7 @@ import trio
 from tests.campaign.losses import EOF
 from tests.integration.qemus import OTHERS_NIGHTLY, qemus
 from tests.integration.starving import WOKEN, Case, Recovered, build_no_repeat, lose_a_request
+from tests.integration.waiting import held_by_qemu
 
 from refault.lab import bare
 from refault.lab.channel import Cut, Loss, free_port, start_channel
@@ -29,15 +30,15 @@ from refault.lab.story import Side
 
 pytestmark = [
     pytest.mark.qemu,
-    pytest.mark.timeout(90),
+    pytest.mark.timeout(200),
     pytest.mark.skipif(
         not os.access("/dev/kvm", os.R_OK | os.W_OK), reason="the preloaded library is for KVM only"
     ),
 ]
 
 GUEST = Guest(vcpus=4, log_pages=12, tick_ns=2_000_000)
-SMALL = Guest(vcpus=4, log_pages=11, tick_ns=1_000_000)
-BACKGROUND = 256 << 10
+SMALL = Guest(vcpus=4, log_pages=11, tick_ns=4_000_000)
+BACKGROUND = 16 << 10
 UNGUARDED = """
 import sys
 from refault.daemon.relayed.guard import Guard
@@ -96,8 +97,8 @@ async def all_sent(
         cut = Cut(Loss.CLOSE, True, EOF, 0, "now")
         await channel.cut_at(cut)
         await driver.source.execute("migrate-set-parameters", {"max-postcopy-bandwidth": 0})
-        await channel.was_cut(cut, 30)
-        with trio.fail_after(20):
+        await channel.was_cut(cut)
+        with trio.fail_after(40):
             while not [vm for vm in await driver.statuses() if vm.name == "source" and vm.migration.held]:
                 await trio.sleep(0.02)
         yield pair, driver
@@ -107,20 +108,10 @@ async def runs(qemu: Qemu) -> bool:
     return bool((await qemu.qmp.execute("query-status"))["running"])
 
 
-def sockets(pid: int) -> set[str]:
-    """The sockets that a process has open, by their inodes."""
-    links = set()
-    for entry in Path(f"/proc/{pid}/fd").iterdir():
-        with contextlib.suppress(FileNotFoundError):
-            links.add(str(entry.readlink()))
-    return {link for link in links if link.startswith("socket:")}
-
-
 async def test_a_source_that_has_sent_all_does_not_run_again_though_refault_is_killed(tmp_path: Path) -> None:
     async with all_sent(tmp_path, qemus("qemu-10")[-1]) as (pair, driver):
-        with trio.fail_after(20):
-            while not sockets(pair.source.pid) & sockets(driver.processes[0].pid):  # QEMU has our end too
-                await trio.sleep(0.02)
+        with trio.fail_after(40):
+            await held_by_qemu(pair.source.pid, driver.processes[0].pid)
             driver.processes[0].kill()
             again = driver.start_again(0)
             while "which must not run again" not in again.tail(50):
@@ -138,7 +129,7 @@ async def test_a_source_that_failed_while_refault_was_dead_is_stopped(tmp_path: 
     """A kill in the moment before QEMU holds both ends: 10.0 runs the guest again."""
     binary = qemus("qemu-10")[-1]
     async with all_sent(tmp_path, binary, [REFAULT[0], "-c", UNGUARDED]) as (pair, driver):
-        with trio.fail_after(20):
+        with trio.fail_after(40):
             driver.processes[0].kill()
             if pair.source.qmp.version < (10, 0, 0):
                 return  # it hangs, and does not run
@@ -165,11 +156,11 @@ async def test_a_qemu_that_is_killed_while_its_leg_is_held_leaves_no_hold(tmp_pa
             told = [vm.migration.held, vm.migration.status, vm.recovery.last_error]
             return [*filter(None, told), *kept, *[line for line in gauges if not line.endswith(" 0.0")]]
 
-        held = await left()
-        assert any("refault_leg_held" in str(each) for each in held), held
-        assert len(held) >= 4
+        with trio.fail_after(40):  # metrics may be of a moment ago
+            while "refault_leg_held" not in str(held := await left()) or len(held) < 4:
+                await trio.sleep(0.02)
         pair.source.process.kill()
-        with trio.fail_after(20):
+        with trio.fail_after(40):
             while await left():
                 await trio.sleep(0.02)
 

@@ -20,10 +20,12 @@ import pytest
 import trio
 from tests.integration.qemus import BINARIES
 from tests.integration.qmp_tools import qemu_process
+from tests.integration.waiting import told
+from tests.support.until import until
 
 from refault.daemon.host.errors import OperatorError
 from refault.daemon.telling.control import query
-from refault.daemon.telling.snapshot import Status
+from refault.daemon.telling.snapshot import Status, VmStatus
 from refault.lab import bare
 from refault.lab.channel import free_port, start_channel
 from refault.lab.driver import refault_driver
@@ -31,10 +33,10 @@ from refault.lab.guest import Guest
 from refault.lab.memory import compare
 from refault.lab.qemu import PairOptions, start_pair
 
-pytestmark = [pytest.mark.qemu, pytest.mark.timeout(90)]
+pytestmark = [pytest.mark.qemu, pytest.mark.timeout(200)]
 
 HARD = resource.getrlimit(resource.RLIMIT_NOFILE)[1]
-GUEST = Guest(vcpus=1, log_pages=14, tick_ns=1_000_000)
+GUEST = Guest(vcpus=1, log_pages=14, tick_ns=4_000_000)
 CRASHING = """
 import sys
 from pathlib import Path
@@ -53,6 +55,20 @@ sys.exit(main())
 """A refault whose front fails at the next client where there is a file named as its listener and `.crash`."""
 
 
+HANDED = """
+import os, socket, sys
+with socket.socket(socket.AF_UNIX) as listening:
+    listening.bind(os.path.abspath("handed"))
+    listening.listen()
+    fd = listening.detach()
+    os.dup2(fd, 3)
+os.environ |= {"LISTEN_FDS": "1", "LISTEN_PID": str(os.getpid())}
+from refault.cli.main import main
+sys.exit(main())
+"""
+"""A refault that was handed a listener by the service manager."""
+
+
 class Served:
     """A `refault serve` over `directory`/refault.toml."""
 
@@ -65,7 +81,7 @@ class Served:
         self.log = directory / "log"
         self.manager = socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM)
         self.manager.bind(str(directory / "notify"))
-        self.manager.settimeout(20)
+        self.manager.settimeout(60)
         environment = os.environ | {
             "RUNTIME_DIRECTORY": str(directory / "run"),
             "NOTIFY_SOCKET": str(directory / "notify"),
@@ -103,10 +119,10 @@ class Served:
         return f"{self.directory}/{name}"
 
     def status(self) -> Status:
-        return query(self.control, 5)
+        return query(self.control, 20)
 
     def until(self, condition: Callable[[Status], object]) -> Status:
-        end = time.monotonic() + 20
+        end = time.monotonic() + 40
         while True:
             with contextlib.suppress(OperatorError):
                 status = self.status()
@@ -138,22 +154,32 @@ class Talk:
 
     def __init__(self, path: str) -> None:
         self._socket = socket.socket(socket.AF_UNIX)
-        self._socket.settimeout(20)
+        self._socket.settimeout(60)
         self._socket.connect(path)
         self._lines = self._socket.makefile("rb")
         self.greeting = self._lines.readline()
 
-    def ask(self, command: str) -> Any:
-        self._socket.sendall(json.dumps({"execute": command}).encode())
+    def ask(self, command: str, **arguments: object) -> Any:
+        self._socket.sendall(json.dumps({"execute": command, "arguments": arguments}).encode())
         return json.loads(self._lines.readline())["return"]
+
+    def refused(self, verb: str, command: str) -> str:
+        """What an error says."""
+        self._socket.sendall(json.dumps({verb: command}).encode())
+        said: str = json.loads(self._lines.readline())["error"]["desc"]
+        return said
 
     def close(self) -> None:
         self._lines.close()
         self._socket.close()
 
 
+def listening(vm: VmStatus, least: int = 1) -> bool:
+    return len(vm.listeners) >= least and all(each.listening for each in vm.listeners)
+
+
 def there(*names: str) -> Callable[[Status], object]:
-    return lambda status: {vm.name for vm in status.vms if vm.qemu.connected} == set(names)
+    return lambda status: {vm.name for vm in status.vms if vm.qemu.connected and listening(vm)} == set(names)
 
 
 def test_a_reload_touches_what_has_changed_and_nothing_else(served: Served) -> None:
@@ -176,7 +202,7 @@ def test_a_reload_touches_what_has_changed_and_nothing_else(served: Served) -> N
         served.reload()
         served.until(there("a", "c"))
         assert gone._lines.readline() == b""
-        assert not Path(served.at("b")).exists()
+        until(lambda: not Path(served.at("b")).exists(), served.log.read_text)
 
         served.write("d", "[vm.d]\nqemu = 7\n")
         assert "RELOADING=1" in served.reload()
@@ -188,12 +214,38 @@ def test_a_reload_touches_what_has_changed_and_nothing_else(served: Served) -> N
             "a", f'[vm.a]\nqemu = "{served.at("a")}.real"\nlisten = ["{served.at("a")}", "{served.at("a2")}"]'
         )
         served.reload()
-        status = served.until(lambda status: not status.troubles and len(status.vms[0].listeners) == 2)
+        status = served.until(lambda status: not status.troubles and listening(status.vms[0], 2))
         with contextlib.closing(Talk(served.at("a2"))) as another:
             assert b"QMP" in another.greeting
         for client in clients:  # neither has an end of file come to any of them, nor a second greeting
             assert client.ask("query-status")["status"] == "running"
         assert {vm.name: vm.clients.total for vm in status.vms} == {"a": 50, "c": 0}
+
+
+def test_rules_hold_at_a_handed_listener_and_for_a_vm_that_was_found(tmp_path: Path) -> None:
+    """tests/integration/test_access.py has the other kinds of listeners, and all commands."""
+    served = Served(tmp_path, sys.executable, "-c", HANDED)
+    with served.manager, served.process:
+        try:
+            served.until_ready()
+            with qemu(served, "a") as one, qemu(served, "b") as other:
+                rule = "read_only = true"
+                listener = f'{{ address = "{served.at("handed")}", {rule} }}'
+                served.write("a", f'[vm.a]\nqemu = "{served.at("a")}.real"\nlisten = {listener}\n')
+                listener = f'{{ address = "{{dir}}/{{stem}}", {rule} }}'
+                served.write("b", f'[[watch]]\nqemu = "{served.at("[b]")}.real"\nlisten = {listener}\n')
+                served.reload()
+                served.until(there("a", "b"))
+                for where in (served.at("handed"), served.at("b")):
+                    with contextlib.closing(Talk(where)) as client:
+                        assert client.ask("qmp_capabilities", enable=["oob"]) == {}
+                        for verb in ("execute", "exec-oob"):
+                            for command in ("quit", "migrate", "human-monitor-command"):
+                                assert "read-only" in client.refused(verb, command)
+                        assert client.ask("query-status")["status"] == "running"
+                assert (one.poll(), other.poll()) == (None, None)
+        finally:
+            served.process.kill()
 
 
 def test_a_vm_has_an_end_of_its_own(served: Served) -> None:
@@ -211,8 +263,7 @@ def test_a_vm_has_an_end_of_its_own(served: Served) -> None:
             with contextlib.suppress(ConnectionError), contextlib.closing(Talk(served.at("b"))) as victim:
                 assert victim.greeting == b""
             assert own._lines.readline() == b""
-            served.until(lambda status: status.vms[1].internal_errors)
-            status = served.until(there("a", "b"))
+            status = served.until(lambda status: status.vms[1].internal_errors and there("a", "b")(status))
             assert [vm.internal_errors for vm in status.vms] == [0, 1]
             assert status.vms[1].internal_error == "KeyError('of ours')"
             with contextlib.closing(Talk(served.at("b"))) as again:
@@ -229,7 +280,7 @@ def test_a_vm_that_another_refault_fronts_is_refused_until_that_has_ended(served
         environment = os.environ | {"RUNTIME_DIRECTORY": str(directory)}
         with subprocess.Popen(command, env=environment) as run:
             try:
-                end = time.monotonic() + 20
+                end = time.monotonic() + 40
                 while not Path(served.at("a")).exists():
                     assert time.monotonic() < end
                     time.sleep(0.01)
@@ -279,17 +330,18 @@ async def test_a_migration_outlives_an_internal_error_in_the_fronts_of_both_ends
             with contextlib.suppress(ConnectionError), socket.socket(socket.AF_UNIX) as victim:
                 victim.connect(str(tmp_path / f"{side}.client"))
                 assert victim.recv(1) == b""
-            with trio.fail_after(20):  # until it listens no more: who comes before that is disconnected too
+            with trio.fail_after(40):  # until it listens no more: who comes before that is disconnected too
                 while (await driver.statuses())[end].internal_errors < 1:
                     await trio.sleep(0.02)
             await driver.connect_again(end)
-        with trio.fail_after(20):
-            while not all(vm.internal_errors == 1 and vm.qemu.connected for vm in await driver.statuses()):
-                await trio.sleep(0.02)
-        statuses = await driver.statuses()
-        assert [(vm.migration.status, vm.migration.relay) for vm in statuses] == 2 * [
-            ("postcopy-active", "tracking")
-        ]
+
+        def goes_on(vm: VmStatus) -> bool:
+            migrates = vm.migration.status, vm.migration.relay
+            return (
+                vm.internal_errors == 1 and vm.qemu.connected and migrates == ("postcopy-active", "tracking")
+            )
+
+        await told(driver, lambda vms: all(map(goes_on, vms)))
         await bare.finish(driver.source)
         assert [vm.recovery.losses for vm in await driver.statuses()] == [0, 0]
         verdict = await compare(GUEST, pair.destination.qmp, pair.source.qmp)

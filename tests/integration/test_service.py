@@ -22,6 +22,7 @@ import pytest
 from refault.cli.daemons import NO_QEMU
 from refault.cli.main import build_parser
 from refault.cli.run import configuration
+from refault.lab.channel import free_port
 
 ROOT = Path(__file__).parents[2]
 REFAULT = [sys.executable, "-m", "refault"]
@@ -48,7 +49,7 @@ class Daemon:
                 env=environment,
             )
 
-    def notices(self, timeout: float = 20.0) -> Iterator[list[str]]:
+    def notices(self, timeout: float = 60.0) -> Iterator[list[str]]:
         self.manager.settimeout(timeout)
         while True:
             yield self.manager.recv(4096).decode().splitlines()
@@ -73,7 +74,7 @@ class Daemon:
             env=os.environ | {"RUNTIME_DIRECTORY": str(self.directory)},
             capture_output=True,
             check=False,
-            timeout=20,
+            timeout=60,
         )
         (vm,) = json.loads(done.stdout)["vms"]
         assert done.returncode == (0 if vm["qemu"]["connected"] else NO_QEMU)
@@ -95,7 +96,7 @@ def daemon(directory: Path, *arguments: str) -> Iterator[Daemon]:
         started.close()
 
 
-def eventually(holds: Callable[[], bool], tell: Callable[[], str], timeout: float = 20.0) -> None:
+def eventually(holds: Callable[[], bool], tell: Callable[[], str], timeout: float = 40.0) -> None:
     deadline = time.monotonic() + timeout
     while not holds():
         assert time.monotonic() < deadline, tell()
@@ -114,11 +115,6 @@ def qemu(monitor: Path) -> Iterator[subprocess.Popen[bytes]]:
     finally:
         process.kill()
         process.wait(10)
-
-
-def free_port() -> int:
-    with socket.create_server(("127.0.0.1", 0)) as probe:
-        return int(probe.getsockname()[1])
 
 
 def qmp(path: Path, *commands: str) -> list[dict[str, Any]]:
@@ -306,7 +302,7 @@ def refused(tmp_path: Path, *arguments: str) -> str:
         stdin=subprocess.DEVNULL,
         capture_output=True,
         text=True,
-        timeout=30,
+        timeout=60,
         check=False,
     )
     assert done.returncode == 1, done.stderr

@@ -12,13 +12,18 @@ from tests.campaign.hosts import Setting, on_two_hosts
 from tests.integration.qemus import OTHERS_NIGHTLY
 
 from refault.channel.relay import DEAD_AFTER_SECONDS
+from refault.daemon.far.dialled import DIAL_TIMEOUT
 from refault.lab.channel import free_port
 
 pytestmark = [
     pytest.mark.qemu,
-    pytest.mark.timeout(120),
+    pytest.mark.timeout(200),
     pytest.mark.skipif(os.geteuid() != 0, reason="only root makes network namespaces"),
 ]
+
+
+BUSY = 30
+"""Seconds more that a busy machine may take: TCP alone would take a quarter of an hour."""
 
 
 async def test_a_silent_network_is_noticed_in_postcopy_and_left_when_it_is_back(tmp_path: Path) -> None:
@@ -29,12 +34,12 @@ async def test_a_silent_network_is_noticed_in_postcopy_and_left_when_it_is_back(
         since = [len(qmp.events) for qmp in monitors]
         down = trio.current_time()
         lab.hosts[1].link("down")
-        with trio.fail_after(DEAD_AFTER_SECONDS + 3):
+        with trio.fail_after(DEAD_AFTER_SECONDS + BUSY):
             for qmp, seen in zip(monitors, since, strict=True):
                 paused = await qmp.wait_migration("postcopy-paused", since=seen)
-                assert paused.when - down < DEAD_AFTER_SECONDS + 2
+                assert paused.emitted - down < DEAD_AFTER_SECONDS + BUSY / 2
         lab.hosts[1].link("up")
-        with trio.fail_after(10):  # a new connection's SYN may have to be sent again first
+        with trio.fail_after(BUSY):  # a new connection's SYN may have to be sent again first
             for qmp, seen in zip(monitors, since, strict=True):
                 await qmp.wait_migration("postcopy-active", since=seen)
         await lab.finish()
@@ -48,7 +53,7 @@ async def test_a_second_network_recovers_what_the_first_lost_for_ever(tmp_path: 
         monitors = lab.pair.source.qmp, lab.pair.destination.qmp
         since = [len(qmp.events) for qmp in monitors]
         lab.hosts[1].link("down")
-        with trio.fail_after(DEAD_AFTER_SECONDS + 10):
+        with trio.fail_after(DEAD_AFTER_SECONDS + BUSY):
             paused = [
                 await qmp.wait_migration("postcopy-paused", since=seen)
                 for qmp, seen in zip(monitors, since, strict=True)
@@ -57,15 +62,15 @@ async def test_a_second_network_recovers_what_the_first_lost_for_ever(tmp_path: 
                 await qmp.wait_migration("postcopy-active", since=seen)
                 for qmp, seen in zip(monitors, since, strict=True)
             ]
-        noticed = max(event.when for event in paused)
-        assert max(event.when for event in active) - noticed < 2  # half of it for a loaded machine
-        with trio.fail_after(10):
+        noticed, again = (max(event.emitted for event in events) for events in (paused, active))
+        assert again - noticed < 5 * DIAL_TIMEOUT  # of the dead one; the rest is a busy machine's
+        with trio.fail_after(BUSY):
             while not any("recovered in" in line for line in lab.log("src")):
                 await trio.sleep(0.02)
         # Lost once more, it is recovered there at once: the dead network is not tried first again.
         since = [len(qmp.events) for qmp in monitors]
         await lab.pair.source.qmp.execute("migrate-pause", oob=True)
-        with trio.fail_after(10):
+        with trio.fail_after(BUSY):
             for qmp, seen in zip(monitors, since, strict=True):
                 await qmp.wait_migration("postcopy-active", since=seen)
         log = lab.refaults[0].tail(1000).splitlines()

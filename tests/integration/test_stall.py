@@ -15,7 +15,7 @@ from refault.lab.qemu import DEFAULT_BINARY
 
 pytestmark = [
     pytest.mark.qemu,
-    pytest.mark.timeout(100),
+    pytest.mark.timeout(200),
     pytest.mark.skipif(os.geteuid() != 0, reason="only root makes network namespaces"),
 ]
 
@@ -34,8 +34,8 @@ async def test_a_silent_network_is_paused_and_recovered_by_another(tmp_path: Pat
         await lab.postcopy()
         since = lab.marks()
         lab.hosts[1].link("down")
-        await lab.both("postcopy-paused", since, STALL_AFTER * 5)
-        await lab.both("postcopy-active", since, 40)
+        await lab.both("postcopy-paused", since, STALL_AFTER * 5 + 30)
+        await lab.both("postcopy-active", since, 60)
         await lab.finish()
 
 
@@ -47,11 +47,11 @@ async def test_a_silent_network_that_comes_back_finds_one_attempt_under_way(tmp_
         await lab.postcopy()
         since = lab.marks()
         lab.hosts[1].link("down")
-        await lab.both("postcopy-paused", since, STALL_AFTER * 5)
+        await lab.both("postcopy-paused", since, STALL_AFTER * 5 + 30)
         await trio.sleep(1.0)  # time for many attempts
         since = lab.marks()
         lab.hosts[1].link("up")
-        await lab.both("postcopy-active", since, 40)
+        await lab.both("postcopy-active", since, 60)
         await lab.finish()
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import subprocess
 from collections.abc import Iterator
 from functools import partial
@@ -32,7 +33,11 @@ def debian(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Debian]:
 
 
 def until_fronted(debian: Debian, unit: str) -> None:
-    until(lambda: debian.status()["vm1"]["qemu"]["connected"], lambda: debian.journal(unit))
+    def fronted() -> bool:
+        vms = debian.status()
+        return "vm1" in vms and vms["vm1"]["qemu"]["connected"]
+
+    until(fronted, lambda: debian.journal(unit))
 
 
 def test_from_installation_to_stop(debian: Debian) -> None:
@@ -76,7 +81,7 @@ def test_a_hung_event_loop_is_killed_and_begun_anew(debian: Debian, unit: str) -
     debian.write("/etc/refault/vm1.env", 'ARGS="--qemu /run/vms/vm1.real --listen /run/vms/vm1"\n')
     debian.run("systemctl", "start", unit)
     assert debian.show(unit, "WatchdogUSec") == "30s"
-    debian.write(f"/run/systemd/system/{unit}.service.d/soon.conf", "[Service]\nWatchdogSec=1\n")
+    debian.write(f"/run/systemd/system/{unit}.service.d/soon.conf", "[Service]\nWatchdogSec=3\n")
     debian.sh(f"systemctl daemon-reload; systemctl restart {unit}")
     try:
         hung = debian.show(unit, "MainPID")
@@ -95,6 +100,77 @@ def test_a_hung_event_loop_is_killed_and_begun_anew(debian: Debian, unit: str) -
         debian.run("systemctl", "daemon-reload")
 
 
+AS_USER = {
+    "refault": "",  # as it is installed
+    "root": "User=root\nGroup=root\n",
+    "vm": "User=vm\nGroup=vm\nCapabilityBoundingSet=\nCapabilityBoundingSet=CAP_SYS_PTRACE\n"
+    "AmbientCapabilities=\nAmbientCapabilities=CAP_SYS_PTRACE\n",
+    # Nothing can be taken out of QEMU's process: the manager keeps connections.
+    "no-ptrace": "CapabilityBoundingSet=\nCapabilityBoundingSet=CAP_DAC_OVERRIDE\n"
+    "AmbientCapabilities=\nAmbientCapabilities=CAP_DAC_OVERRIDE\n",
+}
+CLIENT = """
+import itertools, json, socket
+with socket.socket(socket.AF_UNIX) as sock, sock.makefile("rb") as file:
+    sock.connect("/run/vms/vm1")
+    assert b"QMP" in file.readline()
+    sock.sendall(b'{"execute": "qmp_capabilities"}')
+    assert json.loads(file.readline()) == {"return": {}}
+    for turn in itertools.count(1):
+        sock.sendall(json.dumps({"execute": "query-status", "id": turn}).encode())
+        assert json.loads(file.readline())["id"] == turn
+        with open("/run/vms/answers", "w") as answers:
+            answers.write(str(turn))
+"""
+
+
+NIGHTLY = [pytest.param(user, marks=pytest.mark.nightly) for user in ("refault", "root")]
+
+
+@pytest.mark.parametrize("user", [*NIGHTLY, "vm", "no-ptrace"])
+def test_a_client_outlives_kills_and_restarts_of_the_unit_and_ends_with_a_stop(
+    debian: Debian, user: str
+) -> None:
+    """Whoever it runs as: the QEMU is the user vm's. Yama, where the kernel has it, as most hosts have it."""
+    debian.sh("rm -f /etc/refault/vms.d/* /run/vms/answers; sysctl -qe -w kernel.yama.ptrace_scope=1 || true")
+    debian.write("/etc/refault/vms.d/vm1.toml", VM)
+    debian.write("/run/systemd/system/refault.service.d/user.conf", f"[Service]\n{AS_USER[user]}")
+    debian.write("/run/client.py", CLIENT)
+
+    def answers() -> int:
+        return int(debian.attempt("cat", "/run/vms/answers").stdout or 0)
+
+    def kept() -> bool:
+        told = debian.attempt("refault", "status", "--json").stdout
+        vms = json.loads(told)["vms"] if told.startswith("{") else []
+        return bool(vms) and all(vm["clients"]["kept"] for vm in vms)
+
+    def stored() -> str:
+        return debian.show("refault", "NFileDescriptorStore")
+
+    def until_served() -> None:
+        until(kept, lambda: debian.journal("refault"))
+        until(lambda: stored() == ("5" if user == "no-ptrace" else "0"), stored)
+        so_far = answers()
+        until(lambda: answers() > so_far + 1, lambda: debian.journal("refault") + debian.journal("client"))
+
+    debian.sh("systemctl daemon-reload; systemctl restart refault")
+    try:
+        until_fronted(debian, "refault")
+        debian.run("systemd-run", "--unit=client", "--uid=vm", "python3", "/run/client.py")
+        until(lambda: debian.attempt("test", "-s", "/run/vms/answers").returncode == 0, lambda: "no answer")
+        for end in ("kill --signal=KILL refault", "restart refault"):
+            until_served()
+            debian.sh(f"systemctl {end}")
+        until_served()
+        assert debian.show("client", "ActiveState") == "active"
+        debian.run("systemctl", "stop", "refault")
+        until(lambda: debian.show("client", "ActiveState") == "failed", lambda: debian.journal("client"))
+    finally:
+        debian.sh("systemctl stop refault; systemctl stop client || true; systemctl reset-failed")
+        debian.sh("rm -r /run/systemd/system/refault.service.d; systemctl daemon-reload")
+
+
 def test_sockets_of_the_managers_own_outlive_the_daemon(debian: Debian) -> None:
     """And have it started when somebody comes."""
     debian.write("/etc/refault/vms.d/vm1.toml", VM)
@@ -109,7 +185,8 @@ def test_sockets_of_the_managers_own_outlive_the_daemon(debian: Debian) -> None:
         greet = "import socket; client = socket.socket(socket.AF_UNIX); client.settimeout(30); "
         greet += "client.connect('/run/vms/vm1'); print(client.recv(6).decode())"
         assert debian.run("python3", "-c", greet) == '{"QMP"\n'
-        assert debian.show("refault", "ActiveState") == "active"
+        # It serves before it is told to be ready.
+        until(lambda: debian.show("refault", "ActiveState") == "active", lambda: debian.journal("refault"))
         assert debian.status()["vm1"]["listeners"][0]["listening"]
         debian.run("systemctl", "restart", "refault")
         assert debian.run("stat", "--format=%i %a %G", "/run/vms/vm1") == inode

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import signal
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
@@ -13,9 +14,9 @@ from tests.integration.qemus import BINARIES, OTHERS_NIGHTLY, qemus
 from tests.integration.test_addresses import active_again, lose, memory_is_right, set_up, to_postcopy
 from tests.integration.test_main_job import GUEST
 from tests.integration.test_reclaim import ONLY_11, take_back, wait_for_arrival
-from tests.integration.test_restart import runs, sockets
-from tests.integration.waiting import nothing_moves
-from tests.support.certificates import make_certificates
+from tests.integration.test_restart import runs
+from tests.integration.waiting import held_by_qemu, nothing_moves
+from tests.support.certificates import make_certificates, make_key, set_tls
 
 from refault.daemon.app import PHASE_PATIENCE
 from refault.daemon.known.vm_state import QUERY_TIMEOUT
@@ -24,8 +25,9 @@ from refault.lab import bare
 from refault.lab.channel import Channel, free_port, start_channel
 from refault.lab.driver import RefaultDriver, refault_driver
 from refault.lab.qemu import Pair, PairOptions, start_pair
+from refault.lab.qmp_client import QmpError
 
-pytestmark = [pytest.mark.qemu, pytest.mark.timeout(90)]
+pytestmark = [pytest.mark.qemu, pytest.mark.timeout(200)]
 
 NAME = "destination.example"
 CLIENT_HELLO = (
@@ -40,7 +42,7 @@ def credentials(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A directory as QEMU's tls-creds-x509 and tls-creds-psk want it, for both ends."""
     place = tmp_path_factory.mktemp("tls")
     make_certificates(place, f"DNS:{NAME},IP:127.0.0.1")
-    (place / "keys.psk").write_text("qemu:" + "5a" * 32 + "\n")
+    make_key(place)
     return place
 
 
@@ -61,12 +63,7 @@ async def encrypted(
         refault_driver(pair, channel, directory) as driver,
     ):
         await set_up(driver)
-        for qmp, endpoint in ((driver.source, "client"), (driver.destination, "server")):
-            tls = {"qom-type": f"tls-creds-{kind}", "id": "tls0", "dir": str(credentials)}
-            if kind == "psk" and endpoint == "client":
-                tls["username"] = "qemu"
-            await qmp.execute("object-add", {**tls, "endpoint": endpoint})
-            await qmp.execute("migrate-set-parameters", {"tls-creds": "tls0"})
+        await set_tls(driver.source, driver.destination, kind, credentials)
         await driver.source.execute("migrate-set-parameters", {"tls-hostname": hostname})
         await driver.destination.execute("migrate-incoming", {"uri": channel.target_uri})
         await channel.wait_open()
@@ -90,15 +87,61 @@ async def test_an_encrypted_channel_is_recovered_unread(
         await memory_is_right(pair, driver)
 
 
-async def test_a_source_that_is_told_no_name_is_not_relayed_and_recovers(
+@pytest.mark.parametrize("binary", OTHERS_NIGHTLY)
+async def test_a_source_that_is_told_no_name_has_that_of_the_address_and_no_client_sees_it(
+    tmp_path: Path, credentials: Path, binary: str
+) -> None:
+    async with encrypted(tmp_path, credentials, binary, hostname="") as (pair, channel, driver):
+
+        async def names() -> list[str]:
+            parameters = [
+                await qmp.execute("query-migrate-parameters") for qmp in (driver.source, pair.source.qmp)
+            ]
+            return [each["tls-hostname"] for each in parameters]
+
+        await lose(channel, driver)
+        assert [vm.migration.relay for vm in await driver.statuses()] == ["opaque", "opaque"]
+        for killed in (True, False):
+            assert await names() == ["", "127.0.0.1"]
+            since = len(driver.destination.events)
+            if killed:
+                driver.processes[0].kill()
+            else:
+                await driver.processes[0].stop()
+                assert (await pair.source.qmp.execute("query-migrate-parameters"))["tls-hostname"] == ""
+            await start_again(driver)
+            await active_again(driver, since)
+        assert await names() == ["", "127.0.0.1"]
+        await memory_is_right(pair, driver)
+        with trio.fail_after(40):
+            while await names() != ["", ""]:
+                await trio.sleep(0.02)
+            while [name for name in os.listdir(tmp_path / "source.state") if name.endswith(".json")]:
+                await trio.sleep(0.02)
+
+
+async def test_a_migration_that_is_cancelled_or_refused_leaves_no_name_behind(
     tmp_path: Path, credentials: Path
 ) -> None:
-    async with encrypted(tmp_path, credentials, BINARIES[0], hostname="") as (pair, channel, driver):
-        await lose(channel, driver)
-        source, destination = [vm.migration for vm in await driver.statuses()]
-        assert (source.relay, destination.relay) == ("off", "opaque")
-        assert "tls-hostname" in (source.relay_reason or "")
-        await memory_is_right(pair, driver)
+    async with encrypted(tmp_path, credentials, BINARIES[0], hostname="", postcopy=False) as lab:
+        pair, channel, driver = lab
+
+        async def name() -> str:
+            return str((await pair.source.qmp.execute("query-migrate-parameters"))["tls-hostname"])
+
+        async def is_put_back() -> None:
+            with trio.fail_after(40):
+                while await name():
+                    await trio.sleep(0.02)
+
+        assert await name() == "127.0.0.1"
+        await driver.source.execute("migrate_cancel")
+        # 7.2 shuts the channel down before it notes the cancellation (migrate_fd_cancel).
+        await bare.wait_status(driver.source, "cancelled", "failed")
+        await is_put_back()
+        with pytest.raises(QmpError):
+            await driver.source.execute("migrate", {"uri": channel.uri, "detach": "no"})
+        await is_put_back()
 
 
 @pytest.mark.parametrize("binary", OTHERS_NIGHTLY)
@@ -118,7 +161,7 @@ async def test_tls_handshakes_that_come_to_nothing_while_it_is_paused(
             await channel.retarget(listener.socket.getsockname()[1])  # the source finds somebody else
             since = len(driver.destination.events)
             await channel.reset()
-            with trio.fail_after(20):
+            with trio.fail_after(40):
                 await driver.destination.wait_migration("postcopy-paused", since=since)
                 for _ in range(2):
                     assert (await said.receive()).startswith(b"\x16\x03")
@@ -145,7 +188,7 @@ async def waits_for_arrival(
 
 
 async def is_held(driver: RefaultDriver) -> None:
-    with trio.fail_after(20):
+    with trio.fail_after(40):
         while "the source fails and runs the guest again" not in str((await driver.statuses())[0]):
             await trio.sleep(0.05)
 
@@ -185,9 +228,7 @@ async def test_it_stays_held_though_it_does_not_answer_for_a_time_and_refault_is
         await trio.sleep(QUERY_TIMEOUT + GIVE_BACK_TIMEOUT + 1.5)
         pair.source.process.signal(signal.SIGCONT)
         await is_held(driver)
-        with trio.fail_after(20):
-            while not sockets(pair.source.pid) & sockets(driver.processes[0].pid):  # QEMU has our end too
-                await trio.sleep(0.05)
+        await held_by_qemu(pair.source.pid, driver.processes[0].pid)
         driver.processes[0].kill()
         await start_again(driver)
         await is_held(driver)
@@ -217,7 +258,7 @@ async def test_refault_does_not_end_before_the_source_has_heard_of_the_arrival(
         await trio.sleep(PHASE_PATIENCE + 1.5)
         assert driver.processes[0].status is None
         pair.destination.process.signal(signal.SIGCONT)
-        with trio.fail_after(20):
+        with trio.fail_after(40):
             while driver.processes[0].status is None:
                 await trio.sleep(0.05)
         await start_again(driver)
@@ -230,7 +271,7 @@ async def test_an_encrypted_source_that_failed_while_refault_was_dead_is_stopped
 ) -> None:
     async with waits_for_arrival(tmp_path, credentials, binary) as (pair, _, driver):
         driver.processes[0].kill()
-        with trio.fail_after(20):
+        with trio.fail_after(40):
             await bare.wait_status(pair.source.qmp, "failed")
             while not await runs(pair.source):  # it says so first
                 await trio.sleep(0.02)
@@ -251,10 +292,13 @@ async def test_an_encrypted_channel_lost_as_soon_as_the_guest_runs_is_recovered_
         await driver.source.execute("migrate-start-postcopy")
         await pair.destination.qmp.wait_event(lambda event: event.name == "RESUME")
         await channel.reset()
-        with trio.fail_after(20):
-            while not (held := (await driver.statuses())[0].migration.held):
-                if await bare.migration_status(pair.source.qmp) == "completed":
-                    break
+
+        def has_completed() -> bool:
+            """By its events, for a source that is held as it completes answers nobody."""
+            return any(event.data.get("status") == "completed" for event in pair.source.qmp.events)
+
+        with trio.fail_after(60):
+            while not (held := (await driver.statuses())[0].migration.held) and not has_completed():
                 await trio.sleep(0.05)
         if not held:
             await memory_is_right(pair, driver)

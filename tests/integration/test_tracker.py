@@ -19,9 +19,9 @@ from refault.lab.qemu import PairOptions, start_pair
 from .qemus import BINARIES
 from .tap import Passed, Tap, save_directory
 
-pytestmark = [pytest.mark.qemu, pytest.mark.timeout(90)]
+pytestmark = [pytest.mark.qemu, pytest.mark.timeout(200)]
 
-GUEST = Guest(vcpus=4, log_pages=11, tick_ns=500_000)
+GUEST = Guest(vcpus=4, log_pages=11, tick_ns=4_000_000)
 
 
 def requests_and_bitmaps(channel: Passed) -> tuple[set[tuple[bytes, int]], dict[bytes, bytes]]:
@@ -61,7 +61,7 @@ def check(tracker: Tracker, channels: list[Passed]) -> None:
 
 async def passed(tracker: Tracker, fact: Fact) -> None:
     """What QEMU tells over QMP may be ahead of what it has sent."""
-    with trio.fail_after(5):
+    with trio.fail_after(20):
         while fact not in tracker.facts:
             await trio.sleep(0.01)
 

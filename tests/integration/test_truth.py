@@ -16,9 +16,9 @@ from .in_flight import compare_bitmaps
 from .qemus import ALL_BINARIES, BINARIES
 from .truth import compare_with_trace
 
-pytestmark = [pytest.mark.qemu, pytest.mark.timeout(90)]
+pytestmark = [pytest.mark.qemu, pytest.mark.timeout(200)]
 
-GUEST = Guest(vcpus=8, log_pages=10, tick_ns=500_000)
+GUEST = Guest(vcpus=8, log_pages=10, tick_ns=8_000_000)
 
 
 @pytest.mark.parametrize("binary", ALL_BINARIES)

@@ -14,6 +14,7 @@ from pathlib import Path
 import pytest
 from tests.support.tunnels import Tunnel, copies, refault, tunnel
 
+from refault.lab.channel import free_port
 from refault.session.handshake import Dialling, Keys, Untrusted
 from refault.session.wire import MESSAGE_BYTES, Code, Flag, Kind, Message
 
@@ -36,6 +37,14 @@ def both(key: Path) -> Iterator[Tunnel]:
         yield both
 
 
+def hears(sock: socket.socket, words: bytes) -> None:
+    """That is what comes next; a connection that was lost in the midst of it may bring it in pieces."""
+    heard = b""
+    while len(heard) < len(words) and (more := sock.recv(len(words) - len(heard))):
+        heard += more
+    assert heard == words
+
+
 def test_no_byte_is_wrong_and_no_loss_seen(both: Tunnel) -> None:
     """Hundreds of losses at any byte, the handshake's included, over three connections at once; one is
     idle."""
@@ -47,7 +56,7 @@ def test_no_byte_is_wrong_and_no_loss_seen(both: Tunnel) -> None:
     assert both.proxy.lost > 150
     for sender, receiver in (idle, idle[::-1]):
         sender.sendall(b"still here")
-        assert receiver.recv(100) == b"still here"
+        hears(receiver, b"still here")
     both.proxy.lose(0, 1)
     for sock in (*idle, *(each for pair in pairs for each in pair)):
         sock.close()
@@ -57,13 +66,13 @@ def test_the_server_may_speak_first_and_ends_pass_one_by_one(both: Tunnel) -> No
     client, server = both.connect()
     with client, server:
         server.sendall(b"greeting")
-        assert client.recv(100) == b"greeting"
+        hears(client, b"greeting")
         client.sendall(b"question")
         client.shutdown(socket.SHUT_WR)
-        assert server.recv(100) == b"question"
+        hears(server, b"question")
         assert server.recv(100) == b""
         server.sendall(b"answer")
-        assert client.recv(100) == b"answer"
+        hears(client, b"answer")
         server.close()
         assert client.recv(100) == b""
 
@@ -76,7 +85,7 @@ def test_a_reset_is_a_reset_at_the_other_end(both: Tunnel, who: int, reading: bo
     here, there = pair[who], pair[1 - who]
     with there:
         here.sendall(b"last words")
-        assert there.recv(100) == b"last words"
+        hears(there, b"last words")
         if not reading:
             there.setblocking(False)
             with contextlib.suppress(BlockingIOError):
@@ -115,8 +124,8 @@ def test_unix_sockets_at_both_ends_and_a_slow_one_that_stalls_nobody(tmp_path: P
             assert 64 << 10 <= sent < 64 << 20
             quick = connect()
             [there, back] = copies([quick], 4 << 20, 1 << 20)
-            there.check(20)
-            back.check(20)
+            there.check(60)
+            back.check(60)
             with slow, slow_server:
                 slow_server.shutdown(socket.SHUT_RD)  # it takes no more, and says so
                 slow.setblocking(True)  # one that polls is told nothing, with a tunnel or without
@@ -124,7 +133,7 @@ def test_unix_sockets_at_both_ends_and_a_slow_one_that_stalls_nobody(tmp_path: P
                 with pytest.raises(BrokenPipeError):
                     slow.sendall(bytes(64 << 20))
                 slow_server.sendall(b"and still speaks")
-                assert slow.recv(100) == b"and still speaks"
+                hears(slow, b"and still speaks")
             for sock in quick:
                 sock.close()
 
@@ -171,7 +180,7 @@ def test_strangers_end_nothing_and_cost_little(both: Tunnel, key: Path) -> None:
     for each in (*quiet, sock, again):
         each.close()
     client.sendall(b"all the same")
-    assert server.recv(100) == b"all the same"
+    hears(server, b"all the same")
     assert both.session.memory() - before < 8 << 20
     client.close()
     server.close()
@@ -180,9 +189,8 @@ def test_strangers_end_nothing_and_cost_little(both: Tunnel, key: Path) -> None:
 def test_another_refault_knows_nothing_a_target_may_refuse_and_patience_ends() -> None:
     """Each is a reset: a session that has come to the wrong host, a target where nobody listens, and no
     refault for longer than the patience."""
-    with tunnel("--session-patience", "1") as here, socket.create_server(("127.0.0.1", 0)) as closed:
-        where = f"tcp:127.0.0.1:{closed.getsockname()[1]}"
-        closed.close()
+    with tunnel("--session-patience", "1") as here:
+        where = f"tcp:127.0.0.1:{free_port()}"
         with refault("session:127.0.0.1:0", where) as other:
             client, server = here.connect()
             here.proxy.to = other.port
@@ -200,7 +208,7 @@ def test_another_refault_knows_nothing_a_target_may_refuse_and_patience_ends() -
             pytest.raises(ConnectionResetError),
         ):
             client.recv(1)
-        assert 0.9 < time.monotonic() - began < 10
+        assert 0.9 < time.monotonic() - began < 20
         here.plain.says("no connection to the other refault")
         for end in (here.plain, here.session):
             assert end.end() == 0

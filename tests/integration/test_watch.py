@@ -55,7 +55,7 @@ class Terminal:
 
     async def until(self, text: bytes) -> None:
         """Reads until it is shown, and forgets what was shown before."""
-        with trio.fail_after(20):
+        with trio.fail_after(60):
             while text not in self.shown:
                 await trio.lowlevel.wait_readable(self.ours)
                 chunk = os.read(self.ours, 65536)

@@ -72,7 +72,7 @@ class Pause:
 async def _still(log: Path) -> Traced:
     """The log, when nothing has been added to it for 0.2 s."""
     size = -1
-    with trio.fail_after(5):
+    with trio.fail_after(20):
         while size != (size := (await trio.Path(log).stat()).st_size):
             await trio.sleep(0.2)
     return Traced.read(log)
@@ -130,19 +130,19 @@ async def compare_with_trace(
                 await trio.sleep(0.1)
                 since = len(destination.events)
                 await tap.lose(loss)
-                with trio.fail_after(10):
+                with trio.fail_after(20):
                     await destination.wait_migration("postcopy-paused", since=since)
                 before = await _look_at_pause(tap, log, pair.destination.pid, before)
                 pauses.append(before)
                 await bare.recover(source, destination, tap, since=since)
             await bare.finish(source)
-            with trio.fail_after(5):
+            with trio.fail_after(20):
                 while not tap.relay.passed().shut:
                     await trio.sleep(0.005)
             assert tap.relay.pages().outstanding == 0
             assert (await _still(log)).wanted == set()
             tap.relay.complete()
-            with trio.fail_after(5):
+            with trio.fail_after(20):
                 while tap.relay.pages().recorded > 0:
                     await trio.sleep(0.005)
             verdict = await compare(guest, destination, source)

@@ -62,6 +62,7 @@ async def migrate(directory: Path, source: str, destination: str, what: str) -> 
     async with start_pair(GUEST, directory) as pair, start_channel(directory, free_port()) as channel:
         async with clients(source, destination) as (first, second):
             await bare.start_postcopy(first, second, channel, bandwidth=1 << 20)
+            await bare.heard_of_postcopy(first, second)
             if what == "lose":
                 await lose(first, second, channel)
             else:

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Iterator
 from dataclasses import dataclass
 
-from tests.libvirt.hosts import EMULATORS, SHARED, LibvirtHost
+from tests.libvirt.hosts import EMULATORS, SECOND_MONITOR, SHARED, LibvirtHost
 from tests.support.until import until
 
 from refault.lab.guest import PAGE, STATE_BASE, Guest, Progress
@@ -18,12 +19,16 @@ GUEST = Guest(vcpus=2, log_pages=14, tick_ns=250_000)
 _DISK = """
     <disk type='file' device='disk'><driver name='qemu' type='raw'/><source file='{file}'/>
       <target dev='vda' bus='virtio'/></disk>"""
+_SECOND = f"""
+  <qemu:commandline xmlns:qemu='http://libvirt.org/schemas/domain/qemu/1.0'>
+    <qemu:arg value='-qmp'/><qemu:arg value='unix:{SECOND_MONITOR},server=on,wait=off'/>
+  </qemu:commandline>"""
 _XML = """<domain type='{kind}'><name>{name}</name><uuid>{uuid}</uuid>
   <memory unit='b'>{ram}</memory><vcpu>{vcpus}</vcpu>
   <os><type arch='x86_64' machine='pc'>hvm</type><loader type='rom'>{shared}/guest.bin</loader></os>
   <features><acpi/><apic/></features><on_crash>destroy</on_crash>
   <devices><emulator>{emulator}</emulator>{disk}
-    <memballoon model='none'/><controller type='usb' model='none'/></devices></domain>"""
+    <memballoon model='none'/><controller type='usb' model='none'/></devices>{second}</domain>"""
 _MARKER = """<domain type='qemu'><name>marker</name><uuid>6b6f2a1e-7a55-4c5e-9d0f-2f6b8d2a9c02</uuid>
   <memory>1024</memory><os><type>hvm</type></os></domain>"""
 
@@ -39,13 +44,16 @@ def xml(variant: str, *, disk: bool = False, name: str = NAME) -> str:
         shared=SHARED,
         emulator=EMULATORS[variant],
         disk=_DISK.format(file=f"{SHARED}/disk.raw") if disk else "",
+        second=_SECOND if variant == "second" else "",
     )
 
 
 def prepare(host: LibvirtHost, variant: str) -> None:
-    """Lays what the domain needs; refault is another one, which does what the variant says."""
-    host.kill("refault")
-    host.start_refault(sessions=variant == "session")
+    """Lays what the domain needs; refault is one that does what the variant says."""
+    wanted = "refault" if variant == "bare" else variant
+    if host.refault != wanted:
+        host.kill("refault")
+        host.start_refault(wanted)
     (host.files / "guest.bin").write_bytes(GUEST.firmware())
     with (host.files / "disk.raw").open("wb") as disk:
         disk.truncate(8 << 20)
@@ -66,7 +74,7 @@ def states(host: LibvirtHost) -> tuple[Progress, ...]:
 def _dump(host: LibvirtHost, address: int, length: int) -> bytes:
     arguments = {"val": address, "size": length, "filename": f"{SHARED}/written/memory"}
     command = json.dumps({"execute": "pmemsave", "arguments": arguments})
-    host.must("virsh", "-q", "qemu-monitor-command", NAME, command)
+    host.must("qemu-monitor-command", NAME, command)
     path = host.files / "written" / "memory"
     data = path.read_bytes()
     path.unlink()
@@ -91,10 +99,10 @@ def check_memory(host: LibvirtHost) -> str:
     before = states(host)
     goes_on = lambda: all(now > then for now, then in zip(states(host), before, strict=True))  # noqa: E731
     try:
-        until(goes_on, lambda: before, seconds=5, pause=0.05)
+        until(goes_on, lambda: before, pause=0.05)
     except AssertionError:
         return "the guest stands still"
-    host.must("virsh", "-q", "suspend", NAME)
+    host.must("suspend", NAME)
     progress = states(host)
     wrong = [
         mismatch
@@ -116,9 +124,10 @@ class Events:
     @classmethod
     def listen(cls, host: LibvirtHost) -> Events:
         """Begins."""
-        host.must("virsh", "-q", "define", file(host, "marker.xml", _MARKER))
+        host.must("define", file(host, "marker.xml", _MARKER))
         read = len(host.said("events").splitlines())
-        host.start("events", "stdbuf", "-oL", "virsh", "-c", "qemu:///system", "event", "--all", "--loop")
+        listens = ("stdbuf", "-oL", "virsh", "-c", "qemu:///system", "event", "--all", "--loop")
+        host.start("events", *host.in_suite(*listens))
         events = cls(host, read)
         until(events._hears, lambda: host.said("events"), pause=0.1)
         events.seen()
@@ -126,7 +135,7 @@ class Events:
 
     def _mark(self) -> None:
         marker = ("--uri", "urn:refault:lab", "--key", "lab", "--set", "<mark/>")
-        self.host.must("virsh", "-q", "metadata", "marker", "--config", *marker)
+        self.host.must("metadata", "marker", "--config", *marker)
 
     def _hears(self) -> bool:
         self._mark()
@@ -163,4 +172,4 @@ def remove(host: LibvirtHost) -> None:
 def lines_without_numbers(text: str) -> Iterator[str]:
     """For comparison: times, counts and descriptors differ from run to run."""
     for line in sorted(text.splitlines()):  # domstats comes in any order
-        yield "".join("N" if char.isdigit() else char for char in line)
+        yield re.sub("[0-9]+", "N", line)

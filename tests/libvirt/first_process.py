@@ -1,7 +1,8 @@
 """The first process of a host of the lab (hosts.py): lays what the host sees at its place, and reaps.
 
-Run in mount, UTS, IPC and PID namespaces of its own: NAME DIRECTORY. Says `ready`, and runs until it is
-killed, which ends all processes of the host.
+Run in mount, UTS, IPC and PID namespaces of its own: NAME DIRECTORY ROOT. ROOT, unless it is empty, is that
+of another Debian, which is given at their places what the machine's own root is given. Says `ready`, and
+runs until it is killed, which ends all processes of the host.
 """
 
 from __future__ import annotations
@@ -23,6 +24,8 @@ LAID = {
     "cache": "/var/cache/libvirt",
 }
 """What of the host's directory stands where."""
+SHARED = ("/proc", "/sys", "/dev", "/run")
+"""What is one in both roots."""
 
 
 def mount(*arguments: str) -> None:
@@ -30,14 +33,21 @@ def mount(*arguments: str) -> None:
 
 
 def main() -> None:
-    name, directory = sys.argv[1:]
+    name, directory, other = sys.argv[1:]
     mount("--make-rprivate", "/")
-    for ours, place in LAID.items():
-        if (Path(directory) / ours).is_dir():
-            Path(place).mkdir(parents=True, exist_ok=True)
-        mount("--bind", f"{directory}/{ours}", place)
     mount("-t", "sysfs", "sysfs", "/sys")
     mount("-t", "tmpfs", "-o", "mode=755", "tmpfs", "/run")
+    for root in ("", other) if other else ("",):
+        for ours, place in LAID.items():
+            if (Path(directory) / ours).is_dir():
+                Path(f"{root}{place}").mkdir(parents=True, exist_ok=True)
+            elif root:
+                Path(f"{root}{place}").touch()  # of /etc/hosts there may be none
+            mount("--bind", f"{directory}/{ours}", f"{root}{place}")
+    if other:
+        mount("-t", "tmpfs", "tmpfs", f"{other}/tmp")
+        for place in SHARED:
+            mount("--rbind", place, f"{other}{place}")
     Path("/run/lab").mkdir()
     socket.sethostname(name)
     print("ready", flush=True)

@@ -284,8 +284,10 @@ class Course:
         if connection.lane is not Lane.MULTIFD or how == "reset":
             self.lost = True
         if connection.lane is None:
-            # Where pages go over several connections, and EOF cannot be read, QEMU is shown the end.
-            self.told = self.read or self.kind is Lane.PREEMPT or not self.connections[1:]
+            # Where pages go over several connections, and more of them are due or it cannot be read whether
+            # they are, a destination's QEMU is shown the end.
+            all_due = self.completed or how == "reset" or self.role is Role.SOURCE
+            self.told = (self.read and all_due) or self.kind is Lane.PREEMPT or not self.connections[1:]
         if how == "half":
             host.half_close()
         else:

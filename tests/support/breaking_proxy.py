@@ -69,6 +69,8 @@ class BreakingProxy:
         self._random = random.Random(seed)
         self._losses, self._most = losses, most
         self.lost = 0
+        self.mute = False
+        """Nothing that the answering end says gets through any more, on the connections that there are."""
         self._cuts = threading.Event()
         self._listening = socket.create_server(("127.0.0.1", 0), backlog=500)
         self._listening.setblocking(False)
@@ -87,6 +89,10 @@ class BreakingProxy:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
+        self.stop()
+
+    def stop(self) -> None:
+        """Nobody reaches anybody over it any more."""
         self._ends.set()
         self._thread.join()
 
@@ -94,6 +100,11 @@ class BreakingProxy:
     def busy(self) -> bool:
         """Whether some are to be lost yet."""
         return self._cuts.is_set() or self.lost < self._losses
+
+    def block(self) -> None:
+        """Resets what there is, and whoever comes, until `to` is set again."""
+        self.to = 0
+        self.lose(0, 1)
 
     def lose(self, losses: int, most: int) -> None:
         """Resets what there is, and loses so many more."""
@@ -162,6 +173,9 @@ class BreakingProxy:
     def _read(self, connection: _Connection, side: _Side) -> None:
         other = side.other
         assert other is not None
+        if self.mute and side is connection.answering:
+            self._selector.unregister(side.sock)
+            return
         try:
             data = side.sock.recv(_PIECE)
         except OSError:

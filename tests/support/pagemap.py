@@ -124,9 +124,11 @@ class PageMap:
         """Its PONG has: what passed before the PING is loaded."""
         lib.rf_pagemap_pong_passed(self._map)
 
-    def handshake_over(self) -> None:
+    def handshake_over(self, *, sweep: bool = True) -> None:
         """RESUME_ACK has passed: the received bitmaps hold, though the channel be lost."""
         lib.rf_pagemap_handshake_over(self._map)
+        while sweep and self.sweep():
+            pass
 
     def received_in_part(self, name: bytes, dense: bytes, chunk: int = 1 << 16) -> None:
         """A received bitmap but for its end, fed in chunks of so many bytes. Raises `PageMapError`."""
@@ -135,15 +137,11 @@ class PageMap:
             part = dense[offset : offset + chunk]
             _checked(lib.rf_pagemap_bitmap_data(self._map, offset, part, len(part)))
 
-    def received(
-        self, name: bytes, dense: bytes, chunk: int = 1 << 16, *, sweep: bool = True
-    ) -> BitmapReport:
+    def received(self, name: bytes, dense: bytes, chunk: int = 1 << 16) -> BitmapReport:
         """A whole received bitmap. Raises `PageMapError`."""
         self.received_in_part(name, dense, chunk)
         raw = ffi.new("struct rf_bitmap_report *")
         _checked(lib.rf_pagemap_bitmap_end(self._map, raw))
-        while sweep and self.sweep():
-            pass
         return BitmapReport(*(int(getattr(raw, field)) for field in BitmapReport.__slots__))
 
     def disown(self) -> None:

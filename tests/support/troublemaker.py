@@ -111,6 +111,12 @@ def _comes_and_goes(path: Path) -> None:
             client.connect(f"{path}.qmp")
 
 
+def _asks(path: Path) -> None:
+    while True:
+        with socket.socket(socket.AF_UNIX) as control, contextlib.suppress(OSError):
+            control.connect(str(path.parent / "refault.control"))
+
+
 FLOODS = {
     "client floods commands": b'{"execute": "query-status"}' * 200,
     "client floods unknown commands": b'{"execute": "nonsense"}' * 200,
@@ -129,6 +135,7 @@ QEMUS: dict[str, Callable[[Path], None]] = {
 OTHERS: dict[str, Callable[[Path], None]] = {
     "state directory vanishes": _vanishes,
     "clients come and go": _comes_and_goes,
+    "status is asked for without end": _asks,
 }
 KINDS = (*QEMUS, *OTHERS, *FLOODS)
 

@@ -50,7 +50,7 @@ class Refault:
     def end(self) -> int:
         """SIGTERM, and its exit status."""
         self.process.send_signal(signal.SIGTERM)
-        return self.process.wait(10)
+        return self.process.wait(30)
 
 
 @contextlib.contextmanager

@@ -286,9 +286,9 @@ static struct ends attach(bool recovered) {
     ends.destination = far[0];
     ends.network = dup(between[0]);
     CHECK(ends.network >= 0);
-    CHECK(rf_relay_attach(relays[SOURCE], near[1], between[0], recovered, true, LANES, RF_LINK_NO, NULL) ==
-          0);
-    CHECK(rf_relay_attach(relays[DESTINATION], far[1], between[1], recovered, true, LANES, RF_LINK_NO,
+    CHECK(rf_relay_attach(relays[SOURCE], near[1], between[0], recovered, true, LANES, RF_LINK_NO, false,
+                          NULL) == 0);
+    CHECK(rf_relay_attach(relays[DESTINATION], far[1], between[1], recovered, true, LANES, RF_LINK_NO, false,
                           NULL) == 0);
     return ends;
 }
@@ -302,8 +302,8 @@ static void add_lanes(struct ends *ends, uint64_t channel) {
         int between[2];
 
         make_pairs(near, far, between);
-        CHECK(rf_relay_add_lane(relays[SOURCE], channel, kinds[i], near[1], between[0]) == 0);
-        CHECK(rf_relay_add_lane(relays[DESTINATION], channel, kinds[i], far[1], between[1]) == 0);
+        CHECK(rf_relay_add_lane(relays[SOURCE], channel, kinds[i], 1 + i, near[1], between[0]) == 0);
+        CHECK(rf_relay_add_lane(relays[DESTINATION], channel, kinds[i], 1 + i, far[1], between[1]) == 0);
         ends->source_lanes[i] = near[0];
         ends->destination_lanes[i] = far[0];
     }

@@ -31,6 +31,20 @@ def test_a_record_that_was_kept_goes_on_where_it_was(tmp_path: Path) -> None:
     assert [defect.note for defect in again.defects] == ["why"]
 
 
+def test_a_loss_is_judged_by_when_it_befell(tmp_path: Path) -> None:
+    """A refault that hangs in postcopy may be killed once the source has sent all: no defect then."""
+    draw = random.Random(2)
+    held = [
+        Result(plan(LossClass.REFAULT_HUNG, draw), Outcome.HELD, at_its_end=late) for late in (False, True)
+    ]
+    dead = Result(plan(LossClass.REFAULT_HUNG, draw), Outcome.DEAD, at_its_end=True)
+    record = Record.begin("command", 1)
+    record.add(Life([*held, dead], (10, 0, 2)))
+    record.keep(tmp_path / "record")
+    assert [record.is_defect(entry) for entry in record.results] == [True, False, True]
+    assert Record.read(tmp_path / "record").defects == record.defects
+
+
 def test_records_of_one_qemu_add_up(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -17,7 +17,8 @@ _PLAIN = _HOST | {"monitor"}
 _KNOWN = _PLAIN | {"near", "record", "known"}
 _RELAYED = _KNOWN | {"relayed"}
 _MIGRATION = _RELAYED | {"recovery", "migration"}
-_VM = _MIGRATION | {"kept", "far", "roles", "options", "vm"}
+_SUCCESSION = _MIGRATION | {"far", "roles"}
+_VM = _SUCCESSION | {"succession", "meeting", "kept", "options", "vm"}
 MAY_IMPORT: dict[str, set[str]] = {
     "host": set(),
     "kernel": {"host"},
@@ -25,7 +26,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     "monitor": _HOST | {"kept"},
     "far": _HOST,
     "tunnel": _PLAIN | {"far"},
-    "near": _PLAIN,
+    "near": _PLAIN | {"kept"},
     "record": _HOST,
     "known": _PLAIN | {"near", "record"},
     "options": {"monitor", "known"},
@@ -33,6 +34,8 @@ MAY_IMPORT: dict[str, set[str]] = {
     "recovery": _RELAYED,
     "migration": _RELAYED | {"recovery"},
     "roles": _MIGRATION | {"far"},
+    "succession": _SUCCESSION,
+    "meeting": _SUCCESSION | {"succession"},
     "vm": _VM,
     "telling": _VM,
     "uses": {"monitor", "options"},

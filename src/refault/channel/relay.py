@@ -121,6 +121,8 @@ class SessionView:
     """A session as the pump has it at this moment."""
 
     state: SessionState
+    channel: int
+    """The number of the channel that it is."""
     error: int
     """What ended the last connection: an errno, 0 for its end in order, or below 0 what was wrong with what
     the peer said (enum rf_wrong)."""
@@ -214,6 +216,11 @@ class Relay:
         self.stale = False
         """Whether `look` gave an older picture, for the pump kept writing: look again soon."""
         self._resumed = False
+        self._retransmitted = 0
+        """By the sessions of the channels before the newest."""
+        self._lanes = 0
+        self.attached = 0
+        """How many channels it was given: the number of the newest, which the pump may not have come to."""
         self.restored = Restored(lib.rf_tracker_restored(self._tracker))
         """What was found in the old state file."""
 
@@ -285,6 +292,12 @@ class Relay:
         )
 
     @property
+    def recovered(self) -> bool:
+        """Whether the newest channel follows a lost one."""
+        self._open()
+        return self._resumed
+
+    @property
     def host_page_cut(self) -> bool:
         """Whether the source goes on with a host page in its midst, which the destination will refuse."""
         self._open()
@@ -352,27 +365,48 @@ class Relay:
         lanes: int = 0,
         session: SessionEnd = SessionEnd.NO,
         session_id: bytes = bytes(16),
+        encrypted: bool = False,
     ) -> None:
         """Joins two stream sockets as the next channel, to which `lanes` more connections belong. `session`:
-        what the far one may become; who answers offers it under `session_id`.
+        what the far one may become; who answers offers it under `session_id`, or in a TLS handshake, where it
+        is `encrypted`, under what both have of that.
 
         Both descriptors are the pump's from now on, and closed on an error. Raises OSError where memory is
         short.
         """
         with _closed_on_error(local_fd, far_fd):
+            retransmitted = self.retransmitted()
             attached = lib.rf_relay_attach(
-                self._open(), local_fd, far_fd, recovered, may_replay, lanes, int(session), session_id
+                self._open(),
+                local_fd,
+                far_fd,
+                recovered,
+                may_replay,
+                lanes,
+                int(session),
+                encrypted,
+                session_id,
             )
             self._give(attached)
         self._resumed = recovered
+        self._retransmitted = retransmitted
+        self.attached += 1
+        self._lanes = lanes
 
-    def add_lane(self, channel: int, kind: Lane, local_fd: int, far_fd: int) -> None:
+    def add_lane(
+        self, channel: int, kind: Lane, local_fd: int, far_fd: int | None, *, number: int = 1
+    ) -> None:
         """Joins two stream sockets as a further lane of `channel`; of one that is gone, both are closed.
+        `number`: which of a session it may be; 0 for none. `far_fd` None: it begins as one of the session
+        that the channel is.
 
         As for `attach`.
         """
-        with _closed_on_error(local_fd, far_fd):
-            self._give(lib.rf_relay_add_lane(self._open(), channel, int(kind), local_fd, far_fd))
+        far = () if far_fd is None else (far_fd,)
+        with _closed_on_error(local_fd, *far):
+            self._give(
+                lib.rf_relay_add_lane(self._open(), channel, int(kind), number, local_fd, *far or (-1,))
+            )
 
     def _give(self, result: int) -> None:
         if result < 0:
@@ -413,13 +447,16 @@ class Relay:
 
     # ---- the session ----
 
-    def session(self) -> SessionView | None:
+    # Of its lanes 0 is the main connection.
+
+    def session(self, lane: int = 0) -> SessionView | None:
         """The session of this migration as it is now; None where there is none, or none any more."""
         view = ffi.new("struct rf_link_view *")
-        if not lib.rf_relay_session_look(self._open(), view):
+        if not lib.rf_relay_session_look(self._open(), lane, view):
             return None
         return SessionView(
             state=SessionState(view.state),
+            channel=view.channel,
             error=int(ffi.cast("int64_t", view.error)),
             id=bytes(ffi.buffer(view.id)),
             has_leg=bool(view.has_leg),
@@ -433,32 +470,69 @@ class Relay:
             rings=view.rings,
         )
 
-    def session_tell(self) -> Positions | None:
+    def sessions(self) -> list[SessionView]:
+        """The same of each of its lanes that there is."""
+        views = (self.session(lane) for lane in range(1 + self._lanes))
+        return [view for view in views if view is not None]
+
+    def retransmitted(self) -> int:
+        """Bytes that all sessions of this migration have sent more than once."""
+        newest = [view for view in self.sessions() if view.channel == self.attached]
+        return self._retransmitted + sum(view.retransmitted for view in newest)
+
+    def session_tell(self, lane: int = 0) -> Positions | None:
         """Our positions, to be told the other end; None where there is no session."""
         at = ffi.new("struct rf_positions *")
-        if not lib.rf_relay_session_tell(self._open(), at):
+        if not lib.rf_relay_session_tell(self._open(), lane, at):
             return None
         return Positions(at.received, at.written, at.first_kept, at.end, at.window)
 
-    def session_rejoin(self, peer: Positions) -> bool:
+    def session_rejoin(self, peer: Positions, lane: int = 0) -> bool:
         """Closes the session's connection, for the peer of the next one has told this. False where that is
         not to be believed, or there is no session."""
-        return bool(lib.rf_relay_session_rejoin(self._open(), _told(peer)) == lib.RF_RIGHT)
+        return bool(lib.rf_relay_session_rejoin(self._open(), lane, _told(peer)) == lib.RF_RIGHT)
 
-    def session_adopt(self, fd: int, peer: Positions | None = None) -> bool:
+    def session_adopt(self, fd: int, peer: Positions | None = None, lane: int = 0) -> bool:
         """Goes on with a connection, the pump's from now on; `peer`: what its peer has told, where
         `session_rejoin` has not been told so. False as there: it is the caller's then."""
         told = ffi.NULL if peer is None else _told(peer)
-        return bool(lib.rf_relay_session_adopt(self._open(), told, fd) == lib.RF_RIGHT)
+        return bool(lib.rf_relay_session_adopt(self._open(), lane, told, fd) == lib.RF_RIGHT)
 
-    def session_withdraw(self) -> None:
-        """No session comes of the offer: the plain connection goes on alone, if it still does."""
-        lib.rf_relay_session_withdraw(self._open())
+    def session_withdraw(self, lane: int = 0) -> None:
+        """No session comes of the offer: the plain connection goes on alone, if it still does. Of lane 0:
+        those of all lanes."""
+        lib.rf_relay_session_withdraw(self._open(), lane)
 
-    def session_give_up(self, error: int) -> None:
-        """The session's next connection is waited for no longer: the channel is lost, with `error`, an
-        errno."""
-        lib.rf_relay_session_give_up(self._open(), error)
+    def session_give_up(self, error: int, lane: int = 0) -> None:
+        """The lane's next connection is waited for no longer: its far leg is lost, with `error`, an errno,
+        or 0 where it ended in order. Of lane 0: with an error those of all lanes."""
+        lib.rf_relay_session_give_up(self._open(), lane, error)
+
+    # ---- from one process to the next ----
+
+    def hand_over(self) -> bytes | None:
+        """What the next process needs to go on with the newest channel, which is its from then on: QEMU must
+        hold our end of its leg by then, unless it has ended its own, and sees nothing. None where that cannot
+        be (cext/channel.h): then nothing has changed."""
+        length = ffi.new("size_t *")
+        handed = lib.rf_relay_hand_over(self._open(), length)
+        if handed == ffi.NULL:
+            return None
+        try:
+            return bytes(ffi.buffer(handed, length[0]))
+        finally:
+            lib.rf_relay_handed_free(handed)
+
+    def go_on(self, local_fd: int, handed: bytes | None, *, recovered: bool) -> bool:
+        """Goes on with that as the first channel, which was `recovered` or not; None: as one whose far leg
+        is lost. `local_fd` is the pump's from then on; -1 where QEMU has ended its side. False where what was
+        handed over is not to be believed, or memory is short: then nothing has changed."""
+        told = ffi.NULL if handed is None else ffi.from_buffer(handed)
+        if lib.rf_relay_go_on(self._open(), local_fd, told, len(handed or b"")) < 0:
+            return False
+        self._resumed = recovered
+        self.attached += 1
+        return True
 
     def close(self, *, keep_local: bool = False) -> None:
         """Ends the thread and closes both legs, within 20 ms or behind this; the object is of no more use.

@@ -53,10 +53,13 @@ def ask(name: str | None, control: Path | None) -> tuple[list[Status], list[Oper
         except OperatorError as error:
             errors.append(error)
     if name is not None:
+        troubles = [trouble for status in answers for trouble in status.troubles]
         answers = [_of_vm(status, name) for status in answers]
         answers = [status for status in answers if status.vms]
         if answers:
             errors.clear()  # of others' daemons
+        elif why := [trouble for trouble in troubles if trouble.startswith(f"{name}: ")]:
+            errors[:] = [NoDaemon("; ".join(why))]
         elif not errors:
             where = f"the daemon at {control} has no" if control else "no daemon has a"
             errors.append(NoDaemon(f"{where} VM {name}; is `refault run` running for it?"))

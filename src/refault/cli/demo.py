@@ -59,6 +59,11 @@ def add_parser(subparsers: Any) -> None:
         "--relay", choices=("auto", "off"), help="off: recover over QMP alone (default: auto)"
     )
     parser.add_argument(
+        "--session",
+        choices=("auto", "off"),
+        help="auto: both refaults carry the channel as a session, so that no QEMU sees a loss (default: off)",
+    )
+    parser.add_argument(
         "--qemu", default=DEFAULT_BINARY, metavar="PROGRAM", help=f"QEMU (default: {DEFAULT_BINARY})"
     )
     parser.add_argument("--json", action="store_true", help="the result as one JSON document")
@@ -69,7 +74,7 @@ def add_parser(subparsers: Any) -> None:
 def execute(arguments: argparse.Namespace) -> int:
     """Runs the demo: 0 if all went as it should and memory is right, 1 if not, 130 when interrupted."""
     if arguments.starve:
-        for option in ("losses", "memory", "relay", "report"):
+        for option in ("losses", "memory", "relay", "session", "report"):
             if getattr(arguments, option) is not None:
                 arguments.usage_error(f"--{option} is not for --starve")
     console = Console(stderr=arguments.json)
@@ -86,10 +91,18 @@ def execute(arguments: argparse.Namespace) -> int:
 
 def _lose(arguments: argparse.Namespace, console: Console, findings: list[Finding]) -> int:
     losses = _LOSSES if arguments.losses is None else arguments.losses
-    options = Options(losses, arguments.memory or _MEMORY, arguments.relay or "auto", binary=arguments.qemu)
+    if (arguments.relay, arguments.session) == ("off", "auto"):
+        arguments.usage_error("--session auto needs the relay: not with --relay off")
+    options = Options(
+        losses,
+        arguments.memory or _MEMORY,
+        arguments.relay or "auto",
+        arguments.session or "off",
+        binary=arguments.qemu,
+    )
 
     async def tell() -> Story | None:
-        story = Story(options.losses, options.who)
+        story = Story(options.losses, options.who, sessions=options.session == "auto")
         shown = live_view.showing(console, story, live_view.view)
         return story if await _run(story, shown, functools.partial(run, options, story)) else None
 
@@ -183,6 +196,7 @@ def _document(story: Story, findings: list[Finding], options: Options) -> dict[s
     return {
         "version": __version__,
         "relay": options.relay,
+        "session": options.session,
         "memory_bytes": options.guest.written_bytes,
         "vcpus": options.guest.vcpus,
         "host": [each.document() for each in findings],

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import argparse
+import os
+import stat
 from pathlib import Path
 from typing import Any
 
@@ -30,22 +32,26 @@ def add_parser(subparsers: Any) -> None:
 def inspect(saved: Path) -> int:
     """Prints what is in the stream; 0 also where it cannot be read to its end, for the output says so.
 
-    Raises `OperatorError` if the file cannot be read.
+    Raises `OperatorError` if the file cannot be read, or is none.
     """
     summary = Summary()
-    size = 0
-    decoder: ForwardDecoder | None = None
     try:
-        with saved.open("rb") as file:
-            while data := file.read(_READ):
-                size += len(data)
+        # A pipe is not waited for; of a device nobody knows where it ends.
+        with open(saved, "rb", opener=lambda name, flags: os.open(name, flags | os.O_NONBLOCK)) as file:
+            about = os.fstat(file.fileno())
+            if not stat.S_ISREG(about.st_mode):
+                raise OperatorError(f"{saved} is no regular file; save the stream in one")
+            left = about.st_size  # what is written from now on is not waited for either
+            decoder: ForwardDecoder | None = None
+            while summary.opaque is None and (data := file.read(min(_READ, left))):
+                left -= len(data)
                 if decoder is None:
                     decoder = ForwardDecoder(guess_mode(data))
                 for event in decoder.feed(data):
                     summary.add(event)
     except OSError as error:
         raise OperatorError(f"{saved} cannot be read: {error.strerror}") from error
-    if size == 0:
+    if about.st_size == 0:
         raise OperatorError(f"{saved} is empty; save a stream with QEMU's migrate to exec:cat>{saved}")
-    print("\n".join(render(summary, size)))
+    print("\n".join(render(summary, about.st_size)))
     return 0

@@ -15,7 +15,7 @@ from typing import Any, NoReturn
 
 from refault import __version__
 from refault.cli import streams
-from refault.daemon.host.errors import operator_errors
+from refault.daemon.host.errors import one_line, operator_errors
 
 COMMANDS: tuple[str, ...] = (
     "check",
@@ -57,7 +57,7 @@ class _Parser(argparse.ArgumentParser):
         self.register("action", None, _Once)
 
     def error(self, message: str) -> NoReturn:
-        self.exit(2, f"{self.prog}: {message} (see {self.prog} --help)\n")
+        self.exit(2, f"{self.prog}: {one_line(message)} (see {self.prog} --help)\n")
 
 
 def build_parser(arguments: Sequence[str]) -> argparse.ArgumentParser:
@@ -91,7 +91,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             raise
         for each in told:
             if not (isinstance(each, streams.OutputLost) and each.quiet):
-                print(f"refault: {each}", file=sys.stderr)
+                print(f"refault: {one_line(str(each))}", file=sys.stderr)
         return 1
 
 

@@ -6,6 +6,7 @@ python -m refault.cli.pages PREFIX/share
 from __future__ import annotations
 
 import argparse
+import os
 import re
 import shlex
 import sys
@@ -14,6 +15,7 @@ from pathlib import Path
 
 from refault import __version__
 from refault.cli.main import build_parser
+from refault.daemon.host.paths import runtime_directory
 
 _EXIT_STATUS = "Exit status: "
 _FILES = "files"
@@ -205,8 +207,8 @@ def _zsh_specifications(parser: argparse.ArgumentParser) -> Iterator[str]:
             message = _value(action) if action.choices is None else action.dest
             does = {_FILES: "_files", "none": ""}.get(kind, f"({kind})")
             value = f":{_zsh(message)}:{does}"
-        if not action.option_strings:
-            yield shlex.quote(f"1{value}")
+        if not action.option_strings:  # none has two
+            yield shlex.quote(f"{'*' if action.nargs in ('*', '+') else '1'}{value}")
         again = "*" if isinstance(action, argparse._AppendAction) else ""
         for name in action.option_strings:
             yield shlex.quote(f"{again}{name}[{_zsh(_help(parser, action))}]{value}")
@@ -217,4 +219,7 @@ def _zsh(text: str) -> str:
 
 
 if __name__ == "__main__":
+    # The defaults are those of who reads them, not of who installs or builds a package.
+    os.environ["RUNTIME_DIRECTORY"] = str(runtime_directory({}, 0))
+    os.environ.pop("STATE_DIRECTORY", None)
     main(Path(sys.argv[1]))

@@ -4,12 +4,11 @@ from __future__ import annotations
 
 import argparse
 import sys
-from functools import partial
 from typing import Any
 
 from refault.cli.arguments import path
 from refault.cli.run import run_daemon
-from refault.config.files import DEFAULT, VMS_D, ConfigError, load
+from refault.config.files import DEFAULT, VMS_D, ConfigError, Files
 
 NAME = "refault"
 
@@ -35,9 +34,9 @@ def add_parser(subparsers: Any) -> None:
 
 def execute(arguments: argparse.Namespace) -> int:
     """Runs the daemon until a signal ends it: 0; 1 if it could not go on, 2 if the files are wrong."""
-    reload = partial(load, arguments.config)
+    files = Files(arguments.config)
     try:
-        wanted = reload()
+        wanted = files.load()
     except ConfigError as error:
         for line in error.lines:
             print(line, file=sys.stderr)
@@ -45,4 +44,4 @@ def execute(arguments: argparse.Namespace) -> int:
     except OSError as error:
         print(error, file=sys.stderr)
         return 2
-    return run_daemon(wanted, NAME, reload)
+    return run_daemon(wanted, NAME, files.load)

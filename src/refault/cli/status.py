@@ -59,6 +59,8 @@ def execute(options: argparse.Namespace) -> int:
 def render(status: Status, width: int) -> str:
     """The status for people, in lines of at most `width` columns where the words allow it."""
     told = [_vm_lines(vm, width) for vm in status.vms]
+    if not (status.vms or status.troubles):
+        told.append(["no VM"])
     if status.troubles:
         told.append([f"TROUBLE      {trouble}" for trouble in status.troubles])
     if status.log_lines_dropped:

@@ -45,6 +45,11 @@ def execute(options: argparse.Namespace) -> int:
     """Shows it until somebody ends it: 0."""
     if not sys.stdout.isatty():
         raise OperatorError("watch needs a terminal; `refault status` and `refault events` do not")
+    if Console().is_dumb_terminal:
+        raise OperatorError(
+            "watch needs a terminal whose cursor can be moved, and TERM says that this is none;"
+            " `refault status` and `refault events` do not"
+        )
     trio.run(_Watch(options).run)
     return 0
 

@@ -38,7 +38,7 @@ from refault.config.options import (
 from refault.config.tables import decode, key_as_written
 from refault.config.watch import Watch
 from refault.daemon import uses
-from refault.daemon.host.errors import OperatorError
+from refault.daemon.host.errors import OperatorError, one_line
 from refault.daemon.host.paths import control_socket, state_directory
 from refault.daemon.monitor.address import Address, place_of
 from refault.daemon.options import Configuration, HostOptions, VmOptions
@@ -47,6 +47,11 @@ DEFAULT = Path("/etc/refault/refault.toml")
 VMS_D = "vms.d"
 MOST = 16 << 20
 """Bytes of one file."""
+_BYTE_ORDER_MARK = "\ufeff"
+_LONGEST_LINE = 1000
+"""Characters of what is said about one thing."""
+_OURS = frozenset({"listen", "control", "metrics", "exec"})
+"""Options whose socket files refault makes."""
 _TOP = "[daemon], [defaults], [vm.NAME] and [[watch]]"
 
 
@@ -59,6 +64,25 @@ class ConfigError(OperatorError):
         """One for each thing that is wrong: file, line or key, and what is allowed."""
 
 
+class Files:
+    """`main` and the files NAME.toml in vms.d beside it, as they are read again and again."""
+
+    def __init__(self, main: Path) -> None:
+        self._main = main
+        self._needs_directory = False
+        """Whether something stood in vms.d: that it has gone, as while it is replaced, is no wish to drop all
+        VMs."""
+
+    def load(self) -> Configuration:
+        """What they say now. Raises ConfigError."""
+        directory = self._main.parent / VMS_D
+        if self._needs_directory and not os.path.lexists(directory):
+            raise ConfigError([f"{directory}: it has gone; make it again, empty if its VMs are to go"])
+        found = load(self._main)
+        self._needs_directory = any(directory.glob("*.toml"))
+        return found
+
+
 def load(main: Path) -> Configuration:
     """What `main` and the files NAME.toml in vms.d beside it say. Raises ConfigError."""
     directory = main.parent / VMS_D
@@ -66,7 +90,9 @@ def load(main: Path) -> Configuration:
         further = sorted(
             file for file in directory.iterdir() if file.suffix == ".toml" and not file.name.startswith(".")
         )
-    except FileNotFoundError:
+    except FileNotFoundError as error:
+        if directory.is_symlink():
+            raise ConfigError([f"{directory}: {error.strerror}: it is a link to nowhere"]) from error
         further = []
     except OSError as error:
         raise ConfigError([f"{directory}: {error.strerror}"]) from error
@@ -105,7 +131,7 @@ class _Reader:
         control = self._daemon.get("control") or Address(str(control_socket("refault")), server=True)
         self._check_uses(control)
         if self._wrong:
-            raise ConfigError([" ".join(line.splitlines()) for line in self._wrong])
+            raise ConfigError([_readable(one_line(line)) for line in self._wrong])
         return Configuration(
             host=HostOptions(metrics=self._daemon.get("metrics"), control=control),
             log_level=self._daemon.get("log_level", "info"),
@@ -118,7 +144,10 @@ class _Reader:
 
     def _tables(self, file: Path) -> Mapping[str, Any]:
         try:
-            table = tomllib.loads(self._bytes(file).decode())
+            text = self._bytes(file).decode()
+            if text.startswith(_BYTE_ORDER_MARK):
+                raise ValueError("Byte order mark, which TOML does not have (at line 1, column 1)")
+            table = tomllib.loads(text)
         except OSError as error:
             self._wrong.append(f"{file}: {error.strerror}")
         except UnicodeDecodeError as error:
@@ -257,6 +286,20 @@ class _Reader:
             if watch.pattern in patterns:
                 self._wrong.append(f"{where} qemu: {watch.pattern} is that of {patterns[watch.pattern]}")
             patterns.setdefault(watch.pattern, where)
+            for use in (use for use in taken if use.option in _OURS and use.place[0] == "unix"):
+                if watch.matches("/".join(map(str, use.place[1:]))):
+                    self._wrong.append(
+                        f"{where} qemu: {watch.pattern} would find {use.written}, which is {use.option} of"
+                        f" {use.owner} and no QEMU's"
+                    )
+
+
+def _readable(line: str) -> str:
+    """One with a very long value has no middle: the place and what is allowed stand at its ends."""
+    if len(line) <= _LONGEST_LINE:
+        return line
+    half = _LONGEST_LINE // 2
+    return f"{line[:half]} [...] {line[-half:]}"
 
 
 def _toml_error(text: str) -> str:

@@ -11,6 +11,7 @@ from typing import Any, get_args
 import msgspec
 
 from refault.config.options import Field, address_of, fields_of
+from refault.daemon.host.errors import must_be_one_line
 
 _BARE = re.compile(r"[A-Za-z0-9_-]+")
 
@@ -39,8 +40,9 @@ def decode(table: object, kind: type[msgspec.Struct]) -> tuple[dict[str, Any], l
 
 def _value(written: object, field: Field) -> object:
     """What is written as the daemon takes it. Raises ValueError."""
-    if isinstance(written, str) and "\0" in written:
-        raise ValueError("has a zero byte")
+    for text in written if isinstance(written, list) else [written]:
+        if isinstance(text, str):
+            must_be_one_line(text)
     if field.option.table is not None:
         kind = field.option.table
         if isinstance(written, list):

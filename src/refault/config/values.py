@@ -7,6 +7,7 @@ import re
 from dataclasses import replace
 from pathlib import Path
 
+from refault.daemon.host.errors import must_be_one_line
 from refault.daemon.monitor.address import Address
 from refault.daemon.monitor.address_text import parse_address
 from refault.migration.endpoint import Inet, parse_uri
@@ -19,8 +20,9 @@ _ADDRESS = re.compile("(unix|tcp|vsock|fd|exec|file|https?):")
 
 def path(text: str) -> Path:
     """A path; a ~ that the shell has left, as in ``--control=~/x``, is a home directory to it too."""
-    if not text or "\0" in text:
+    if not text:
         raise ValueError(f"{text!r} is no path")
+    _must_be_one_line(text)
     if _ADDRESS.match(text):
         raise ValueError(
             f"{text!r} is an address, and a path is wanted; a file of this directory is ./{text}"
@@ -29,6 +31,13 @@ def path(text: str) -> Path:
         return Path(text).expanduser()
     except RuntimeError as error:
         raise ValueError(f"{text!r}: {error}") from error
+
+
+def _must_be_one_line(text: str) -> None:
+    try:
+        must_be_one_line(text)
+    except ValueError as error:
+        raise ValueError(f"{text!r} {error}") from None
 
 
 def socket_path(text: str) -> Path:
@@ -73,6 +82,7 @@ def last_part(address: Address) -> str:
 
 def migration_uri(text: str) -> str:
     """An address of QEMU's at which a migration can be recovered."""
+    _must_be_one_line(text)
     if not _URI.match(text):
         raise ValueError(f"{text!r} is not a migration URI such as tcp:0.0.0.0:4444")
     if text.startswith("tcp://"):
@@ -110,6 +120,7 @@ def whole_seconds(value: str | float) -> int:
 
 def incoming(text: str) -> tuple[Inet, str]:
     """Where others find a destination, and the path at which its QEMU listens."""
+    _must_be_one_line(text)
     outside, _, inside = text.partition(",unix:")
     endpoint = parse_uri(outside)
     if outside.startswith("tcp://"):
@@ -145,6 +156,7 @@ def metrics(text: str) -> Address:
     """An address of TCP, or a socket file, to be listened at."""
     if text.startswith("unix:"):
         return control(text)
+    _must_be_one_line(text)
     host, _, port = text.rpartition(":")
     bare = host.removeprefix("[").removesuffix("]")
     numbers = port.isascii() and port.isdigit() and int(port) <= 65535

@@ -47,6 +47,10 @@ class Watch:
         if not pattern.startswith("/") or pattern.endswith("/") or "//" in pattern:
             text = f"{pattern!r} is not a pattern of paths such as /run/qemu/*.real"
             raise WrongOptionError("qemu", text)
+        for name in PLACEHOLDERS:
+            if f"{{{name}}}" in pattern:
+                text = f"{{{name}}} stands for something in listen and name alone; here stand *, ? and [abc]"
+                raise WrongOptionError("qemu", text)
         sample = _WILD.sub("x", pattern)
         for address in watch.vm(sample).listen:
             if address.path is not None and not address.abstract and watch.matches(address.path):

@@ -16,12 +16,13 @@ from refault.daemon.finder import Finders
 from refault.daemon.fleet import Fleet, Member
 from refault.daemon.hand_overs import HandOvers
 from refault.daemon.host import handed
-from refault.daemon.host.descriptors import raise_limit
+from refault.daemon.host.descriptors import raise_limit, why_few
 from refault.daemon.host.errors import OperatorError
 from refault.daemon.host.log import level_of, lines_dropped, set_level
 from refault.daemon.host.notify import Notifier
 from refault.daemon.host.own_needs import Troubles
 from refault.daemon.host.repeats import repeats
+from refault.daemon.kept.taken import end_unclaimed
 from refault.daemon.options import Configuration, HostOptions
 from refault.daemon.telling.control import serve_control
 from refault.daemon.telling.picture import picture
@@ -40,6 +41,8 @@ EXTENSION = 15.0
 STOP_POLL = 0.05
 
 
+CLAIMED_WITHIN = 60.0
+"""Seconds from the start, in which VMs come for what the service manager has kept of their connections."""
 RESTARTS = signal.SIGUSR2
 """Another refault follows: what QEMU holds for us is left to it."""
 _ENDS = (signal.SIGTERM, signal.SIGINT, signal.SIGQUIT, RESTARTS)
@@ -74,9 +77,10 @@ class Publisher:
         """Makes new pictures, or keeps a VM's last where that fails; call it in the trio thread."""
         last = {vm.name: vm for vm in self._status.vms}
         told = (self._of(vm, last.get(vm.name)) for vm in self._vms())
+        few = why_few()
         self._status = Status(
             log_lines_dropped=lines_dropped(),
-            troubles=self._troubles.tell(),
+            troubles=(*self._troubles.tell(), *((f"refault: {few}",) if few is not None else ())),
             vms=tuple(status for status in told if status is not None),
         )
         return self._status
@@ -185,6 +189,7 @@ async def _serve(
     member = Member(options, troubles)
     async with trio.open_nursery() as nursery:
         nursery.start_soon(_say_not_for_us, name, others)
+        nursery.start_soon(_end_unclaimed, name)
         nursery.start_soon(notifier.keep_watchdog)
         await nursery.start(member.front, options)
         vms = partial(_fronted, [member])
@@ -250,6 +255,7 @@ async def _serve_host(
 
     async with trio.open_nursery() as nursery:
         nursery.start_soon(_say_not_for_us, name, others)
+        nursery.start_soon(_end_unclaimed, name)
         await nursery.start(fleet.run)
         await nursery.start(hand_overs.run)
         await nursery.start(services.run)
@@ -324,6 +330,18 @@ async def _stop(
     all_of_it.cancel()
 
 
+async def _end_unclaimed(name: str) -> None:
+    """What nobody comes for holds a QEMU's monitor, and keeps clients waiting."""
+    await trio.sleep(CLAIMED_WITHIN)
+    if ended := end_unclaimed():
+        log.warning(
+            "%s: the service manager held %d connections and listeners of which there is no record: they are"
+            " ended, and those clients disconnected",
+            name,
+            ended,
+        )
+
+
 async def _say_not_for_us(name: str, signals: AsyncIterator[int]) -> None:
     async for number in signals:
         said = signal.strsignal(number) or "?"
@@ -347,7 +365,7 @@ async def _until_stopping_is_safe(vm: Vm, *, restarts: bool) -> None:
     with trio.move_on_after(PHASE_PATIENCE):
         while not vm.may_stop:  # noqa: ASYNC110 - nothing tells of it
             await trio.sleep(STOP_POLL)
-    while not await _prepared_to_stop(vm):
+    while not await _prepared_to_stop(vm, restarts=restarts):
         log.warning(
             "%s: not ending yet: a leg may not be closed now, and QEMU does not hold it; a second signal"
             " ends refault all the same",
@@ -358,9 +376,9 @@ async def _until_stopping_is_safe(vm: Vm, *, restarts: bool) -> None:
         await vm.let_go_of_clients()
 
 
-async def _prepared_to_stop(vm: Vm) -> bool:
+async def _prepared_to_stop(vm: Vm, *, restarts: bool) -> bool:
     try:
-        return await vm.prepare_to_stop()
+        return await vm.prepare_to_stop(restarts=restarts)
     except Exception:  # the others are to end without harm all the same
         log.exception("%s: internal error before the end", vm.name)
         return False

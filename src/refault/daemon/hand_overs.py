@@ -24,16 +24,17 @@ from refault.daemon.fleet import Fleet
 from refault.daemon.host.errors import OperatorError
 from refault.daemon.host.paths import make_again, make_if_default
 from refault.daemon.host.repeats import repeats
+from refault.daemon.host.turns import Turns
 from refault.daemon.kept.taken import SUFFIX
 from refault.daemon.kernel.inotify import until_gone
+from refault.daemon.kernel.passing import receive_with, send_with
 from refault.daemon.kernel.peer import peer_of
+from refault.daemon.kernel.polled import readable
 from refault.daemon.kernel.process import borrowed, process_started, socket_at
 from refault.daemon.monitor.accept import accepted
 from refault.daemon.monitor.address import Address
 from refault.daemon.monitor.caller import caller_of, may_speak
 from refault.daemon.monitor.listener import ListenError, bind_unix, check
-from refault.daemon.monitor.turns import Turns
-from refault.daemon.monitor.wire import readable
 from refault.daemon.options import Handed, VmOptions
 from refault.daemon.record import hand_over as record
 from refault.daemon.record.hand_over import HandOver
@@ -197,7 +198,7 @@ class HandOvers:
             if _socket_of(hand_over) != hand_over.libvirt:
                 raise Refused(f"descriptor {offer.number} of its process cannot be seen, or is another")
             hand_over.save(vm.state_dir)
-            socket.send_fds(connection, [b"ok"], [fresh.fileno()], socket.MSG_NOSIGNAL | socket.MSG_DONTWAIT)
+            send_with(connection, b"ok", [fresh.fileno()], socket.MSG_NOSIGNAL | socket.MSG_DONTWAIT)
         with trio.move_on_after(TAKEN_WITHIN):
             # Nothing comes but its end, of an exec or a process.
             await trio.lowlevel.wait_readable(connection)
@@ -294,7 +295,7 @@ async def _offered(connection: socket.socket) -> tuple[Offer, socket.socket]:
     """What the wrapper says, and libvirt's socket. Raises Refused."""
     await trio.lowlevel.wait_readable(connection)
     flags = socket.MSG_CMSG_CLOEXEC | socket.MSG_DONTWAIT
-    packet, fds, _, _ = socket.recv_fds(connection, _PACKET, 8, flags)
+    packet, fds = receive_with(connection, _PACKET, 8, flags)
     offer = None
     try:
         offer = Offer.read(packet)

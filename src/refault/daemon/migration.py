@@ -10,16 +10,19 @@ from __future__ import annotations
 import contextlib
 import logging
 import secrets
+import socket
 from collections.abc import Callable
 from typing import Protocol
 
+import msgspec
 import trio
 
 from refault.channel.relay import Relay
-from refault.daemon.kernel.process import process_started
 from refault.daemon.known.course import Course
 from refault.daemon.known.vm_state import VmState
 from refault.daemon.monitor.monitor import Answer, Forward, MonitorLost, QmpError, WatchedCommand, words
+from refault.daemon.near.local import LocalLeg
+from refault.daemon.record.session_file import HandedChannel
 from refault.daemon.record.state_file import MigrationRecord
 from refault.daemon.recovery import stall_watch
 from refault.daemon.recovery.attempts import Attempts, Procedure
@@ -48,6 +51,10 @@ class RoleProcedure(Procedure, Protocol):
 
     role: Role
 
+    @property
+    def laid(self) -> tuple[str, ...]:
+        """The names of descriptors that QEMU holds for later recoveries, and has not been told of."""
+
     async def set_up(self, command: WatchedCommand) -> Forward | Answer:
         """The client's command that sets the migration up, with what the relay needs made ready."""
 
@@ -56,6 +63,10 @@ class RoleProcedure(Procedure, Protocol):
 
     async def prepare_to_stop(self) -> bool:
         """Makes our end harmless to QEMU; False where that could not be done."""
+
+    def takes_leg(self, *, goes_on: bool) -> None:
+        """The newest channel is one that an earlier refault has left to this one; whether its session
+        `goes_on`, or it is lost."""
 
     async def clean_up(self) -> None:
         """The migration has ended: frees addresses and descriptors."""
@@ -86,7 +97,8 @@ class Migration:
         self.attempts = Attempts(self.course, self.procedure, lambda: self.channels, self._ended)
         self._vm = vm
         self._name = vm.name
-        self._generation = ""
+        self.generation = ""
+        """Of all migrations of its QEMU, which one (state_file.MigrationRecord)."""
         self._remembers = False
         """Whether the record is ours to write."""
         self._poller = trio.CancelScope()
@@ -130,13 +142,15 @@ class Migration:
         """
         if met is not None:
             further = tuple(parse_uri(uri) for uri in met.further)
-            self.course.meets(postcopy=met.postcopy, kept=met.kept, further=further)
+            self.course.meets(
+                postcopy=met.postcopy, kept=met.kept, further=further, session=met.session, leg=met.leg
+            )
         if reason is not None:
             self._vm.start_soon(self._poll_status)
             self._unrelayed(reason)
             return
         self._remembers = met is not None
-        self._generation = met.generation if met else secrets.token_hex(8)
+        self.generation = met.generation if met else secrets.token_hex(8)
         record, files = self._record(), self._vm.state_file
         pages, usable = files.pages, files.usable(record.qemu_pid)
         opened = pages.opened(record.key(self._name), take_over=met is not None)
@@ -154,6 +168,43 @@ class Migration:
         self.course.is_relayed(True)
         self._vm.start_soon(self._poll_status)
         self._vm.start_soon(self.channels.watch)
+
+    def go_on(self, end: socket.socket, left: tuple[HandedChannel, bytes] | None) -> None:
+        """It was under way, and the refault before has left our `end` of its leg, and this of its channel.
+
+        Raises ValueError where it is not relayed."""
+        course, channels = self.course, self.channels
+        if channels is None:
+            raise ValueError("a migration that is not relayed has no channel")
+        course.remember()  # from here on what was left of it is of no use to anybody else, removed or not
+        about = left[0] if left is not None else None
+        goes_on = channels.go_on(LocalLeg("", end, about.peer_inode if about is not None else 0), left)
+        if goes_on:
+            log.info("%s: going on with the channel that the refault before had", self._name)
+        else:
+            log.warning(
+                "%s: the refault before left a channel that cannot be gone on with: it counts as lost",
+                self._name,
+            )
+        course.feed(Event.STARTED)
+        if about is not None and about.status is not None:
+            course.on_status(about.status)
+        self.procedure.takes_leg(goes_on=goes_on)
+        course.look_soon()
+
+    def deliver(self, left: tuple[HandedChannel, bytes]) -> bool:
+        """Its QEMU has completed it, and the refault before has left what that said last. Whether it can be
+        delivered. Raises ValueError as `go_on` does."""
+        if self.channels is None:
+            raise ValueError("a migration that is not relayed has no channel")
+        if not self.channels.deliver(left):
+            return False
+        log.info("%s: going on with the channel that the refault before had: QEMU has completed, which the"
+                 " source has yet to hear", self._name)  # fmt: skip
+        self.course.feed(Event.STARTED)
+        self.procedure.takes_leg(goes_on=True)
+        self.course.on_status("completed")
+        return True
 
     async def go_unrelayed(self, reason: str) -> None:
         """What the relay needs could not be had: from here as if it had begun without."""
@@ -191,19 +242,21 @@ class Migration:
             self._vm.state_file.save(self._record())
 
     def _record(self) -> MigrationRecord:
-        pid = self._vm.qemu_pid
         return MigrationRecord(
             role=self.course.role,
             uri=self.endpoint.uri if self.endpoint else "",
             relayed=self.channels is not None,
-            qemu_pid=pid,
-            qemu_started=process_started(pid),
+            qemu_pid=self._vm.qemu_pid,
+            qemu_started=self._vm.qemu_started,
             qemu_threads=self._vm.qemu_threads,
-            generation=self._generation,
+            generation=self.generation,
             preempt=self.course.lanes.preempt,
             postcopy=self.course.postcopy_began,
             further=tuple(endpoint.uri for endpoint in self.course.addresses.added),
+            session=self.course.session,
             kept=(*self.course.kept_before, *(self.channels.kept.names if self.channels is not None else ())),
+            leg=(self.channels.handover.leg if self.channels is not None else None) or self.course.leg_before,
+            handed=self.channels.handover.handed if self.channels is not None else "",
         )
 
     def refused(self) -> None:
@@ -292,8 +345,7 @@ class Migration:
             self.course.counters.add_pages(
                 pages.requested, pages.repeated, pages.arrived + pages.reopened, pages.replayed
             )
-            session = self.channels.relay.session()
-            self.course.counters.retransmitted += session.retransmitted if session is not None else 0
+            self.course.counters.retransmitted += self.channels.relay.retransmitted()
             forward, backward = self.channels.close()
             self.channels = None
             self.course.is_relayed(False)
@@ -301,14 +353,29 @@ class Migration:
 
     # ---- when refault ends ----
 
-    async def prepare_to_stop(self) -> bool:
-        """Makes our ends harmless, where they would kill or double a guest. False where that was not done."""
+    async def prepare_to_stop(self, *, restarts: bool) -> bool:
+        """Makes our ends harmless, where they would kill or double a guest; where refault `restarts`, so that
+        the next one goes on with the channel, if that can be. False where neither was done."""
         safe = True
         if self.channels is not None:
-            safe = await self.channels.prepare_to_stop()
+            safe = await self.channels.prepare_to_stop(restarts=restarts)
         if self.course.under_way:
             safe = await self.procedure.prepare_to_stop() and safe
         return safe
+
+    def hand_over(self) -> None:
+        """The next refault goes on with the channel, where it can."""
+        channels, state_file = self.channels, self._vm.state_file
+        if channels is None:
+            return
+        delivers = channels.handover.delivers
+        if delivers:
+            state_file.save(msgspec.structs.replace(self._record(), leg=None))
+        cost = self.cost_of_stopping()
+        may_close = cost is not None and cost[0]
+        channels.handover.hand_over(self.generation, may_close=may_close, laid=self.procedure.laid)
+        if delivers and not channels.handover.done:
+            state_file.remove()
 
     def cost_of_stopping(self) -> tuple[bool, str] | None:
         """Whether QEMU survives a close of its leg now, and what it does then; None where none is open."""

@@ -125,6 +125,17 @@ async def switch_to_postcopy(source: QmpClient, destination: QmpClient, since: i
     await destination.wait_event(lambda event: event.name == "RESUME", since)
 
 
+async def heard_of_postcopy(source: QmpClient, destination: QmpClient) -> None:
+    """Waits until these clients too have been told that the guest runs at the destination, so that what they
+    hear from then on is of later; needs the `events` capability. Ends within 30 s.
+
+    Each connection tells in its own time, and a status may be told before its event.
+    """
+    with trio.fail_after(30):
+        await source.wait_migration("postcopy-active")
+        await destination.wait_event(lambda event: event.name == "RESUME")
+
+
 async def recover(source: QmpClient, destination: QmpClient, channel: Channel, *, since: int = 0) -> None:
     """Recovers a lost channel as an operator's script would; needs the `events` capability. Ends within 20 s.
 

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import contextlib
 import enum
+import functools
+import itertools
 import random
 import signal
 import socket
 import sys
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncIterator, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
@@ -19,6 +21,7 @@ from .process import Process, ProcessFailed, started
 from .procnet import ESTABLISHED, is_listening, listeners, tcp_sockets
 from .tasks import background
 
+_FIRST_PORT, _SHARE = 10000, 100
 _LOOK = 0.05  # how long a stopped carrier is watched for a request before it may go on and be stopped again
 
 
@@ -185,14 +188,14 @@ class Channel:
         """Arms the carrier to lose a channel at a place in the stream, in place of a cut not made yet."""
         await self._running().command(cut.command())
 
-    async def was_cut(self, cut: Cut, deadline: float = 10.0) -> Lost:
+    async def was_cut(self, cut: Cut, deadline: float = 30.0) -> Lost:
         """Waits for the cut that was armed; raises trio.TooSlowError after ``deadline`` seconds, and then the
         channel is to be thrown away.
         """
         await self._running().command("cut-done", deadline)
         return Lost(cut.loss, trio.current_time())
 
-    async def kill(self, *, request_inside: bool = True, deadline: float = 20.0, last: bool = False) -> Lost:
+    async def kill(self, *, request_inside: bool = True, deadline: float = 40.0, last: bool = False) -> Lost:
         """Kills the carrier, by default when unread bytes of the return path (page requests) are inside it.
 
         ``last``: no spare is started for a next kill, which would take processor time from the recovery.
@@ -212,7 +215,7 @@ class Channel:
         """Makes the network silent: nothing passes, nobody is told."""
         self._running().process.signal(signal.SIGSTOP)
 
-    async def freeze_with_request(self, deadline: float = 20.0) -> int:
+    async def freeze_with_request(self, deadline: float = 40.0) -> int:
         """Makes the network silent when unread bytes of the return path are inside the carrier; how many.
 
         Raises trio.TooSlowError when no request came by for ``deadline`` seconds.
@@ -309,10 +312,25 @@ async def start_channel(
 
 
 def free_port() -> int:
-    """A TCP port nobody uses, below those that the kernel hands out by itself, so that it stays free."""
-    low = int(Path("/proc/sys/net/ipv4/ip_local_port_range").read_text().split()[0])
+    """A TCP port nobody uses, below those that the kernel hands out by itself, so that it stays free. No
+    other process that asks here is given it, though it is bound much later.
+    """
     while True:
-        port = random.randrange(10000, low) if low > 11000 else 0  # noqa: S311
         with socket.socket() as sock, contextlib.suppress(OSError):
-            sock.bind(("127.0.0.1", port))
+            sock.bind(("127.0.0.1", next(_ports())))
             return int(sock.getsockname()[1])
+
+
+@functools.cache
+def _ports() -> Iterator[int]:
+    """This process's share of them, over and over: while it has the socket of that name it is no other's."""
+    low = int(Path("/proc/sys/net/ipv4/ip_local_port_range").read_text().split()[0])
+    shares = list(range(_FIRST_PORT, low - _SHARE + 1, _SHARE))
+    random.shuffle(shares)
+    for first in shares:
+        claim = socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM)
+        with claim, contextlib.suppress(OSError):
+            claim.bind(f"\0refault-lab-ports-{first}")
+            claim.detach()  # open for as long as the process is there
+            return itertools.cycle(range(first, first + _SHARE))
+    return itertools.repeat(0)

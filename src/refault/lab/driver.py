@@ -43,7 +43,7 @@ class Driver(Protocol):
         """What is done by hand after a loss; ``since``: the number of the destination's events before it."""
 
     async def statuses(self) -> list[VmStatus]:
-        """What the refaults say, where there are any and they answer within two seconds."""
+        """What the refaults say, where there are any and they answer within ten seconds."""
 
 
 @dataclass
@@ -109,7 +109,7 @@ class RefaultDriver:
         """What both say; those that do not answer in time are left out."""
         answers: list[VmStatus] = []
         for control in self.controls:
-            with trio.move_on_after(2), contextlib.suppress(OSError, trio.BrokenResourceError):
+            with trio.move_on_after(10), contextlib.suppress(OSError, trio.BrokenResourceError):
                 answers.append(await _query(control))
         return answers
 

@@ -46,7 +46,7 @@ async def showing(
     console: Console, story: _Told, view: Callable[[_Told, int], RenderableType]
 ) -> AsyncIterator[None]:
     """Shows ``story`` on ``console`` while the block runs: ``view`` draws it so many columns wide."""
-    if not console.is_terminal:
+    if not console.is_terminal or console.is_dumb_terminal:
         story.on_note = lambda when, text: console.print(
             f"{when:7.2f} s  {text}", highlight=False, soft_wrap=True
         )
@@ -119,8 +119,7 @@ def show_outcome(console: Console, story: Story) -> None:
     if story.verdict is not None:
         console.print(Text(f"memory: {story.verdict}", "green" if story.verdict.right else "bold red"))
     if story.ok:
-        who = f"recovered by {story.recovered_by} alone"
-        console.print(Text(f"{story.recoveries} of {story.wanted_losses} losses {who}", "bold green"))
+        console.print(Text(story.result, "bold green"))
 
 
 def _losses(story: Story) -> Table:
@@ -128,7 +127,7 @@ def _losses(story: Story) -> Table:
     for heading in ("loss", "lost by"):
         table.add_column(heading, no_wrap=True)
     requests = [heading.replace(" ", "\n", 1) for heading in REQUESTS]  # all fits into 80 columns
-    for heading in ("lost\ninside", "both active\nagain after", *requests):
+    for heading in ("lost\ninside", story.again_after.replace(" again", "\nagain"), *requests):
         table.add_column(heading, justify="right", no_wrap=True)
     for loss in story.losses:
         table.add_row(

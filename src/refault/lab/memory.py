@@ -23,8 +23,8 @@ from .qmp_client import QmpClient
 _PRESENT_OR_SWAPPED = 3 << 62
 _KEPT = 20
 _STEPS = 4
-_PATIENCE = 1.0
-"""A vCPU that runs takes a step within so many of its pauses and so many seconds."""
+_PATIENCE = 10.0
+"""A vCPU that runs takes a step within so many of its pauses and so many seconds, on a busy machine too."""
 
 
 _libc = ctypes.CDLL(None, use_errno=True)
@@ -142,7 +142,9 @@ async def dump(qmp: QmpClient, address: int, length: int, path: Path) -> None:
     await qmp.execute("pmemsave", arguments, timeout=60)
 
 
-async def compare(guest: Guest, destination: QmpClient, source: QmpClient | None = None) -> Verdict:
+async def compare(
+    guest: Guest, destination: QmpClient, source: QmpClient | None = None, *, patience: float = _PATIENCE
+) -> Verdict:
     """Stops ``destination`` and compares every page of the guest's memory with what it must hold.
 
     What the guest wrote is computed; the rest of its RAM is compared with that of ``source`` (stopped,
@@ -152,7 +154,7 @@ async def compare(guest: Guest, destination: QmpClient, source: QmpClient | None
     with tempfile.TemporaryDirectory(prefix="refault-") as directory:
         here, there = Path(directory, "here"), Path(directory, "there")
         left = await _states(guest, source, there) if source is not None else ()
-        with trio.move_on_after(_PATIENCE + _STEPS * guest.tick_ns / 1e9):
+        with trio.move_on_after(patience + _STEPS * guest.tick_ns / 1e9):
             while _stuck(await _states(guest, destination, here), left):
                 await trio.sleep(0.01)
         await destination.execute("stop", timeout=30)

@@ -61,7 +61,7 @@ class Process:
             os.killpg(self.pid, signal.SIGKILL)
         self._popen.wait()
 
-    async def stop(self, grace: float = 5.0) -> int:
+    async def stop(self, grace: float = 20.0) -> int:
         """Asks it with SIGTERM to end, kills it after ``grace`` seconds; gives its exit status."""
         self.signal(signal.SIGTERM)
         with trio.move_on_after(grace):

@@ -67,6 +67,11 @@ class QmpClient:
         qemu = self.greeting["QMP"]["version"]["qemu"]
         return (qemu["major"], qemu["minor"], qemu["micro"])
 
+    @property
+    def unasked(self) -> int:
+        """Replies that nobody waits for."""
+        return len(self._replies)
+
     async def execute(
         self,
         command: str,

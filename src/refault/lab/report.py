@@ -41,7 +41,7 @@ def report(story: Story, findings: Iterable[Finding]) -> str:
     """The page. It refers to nothing outside itself."""
     good = story.ok
     words = (
-        f"{story.recoveries} of {story.wanted_losses} losses recovered by {story.recovered_by}"
+        story.result
         + (f"; {story.verdict}" if story.verdict is not None else "; memory was not compared")
         + (f". {story.failure}" if story.failure is not None else "")
     )
@@ -188,7 +188,7 @@ def _losses(story: Story) -> str:
         "loss",
         "lost by",
         "bytes lost inside",
-        "both active again after",
+        story.again_after,
         *REQUESTS,
     )
     rows = [

@@ -6,14 +6,14 @@ from __future__ import annotations
 
 import contextlib
 import itertools
-from collections.abc import AsyncIterator, Callable, Iterable, Iterator
+from collections.abc import AsyncIterator, Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
 import trio
 
-from refault.daemon.telling.snapshot import PagesStatus
+from refault.daemon.telling.snapshot import PagesStatus, SessionStatus
 
 from . import bare
 from .channel import Channel, Loss, free_port, start_channel
@@ -22,16 +22,18 @@ from .guest import PAGE, Guest
 from .memory import compare
 from .process import Process
 from .qemu import DEFAULT_BINARY, Pair, PairOptions, start_pair
-from .qmp_client import QmpClosed, QmpError
+from .qmp_client import QmpClient, QmpClosed, QmpError
 from .story import SIDES, LossResult, Sample, Side, Story
 from .tasks import background
 
 Who = Literal["refault", "script", "nobody"]
+Session = Literal["auto", "off"]
 _Counts = dict[Side, PagesStatus]
 VCPUS = 4
 _GAP = 0.3  # seconds between a recovery and the next loss, so that requests are made
 _SAMPLE = 0.03
 _SETTLE = 0.3  # seconds after a recovery in which requests are repeated and replayed
+_SETTLE_AT_LAST = 5.0  # and the same for the first of them, on a busy machine
 _FAST = 1 << 40
 
 
@@ -48,6 +50,7 @@ class Options:
     losses: int = 6
     memory: int = 256 << 20
     relay: Relay = "auto"
+    session: Session = "off"
     who: Who = "refault"
     binary: str = DEFAULT_BINARY
     recovery_deadline: float = 30.0
@@ -57,7 +60,7 @@ class Options:
     @property
     def duration(self) -> float:
         """How long postcopy must last so that all losses fall into it, in seconds."""
-        return 4 + self.losses * (_GAP + 0.5)
+        return 8 + self.losses * (_GAP + 0.5)
 
     @property
     def guest(self) -> Guest:
@@ -104,7 +107,10 @@ async def run(options: Options, story: Story, directory: Path) -> None:
 @contextlib.asynccontextmanager
 async def _driver(options: Options, pair: Pair, channel: Channel, directory: Path) -> AsyncIterator[Driver]:
     if options.who == "refault":
-        async with refault_driver(pair, channel, directory, relay=options.relay) as driver:
+        further = ("--session", options.session)
+        async with refault_driver(
+            pair, channel, directory, relay=options.relay, options=(further, further)
+        ) as driver:
             yield driver
     else:
         async with bare_driver(pair, channel, by_hand=options.who == "script") as driver:
@@ -147,6 +153,9 @@ async def _begin(driver: Driver, channel: Channel, options: Options, story: Stor
         await destination.wait_event(lambda event: event.name == "RESUME")
         await destination.wait_migration("postcopy-active")
         await driver.postcopy_began()
+        if options.session == "auto":
+            while (await _session(driver)).state != "carried":
+                await trio.sleep(_SAMPLE)
     story.note("postcopy: the guest runs at the destination, most of its memory is still at the source")
 
 
@@ -160,7 +169,7 @@ async def _lose(
         raise ScenarioFailed(
             f"the migration completed before loss {number}: give the guest more to do with --memory"
         )
-    before = await _counts(driver)
+    before, session = await _counts(driver), await _session(driver)
     lost = await channel.lose(loss)
     at_loss = await _counts(driver)
     result = LossResult(number, loss, lost.when - story.began, lost.bytes_inside)
@@ -170,12 +179,17 @@ async def _lose(
     inside = f" with {lost.bytes_inside} bytes of page requests inside" if lost.bytes_inside else ""
     story.note(f"loss {number}: {loss.value}{inside}")
     with trio.move_on_after(options.recovery_deadline):
-        await driver.repair(since[1])
-        back = [
-            await qmp.wait_migration("postcopy-active", "completed", since=start)
-            for qmp, start in zip(sides, since, strict=True)
-        ]
-        result.recovered = max(event.when for event in back) - lost.when
+        if options.session == "auto":
+            result.recovered = await _resumed(driver, session, sides, since)
+        if result.recovered is None:
+            await driver.repair(since[1])
+            back = [
+                await qmp.wait_migration("postcopy-active", "completed", since=start)
+                for qmp, start in zip(sides, since, strict=True)
+            ]
+            result.recovered = max(event.when for event in back) - lost.when
+        else:
+            result.noticed = False
     if result.recovered is None:
         states = " and ".join(f"the {side} {story.status(side)}" for side in SIDES)
         raise ScenarioFailed(
@@ -184,7 +198,30 @@ async def _lose(
         )
     await _count_requests(driver, before, result, story)
     counts = f"; {result.counts}" if result.counts else ""
-    story.note(f"loss {number}: both active again after {result.recovered * 1000:.0f} ms{counts}")
+    again = "both active again" if result.noticed else "no QEMU noticed it, bytes again"
+    story.note(f"loss {number}: {again} after {result.recovered * 1000:.0f} ms{counts}")
+
+
+async def _session(driver: Driver) -> SessionStatus:
+    """As the source's refault tells it."""
+    told = [vm.session for vm in await driver.statuses() if vm.migration.role == "source"]
+    return told[0] if told else SessionStatus()
+
+
+async def _resumed(
+    driver: Driver, before: SessionStatus, sides: Sequence[QmpClient], since: Sequence[int]
+) -> float | None:
+    """Seconds until the session's bytes ran again; None where a QEMU has noticed the loss."""
+    while not any(
+        event.name == "MIGRATION"
+        for qmp, start in zip(sides, since, strict=True)
+        for event in qmp.events[start:]
+    ):
+        now = (await _session(driver)).resumptions
+        if now.count > before.resumptions.count:
+            return now.sum - before.resumptions.sum
+        await trio.sleep(_SAMPLE)
+    return None
 
 
 async def _count_requests(driver: Driver, before: _Counts, result: LossResult, story: Story) -> None:
@@ -192,14 +229,16 @@ async def _count_requests(driver: Driver, before: _Counts, result: LossResult, s
     during = [sample.outstanding for sample in story.samples if sample.when >= result.when - _SAMPLE]
     counted = [count for count in (result.outstanding, *during) if count is not None]
     result.outstanding = max(counted, default=None)
-    deadline = trio.current_time() + _SETTLE
+    began = trio.current_time()
     while True:
         await trio.sleep(_SAMPLE)
         after = await _counts(driver)
         result.repeated = _since(before, after, "repeated", ("destination",))
         result.replayed = _since(before, after, "replayed", SIDES)
         again = (result.repeated or 0) + (result.replayed or 0)
-        if again >= (result.outstanding or 0) or trio.current_time() >= deadline:
+        if again >= (result.outstanding or 0):
+            return
+        if trio.current_time() >= began + (_SETTLE if again or not result.noticed else _SETTLE_AT_LAST):
             return
 
 
@@ -220,9 +259,10 @@ async def _complete(driver: Driver, options: Options, story: Story) -> None:
         await driver.source.execute("migrate-set-parameters", {"max-postcopy-bandwidth": _FAST})
         await driver.source.wait_migration("completed")
         await driver.destination.wait_migration("completed")
-    story.completed = story.now()
+        story.completed = story.now()
+        while any(story.status(side) != "completed" for side in SIDES):  # who looks on sees it later
+            await trio.sleep(_SAMPLE)
     story.note("the migration has completed")
-    await trio.sleep(2 * _SAMPLE)
 
 
 async def _check_memory(pair: Pair, options: Options, story: Story) -> None:

@@ -24,7 +24,7 @@ WAYS: tuple[Way, ...] = ("with the replay", "without it")
 GUEST = Guest(vcpus=1, log_pages=14, tick_ns=1_000_000_000)
 BACKGROUND = 16 << 10
 """Bytes a second; QEMU sends a page every 0.1 s at least. Of 16384 it seldom comes to the lost one soon."""
-LOOKED = 2.0
+LOOKED = 3.0
 """Seconds after the recovery for which who is not helped must be seen to be blocked."""
 _AT_LAST = 60.0
 SAMPLE = 0.1

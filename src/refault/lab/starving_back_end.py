@@ -83,16 +83,17 @@ class BackEndMigration:
     """The number of the touch whose request was lost."""
 
     async def start_postcopy(self) -> None:
-        """Migrates until the destination's back end has touched a page; within 40 s."""
+        """Migrates until the destination's back end has touched a page; within 80 s."""
         await bare.start_postcopy(
             self.driver.source, self.driver.destination, self.channel, bandwidth=self.case.background
         )
-        with trio.fail_after(10):
+        await bare.heard_of_postcopy(self.pair.source.qmp, self.pair.destination.qmp)
+        with trio.fail_after(20):
             while self.back_end.counts()[1] == 0:
                 await trio.sleep(0.005)
 
     async def lose(self) -> None:
-        """Loses the channel with the back end's request inside, and waits for the recovery; within 40 s."""
+        """Loses the channel with the back end's request inside, and waits for the recovery; within 60 s."""
         with trio.fail_after(20):
             while not await self._freeze_with_request():
                 self.channel.thaw()
@@ -101,7 +102,7 @@ class BackEndMigration:
         since = len(events.events)
         self.stuck = self.back_end.counts()[0]
         self.lost = (await self.channel.kill(request_inside=False, last=True)).when
-        with trio.fail_after(20):
+        with trio.fail_after(40):
             self.recovered = (await events.wait_migration("postcopy-active", since=since)).emitted
 
     async def _freeze_with_request(self) -> bool:

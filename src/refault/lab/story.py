@@ -40,7 +40,8 @@ class Sample:
 @dataclass
 class LossResult:
     """One loss and its recovery; ``when`` in seconds since the beginning, ``recovered`` in seconds from the
-    loss.
+    loss. ``noticed`` by a QEMU: not where a session went on over the next connection; then ``recovered`` is
+    until bytes ran again.
 
     Page requests, None where nobody could tell: ``outstanding`` when the channel was lost, of these or later
     ones ``repeated`` by the destination QEMU itself after the recovery and ``replayed`` by refault (both
@@ -55,6 +56,7 @@ class LossResult:
     repeated: int | None = None
     replayed: int | None = None
     recovered: float | None = None
+    noticed: bool = True
 
     def document(self) -> dict[str, Any]:
         """Its part of the JSON document."""
@@ -63,6 +65,7 @@ class LossResult:
             "loss": self.loss.value,
             "at_seconds": round(self.when, 4),
             "recovered_seconds": None if self.recovered is None else round(self.recovered, 4),
+            "noticed_by_qemu": self.noticed,
             "requests_outstanding": self.outstanding,
             "requests_repeated_by_qemu": self.repeated,
             "requests_replayed": self.replayed,
@@ -108,6 +111,7 @@ class Story(Notes):
 
     wanted_losses: int
     recovered_by: str
+    sessions: bool = False
     facts: dict[str, str] = field(default_factory=dict)
     statuses: dict[Side, list[tuple[float, str]]] = field(
         default_factory=lambda: {side: [] for side in SIDES}
@@ -126,6 +130,21 @@ class Story(Notes):
     def recoveries(self) -> int:
         """How many losses were recovered."""
         return sum(loss.recovered is not None for loss in self.losses)
+
+    @property
+    def result(self) -> str:
+        """How the losses went."""
+        losses = f"{self.recoveries} of {self.wanted_losses} losses"
+        unnoticed = sum(not loss.noticed for loss in self.losses)
+        if self.sessions and unnoticed == self.recoveries:
+            return f"{losses} were pauses in the bytes, which no QEMU noticed"
+        others = f", {unnoticed} of them noticed by no QEMU" if self.sessions else ""
+        return f"{losses} recovered by {self.recovered_by} alone{others}"
+
+    @property
+    def again_after(self) -> str:
+        """What the time of a loss is until."""
+        return "bytes again after" if self.sessions else "both active again after"
 
     @property
     def ok(self) -> bool:

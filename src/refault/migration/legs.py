@@ -11,7 +11,7 @@ from __future__ import annotations
 import enum
 from dataclasses import dataclass
 
-from refault.migration.phase import Phase, Role
+from refault.migration.phase import ENDS_PRECOPY, Phase, Role
 from refault.migration.versions import Version, abilities
 
 
@@ -87,6 +87,14 @@ UNTIL_LOADED = Rule(
     " inmigrate and you have ended it, say refault:take-back (docs/running.md): the guest goes on here. If it"
     " has the guest this QEMU sends it no more: the guest here is whole, and as old as the switchover",
 )
+SENT_ALL = Rule(
+    Verdict.HOLD,
+    "the source, which has sent all in precopy, fails and runs its guest, which the destination may run too",
+    "look at the destination: if it runs the guest, or its migration is completed, quit this QEMU, which must"
+    " not run again. If it has failed or ended, or you have ended it, say migrate_cancel here: the guest goes"
+    " on",
+)
+"""Of a source that has sent all in precopy, for as long as its destination has not said that it has it."""
 
 
 def waits_for_pong(role: Role, status: str | None) -> bool:
@@ -98,6 +106,8 @@ def may_close(phase: Phase, role: Role, version: Version, status: str | None = N
     """Whether the local leg of a QEMU `version` may be closed now, and the rule that says so; `status` is
     QEMU's own word, if that is known, which no phase tells."""
     rule = UNTIL_LOADED if waits_for_pong(role, status) else RULES[phase, role]
+    if (phase, role) == (Phase.COMPLETING, Role.SOURCE) and status in ENDS_PRECOPY:
+        rule = SENT_ALL
     if rule.verdict is Verdict.BY_VERSION:
         return abilities(version).pauses_again_in_handshake, rule
     return rule.verdict is Verdict.CLOSE, rule

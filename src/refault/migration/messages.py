@@ -92,6 +92,11 @@ def classify(first: bytes) -> Kind:
     return Kind.FOREIGN
 
 
+def is_cut_short(first: bytes) -> bool:
+    """Whether fewer than FIRST_BYTES are the beginning of what nobody but a refault says."""
+    return 0 < len(first) < FIRST_BYTES and SESSION_MAGIC.startswith(first)
+
+
 _MULTIFD_INIT = struct.Struct(">II16sB7x32x")
 MULTIFD_INIT_BYTES = _MULTIFD_INIT.size
 _MULTIFD_VERSION = 1

@@ -80,6 +80,8 @@ class Told:
     """A destination: postcopy-ram was off when its channel began, so that it runs once it has all."""
     much_left: bool = False
     """A source: so much is left to send that it is not about to complete."""
+    sent_all: bool = False
+    """A source that has not switched to postcopy: it has sent all, so the destination may run the guest."""
 
 
 # The first row whose condition holds gives the phase.
@@ -92,6 +94,9 @@ _PHASES: tuple[tuple[Callable[[Passed], bool], Phase], ...] = (
     (lambda p: p.packaged_begun, Phase.SWITCHOVER),
 )
 
+ENDS_PRECOPY = ("active", "device")
+"""The statuses in which a source sends the last of precopy, and waits for its destination's word; before 8.0
+mostly the first (migration/migration.c, migration_completion)."""
 _BY_STATUS = {
     "postcopy-device": Phase.SWITCHOVER,
     "postcopy-paused": Phase.POSTCOPY,
@@ -115,6 +120,8 @@ def phase_of(passed: Passed, role: Role = Role.DESTINATION, told: Told | None = 
         return _unread_postcopy(passed, role, told)
     if passed.resumed and not passed.resume_acknowledged:
         return Phase.RECOVERY_HANDSHAKE
+    if role is Role.SOURCE and told.sent_all and told.status in ENDS_PRECOPY and read is Phase.PRECOPY:
+        return Phase.COMPLETING
     return _BY_STATUS.get(told.status or "", read)
 
 

@@ -54,6 +54,7 @@ TESTED_CAPABILITIES = frozenset(
         "postcopy-preempt",
         "postcopy-ram",
         "return-path",
+        "switchover-ack",
         "validate-uuid",
         "x-ignore-shared",
         "xbzrle",
@@ -79,8 +80,11 @@ def why_not(
     role: Role,
     version: Version,
     process_is_seen: bool,
+    given: bool = False,
 ) -> str | None:
-    """Why the relay cannot carry this migration, for the operator; None where it can."""
+    """Why the relay cannot carry this migration, for the operator; None where it can. `given`: over a
+    connection to `endpoint` that the client has made.
+    """
     if not isinstance(endpoint, Inet):
         return f"address {_shown(endpoint.uri) if endpoint else 'missing'} is not plain tcp:HOST:PORT"
     if not process_is_seen:
@@ -98,8 +102,9 @@ def why_not(
         return "TLS on more than one connection is not among the combinations tested with the relay"
     if parameters.get("tls-creds") and not abilities(version).survives_failed_resume:
         return "the channel uses TLS, and this QEMU does not survive a TLS handshake that comes to nothing"
-    if role is Role.SOURCE and parameters.get("tls-creds") and not parameters.get("tls-hostname"):
-        # Else QEMU checks the name that is in the address (migration/tls.c); a descriptor has none.
+    nameless = not parameters.get("tls-hostname") and (given or not endpoint.host)
+    if role is Role.SOURCE and nameless and parameters.get("tls-creds"):
+        # Without it QEMU takes the name that is in the address (migration/tls.c), and here none is.
         return "the channel uses TLS and tls-hostname is not set, by which QEMU would know the destination"
     return None
 

@@ -28,6 +28,8 @@ _BY_PHASE = {
 def session_patience(phase: Phase, role: Role, passed: Passed, *, stopped: bool) -> float:
     """Seconds; infinite for no end. `stopped`: a source's guest has been stopped since the migration began,
     and QEMU has not said that it has sent all."""
+    if passed.completing:
+        return _BY_PHASE[Phase.COMPLETING]  # a destination too: its source does not pause any more
     in_switchover = stopped if phase is Phase.PRECOPY else cannot_have_left(passed)
     if role is Role.SOURCE and in_switchover and phase in (Phase.PRECOPY, Phase.SWITCHOVER):
         return STANDS_STILL

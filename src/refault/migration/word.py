@@ -14,7 +14,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 
-from refault.migration.phase import Passed, Phase, Role, Told, phase_of
+from refault.migration.phase import ENDS_PRECOPY, Passed, Phase, Role, Told, phase_of
 
 LOOK_AGAIN = 0.15
 """Seconds between two answers that are compared: QEMU's rate limit lets something through in each 0.1 s."""
@@ -38,10 +38,24 @@ class Word:
     """Bytes in a second."""
     requests: int
     """Pages that the destination has asked a source for, in postcopy."""
+    stands: bool = False
+    """A source: its guest does not run. Not asked for where nothing depends on it."""
 
-    def far_from_completion(self, seconds: float = 0.0) -> bool:
-        """Whether a source that sends as it did will not be in the completion `seconds` after this answer."""
-        return self.remaining > self.threshold + self.rate * seconds + UNSEEN
+    @property
+    def nothing_left(self) -> bool:
+        """Whether a source that has not switched to postcopy has no RAM left to send."""
+        return self.remaining == 0 and self.status in ENDS_PRECOPY
+
+    @property
+    def sent_all(self) -> bool:
+        """The same of one whose guest stands: it has sent all there is, for while it does it answers nobody,
+        and waits for its destination to say so (migration/migration.c, await_return_path_close_on_source)."""
+        return self.nothing_left and self.stands
+
+    def far_from_completion(self, seconds: float = 0.0, *, rings: int = 0) -> bool:
+        """Whether a source that sends as it did will not be in the completion `seconds` after this answer.
+        `rings`: bytes that its session keeps, at the most."""
+        return self.remaining > self.threshold + self.rate * seconds + UNSEEN + rings
 
 
 def word_of(migrate: Mapping[str, object], parameters: Mapping[str, object], *, runs: bool) -> Word:
@@ -69,7 +83,7 @@ def phase_after_loss(
     passed: Passed, role: Role, before: Word | None, now: Word, *, never_postcopy: bool = False
 ) -> Phase | None:
     """The phase of a channel whose far side is lost, from answers `LOOK_AGAIN` apart; None: ask again."""
-    read = phase_of(passed, role, Told(now.status, now.runs, never_postcopy))
+    read = phase_of(passed, role, Told(now.status, now.runs, never_postcopy, sent_all=now.sent_all))
     if read is Phase.DONE and never_postcopy:
         return read
     again = before is not None and before.status == now.status

@@ -5,19 +5,6 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
-SECRETS = frozenset(
-    {
-        b"block_passwd",
-        b"change",
-        b"change-vnc-password",
-        b"human-monitor-command",
-        b"object-add",
-        b"qom-set",
-        b"set_password",
-    }
-)
-"""Commands that may give QEMU a secret: none of it is kept longer than they take."""
-
 
 @dataclass(frozen=True)
 class Forward:

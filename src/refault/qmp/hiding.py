@@ -7,7 +7,7 @@ status withheld goes first. A pause of which they were told is told to its end.
 QEMU says that it has paused by an event, where its `events` capability is on, and in the reply to
 `query-migrate`, to whomever. The two overtake each other, for events come from the migration's thread
 (migration/migration.c, migrate_set_state): a reply may be older than the event before it. So a pause that
-only a reply tells of is supposed, until an event or the next reply says more.
+only a reply tells of is supposed, until an event or the next reply says more; its time runs from the event.
 
 A destination of 5.2 and 7.2 tells of `setup` as it takes `migrate-recover`, and is paused all the same
 (qmp_migrate_recover): it is withheld, and not what a client is told at the end.
@@ -32,6 +32,10 @@ class State(enum.Enum):
     SUPPOSED = "a reply has told of one, and no event yet; it is kept from clients"
     HIDDEN = "an event has told of one; it is kept from clients"
     TOLD = "there is one, and they know"
+
+
+_PAUSED = (State.SUPPOSED, State.HIDDEN)
+"""Asked for with each message."""
 
 
 class Input(enum.Enum):
@@ -139,7 +143,7 @@ class Hiding:
     @property
     def hidden(self) -> bool:
         """Whether there is a pause that is kept from clients."""
-        return self.state in (State.SUPPOSED, State.HIDDEN)
+        return self.state in _PAUSED
 
     def hides_from(self, seconds: float | None) -> bool:
         """Whether it is kept from those who want it hidden for so long."""
@@ -147,8 +151,11 @@ class Hiding:
 
     def event(self, status: object, line: bytes) -> Verdict:
         """A MIGRATION event."""
+        supposed = self.events and self.state is State.SUPPOSED
         self.events = True
         if status in PAUSED:
+            if supposed:  # that may have been the pause before
+                self.over, self.began = frozenset(), None
             verdict = self._take(Input.PAUSED if self.may else Input.PAUSED_NOT_OURS)
             if self.hidden:
                 self.withheld = line

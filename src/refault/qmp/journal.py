@@ -7,14 +7,17 @@ that is as the first one was when the log began, they make it what that was at i
 from __future__ import annotations
 
 import struct
+import zlib
 from dataclasses import dataclass
 from enum import IntEnum
 
 HEADER = 256
 RECORD = 16
-_MAGIC = b"refault1"
+MAGIC = b"refault2"
 GIVEN_UP = b"refault0"
 """In its place: what befell since is not there. What was before tells what QEMU holds."""
+_SUM = struct.Struct("=I")
+"""CRC-32, ahead of what was before."""
 _HEAD = struct.Struct("=8sQQQ")
 _CELL = struct.Struct("=QB3xI")
 _CELL_AT = 32
@@ -48,6 +51,10 @@ class Kind(IntEnum):
     """The same bytes: they are not there any more, nor is it."""
     HIDING = 13
     """What refault says about pauses (hiding.py)."""
+    CAME = 14
+    """A client's connection was accepted. It has no number before it joins."""
+    URGENT = 15
+    """What is out-of-band waits no longer for a descriptor."""
 
 
 _WITH_DATA = frozenset(Kind) - {Kind.SENT}
@@ -81,11 +88,19 @@ def before(file: bytes | memoryview) -> memoryview:
     if len(view) < HEADER:
         raise TornError("it is too short")
     magic, log_at, _, _ = _HEAD.unpack_from(view)
-    if magic not in (_MAGIC, GIVEN_UP):
+    if magic not in (MAGIC, GIVEN_UP):
         raise TornError("it is of another version of refault, or was never finished")
-    if not HEADER <= log_at <= len(view):
+    if not HEADER + _SUM.size <= log_at <= len(view):
         raise TornError("its header is wrong")
-    return view[HEADER:log_at]
+    first = view[HEADER + _SUM.size : log_at]
+    if magic == MAGIC and _SUM.unpack_from(view, HEADER) != (zlib.crc32(first),):
+        raise TornError("it is damaged")
+    return first
+
+
+def checked(first: bytes) -> bytes:
+    """What was before the log, as it stands in the file."""
+    return _SUM.pack(zlib.crc32(first)) + first
 
 
 def read(file: bytes | memoryview) -> Journal:

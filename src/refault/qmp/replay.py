@@ -36,6 +36,13 @@ class Joined(msgspec.Struct, array_like=True):
         return Rule(self.read_only, frozenset(self.deny), self.audit, self.hide_pause)
 
 
+class Came(msgspec.Struct, array_like=True):
+    """Of Kind.CAME: the connection's cookie, and where it came."""
+
+    cookie: bytes
+    address: str
+
+
 class Called(msgspec.Struct, array_like=True):
     """Of Kind.CALLED."""
 
@@ -71,6 +78,8 @@ class Replay:
     def __init__(self, core: Multiplexer) -> None:
         self.about: dict[int, msgspec.Raw] = {}
         """What the daemon knows the clients by who came while the record was written."""
+        self.came: dict[bytes, str] = {}
+        """Connections that were accepted meanwhile, and where; those too who have joined since."""
         self.lost_descriptors = 0
         """Descriptors that clients had passed and QEMU had not got."""
         self.peeked: dict[int, int] = {}
@@ -173,13 +182,18 @@ class Replay:
                     done=nobody,
                     beside=call.beside,
                 )
+            case Kind.CAME:
+                came = msgspec.msgpack.decode(record.data, type=Came)
+                self.came[came.cookie] = came.address
             case Kind.HIDING:
                 said = msgspec.msgpack.decode(record.data, type=Said)
                 core.hide(said.word, said.value)
+            case Kind.URGENT:
+                core.pass_urgent()
             case Kind.FORGOTTEN:
                 number = msgspec.msgpack.decode(record.data, type=int)
                 for own in core.internal:
-                    for request in own.queue:
+                    for request in (*own.queue, *core.urgent):
                         if request.call == number:
                             core.forget(request)
                             return
@@ -228,10 +242,10 @@ class Replay:
 
         core.dirty.clear()
         clients = (*core.internal, *core.clients.values())
-        requests = [request for client in clients for request in client.queue]
-        for request in (*core.window.pending.values(), *requests):
+        requests = [request for client in clients for request in (*client.queue, *client.line)]
+        for request in (*core.window.pending.values(), *core.urgent, *requests):
             request.on_reply = None  # the watcher has gone with its process
-        for request in (*core.asked.values(), *core.early, *requests):
+        for request in (*core.asked.values(), *core.urgent, *requests):
             if request.fd >= saved.LOST:
                 request.fd = real(request.fd)
                 request.client.queued_fds -= request.fd < 0

@@ -48,6 +48,7 @@ class _Request(msgspec.Struct, array_like=True):
     own: bool
     asked: int
     call: int
+    begun: bool = False
 
 
 class _Client(msgspec.Struct, array_like=True):
@@ -75,6 +76,7 @@ class _Client(msgspec.Struct, array_like=True):
     closing: bool
     splitter: SplitterState
     hide_pause: float | None = None
+    line: list[int] = []
 
 
 class _Names(msgspec.Struct, array_like=True):
@@ -126,6 +128,8 @@ class _Core(msgspec.Struct, array_like=True):
     names: _Names
     sets: _Sets
     hiding: _Hiding = _Hiding()
+    urgent: list[int] = []
+    urgent_goes: bool = False
 
 
 def save(
@@ -161,7 +165,9 @@ def save(
     window = core.window
     saved_window = [(each, number(request)) for each, request in window.pending.items()]
     asked = [number(request) for request in core.asked.values()]
-    early = [number(request) for request in core.early]
+    # A refault of before knows no lines.
+    early = [number(each) for client in core.clients.values() for each in client.line if not each.begun]
+    urgent = [number(request) for request in core.urgent]
     takes_fd = number(core.descriptors.request)
 
     def of_client(client: Client) -> _Client:
@@ -181,7 +187,7 @@ def save(
             client.in_flight,
             client.oob_in_flight,
             client.oob_bytes,
-            client.ready,
+            client.ready and client.connected,
             token(client.fd),
             b"".join((*unsent(client), *client.out)),
             client.unsent,
@@ -190,6 +196,7 @@ def save(
             client.closing,
             client.splitter.saved(),
             client.rule.hide_pause,
+            [number(request) for request in client.line],
         )
 
     clients = [of_client(client) for client in (*internal, *core.clients.values())]
@@ -222,6 +229,8 @@ def save(
             ),
             _of_sets(sets),
             _of_hiding(core.hiding),
+            urgent,
+            core.urgent_goes,
         )
     )
 
@@ -251,6 +260,7 @@ def _of_request(request: Request, fd: int) -> _Request:
         request.done is not None,
         request.asked,
         request.call,
+        request.begun,
     )
 
 
@@ -293,6 +303,7 @@ def restore(core: Multiplexer, saved: bytes | memoryview, changed: Callable[[byt
     for each in was.clients:
         client = clients[each.number]
         client.queue.extend(requests[at] for at in each.queue)
+        client.line.extend(requests[at] for at in each.line)
         client.held = requests[each.held] if each.held >= 0 else None
     greeting = parse_greeting(Message(was.greeting, [0] * 12, None))
     core.greeting = Greeting(greeting.raw, greeting.version, greeting.package, oob=was.oob)
@@ -306,7 +317,9 @@ def restore(core: Multiplexer, saved: bytes | memoryview, changed: Callable[[byt
     core.turns.extend(clients[each] for each in was.turns)
     core.fd_waiting.extend(clients[each] for each in was.fd_waiting)
     core.asked.update((requests[at].asked, requests[at]) for at in was.asked)
-    core.early.extend(requests[at] for at in was.early)
+    core.urgent.extend(requests[at] for at in was.urgent)
+    core.urgent_goes = was.urgent_goes
+    _lines(core, [requests[at] for at in was.early])
     core.descriptors.request = requests[was.takes_fd] if was.takes_fd >= 0 else None
     core.descriptors.names.restore(was.names.prefix, was.names.serial, was.names.upstream)
     sets = was.sets
@@ -322,6 +335,17 @@ def restore(core: Multiplexer, saved: bytes | memoryview, changed: Callable[[byt
         returned=sets.returned,
     )
     _hiding(core.hiding, was.hiding)
+
+
+def _lines(core: Multiplexer, early: list[Request]) -> None:
+    """A refault of before has saved no line. `early`: what it had that QEMU could not take yet."""
+    begun = [*core.window.pending.values(), *core.urgent, *core.asked.values()]
+    for request in (*begun, *early):
+        client = request.client
+        mine = request.oob and client.connected and client not in core.internal
+        if mine and request not in client.line:
+            request.begun = request not in early
+            client.line.append(request)
 
 
 def _hiding(hiding: Hiding, was: _Hiding) -> None:
@@ -364,5 +388,5 @@ def _request(was: _Request, client: Client, changed: Callable[[bytes], bytes]) -
     request.on_reply = changed if was.changes else None
     request.negotiates, request.purpose = was.negotiates, was.purpose
     request.done = nobody if was.own else None
-    request.asked, request.call = was.asked, was.call
+    request.asked, request.call, request.begun = was.asked, was.call, was.begun
     return request

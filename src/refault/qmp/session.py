@@ -10,6 +10,7 @@ import msgspec
 
 from refault.qmp.access import FREE, Rule
 from refault.qmp.decoding import decode_arguments, decode_members, strict
+from refault.qmp.secrets import may_have_secret
 from refault.qmp.splitter import EXEC_OOB, MAX_MESSAGE, UNUSUAL, VERB_MASK, Message, Splitter
 
 
@@ -51,6 +52,7 @@ class Client:
         "held",
         "in_flight",
         "limits",
+        "line",
         "negotiated",
         "number",
         "oob",
@@ -91,6 +93,8 @@ class Client:
         self.oob_in_flight = 0
         self.oob_bytes = 0
         """Of these commands: QEMU may read them slower than they come."""
+        self.line: deque[Request] = deque()
+        """They, in its order, until each is answered."""
         self.ready = False
         """Has its turn coming to send."""
         self.fd = -1
@@ -142,6 +146,7 @@ class Request:
     __slots__ = (
         "answer",
         "asked",
+        "begun",
         "call",
         "cleared",
         "client",
@@ -177,6 +182,8 @@ class Request:
         """Why the client's listener does not let it pass (`refault.qmp.access`)."""
         self.answer: bytes | None = None
         """The reply, without an id, if it is answered in QEMU's place."""
+        self.begun = False
+        """An out-of-band command that has been answered, sent, or asked about."""
         self.cleared = False
         """A watcher has answered, or none need be asked."""
         self.data: bytes | None = None
@@ -213,6 +220,13 @@ class Request:
             return False
         members = decode_members(message)
         return "exec-oob" in members and "execute" not in members
+
+    @property
+    def may_have_secret(self) -> bool:
+        """Whether nothing of it is to be kept when it is over. What is malformed may be anything."""
+        return may_have_secret(
+            self.name, has_arguments=self.message.arguments_end > 0, arguments=self.arguments
+        )
 
     def raw_arguments(self) -> bytes | None:
         """The arguments as the client sent them; None if it sent none."""

@@ -40,6 +40,11 @@ class Window:
             return False
         return self._in_flight == 0 or self._in_flight_bytes + request.size <= WINDOW_BYTES
 
+    @property
+    def empty(self) -> bool:
+        """Whether no in-band command is with QEMU."""
+        return self._in_flight == 0
+
     def add(self, request: Request) -> int:
         """One more goes; the id that QEMU gets."""
         number = self.last_id

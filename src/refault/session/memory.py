@@ -36,8 +36,8 @@ class Memory:
 
     def double(self, size: int) -> bool:
         """Takes as much as a ring of `size` has; False where it is large enough, or there is too little
-        left."""
-        if size >= LARGEST or self._left - size < self._total // _KEPT:
+        left for the old one and the new at once."""
+        if size >= LARGEST or self._left - 2 * size < self._total // _KEPT:
             return False
         self._left -= size
         return True

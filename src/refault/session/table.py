@@ -42,7 +42,7 @@ class Lane(Generic[Owner]):
 class _Session(Generic[Owner]):
     id: bytes
     proven: bool
-    lanes: list[Lane[Owner]] = field(default_factory=list)
+    lanes: dict[int, Lane[Owner]] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -64,7 +64,7 @@ class Table(Generic[Owner]):
         self._most_lanes = min(lanes, MOST_LANES)
         self._secret = secrets.token_bytes(32)
         self._sessions: dict[bytes, _Session[Owner]] = {}
-        self._over: OrderedDict[bytes, tuple[int, ...]] = OrderedDict()
+        self._over: OrderedDict[bytes, dict[int, int]] = OrderedDict()
 
     def __len__(self) -> int:
         return len(self._sessions)
@@ -75,34 +75,42 @@ class Table(Generic[Owner]):
         session = self._sessions.get(slot)
         if session is None or not hmac.compare_digest(session.id, hello.session):
             if slot in self._over:
-                ends = self._over[slot]
-                taken = ends[hello.lane] if hello.lane < len(ends) else 0
-                return Verdict(Code.GONE, hello.attempt, taken=taken)
+                return Verdict(Code.GONE, hello.attempt, taken=self._over[slot].get(hello.lane, 0))
             return self._begin(slot, hello, proven)
         if session.proven and not proven:
             return Verdict(Code.KEY, hello.attempt)
-        if hello.lane >= len(session.lanes):
+        lane = session.lanes.get(hello.lane)
+        if lane is None:
             return self._further_lane(session, hello)
-        lane = session.lanes[hello.lane]
         if lane.is_over:
             return Verdict(Code.GONE, hello.attempt, taken=lane.taken)
         return self._admit(lane, hello)
+
+    def resume(self, session: bytes) -> None:
+        """A session of one lane that another process has answered for: it need not begin. Any attempt is the
+        highest."""
+        begun: _Session[Owner] = _Session(session, proven=False)
+        begun.lanes[0] = Lane(0)
+        self._sessions[self._slot(session)] = begun
 
     def withdraw(self, session: bytes) -> None:
         """A session that could not begin after all: it may come again."""
         self._sessions.pop(self._slot(session), None)
 
     def close(self, session: bytes, number: int, taken: int = 0) -> None:
-        """A lane is over; the session is, when all of its lanes are. `taken` as `Lane.taken`."""
+        """A lane is over; the session is, when all of its lanes are, those too that have not come yet.
+        `taken` as `Lane.taken`."""
         slot = self._slot(session)
         known = self._sessions.get(slot)
         if known is None:
             return
-        lane = known.lanes[number]
+        lane = known.lanes.get(number)
+        if lane is None:
+            return  # it never came
         lane.is_over, lane.owner, lane.taken = True, None, taken
-        if all(each.is_over for each in known.lanes):
+        if len(known.lanes) == self._most_lanes and all(each.is_over for each in known.lanes.values()):
             del self._sessions[slot]
-            self._over[slot] = tuple(each.taken for each in known.lanes)
+            self._over[slot] = {each.number: each.taken for each in known.lanes.values()}
             if len(self._over) > REMEMBERED:
                 self._over.popitem(last=False)
 
@@ -124,12 +132,10 @@ class Table(Generic[Owner]):
     def _further_lane(self, session: _Session[Owner], hello: Message) -> Verdict[Owner]:
         if not hello.flags & Flag.NEW or hello.lane >= self._most_lanes:
             return Verdict(Code.UNKNOWN, hello.attempt)
-        if hello.lane > len(session.lanes):
-            return Verdict(Code.AGAIN, hello.attempt)
         lane: Lane[Owner] = Lane(hello.lane)
         verdict = self._admit(lane, hello)
         if verdict.code is Code.OK:
-            session.lanes.append(lane)
+            session.lanes[hello.lane] = lane
         return verdict
 
     @staticmethod

@@ -39,7 +39,7 @@ class Code(enum.IntEnum):
     STALE = 1
     """An attempt as high or higher was seen; `attempt` is the highest."""
     AGAIN = 2
-    """Not now: the lanes before are not there yet, or there is no memory. Come again."""
+    """Not now: lane 0 is not there yet, or there is no memory. Come again."""
     UNKNOWN = 3
     """There is no such session, and this HELLO begins none."""
     GONE = 4

@@ -606,6 +606,7 @@ def test_a_closed_relay_says_so_and_takes_no_descriptor() -> None:
         "close_channel": lambda: relay.close_channel(1),
         "session_rejoin": lambda: relay.session_rejoin(Positions()),
         "session_adopt": lambda: relay.session_adopt(-1),
+        "go_on": lambda: relay.go_on(-1, None, recovered=False),
         "session_give_up": lambda: relay.session_give_up(errno.EIO),
     }
     open_before = len(os.listdir("/proc/self/fd"))

@@ -44,9 +44,13 @@ def pages(count: int) -> bytes:
 
 def test_a_sources_queue_is_deep_in_precopy_short_in_postcopy_and_follows_the_link() -> None:
     with relaying(Role.SOURCE) as ends, joined(ends) as (_, far):
+        assert unsent(far) == 8 * KIB  # until the destination's QEMU has taken the beginning
+        for piece in (BEGINNING, *[pages(15) + s.EOS + s.footer()] * 20):
+            ends.qemu.sendall(piece)
+            read_exactly(ends.host, len(piece))
         assert unsent(far) == NO_LIMIT
-        ends.qemu.sendall(BEGINNING + DEVICE_STATE)
-        read_exactly(ends.host, len(BEGINNING + DEVICE_STATE))
+        ends.qemu.sendall(DEVICE_STATE)
+        read_exactly(ends.host, len(DEVICE_STATE))
         data = pages(CHUNKS // 4096)
         sent = 0
         while sent < len(data):  # whoever reads at the end of the link is faster than the source

@@ -15,7 +15,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import pytest
 from tests.support import until as support
@@ -29,7 +29,7 @@ from refault.session.wire import Positions
 
 ID = b"".join((random.randrange(1 << 31) | 1 << 31).to_bytes(4, "big") for _ in range(4))
 PONG = message(2, (1).to_bytes(4, "big"))
-PATIENCE = 10.0
+PATIENCE = 30.0
 
 
 def until(condition: Callable[[], bool], what: str) -> None:
@@ -69,17 +69,26 @@ class Both:
 
 
 @contextmanager
-def both(*, dials: SessionEnd = SessionEnd.DIALS, answers: SessionEnd = SessionEnd.ANSWERS) -> Iterator[Both]:
+def both(
+    *,
+    dials: SessionEnd = SessionEnd.DIALS,
+    answers: SessionEnd = SessionEnd.ANSWERS,
+    encrypted: bool = False,
+) -> Iterator[Both]:
     source, destination = Relay(Role.SOURCE), Relay(Role.DESTINATION)
     near, from_qemu = socket.socketpair()
     far, to_qemu = socket.socketpair()
     here, there = tcp_pair()
     plain = here.dup(), there.dup()
     try:
-        source.attach(near.detach(), here.detach(), recovered=False, may_replay=True, session=dials)
+        source.attach(
+            near.detach(), here.detach(), recovered=False, may_replay=True,
+            session=dials, encrypted=encrypted,
+        )  # fmt: skip
         destination.attach(
-            far.detach(), there.detach(), recovered=False, may_replay=True, session=answers, session_id=ID
-        )
+            far.detach(), there.detach(), recovered=False, may_replay=True,
+            session=answers, session_id=ID, encrypted=encrypted,
+        )  # fmt: skip
         for end in (from_qemu, to_qemu):
             end.settimeout(PATIENCE)
         yield Both(source, destination, from_qemu, to_qemu, plain)
@@ -144,15 +153,18 @@ def test_the_plain_connection_is_lost_right_after_the_offer() -> None:
 
 
 @contextmanager
-def one(role: Role, end: SessionEnd) -> Iterator[tuple[Relay, socket.socket, socket.socket]]:
+def one(
+    role: Role, end: SessionEnd, *, encrypted: bool = False
+) -> Iterator[tuple[Relay, socket.socket, socket.socket]]:
     """One relay, the end that its QEMU has, and the other host's, which no refault is behind."""
     local, qemu = socket.socketpair()
     far, host = tcp_pair()
     relay = Relay(role)
     try:
         relay.attach(
-            local.detach(), far.detach(), recovered=False, may_replay=True, session=end, session_id=ID
-        )
+            local.detach(), far.detach(), recovered=False, may_replay=True,
+            session=end, session_id=ID, encrypted=encrypted,
+        )  # fmt: skip
         qemu.settimeout(PATIENCE)
         host.setblocking(False)
         yield relay, qemu, host
@@ -226,12 +238,19 @@ def test_what_had_arrived_when_an_end_shows_is_passed_on_though_a_session_was_of
         until(lost, "no loss")
 
 
-def test_what_had_arrived_on_a_connection_of_a_session_is_taken_when_it_fails() -> None:
+@contextmanager
+def offered() -> Iterator[tuple[Relay, socket.socket]]:
+    """A destination's, which has had six bytes on its plain connection and sent a PONG; QEMU's end."""
     with one(Role.DESTINATION, SessionEnd.ANSWERS) as (relay, qemu, host):
         host.sendall(b"plain ")
         assert _exactly(qemu, 6) == b"plain "
         qemu.sendall(PONG)
         until(lambda: _state(relay) is SessionState.OFFERED, "no offer")
+        yield relay, qemu
+
+
+def test_what_had_arrived_on_a_connection_of_a_session_is_taken_when_it_fails() -> None:
+    with offered() as (relay, qemu):
         here, there = tcp_pair()
         assert relay.session_rejoin(Positions(received=len(PONG), written=len(PONG), end=6, window=1 << 20))
         here.sendall(struct.pack(">BxxxIQ", 1, 8, 6) + b"and last")
@@ -240,6 +259,21 @@ def test_what_had_arrived_on_a_connection_of_a_session_is_taken_when_it_fails() 
         assert relay.session_adopt(there.fileno())
         there.detach()
         assert _exactly(qemu, 8) == b"and last"
+
+
+def test_a_peer_that_says_its_side_broke_is_told_that_it_was_heard() -> None:
+    with offered() as (relay, _):
+        here, there = tcp_pair()
+        with here:
+            here.settimeout(PATIENCE)
+            peer = Positions(received=len(PONG), written=len(PONG), end=6, window=1 << 20)
+            assert relay.session_rejoin(peer)
+            assert relay.session_adopt(there.detach())
+            here.sendall(struct.pack(">BxxxIQ", 5, 0, 6))
+            while (head := _exactly(here, 16))[0] != 6:  # END
+                _exactly(here, int.from_bytes(head[4:8], "big"))
+        until(lambda: relay.look().far_error == errno.ECONNRESET, "QEMU does not hear of it")
+        until(lambda: _state(relay) is SessionState.OVER, "it stays")
 
 
 def test_a_hello_that_came_late_does_not_end_the_session() -> None:
@@ -328,6 +362,23 @@ def test_the_end_of_a_source_is_delivered_though_it_is_said_without_a_connection
         until(lambda: _state(ends.destination) is SessionState.OVER, "it does not end")
 
 
+def test_what_a_source_says_at_its_end_comes_though_the_session_is_only_asked_for() -> None:
+    with both() as ends:
+        ends.offered()
+        hello = _now(ends.source)
+        assert ends.destination.session_rejoin(hello)
+        ends.from_qemu.sendall(b"the last")
+        ends.from_qemu.close()
+        until(lambda: ends.source.look().local.lost, "its end is not seen")
+        here, there = tcp_pair()
+        welcome = _now(ends.destination)
+        assert ends.destination.session_adopt(there.detach())
+        assert ends.source.session_adopt(here.fileno(), welcome)
+        here.detach()
+        assert _exactly(ends.to_qemu, 8) == b"the last"
+        until(lambda: ends.destination.look().far is LegState.ENDED, "its end does not come")
+
+
 def test_a_session_that_is_given_up_is_a_loss() -> None:
     with both() as ends:
         ends.offered()
@@ -386,3 +437,13 @@ def test_a_peer_that_lies_about_a_number_changes_nothing(field: str, value: int)
         assert ends.join()
         ends.from_qemu.sendall(b" more")
         assert _exactly(ends.to_qemu, 5) == b" more"
+        assert ends.source.session_rejoin(_now(ends.destination))  # its connection ends
+        hello, welcome = _now(ends.source), _now(ends.destination)
+        here, there = tcp_pair()
+        with here, there:
+            lie = replace(welcome, **{field: value})
+            assert not ends.source.session_adopt(here.fileno(), lie)
+        assert ends.source.session_tell() == hello
+        assert ends.join()
+        ends.to_qemu.sendall(PONG)
+        assert _exactly(ends.from_qemu, len(PONG)) == PONG

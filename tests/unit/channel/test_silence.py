@@ -12,10 +12,11 @@ from contextlib import contextmanager
 
 import pytest
 
-from refault.channel.relay import LegState
+from refault.channel.relay import LegState, SessionEnd, SessionState
 from refault.migration.phase import Role
 
 from .test_relay import DEADLINE, relaying
+from .test_session import ID, PONG
 
 CLONE_NEWNET = 0x40000000  # sched.h
 ETH_P_IP = 0x0800  # linux/if_ether.h
@@ -116,3 +117,20 @@ def test_silence_behind_a_window_that_closed_over_what_was_sent_is_noticed() -> 
             time.sleep(0.3)
         view = ends.until(lambda view: view.far.lost)
         assert view.far is LegState.FAILED
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="only root makes network namespaces")
+def test_a_connection_that_is_silent_while_a_session_is_offered_is_resumed() -> None:
+    with relaying(Role.DESTINATION, dead_after=1) as ends, connected() as far:
+        ends.qemu.close()
+        local, ends.qemu = socket.socketpair()
+        ends.relay.attach(
+            local.detach(), os.dup(far.fileno()), recovered=False, may_replay=True,
+            session=SessionEnd.ANSWERS, session_id=ID,
+        )  # fmt: skip
+        ends.relay.in_postcopy()
+        for _ in range(2):
+            ends.qemu.sendall(PONG)
+            time.sleep(0.3)
+        ends.until(lambda view: view.far.lost or ends.relay.session().state is SessionState.BETWEEN)  # type: ignore[union-attr]
+        assert not ends.relay.look().far.lost

@@ -155,8 +155,23 @@ def test_a_foreign_bitmap_confirms_nothing_and_the_right_one_is_known_after_it()
     tracker.channel_lost()
     tracker.channel_begin(recovered=True)
     tracker.backward(s.received(RAM, bitmap(0, 1, 2)) + s.received(b"pc.bios", bitmap(0)), 7)
+    tracker.backward(s.message(6, b"\0\0\0\1"), 8)
     assert Fact.FOREIGN_PAGES not in tracker.channel_facts
     assert [request.start for request in tracker.to_replay()] == [5 * PAGE, 6 * PAGE]
+
+
+def test_a_bitmap_that_might_be_the_destinations_confirms_nothing_before_resume_ack() -> None:
+    tracker = begun()
+    tracker.backward(s.request(PAGE, PAGE, RAM), 2)  # it has passed already, and is lost on its way
+    tracker.channel_lost()
+    for pages in ((0, 1, 2), (0, 2)):  # a stranger's, and the destination's
+        tracker.channel_begin(recovered=True)
+        tracker.backward(s.received(RAM, bitmap(*pages)) + s.received(b"pc.bios", bitmap(0)), 3)
+        assert (tracker.stats().recorded, tracker.stats().confirmed) == (1, 0)
+        if 1 in pages:
+            tracker.channel_lost()
+    tracker.backward(s.message(6, b"\0\0\0\1"), 4)
+    assert [request.start for request in tracker.to_replay()] == [PAGE]
 
 
 def pong(value: int) -> bytes:
@@ -256,7 +271,7 @@ def test_an_opaque_forward_stream_leaves_requests_outstanding_until_a_bitmap_tel
     assert tracker.stats().outstanding == 2
     tracker.channel_begin(recovered=True)
     assert tracker.forward_opaque == 0
-    tracker.backward(s.received(RAM, bitmap(0)), 7)
+    tracker.backward(s.received(RAM, bitmap(0)) + s.message(6, b"\0\0\0\1"), 7)
     assert [request.start for request in tracker.to_replay()] == [7 * PAGE]
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 
 import pytest
@@ -48,3 +49,27 @@ def test_a_recovered_channel_does_not_say_how_large_its_blocks_are(
     assert [line.split() for line in told if line.startswith("pc.ram ")] == [
         ["pc.ram", "-", "-", "1", "0", "0", "0", "0"]
     ]
+
+
+@pytest.mark.parametrize("what", ["a device", "a pipe"])
+def test_what_is_no_file_is_not_read_to_an_end_that_never_comes(
+    what: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path = Path("/dev/zero") if what == "a device" else tmp_path / "pipe"
+    if what == "a pipe":
+        os.mkfifo(path)
+    assert main(["inspect", str(path)]) == 1
+    told = capsys.readouterr()
+    assert (told.out, told.err) == ("", f"refault: {path} is no regular file; save the stream in one\n")
+
+
+def test_of_a_file_that_is_no_stream_no_more_is_read_than_tells_it(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path = tmp_path / "stream"
+    path.touch()
+    os.truncate(path, 1 << 40)
+    assert main(["inspect", str(path)]) == 0
+    told = capsys.readouterr().out.splitlines()
+    assert told[0] == f"stream: {1 << 40} bytes"
+    assert told[-1].startswith("cannot be read from byte 0 on")

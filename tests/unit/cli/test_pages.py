@@ -2,9 +2,15 @@
 
 from __future__ import annotations
 
+import os
+import pty
 import re
+import select
+import shutil
 import subprocess
+import sys
 from pathlib import Path
+from typing import IO
 
 import pytest
 
@@ -69,3 +75,61 @@ def test_bash_completes_commands_options_choices_and_files(
     assert completed(share, "inspect", "m") == {"man"}
     assert completed(share, "inspect", "--") == {"--help"}
     assert completed(share, "run", "--dead-after", "") == set()
+
+
+ZSHRC = """
+fpath=("$SHARE/zsh/site-functions" $fpath)
+autoload -Uz compinit && compinit -D -u
+refault() { print -r -- "ran:$*:" }
+PS1="ready "
+"""
+
+
+@pytest.mark.nightly  # for CI has no zsh
+@pytest.mark.skipif(shutil.which("zsh") is None, reason="needs zsh")
+def test_zsh_completes_commands_options_choices_and_files(share: Path, tmp_path: Path) -> None:
+    (tmp_path / ".zshrc").write_text(ZSHRC)
+    for name in ("one.toml", "two.toml"):
+        (tmp_path / name).touch()
+    ours, theirs = pty.openpty()
+    environment = {
+        **os.environ,
+        "ZDOTDIR": str(tmp_path),
+        "SHARE": str(share),
+        "TERM": "xterm",
+    }
+    shell = subprocess.Popen(
+        ["zsh", "-d", "-i"], stdin=theirs, stdout=theirs, stderr=theirs, cwd=tmp_path, env=environment
+    )
+    os.close(theirs)
+    with shell, open(ours, "r+b", buffering=0) as terminal:
+        try:
+            until_said(terminal, b"ready ")
+            for typed, ran in (
+                ("eve\t", "events"),
+                ("run --rela\tof\t", "run --relay off"),
+                ("check on\ttw\t", "check one.toml two.toml"),
+                ("run --contr\ttw\t", "run --control two.toml"),
+                ("inspect on\t", "inspect one.toml"),
+            ):
+                terminal.write(f"refault {typed}\n".encode())
+                until_said(terminal, f"ran:{ran}:".encode())
+        finally:
+            shell.kill()
+
+
+def until_said(terminal: IO[bytes], what: bytes) -> None:
+    told = b""
+    while what not in told:
+        ready, _, _ = select.select([terminal], [], [], 60)
+        assert ready, told
+        told += terminal.read(4096)
+
+
+def test_the_defaults_are_not_those_of_who_installs(tmp_path: Path) -> None:
+    environment = {**os.environ, "RUNTIME_DIRECTORY": "/build/run", "STATE_DIRECTORY": "/build/state"}
+    command = [sys.executable, "-m", "refault.cli.pages", str(tmp_path)]
+    subprocess.run(command, env=environment, check=True, timeout=30)
+    said = "".join(page.read_text() for page in tmp_path.rglob("*.1"))
+    assert "/run/refault/NAME.control" in said
+    assert "build" not in said

@@ -124,9 +124,16 @@ async def _find_by_name(runtime: Path, capsys: pytest.CaptureFixture[str]) -> No
         capsys.readouterr()
         assert await refault("status", "vm3", "--control", str(runtime / "a.control")) == NO_DAEMON
         assert "a.control has no VM vm3" in capsys.readouterr().err
+        async with daemons(runtime, z=Status(troubles=("vm3: not fronted: why", "vm4: not fronted"))):
+            assert await refault("status", "vm3") == NO_DAEMON
+            assert capsys.readouterr().err == "refault: vm3: not fronted: why\n"
         (runtime / "dead.control").unlink()
         assert await refault("status", "vm3") == NO_DAEMON
         assert capsys.readouterr().err.startswith("refault: no daemon has a VM vm3; is `refault run` running")
+
+
+def test_that_there_is_no_vm_is_told() -> None:
+    assert render(Status(), 80) == "no VM\n"
 
 
 def test_who_does_not_answer_is_told_from_who_is_not_there(

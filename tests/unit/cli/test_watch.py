@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import sys
 
 import msgspec
 import pytest
@@ -87,3 +88,14 @@ def test_without_a_terminal_it_says_so(capsys: pytest.CaptureFixture[str]) -> No
     assert main(["watch"]) == 1
     said = "refault: watch needs a terminal; `refault status` and `refault events` do not\n"
     assert capsys.readouterr().err == said
+
+
+def test_on_a_terminal_on_which_nothing_can_be_drawn_it_says_so(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(sys.stdout, "isatty", lambda: True)
+    monkeypatch.setenv("TERM", "dumb")
+    assert main(["watch"]) == 1
+    said = capsys.readouterr().err
+    assert said.startswith("refault: watch needs a terminal whose cursor can be moved")
+    assert said.count("\n") == 1

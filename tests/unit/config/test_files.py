@@ -7,9 +7,10 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
+from tests.unit.config.broken import BROKEN, FILES, VM, WATCH
 
 from refault.cli.main import main
-from refault.config.files import MOST, ConfigError, load, load_alone
+from refault.config.files import ConfigError, Files, load, load_alone
 from refault.config.options import DaemonTable, ListenerTable, VmTable, WatchTable, fields_of
 from refault.daemon.known.patience import Patience
 from refault.daemon.monitor.address import Address
@@ -18,15 +19,10 @@ from refault.daemon.options import Configuration, HostOptions, VmOptions
 from refault.migration.endpoint import Inet
 from refault.qmp.access import Rule
 
-B = '[vm.b]\nqemu = "/q/b"\nlisten = "/l/b"\n'
-URI = 'recover_uri = "tcp:h:1"\n'
-WATCH = '[[watch]]\nqemu = "/q/*"\nlisten = "/l/{stem}"\n'
-VM = '[vm.a]\nqemu = "/q/a"\nlisten = "/l/a"\n'
-
 
 @pytest.fixture(autouse=True)
 def _runtime(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("RUNTIME_DIRECTORY", "/run/refault")
+    monkeypatch.setenv("RUNTIME_DIRECTORY", "/no/refault")
     monkeypatch.delenv("STATE_DIRECTORY", raising=False)
 
 
@@ -45,7 +41,7 @@ def loaded(directory: Path, text: str, **further: str) -> Configuration:
 
 
 def test_an_empty_file_is_a_daemon_without_a_vm(tmp_path: Path) -> None:
-    host = HostOptions(control=Address("/run/refault/refault.control", server=True))
+    host = HostOptions(control=Address("/no/refault/refault.control", server=True))
     assert loaded(tmp_path, "") == Configuration(host=host, log_level="info", vms=(), watches=())
 
 
@@ -126,7 +122,7 @@ def test_a_listener_may_be_a_table(tmp_path: Path) -> None:
 
 def test_a_vm_has_the_directory_that_its_unit_gave_it(tmp_path: Path) -> None:
     [vm] = loaded(tmp_path, VM).vms
-    assert vm.state_dir == Path("/run/refault/a")  # RuntimeDirectory=refault/%i
+    assert vm.state_dir == Path("/no/refault/a")  # RuntimeDirectory=refault/%i
 
 
 def test_what_is_no_toml_file_and_what_an_editor_left_is_not_read(tmp_path: Path) -> None:
@@ -134,6 +130,23 @@ def test_what_is_no_toml_file_and_what_an_editor_left_is_not_read(tmp_path: Path
     for name in ("a.toml~", ".a.toml", "README"):
         (tmp_path / "vms.d" / name).write_text("nonsense")
     assert [vm.name for vm in load(main_file).vms] == ["a"]
+
+
+def test_a_directory_that_has_gone_is_no_wish_to_drop_its_vms(tmp_path: Path) -> None:
+    files = Files(written(tmp_path, "", a=VM))
+    directory, elsewhere = tmp_path / "vms.d", tmp_path / "vms.d.new"
+    assert len(files.load().vms) == 1
+    directory.rename(elsewhere)
+    for _ in range(2):
+        with pytest.raises(ConfigError) as wrong:
+            files.load()
+        assert wrong.value.lines == (f"{directory}: it has gone; make it again, empty if its VMs are to go",)
+    elsewhere.rename(directory)
+    assert len(files.load().vms) == 1
+    (directory / "a.toml").unlink()
+    assert files.load().vms == ()
+    directory.rmdir()
+    assert files.load().vms == ()
 
 
 def test_a_watch_makes_a_vm_of_a_path(tmp_path: Path) -> None:
@@ -161,102 +174,40 @@ def test_a_watch_makes_a_vm_of_a_path(tmp_path: Path) -> None:
             parse_address("/run/by-name/vm 1-monitor,,0.sock", server=True),
         ),
         relay="off",
-        state_dir=Path("/run/refault/vm 1"),
+        state_dir=Path("/no/refault/vm 1"),
         patience=Patience(client_wait=30),
     )
 
 
-BROKEN: list[tuple[str, str]] = [
-    ("[vm.a", "]' at the end of a table declaration"),
-    ("x = ", "at its end: Invalid value"),
-    (VM + "relay = auto", "line 4, column 9: Invalid value"),
-    (VM + 'qemu = "/q"', "Cannot overwrite a value"),
-    (VM + VM, "Cannot declare ('vm', 'a') twice"),
-    (f"x = {'[' * 5000}", "within one another"),
-    (f"x = {'9' * 5000}", "digits"),
-    ('qemu = "/q/a"', "refault.toml: qemu: not known; at the top stand [daemon]"),
-    ('"a\\nb" = 1', 'refault.toml: "a\\nb": not known'),
-    ('[vms.a]\nqemu = "/q/a"', "refault.toml: vms: not known; at the top stand"),
-    ('[vm]\nqemu = "/q/a"', "[vm] qemu: a VM is a table with its name, [vm.NAME]"),
-    ("vm = 1", "a VM is a table with its name, [vm.NAME]"),
-    (VM.replace("[vm.a]", "[[vm.a]]"), "[vm.a] is one table, in single brackets"),
-    (VM.replace("[vm.a]", "[vm.a.b]"), 'in quotes, as [vm."a.b"]'),
-    (VM.replace("[vm.a]", '[vm."a/b"]'), "[vm.\"a/b\"]: 'a/b' is not a name"),
-    (VM.replace("[vm.a]", '[vm.""]'), '[vm.""]: \'\' is not a name'),
-    (VM.replace("[vm.a]", f"[vm.{'x' * 65}]"), "at most 64 bytes"),
-    ('[vm.a]\nlisten = "/l"', "[vm.a] qemu: must be there: QEMU's monitor"),
-    ('[vm.a]\nqemu = "/q"', "[vm.a] listen: must be there: where QMP clients come"),
-    (VM.replace('"/l/a"', "[]"), "[vm.a] listen: is empty: name at least one"),
-    (VM.replace('"/l/a"', "[1]"), "[vm.a] listen: [1] is not an address in quotes, a table of it"),
-    (VM.replace('"/l/a"', "{ read_only = true }"), "[vm.a] listen: address: must be there"),
-    (VM.replace('"/l/a"', '{ address = "/l", allow = "a" }'), "listen: allow: not known, allow_"),
-    (VM.replace('"/l/a"', '[{ address = "/l", allow_users = [] }]'), "allow_users: is empty: name at"),
-    (VM.replace('"/l/a"', '{ address = "/l", read_only = "yes" }'), 'read_only: "yes" is not true or false'),
-    (VM.replace('"/l/a"', '{ address = "/l", deny = "a b" }'), "listen: address '/l,deny=a b': 'a b' is no"),
-    (VM.replace('"/l/a"', '{ address = "tcp:h:1", allow_users = "root" }'), "over TCP no user is known"),
-    (VM.replace('"/q/a"', "7"), "[vm.a] qemu: 7 is not a text in quotes"),
-    (VM.replace('"/q/a"', '"nonsense"'), "[vm.a] qemu: address 'nonsense': expected unix:/path"),
-    (VM.replace('"/q/a"', '"/proc"'), "[vm.a] qemu: unix:/proc is a directory"),
-    (VM.replace('"/q/a"', '"/q\\u0000"'), "[vm.a] qemu: has a zero byte"),
-    (VM.replace('"/l/a"', '"tcp:h:99999"'), "[vm.a] listen: address 'tcp:h:99999': expected tcp:HOST:PORT"),
-    (VM.replace('"/l/a"', f'"/{"x" * 108}"'), "at most 107 bytes"),
-    (VM.replace('"/l/a"', '["/l", "/l"]'), "[vm.a] listen: unix:/l is listen of [vm.a] already"),
-    (VM + "dead-after = 5", "[vm.a] dead-after: not known, dead_after may be meant; what may stand here: "),
-    (VM + "metrics = 'h:1'", "[vm.a] metrics: not known; what may stand here: "),
-    (VM + 'dead_after = "5"', '[vm.a] dead_after: "5" is not a number'),
-    (VM + "dead_after = true", "[vm.a] dead_after: true is not a number"),
-    (VM + "dead_after = 0", "[vm.a] dead_after: 0 is not a number of seconds from 1 to 3600"),
-    (VM + "dead_after = 1.5", "[vm.a] dead_after: 1.5 is not a whole number of seconds"),
-    (VM + "stall_after = nan", "[vm.a] stall_after: nan is not a number of seconds"),
-    (VM + f"stall_after = {'9' * 400}", "is not a number of seconds"),
-    (VM + "client_wait = 2026-01-01", "[vm.a] client_wait: 2026-01-01 is not a number"),
-    (VM + 'relay = "on"', '[vm.a] relay: "on" is not "auto" or "off"'),
-    (VM + 'recover_uri = "host"', "[vm.a] recover_uri: 'host' is not a migration URI"),
-    (VM + 'recover_uri = ["tcp:b:1", "tcp:b:1"]', "[vm.a] recover_uri: tcp:b:1: given more than once"),
-    (VM + 'incoming = "tcp:0:4444"', "[vm.a] incoming: 'tcp:0:4444' is not like tcp:"),
-    (VM + 'incoming = "tcp:0:1,unix:/l/a"', "[vm.a] incoming: unix:/l/a is listen of [vm.a] already"),
-    (VM + B.replace("/q/b", "/q/a"), "[vm.b] qemu: unix:/q/a is qemu of [vm.a] already"),
-    (VM + B.replace("/l/b", "/l/a"), "[vm.b] listen: unix:/l/a is listen of [vm.a] already"),
-    (f"{VM}{URI}{B}{URI}", "[vm.b] recover_uri: tcp:h:1 is recover_uri of [vm.a] already"),
-    ('[daemon]\ncontrol = "/l/a"\n' + VM, "[vm.a] listen: unix:/l/a is control of [daemon] already"),
-    ('[daemon]\nmetrics = "h:1"\n' + VM.replace("/l/a", "tcp:h:1"), "tcp:h:1 is metrics of [daemon] already"),
-    ('[daemon]\nmetrics = "9099"', "[daemon] metrics: '9099' is not HOST:PORT"),
-    ('[daemon]\nmetrics = 9099', "[daemon] metrics: 9099 is not a text in quotes"),
-    ('[daemon]\nlog_level = "loud"', '[daemon] log_level: "loud" is not "debug" or "info" or "warning"'),
-    ('[daemon]\ncontrol = "c"', "[daemon] control: 'c' is not a whole path: begin with /"),
-    ('[daemon]\ncontrol = ""', "[daemon] control: '' is no path"),
-    (f'[daemon]\ncontrol = "/{"x" * 108}"', "a unix socket's path has at most 107 bytes"),
-    ('[daemon]\nstate_dir = "/etc/passwd"', "[daemon] state_dir: /etc/passwd is not a directory"),
-    (VM + 'state_dir = "/etc/passwd"', "[vm.a] state_dir: /etc/passwd is not a directory"),
-    ('[daemon]\ncontrol = "/s/a"\nstate_dir = "/s"\n' + VM, "control: /s/a is the state directory of [vm.a]"),
-    (VM.replace("/l/a", "/run/refault/a"), "listen: unix:/run/refault/a is the state directory of [vm.a]"),
-    ("daemon = 1", "[daemon] is a table, 1 is none"),
-    ("[[daemon]]", "[daemon] is a table, [a table] is none"),
-    ('[defaults]\nqemu = "/q"', "[defaults] qemu: not known; what may stand here: relay, session, "),
-    ("[defaults]\ngive_up_after = 1e9", "[defaults] give_up_after: 1000000000.0 is not a number of seconds"),
-    (WATCH.replace("[[watch]]", "[watch]"), "[watch]: there may be several, so each is [[watch]]"),
-    ('[[watch]]\nqemu = "/q/*"', "[[watch]] listen: must be there"),
-    (WATCH.replace("/q/*", "q/*"), "[[watch]] qemu: 'q/*' is not a pattern of paths"),
-    (WATCH.replace("stem", "name"), "[[watch]] listen: {name} stands for nothing; there are {dir}"),
-    (WATCH.replace("/l/{stem}", "{dir}/{stem}.qmp"), "listen: /q/x.qmp would itself be found by /q/*"),
-    (WATCH.replace("/l/", "l-"), "[[watch]] listen: address 'l-x': expected unix:/path"),
-    (WATCH + 'name = "{dir}"', "[[watch]] name: '/q' is not a name"),
-    (2 * WATCH, "[[watch]] number 2 qemu: /q/* is that of"),
-]  # fmt: skip
-
-
-@pytest.mark.parametrize(("text", "told"), BROKEN)
+@pytest.mark.parametrize(("text", "told"), BROKEN, ids=[told for _, told in BROKEN])
 def test_what_is_wrong_is_one_line_and_status_2(
     text: str, told: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     file = written(tmp_path, text)
-    for arguments in (["--config", str(file)], [str(file)]):
-        assert main(["check", *arguments]) == 2
+    for arguments in (
+        ["check", "--config", str(file)],
+        ["check", str(file)],
+        ["serve", "--config", str(file)],
+    ):
+        assert main(arguments) == 2
         output = capsys.readouterr()
         assert output.out == ""
-        assert output.err.count("\n") == 1
         assert output.err.startswith(f"{file}: ")
+        assert output.err.endswith("\n")
+        assert output.err[:-1].isprintable()
         assert told in output.err
+        assert len(output.err) < 2000
+
+
+@pytest.mark.parametrize("kind", FILES)
+def test_files_that_cannot_be_read_are_one_line_too(
+    kind: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    make, told = FILES[kind]
+    make(tmp_path)
+    for command in ("check", "serve"):
+        assert main([command, "--config", str(tmp_path / "refault.toml")]) == 2
+        assert capsys.readouterr() == ("", f"{tmp_path}/{told}\n")
 
 
 FURTHER: list[tuple[str, str, str]] = [
@@ -274,16 +225,6 @@ def test_what_is_wrong_in_a_further_file_names_it(text: str, begins: str, has: s
         loaded(tmp_path, VM, further=text)
     assert wrong.value.lines[0].startswith(f"{tmp_path}/vms.d/further.toml: {begins}")
     assert has in wrong.value.lines[0]
-
-
-def test_files_that_cannot_be_read(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    missing, directory, binary = tmp_path / "none.toml", tmp_path, tmp_path / "b.toml"
-    binary.write_bytes(b'a = "b"\nb = "\xff"')
-    for file, told in ((missing, "No such file"), (directory, "Is a directory"), (binary, "line 2: TOML is")):
-        assert main(["check", "--config", str(file)]) == 2
-        output = capsys.readouterr().err
-        assert output.startswith(f"{file}: {told}")
-        assert output.count("\n") == 1
 
 
 def test_all_that_is_wrong_is_told_at_once(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -358,20 +299,7 @@ def test_a_domain_whose_name_is_none_here_has_its_uuid(tmp_path: Path, name: str
     assert handed.names(name, "uuid") == names
 
 
-def test_a_daemon_waits_for_no_pipe_and_reads_no_file_without_end(tmp_path: Path) -> None:
-    """A pipe or a device among the files would stop its loop, at a reload all VMs'."""
-    main_file = written(tmp_path, VM, b=B)
-    os.mkfifo(tmp_path / "vms.d" / "pipe.toml")
-    (tmp_path / "vms.d" / "zero.toml").symlink_to("/dev/zero")
-    (tmp_path / "vms.d" / "large.toml").touch()
-    os.truncate(tmp_path / "vms.d" / "large.toml", MOST + 1)
-    with pytest.raises(ConfigError) as error:
-        load(main_file)
-    assert [line.rpartition("/")[2] for line in error.value.lines] == [
-        "large.toml: more than 16 MiB",
-        "pipe.toml: no regular file",
-        "zero.toml: no regular file",
-    ]
+def test_check_reads_no_file_without_end() -> None:
     with pytest.raises(ConfigError, match="/dev/zero: more than 16 MiB"):
         load_alone([Path("/dev/zero")])
 

@@ -26,3 +26,13 @@ def test_pauses_are_hidden_from_libvirt_alone(options: str, seconds: float) -> N
 def test_no_other_rules_stand_there(options: str) -> None:
     with pytest.raises(ValueError, match="and hide-pause= alone"):
         values.hand_over(f"/run/exec{options}")
+
+
+@pytest.mark.parametrize(
+    ("name", "names"),
+    [("vm1", ["vm1", "c0ffee"]), ("", ["c0ffee"]), ("a/b", ["c0ffee"]), ("x" * 65, ["c0ffee"])],
+)
+def test_where_the_domains_name_is_none_here_its_uuid_is(name: str, names: list[str]) -> None:
+    handed = Handed(values.hand_over("/run/exec"), (), Path("/run/vms"))
+    assert handed.names(name, "c0ffee") == names
+    assert handed.names(name, "") == names[:-1]

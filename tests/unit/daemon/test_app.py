@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Callable
+from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 from typing import cast
@@ -10,13 +11,16 @@ from typing import cast
 import pytest
 import trio
 import trio.testing
+from tests.unit.config.broken import BROKEN, FILES
 
+from refault.config.files import load
 from refault.daemon.app import EXTENSION, Publisher, _serve_host, _stop
 from refault.daemon.fleet import Fleet
 from refault.daemon.host.notify import Notifier
 from refault.daemon.host.own_needs import Troubles
 from refault.daemon.monitor.address import Address
 from refault.daemon.options import Configuration, HostOptions, LogLevel
+from refault.daemon.telling.control import query
 from refault.daemon.telling.snapshot import VmStatus
 from refault.daemon.vm import Vm
 
@@ -33,7 +37,7 @@ class SlowVm:
     def ends_soon(self) -> None:
         pass
 
-    async def prepare_to_stop(self) -> bool:
+    async def prepare_to_stop(self, *, restarts: bool = False) -> bool:
         await trio.sleep(40)
         return True
 
@@ -73,7 +77,7 @@ class MovingVm(SlowVm):
 
     asked = 0
 
-    async def prepare_to_stop(self) -> bool:
+    async def prepare_to_stop(self, *, restarts: bool = False) -> bool:
         self.asked += 1
         if self.asked == 1:
             raise KeyError("of ours")
@@ -150,3 +154,44 @@ async def test_a_reload_that_fails_in_any_way_ends_nothing(tmp_path: Path) -> No
             for _ in range(3):
                 await reload.send(1)
     assert reads == 3
+
+
+async def test_no_file_that_is_wrong_changes_anything(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Each of the broken configurations, at a reload: a line of the log for each thing, and all as before."""
+    monkeypatch.setenv("RUNTIME_DIRECTORY", "/no/refault")
+    control = tmp_path / "control"
+    wanted = Configuration(host=HostOptions(control=Address(str(control), server=True)), vms=())
+    reload, reloads = trio.open_memory_channel[int](0)
+    _, ends = trio.open_memory_channel[int](1)
+    broken = [
+        (lambda path, text=text: (path / "refault.toml").write_text(text), told) for text, told in BROKEN
+    ]
+    where = tmp_path / "0"
+
+    async with trio.open_nursery() as nursery:
+        read = partial(_load, lambda: where)
+        nursery.start_soon(_serve_host, wanted, "host", read, reloads, ends, no_signals())
+        await reload.send(1)  # there is nothing yet
+        inode = control.stat().st_ino
+        for number, (make, told) in enumerate([*broken, *FILES.values()]):
+            where = tmp_path / str(number)
+            where.mkdir()
+            make(where)
+            caplog.clear()
+            await reload.send(1)
+            while not [record for record in caplog.records if record.levelname == "ERROR"]:
+                await trio.sleep(0.001)
+            [said] = [record.getMessage() for record in caplog.records if record.levelname == "ERROR"]
+            assert said.startswith(f"host: the configuration is wrong, so nothing is changed: {where}/")
+            assert told in said
+            assert said.isprintable()
+            assert control.stat().st_ino == inode
+        status = await trio.to_thread.run_sync(query, control, 5.0)
+        assert (len(status.troubles), status.vms) == (1, ())
+        nursery.cancel_scope.cancel()
+
+
+def _load(where: Callable[[], Path]) -> Configuration:
+    return load(where() / "refault.toml")

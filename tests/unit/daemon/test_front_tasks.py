@@ -103,7 +103,7 @@ async def test_it_ends_and_renews_that_vms_front_and_nothing_else(
 ) -> None:
     monkeypatch.setattr(vm_module, "FRONT_PAUSES", (0.01, 0.01))
     async with fronted(tmp_path, "a") as vm, fronted(tmp_path, "b"):
-        vm.migration = migration = Migration(vm.state, Source, None, NO_LANES)
+        vm.succession.migration = migration = Migration(vm.state, Source, None, NO_LANES)
         with await greeted(tmp_path / "b") as other:
             (await greeted(tmp_path / "a")).close()
             while vm.monitor.clients:  # whose task is no other's concern, and comes with each

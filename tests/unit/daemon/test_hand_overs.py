@@ -48,13 +48,13 @@ def test_anything_else_is_refused(packet: bytes) -> None:
 class Offered:
     """A process that hands a monitor over, which is ours, and what it was told."""
 
-    def __init__(self, directory: Path, name: str) -> None:
+    def __init__(self, directory: Path, name: str, uuid: str = "") -> None:
         self.monitor = socket.socket(socket.AF_UNIX)
-        self.monitor.bind(str(directory / f"{name}.sock"))
+        self.monitor.bind(str(directory / f"{name}{uuid[:1]}.sock"))
         self.monitor.listen(1)
         self._connection = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET)
         self._connection.connect(str(directory / "exec"))
-        packet = f"refault-exec 1\0{name}\0\0{self.monitor.fileno()}\0".encode()
+        packet = f"refault-exec 1\0{name}\0{uuid}\0{self.monitor.fileno()}\0".encode()
         socket.send_fds(self._connection, [packet], [self.monitor.fileno()])
         self._connection.setblocking(False)
 
@@ -97,7 +97,7 @@ async def test_who_takes_a_socket_and_does_nothing_with_it_is_in_nobodys_way_for
         async with taking(tmp_path):
             offered = [stack.enter_context(contextlib.closing(Offered(tmp_path, f"vm{n}"))) for n in range(4)]
             assert [await each.told() for each in offered] == [b"ok", b"ok", b"ok", b"no there are too many"]
-            with trio.fail_after(5):
+            with trio.fail_after(9):
                 while True:
                     with contextlib.closing(Offered(tmp_path, f"vm{len(os.listdir(tmp_path))}")) as again:
                         if await again.told() == b"ok":
@@ -118,7 +118,7 @@ async def test_what_cannot_be_looked_at_is_what_was_given(
 
             monkeypatch.setattr(hand_overs, "socket_at", hidden)
             offered.ends()
-            with trio.fail_after(5):
+            with trio.fail_after(9):
                 while "vm1" not in fleet.members:
                     await trio.sleep(0.01)
 
@@ -131,6 +131,17 @@ async def test_what_is_being_handed_over_is_nobody_elses(tmp_path: Path) -> None
             await fleet.want({"file": [table]})
             assert not fleet.members
             offered.ends()  # without having laid it: it goes its own way
-            with trio.fail_after(5):
+            with trio.fail_after(9):
                 while "vm1" not in fleet.members:
                     await trio.sleep(0.01)
+
+
+async def test_the_second_of_a_name_is_called_by_its_uuid(tmp_path: Path) -> None:
+    with contextlib.ExitStack() as stack:
+        async with taking(tmp_path):
+            told = []
+            for uuid in ("c0ffee", "beef", "a/b"):
+                offered = stack.enter_context(contextlib.closing(Offered(tmp_path, "vm1", uuid)))
+                told.append(await offered.told())
+            assert told == [b"ok", b"ok", b"no there is a VM of the name vm1 already"]
+            assert sorted(path.name for path in (tmp_path / "state").iterdir()) == ["beef", "vm1"]

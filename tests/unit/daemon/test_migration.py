@@ -4,16 +4,21 @@ from __future__ import annotations
 
 import errno
 import os
+import socket
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, cast
 
+import msgspec
 import pytest
+from tests.unit.daemon.record.test_session_file import ABOUT
 
+from refault.daemon.kernel.process import process_started
 from refault.daemon.known.counters import Counters
 from refault.daemon.known.patience import Patience
 from refault.daemon.migration import Migration
 from refault.daemon.monitor.monitor import Forward, WatchedCommand
+from refault.daemon.near.handed_leg import identity_of
 from refault.daemon.record.state_file import StateFile
 from refault.daemon.roles.destination import Destination
 from refault.daemon.roles.source import Source
@@ -26,8 +31,11 @@ class NoRole:
     """A source that does nothing."""
 
     role = Role.SOURCE
+    laid: tuple[str, ...] = ()
 
     def __init__(self, migration: Migration) -> None: ...
+
+    def takes_leg(self, *, goes_on: bool) -> None: ...
 
 
 @pytest.fixture
@@ -40,6 +48,7 @@ def migration(tmp_path: Path) -> Migration:
         patience=Patience(),
         monitor=SimpleNamespace(qemu=SimpleNamespace(pid=os.getpid())),
         qemu_pid=os.getpid(),
+        qemu_started=process_started(os.getpid()),
         version=(7, 2, 0),
         qemu_threads=(),
         state_file=StateFile(tmp_path, "vm"),
@@ -57,6 +66,61 @@ def test_that_postcopy_has_begun_is_on_record_though_the_monitor_is_lost(migrati
     record = migration.course.vm.state_file.load(os.getpid())
     assert record is not None
     assert record.postcopy
+
+
+def test_which_session_its_channel_was_is_on_record(migration: Migration, tmp_path: Path) -> None:
+    session = bytes(range(240, 256))
+    migration.course.session_began(session)
+    record = StateFile(tmp_path, "vm").load(os.getpid())
+    assert record is not None
+    again = Migration(cast(Any, migration.course.vm), cast(Any, NoRole), Inet("h", 1))
+    again.begin("it is not relayed", met=record)
+    assert again.course.session == session
+
+
+async def test_what_was_left_of_a_channel_is_good_for_one_refault_though_it_cannot_be_removed(
+    migration: Migration, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Who counts it as lost may do with the leg what makes it another one."""
+    ours, qemu = socket.socketpair()
+    leg = identity_of(ours)
+    migration.course.remember()
+    state = StateFile(tmp_path, "vm")
+    record = state.load(os.getpid())
+    assert record is not None
+    record = msgspec.structs.replace(record, relayed=True, leg=leg, handed="first")
+    state.save(record)
+    about = msgspec.structs.replace(ABOUT, generation=record.generation, leg=leg[1])
+    with state.session.reserved(4096) as write:
+        write(about, b"channel")
+
+    def fails(*_: object, **__: object) -> None:
+        raise OSError(errno.EPERM, "it is immutable")
+
+    with monkeypatch.context() as odd:
+        odd.setattr(Path, "unlink", fails)
+        assert state.session.take(record.generation, leg[1], record.handed) is None
+    second = Migration(cast(Any, migration.course.vm), cast(Any, NoRole), Inet("h", 1))
+    second.begin(None, met=record)
+    with qemu:
+        second.go_on(ours, None)
+        again = state.load(os.getpid())
+        assert again is not None
+        assert again.leg == leg
+        assert state.session.take(again.generation, leg[1], again.handed) is None
+        second.close()
+
+
+def test_what_lies_with_qemu_for_recoveries_is_not_on_record(
+    migration: Migration, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """QEMU may have been told of it when refault is killed, and must never see an end of what it was told of:
+    from the record it would be closed behind the next planned restart."""
+    monkeypatch.setattr(NoRole, "laid", ("laid",))
+    migration.course.remember()
+    record = StateFile(tmp_path, "vm").load(os.getpid())
+    assert record is not None
+    assert record.kept == ()
 
 
 def test_what_has_ended_writes_nothing_down(migration: Migration) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import os
 import socket
 from collections.abc import AsyncIterator, Mapping
@@ -16,6 +17,9 @@ import trio
 import trio.testing
 
 from refault.daemon import migration as migration_module
+from refault.daemon import vm as vm_module
+from refault.daemon.kernel import process
+from refault.daemon.kernel.process import process_started
 from refault.daemon.known.patience import Patience
 from refault.daemon.monitor.address import Address
 from refault.daemon.monitor.monitor import (
@@ -30,11 +34,12 @@ from refault.daemon.monitor.monitor import (
 )
 from refault.daemon.near.local_unix import PrivateSockets
 from refault.daemon.options import VmOptions
+from refault.daemon.record.state_file import MigrationRecord, StateFile
 from refault.daemon.telling.picture import picture
 from refault.daemon.vm import Vm
 from refault.migration.endpoint import Inet
-from refault.migration.legs import UNTIL_LOADED
-from refault.migration.phase import Phase
+from refault.migration.legs import SENT_ALL, UNTIL_LOADED
+from refault.migration.phase import Phase, Role
 from refault.migration.recovery import Event, State
 
 OK = b'{"return": {}}'
@@ -153,7 +158,7 @@ async def test_a_migrate_from_before_the_monitor_was_lost_does_the_next_no_harm(
                 vm._on_disconnect()
                 qemu.qemu = QemuInfo(os.getpid(), 0, "10.0.0", (10, 0, 0), "", True)
                 await vm._on_connect(qemu.qemu)
-            with trio.fail_after(5):
+            with trio.fail_after(9):
                 answer(await vm._migrate(migrate(uri)), OK)
             assert lost == [MonitorLost]
 
@@ -175,7 +180,7 @@ async def test_a_migrate_during_which_the_monitor_is_lost_does_the_next_no_harm(
             patch.setattr(qemu, "execute", is_lost)
             with pytest.raises(MonitorLost):
                 await vm._migrate(migrate("unix:/run/x"))
-        with trio.fail_after(5):
+        with trio.fail_after(9):
             answer(await vm._migrate(migrate("unix:/run/x")), OK)
 
 
@@ -190,7 +195,7 @@ async def test_a_migrate_that_goes_to_qemu_unwatched_delays_no_other(
             patch.setattr(migration_module, "Relay", broken)
             with pytest.raises(RuntimeError):
                 await vm._migrate(migrate("tcp:127.0.0.1:1"))
-        with trio.fail_after(5):
+        with trio.fail_after(9):
             answer(await vm._migrate(migrate("unix:/run/x")), OK)
 
 
@@ -229,12 +234,25 @@ async def test_a_source_for_whose_lanes_no_socket_can_be_had_is_not_relayed(
         assert "not permitted" in str(vm.migration.relay_reason)
 
 
+async def test_without_a_descriptor_to_spare_a_migration_is_not_relayed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async def none_left(_: object) -> bool:
+        raise OSError(errno.EMFILE, os.strerror(errno.EMFILE))
+
+    monkeypatch.setattr("refault.daemon.known.vm_state.takes_descriptor", none_left)
+    async with fronted(tmp_path) as (_, vm):
+        answer(await vm._migrate(migrate("tcp:127.0.0.1:1")), OK)
+        assert vm.migration is not None
+        assert "Too many open files" in str(vm.migration.relay_reason)
+
+
 async def test_a_resume_without_a_migration_does_not_reach_the_other_host(tmp_path: Path) -> None:
     with socket.create_server(("127.0.0.1", 0)) as far:
         uri = f"tcp:127.0.0.1:{far.getsockname()[1]}"
         async with fronted(tmp_path) as (_, vm):
             answer(await vm._migrate(migrate(uri)), OK)
-            with trio.fail_after(5):
+            with trio.fail_after(9):
                 (await trio.to_thread.run_sync(far.accept))[0].close()
             vm._on_event("MIGRATION", {"status": "failed"})
             far.setblocking(False)
@@ -256,7 +274,7 @@ async def test_a_connection_for_an_unrelayed_recovery_outlasts_a_monitor_that_is
             assert await vm.state.takes_descriptors()
             qemu.says["getfd"] = MonitorLost("the monitor was lost")
             vm._on_event("MIGRATION", {"status": "postcopy-paused"})
-            with trio.fail_after(5):
+            with trio.fail_after(9):
                 while vm.state.counters.last_error is None:
                     await trio.sleep(0.01)
             there, _ = far.accept()
@@ -339,7 +357,7 @@ async def test_a_resume_that_qemu_refuses_is_made_again_at_once(tmp_path: Path) 
 
 
 async def wait_for(qemu: Qemu, command: str, times: int = 1) -> None:
-    with trio.fail_after(5):
+    with trio.fail_after(9):
         while qemu.asked.count(command) < times:
             await trio.sleep(0.01)
 
@@ -368,6 +386,27 @@ async def test_a_source_is_met_wherever_it_is_before_postcopy(tmp_path: Path, st
         vm._on_event("MIGRATION", {"status": "postcopy-active"})
         vm._on_event("MIGRATION", {"status": "postcopy-paused"})
         assert vm.migration.course.policy.state is State.ATTEMPTING
+
+
+@pytest.mark.parametrize(("kept", "told"), [(("kept",), 1), ((), 0)])
+async def test_a_source_whose_leg_qemu_holds_in_precopy_since_an_earlier_refault_is_told_of(
+    kept: tuple[str, ...], told: int, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """That refault was stopped when all had been sent. Nobody else says why the guest stands."""
+    record = MigrationRecord(
+        role=Role.SOURCE,
+        uri="tcp:127.0.0.1:1",
+        relayed=True,
+        qemu_pid=os.getpid(),
+        qemu_started=process_started(os.getpid()),
+        kept=kept,
+    )
+    async with fronted(tmp_path) as (qemu, vm):
+        qemu.says["query-migrate"] = {"status": "device", "ram": {}}
+        StateFile(tmp_path, "vm").save(record)
+        await vm._on_connect(qemu.qemu)
+        await trio.testing.wait_all_tasks_blocked()
+        assert caplog.text.count(SENT_ALL.effect) == told
 
 
 @pytest.mark.parametrize("is_source", [True, False])
@@ -400,7 +439,7 @@ async def test_a_vm_that_is_cancelled_while_its_qemu_is_there_ends_without_an_er
                     reply = {"return": {}, "id": msgspec.json.decode(line)["id"]}
                     await stream.send_all(msgspec.json.encode(reply) + b"\r\n")
 
-    with trio.socket.socket(socket.AF_UNIX) as listening, trio.fail_after(5):
+    with trio.socket.socket(socket.AF_UNIX) as listening, trio.fail_after(9):
         await listening.bind(address.path)
         listening.listen(1)
         async with trio.open_nursery() as nursery:
@@ -441,6 +480,28 @@ async def test_a_monitor_on_tcp_that_is_lost_for_a_moment_is_no_end(tmp_path: Pa
         await vm._on_connect(qemu.qemu)
         await trio.testing.wait_all_tasks_blocked()
         assert first.course.under_way is knows
+
+
+async def test_a_qemu_that_may_not_be_looked_at_has_not_ended_with_its_monitor(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, autojump_clock: trio.testing.MockClock
+) -> None:
+    """/proc hides it (hidepid=, ProtectProc=): what it may still listen on stays open."""
+    hides = True
+    for module in (process, vm_module):
+        monkeypatch.setattr(module, "process_started", lambda _: None)
+    monkeypatch.setattr(process, "has_ended", lambda _: not hides)
+    async with fronted(tmp_path) as (qemu, vm):
+        answer(await vm._migrate(migrate("tcp:127.0.0.1:1")), OK)
+        assert vm.migration is not None
+        vars(qemu)["qemu"] = None
+        vm._on_disconnect()
+        await trio.sleep(10)
+        assert vm.migration.course.under_way
+        assert vm.state.qemu_lives
+        hides = False
+        await trio.sleep(1)
+        assert not vm.migration.course.under_way
+        assert not vm.state.qemu_lives
 
 
 @pytest.mark.parametrize("by_guest", [True, False])
@@ -510,8 +571,26 @@ async def test_a_leg_held_for_a_qemu_that_has_ended_is_held_no_more(tmp_path: Pa
         told = picture(vm)
         assert (told.migration.held, told.migration.status, told.migration.role) == (None, None, "none")
         assert told.recovery.last_error is None
-        with trio.fail_after(5):
+        with trio.fail_after(9):
             while not relay.closed:
                 await trio.sleep(0.01)
         assert "getfd" not in qemu.asked
         assert await vm.state.record() is None
+
+
+async def test_a_qemu_that_is_slow_to_say_which_it_is_loses_no_record(tmp_path: Path) -> None:
+    """Behind TCP it is known by its threads, of which it is asked once it has answered."""
+    record = MigrationRecord(
+        role=Role.SOURCE,
+        uri="tcp:127.0.0.1:1",
+        relayed=True,
+        qemu_pid=None,
+        qemu_started=None,
+        qemu_threads=(41,),
+    )
+    async with fronted(tmp_path, pid=None) as (qemu, vm):
+        qemu.says["query-migrate"] = qemu.says["query-cpus-fast"] = trio.TooSlowError()
+        StateFile(tmp_path, "vm").save(record)
+        await vm._on_connect(qemu.qemu)
+        await trio.testing.wait_all_tasks_blocked()
+        assert StateFile(tmp_path, "vm").load(None, (41,)) == record

@@ -179,14 +179,14 @@ async def test_a_cut_at_a_place_in_the_stream(tmp_path: Path, forward: bool, chu
                         await writer.send_all(data[at : at + chunks])
                 await channel.was_cut(cut)
                 received = b""
-                with trio.fail_after(5):
+                with trio.fail_after(9):
                     while more := await reader.receive_some():
                         received += more
                 assert received == data[: 105 + extra]
         async with connected(channel, listener) as (near, far):
             await near.send_all(data)  # it is made once
             received = b""
-            with trio.fail_after(5):
+            with trio.fail_after(9):
                 while len(received) < len(data):
                     received += await far.receive_some()
 

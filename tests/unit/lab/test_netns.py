@@ -47,7 +47,7 @@ def test_two_hosts_reach_each_other_until_the_link_is_down() -> None:
 def test_a_second_network_lives_on_when_the_first_is_down() -> None:
     with two_hosts("192.0.2", "198.51.100") as (one, other):
         other.link("down")
-        connect = f"import socket; socket.create_connection(('{other.addresses[1]}', 9), timeout=5)"
+        connect = f"import socket; socket.create_connection(('{other.addresses[1]}', 9), timeout=20)"
         command = [*one.prefix, sys.executable, "-c", connect]
         run = subprocess.run(command, capture_output=True, text=True, check=False)
         assert "ConnectionRefusedError" in run.stderr

@@ -97,6 +97,7 @@ def test_the_document_tells_each_loss_and_the_memory() -> None:
         "loss": "reset",
         "at_seconds": 2.0,
         "recovered_seconds": 0.2,
+        "noticed_by_qemu": True,
         "requests_outstanding": 17,
         "requests_repeated_by_qemu": 13,
         "requests_replayed": 4,
@@ -108,9 +109,10 @@ def test_the_document_tells_each_loss_and_the_memory() -> None:
     assert document["recoveries"] == 2
 
 
-async def test_plain_lines_where_there_is_no_terminal() -> None:
+@pytest.mark.parametrize("dumb", [False, True])
+async def test_plain_lines_where_nothing_can_be_drawn(dumb: bool) -> None:
     out = io.StringIO()
-    console = Console(file=out, width=80)
+    console = Console(file=out, width=80, force_terminal=dumb, _environ={"TERM": "dumb"})
     story = Story(1, "refault")
     show_findings(console, FINDINGS)
     async with showing(console, story, view):

@@ -2,7 +2,7 @@
 
 import pytest
 
-from refault.migration.legs import RULES, UNTIL_LOADED, WAITS_FOR_PONG, Verdict, may_close
+from refault.migration.legs import RULES, SENT_ALL, UNTIL_LOADED, WAITS_FOR_PONG, Verdict, may_close
 from refault.migration.phase import Phase, Role
 
 V52, V72, V81, V82, V100 = (5, 2, 0), (7, 2, 22), (8, 1, 5), (8, 2, 0), (10, 0, 2)
@@ -50,6 +50,15 @@ def test_a_source_that_waits_for_its_guests_arrival_is_held_whatever_the_phase_s
     assert may_close(phase, Role.SOURCE, (11, 1, 3), WAITS_FOR_PONG) == (False, UNTIL_LOADED)
     assert may_close(phase, Role.SOURCE, (11, 1, 3), "postcopy-active")[0] is True
     assert UNTIL_LOADED.advice
+
+
+@pytest.mark.parametrize("status", ["active", "device"])
+def test_a_source_that_has_sent_all_in_precopy_is_held_and_cancelled_by_who_knows_its_destination(
+    status: str,
+) -> None:
+    assert may_close(Phase.COMPLETING, Role.SOURCE, (7, 2, 22), status) == (False, SENT_ALL)
+    assert may_close(Phase.PRECOPY, Role.SOURCE, (7, 2, 22), status)[0] is True
+    assert "migrate_cancel" in SENT_ALL.advice
 
 
 def test_an_unknown_version_is_the_most_careful() -> None:

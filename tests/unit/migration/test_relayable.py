@@ -32,8 +32,12 @@ def test_an_address_is_no_more_than_a_line_of_the_log(uri: str) -> None:
 
 def test_with_tls_a_source_must_be_told_whom_it_speaks_to() -> None:
     tls = {"tls-creds": "tls0", "tls-hostname": ""}
-    reason = why_not(HERE, set(), tls, role=Role.SOURCE, version=NEW, process_is_seen=True)
-    assert "tls-hostname" in (reason or "")
+    assert why_not(HERE, set(), tls, role=Role.SOURCE, version=NEW, process_is_seen=True) is None
+    for endpoint, given in ((HERE, True), (Inet("", 4444), False)):  # where nothing tells the name
+        reason = why_not(
+            endpoint, set(), tls, role=Role.SOURCE, version=NEW, process_is_seen=True, given=given
+        )
+        assert "tls-hostname" in (reason or "")
     assert why_not(HERE, set(), tls, role=Role.DESTINATION, version=NEW, process_is_seen=True) is None
     old = why_not(HERE, set(), tls, role=Role.DESTINATION, version=(5, 2, 0), process_is_seen=True)
     assert "TLS handshake" in (old or "")

@@ -75,6 +75,13 @@ def test_a_source_that_has_sent_all_or_sends_the_rest_completes() -> None:
         (AGAIN, Role.DESTINATION, now("postcopy-recover"), Phase.RECOVERY_HANDSHAKE),
         (AGAIN, Role.DESTINATION, ACTIVE, Phase.POSTCOPY),
         (AGAIN, Role.SOURCE, now("completed"), Phase.DONE),
+        # In precopy a source that has nothing left and whose guest stands has sent all.
+        (TLS, Role.SOURCE, now("active", runs=False, remaining=0, stands=True), Phase.COMPLETING),
+        (TLS, Role.SOURCE, now("device", runs=False, remaining=0, stands=True), Phase.COMPLETING),
+        (TLS, Role.SOURCE, now("active", runs=False, remaining=0), Phase.PRECOPY),
+        (TLS, Role.SOURCE, now("device", runs=False, remaining=1, stands=True), Phase.PRECOPY),
+        (TLS, Role.SOURCE, now("pre-switchover", runs=False, remaining=0, stands=True), Phase.PRECOPY),
+        (TLS, Role.DESTINATION, now("active", runs=False, remaining=0, stands=True), Phase.PRECOPY),
     ],
 )
 def test_where_nothing_can_be_read_what_qemu_says_twice_is_the_phase(

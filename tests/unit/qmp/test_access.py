@@ -283,3 +283,22 @@ def test_however_it_is_spelt_it_does_not_pass(
             assert name in ("query-status", "qmp_capabilities") or (not read_only and "\ud800" in name)
             played.core.receive_upstream(json.dumps({"return": {}, "id": sent["id"]}).encode() + b"\r\n")
     assert played.asked == []
+
+
+def test_an_out_of_band_command_that_waits_as_its_client_leaves_is_on_record_once() -> None:
+    """It goes to QEMU all the same, and its client is told of no more."""
+    played = Played()
+    other, client = played.client(), played.client("oob", rule=Rule(audit=True))
+    command = b'{"execute": "getfd", "arguments": {"fdname": "n"}}'
+    played.core.receive(other, command, 100)
+    [getfd] = played.commands()
+    played.reply(getfd["id"])
+    played.core.receive(client, command, 101)
+    [getfd] = played.commands()
+    played.core.receive(client, b'{"exec-oob": "migrate-recover", "arguments": {"uri": "fd:n"}}')
+    assert [request.name for request in played.audited] == [b"getfd", b"migrate-recover"]
+    played.core.leave(client)
+    played.reply(getfd["id"])
+    [recover] = played.commands()
+    assert recover["arguments"]["uri"] == "fd:" + getfd["arguments"]["fdname"] != "fd:n"
+    assert len(played.audited) == 2

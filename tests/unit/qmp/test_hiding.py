@@ -209,14 +209,32 @@ def test_a_qemu_that_sends_no_events_hides_its_pauses_too() -> None:
     assert asked(qemu, client, "postcopy-recover") == {"status": "postcopy-recover"}
 
 
-def test_a_reply_that_is_older_than_the_end_of_the_pause_tells_of_none() -> None:
+def with_an_old_reply() -> tuple[Played, Client]:
+    """A pause that is over, and behind its end a reply of before that."""
     qemu = Played()
     client = qemu.client(rule=HIDES)
     qemu.core.hide(Word.MAY)
     qemu.core.receive_upstream(event("postcopy-paused") + event("postcopy-active"))
     assert asked(qemu, client, "postcopy-recover") == {"status": "postcopy-active"}
+    return qemu, client
+
+
+def test_a_reply_that_is_older_than_the_end_of_the_pause_tells_of_none() -> None:
+    qemu, client = with_an_old_reply()
     qemu.core.receive_upstream(event("completed"))
     assert heard(client) == ["completed"]
+
+
+def test_a_pause_that_was_supposed_for_long_takes_no_time_from_the_next() -> None:
+    """The reply was older than the end of the pause before."""
+    qemu, client = with_an_old_reply()
+    qemu.core.hide(Word.BEGAN, 1.0)
+    qemu.core.hide(Word.OVER, 30.0)
+    qemu.core.receive_upstream(event("postcopy-paused"))
+    assert qemu.core.hiding.began is None
+    qemu.core.hide(Word.BEGAN, 2.0)
+    qemu.core.receive_upstream(event("postcopy-recover") + event("postcopy-active"))
+    assert heard(client) == []
 
 
 def test_a_reply_that_is_older_than_the_pause_does_not_end_it() -> None:

@@ -342,10 +342,10 @@ def test_descriptors_go_one_at_a_time_and_never_with_other_commands() -> None:
     played.core.receive(first, command("getfd", 1, fdname="n"), 101)
     played.core.receive(second, command("getfd", 1, fdname="n"), 102)
     played.core.receive(first, command("a", 2), 103)
-    sent = played.commands()
-    assert [one["execute"] for one in sent] == ["getfd", "a"]
+    [sent] = played.commands()
+    assert sent["execute"] == "getfd"
     assert played.fds == [101]
-    played.reply(sent[0]["id"])
+    played.reply(sent["id"])
     [other] = played.commands()
     assert other["arguments"]["fdname"] != "n"
     assert played.fds == [101, 102]
@@ -356,6 +356,117 @@ def test_descriptors_go_one_at_a_time_and_never_with_other_commands() -> None:
     assert played.replies(second)[-1]["error"]["desc"] == "about n"
     played.core.leave(first)
     assert played.closed == [103]
+
+
+def test_a_command_that_takes_a_descriptor_is_alone_with_qemu() -> None:
+    """Its main thread takes it while another looks at it with each byte that comes, and without a lock."""
+    played = Played(watch=("watched",))
+    client, other = played.client("oob"), played.client("oob")
+    played.core.receive(client, command("a", 1) + command("getfd", 2, fdname="n"), 101)
+    played.core.receive(other, command("b", 1))
+    a, *early = played.commands()
+    for one in (a, *early):
+        assert one["execute"] != "getfd"
+        played.reply(one["id"])
+    [getfd] = [one for one in played.commands() if one["execute"] == "getfd"]
+    played.core.receive(other, command("c", 2) + b'{"exec-oob": "o", "id": 3}')
+    played.core.receive(other, b'{"exec-oob": "watched", "id": 4}')
+    played.core.answer(played.asked.pop(), Forward())
+    played.core.call("own", None, oob=True, fd=-1, done=lambda _: None)
+    forgotten = played.core.call("forgotten", None, oob=True, fd=-1, done=lambda _: None)
+    played.core.forget(forgotten)
+    played.core.call("own-in-band", None, oob=False, fd=-1, done=lambda _: None, beside=True)
+    assert played.commands() == []
+    played.reply(getfd["id"])
+    sent = [str(one.get("execute", one.get("exec-oob"))) for one in played.commands()]
+    assert sent[:3] == ["o", "watched", "own"]
+    assert sorted(sent[3:]) == ["b", "c", "own-in-band"]
+    assert played.core.internal[0].oob_in_flight == 1
+
+
+def test_what_is_urgent_does_not_wait_for_a_descriptor_that_qemu_does_not_take() -> None:
+    """As a destination whose main thread waits for a page, which only a recovery brings."""
+    played = Played()
+    client = played.client("oob")
+    played.core.receive(client, command("getfd", 1, fdname="n"), 101)
+    [getfd] = played.commands()
+    played.core.receive(client, b'{"exec-oob": "o", "id": 2}')
+    assert played.commands() == []
+    played.core.pass_urgent()
+    played.core.receive(client, command("a", 3) + b'{"exec-oob": "p", "id": 4}')
+    assert [one["exec-oob"] for one in played.commands()] == ["o", "p"]
+    played.reply(getfd["id"])
+    [a] = played.commands()
+    played.core.receive(client, command("getfd", 5, fdname="m"), 102)
+    played.reply(a["id"])
+    [getfd] = played.commands()
+    played.core.receive(client, b'{"exec-oob": "o", "id": 6}')
+    assert played.commands() == []  # the next one is waited for again
+    lost: list[Message | None] = []
+    played.core.call("own", None, oob=True, fd=-1, done=lost.append)
+    played.core.upstream_lost()
+    assert lost == [None]
+    assert not played.core.urgent
+
+
+def test_out_of_band_commands_of_one_client_go_in_its_order_and_so_do_the_replies() -> None:
+    """Whoever they are answered by, and however long a watcher thinks; nobody else waits."""
+    played = Played(watch=("watched",))
+    client, other = played.client("oob"), played.client("oob")
+    names = ("watched", "watched", "o", "watched")
+    for number, name in enumerate(names, 1):
+        played.core.receive(client, b'{"exec-oob": "%s", "id": %d}' % (name.encode(), number))
+    played.core.receive(client, b'{"exec-oob": "o", "unknown": 1, "id": 5}')
+    played.core.receive(other, b'{"exec-oob": "o", "id": 1}' + b'{"exec-oob": "watched", "id": 2}')
+    [others] = played.commands()
+    first, others_watched = played.asked
+    assert (first.client, others_watched.client) == (client, other)
+    played.core.answer(first, Forward())
+    [sent] = played.commands()
+    assert sent["exec-oob"] == "watched"
+    assert len(played.asked) == 3
+    played.core.answer(played.asked[2], Answer(value={"second": True}))
+    [third] = played.commands()
+    assert third["exec-oob"] == "o"
+    assert len(played.asked) == 4
+    assert not client.out
+    played.reply(sent["id"])
+    assert [one["id"] for one in played.replies(client)] == [1, 2]
+    played.reply(others["id"])
+    played.core.answer(others_watched, Answer(value={}))
+    assert [one["id"] for one in played.replies(other)] == [1, 2]
+    played.reply(third["id"])
+    assert [one["id"] for one in played.replies(client)] == [3]
+    played.core.answer(played.asked[3], Answer(value={}))
+    assert [one["id"] for one in played.replies(client)] == [4, 5]
+    assert client.oob_in_flight == client.oob_bytes == 0
+    assert client.idle
+
+
+def test_who_says_no_more_is_let_go_when_what_was_answered_here_is_answered() -> None:
+    played = Played(watch=("watched",))
+    client = played.client("oob")
+    for raw in (b'{"exec-oob": "watched", "id": 1}', b'{"exec-oob": "o", "unknown": 1, "id": 2}'):
+        played.core.receive(client, raw)
+    played.core.half_close(client)
+    assert not client.closing
+    played.core.answer(played.asked[0], Answer(value={}))
+    assert [one["id"] for one in played.replies(client)] == [1, 2]
+    assert client.closing
+
+
+def test_of_a_client_that_has_left_no_out_of_band_command_goes_that_had_not_begun() -> None:
+    played = Played(watch=("watched",))
+    client = played.client("oob")
+    played.core.receive(client, b'{"exec-oob": "watched", "id": 1}' * 2 + b'{"exec-oob": "o", "id": 2}')
+    [asked] = played.asked
+    played.core.leave(client)
+    played.core.answer(asked, Forward())
+    [sent] = played.commands()
+    assert sent["exec-oob"] == "watched"
+    played.reply(sent["id"])
+    assert played.asked == [asked]
+    assert played.commands() == []
 
 
 def test_descriptors_of_commands_that_are_never_sent_are_closed() -> None:

@@ -321,4 +321,5 @@ def test_a_value_in_small_pieces_does_not_cost_all_its_keys_at_each() -> None:
             splitter.feed(b"y")
         return time.thread_time() - began
 
-    assert seconds(400_000) < 5 * seconds(10)
+    # More than once, for what else this process does may fall on the one alone.
+    assert any(seconds(400_000) < 5 * seconds(10) for _ in range(5))

@@ -9,6 +9,7 @@ from dataclasses import replace
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from refault.session._session import ffi, lib
 from tests.unit.session.model import Lie, Model
 
 from refault.session.stream import Frame, Stream, Wrong
@@ -17,6 +18,22 @@ from refault.session.wire import Positions
 RING = 1 << 10
 ORIGINS = (0, (1 << 32) - 700, (1 << 63) - (1 << 40) - (1 << 20))
 """Beginnings; the second has positions pass 2^32, the third is near the last position that there is."""
+
+
+def saved(stream: Stream) -> bytes:
+    data = bytearray(lib.rf_stream_saved_size(stream._stream))
+    lib.rf_stream_save(stream._stream, ffi.from_buffer(data))
+    return bytes(data)
+
+
+def restored(data: bytes, *, largest: int) -> Stream:
+    """Raises ValueError where it is not believed."""
+    stream = Stream(RING, RING)
+    raw = lib.rf_stream_restore(ffi.from_buffer(data), len(data), largest)
+    if raw == ffi.NULL:
+        raise ValueError("it cannot have been a stream")
+    stream._stream = ffi.gc(raw, lib.rf_stream_free)
+    return stream
 
 
 class End:
@@ -119,6 +136,12 @@ class End:
         self.model.lost()
         self.wire = b""
 
+    def hand_over(self) -> None:
+        """Another process goes on with it, without a connection."""
+        self.lose()
+        self.stream = restored(saved(self.stream), largest=16 * RING)
+        self.compare()
+
     def tell(self) -> Positions:
         told = self.stream.tell()
         assert told == self.model.tell()
@@ -178,7 +201,7 @@ class Pair:
 
 @given(
     st.lists(
-        st.tuples(st.sampled_from("ssttxxxxccccgwaloAF"), st.integers(0, 1), st.integers(0, 2000)),
+        st.tuples(st.sampled_from("ssttxxxxccccgwalohAF"), st.integers(0, 1), st.integers(0, 2000)),
         max_size=80,
     ),
     st.sampled_from(ORIGINS),
@@ -212,6 +235,9 @@ def test_every_byte_arrives_once_whatever_is_lost_when(
                 pair.connect(amount % 4)
             case "o":
                 pair.connect()
+            case "h":
+                end.hand_over()
+                pair.connected = False
             case "F" if amount < 500:
                 end.finish()
     pair.connect()
@@ -333,6 +359,30 @@ def _busy() -> End:
     here.tell()
     here.take(50)
     return here
+
+
+@given(st.data())
+@settings(max_examples=200)
+def test_what_is_not_a_stream_that_was_written_down_is_none(data: st.DataObject) -> None:
+    """Or it is one that holds what its positions say."""
+    whole = saved(_busy().stream)
+    restored(whole, largest=RING)
+    for wrong in (whole[:-1], whole + b"x", b"", whole[:50]):
+        with pytest.raises(ValueError, match="cannot have been"):
+            restored(wrong, largest=RING)
+    with pytest.raises(ValueError, match="cannot have been"):
+        restored(whole, largest=RING // 2)
+    words = list(struct.unpack(">14Q", whole[:112]))
+    at = data.draw(st.integers(0, 13))
+    near = st.sampled_from([0, 1, RING, (1 << 63) - 1, 1 << 63, (1 << 64) - 1, *words])
+    words[at] = data.draw(st.integers(0, (1 << 64) - 1) | near)
+    try:
+        stream = restored(struct.pack(">14Q", *words) + whole[112:], largest=RING)
+    except ValueError:
+        return
+    facts = stream.facts()
+    assert facts.told <= facts.here.written <= facts.here.received <= facts.here.written + facts.in_size + 1
+    assert facts.acknowledged <= facts.sent <= facts.here.end <= facts.acknowledged + facts.out_size + 1
 
 
 TRUE = Positions(received=400, written=300, first_kept=50, end=400, window=RING)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import socket
 import stat
@@ -15,7 +16,8 @@ from pathlib import Path
 import pytest
 
 SOURCES = sorted((Path(__file__).parents[3] / "wrapper").glob("*.c"))
-PATIENCE = 0.3
+PATIENCE, HASTE = 20.0, 0.3
+"""Seconds that a wrapper waits for a refault that may be slow to answer, and for one that does not."""
 NAME = "refault-qemu-system-x86_64"
 SCRIPT = """#!/bin/sh
 printf 'argument %s\\n' "$0" "$@"
@@ -42,8 +44,9 @@ class Started:
 class Place:
     """A directory with a wrapper whose QEMU and whose refault are in it."""
 
-    def __init__(self, path: Path) -> None:
+    def __init__(self, path: Path, patience: float) -> None:
         self.path = path
+        self.patience = patience
         self.exec = path / "exec"
         self.qemu = path / "bin" / "qemu-system-x86_64"
         self.qemu.parent.mkdir()
@@ -54,7 +57,7 @@ class Place:
             "QEMU_DIRS": f'"{path}/none", "{path}/bin"',
             "QEMU_KVM": f'"{path}/qemu-kvm"',
             "EXEC_SOCKET": f'"{self.exec}"',
-            "PATIENCE": str(int(1000 * PATIENCE)),
+            "PATIENCE": str(int(1000 * patience)),
         }
         sanitized = ["-fsanitize=address,undefined", "-fno-sanitize-recover=all", "-g"]
         warnings = ["-std=c11", "-D_GNU_SOURCE", "-Wall", "-Wextra", "-Werror"]
@@ -69,7 +72,7 @@ class Place:
             pass_fds=fds,
             capture_output=True,
             text=True,
-            timeout=20,
+            timeout=60,
             check=False,
             stdin=subprocess.DEVNULL,
             env={"LC_ALL": "C", "PATH": ""},
@@ -86,7 +89,12 @@ class Place:
 
 @pytest.fixture(scope="module")
 def place(tmp_path_factory: pytest.TempPathFactory) -> Place:
-    return Place(tmp_path_factory.mktemp("w"))
+    return Place(tmp_path_factory.mktemp("w"), PATIENCE)
+
+
+@pytest.fixture(scope="module")
+def hasty(tmp_path_factory: pytest.TempPathFactory) -> Place:
+    return Place(tmp_path_factory.mktemp("h"), HASTE)
 
 
 @pytest.fixture
@@ -108,6 +116,12 @@ Answer = Callable[[socket.socket, list[bytes], int], object]
 @pytest.fixture
 def refault(place: Place) -> Iterator[Callable[[Answer], None]]:
     """Has one hand-over answered."""
+    with answering(place) as refault:
+        yield refault
+
+
+@contextlib.contextmanager
+def answering(place: Place) -> Iterator[Callable[[Answer], None]]:
     with socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET) as listening:
         place.exec.unlink(missing_ok=True)
         listening.bind(str(place.exec))
@@ -138,7 +152,8 @@ def as_if_there_were_no_refault(place: Place, started: Started, monitor: socket.
     assert started.fds[monitor.fileno()] == inode(monitor)
     assert list(started.fds.values()).count(inode(monitor)) == 1
     assert started.errors == f"{place.wrapper}: QEMU starts without refault: {why}\n"
-    assert started.seconds < PATIENCE + 5  # on a busy machine
+    # It is not waited out, or not for long on a busy machine.
+    assert started.seconds < max(place.patience, 10)
 
 
 def test_who_hands_over_finds_the_new_socket_in_its_place(
@@ -175,7 +190,6 @@ def test_who_hands_over_finds_the_new_socket_in_its_place(
 ODD: dict[str, tuple[Answer, str]] = {
     "refuses": (lambda connection, *_: connection.sendall(b"no room\n"), "room?"),
     "goes away": (lambda *_: None, "it went away"),
-    "says nothing": (lambda connection, *_: connection.recv(1), "it does not answer"),
     "says something else": (
         lambda connection, *_: connection.sendall(b"yes"),
         "its answer is not understood",
@@ -201,8 +215,16 @@ def test_whatever_refault_does_qemu_starts(
     refault(answer)
     started = place.start("-chardev", chardev(monitor), "-S", fds=(monitor.fileno(),))
     as_if_there_were_no_refault(place, started, monitor, why)
-    if what == "says nothing":
-        assert started.seconds >= PATIENCE
+
+
+def test_where_refault_says_nothing_it_is_not_waited_for_for_long(
+    hasty: Place, monitor: socket.socket
+) -> None:
+    with answering(hasty) as refault:
+        refault(lambda connection, *_: connection.recv(1))
+        started = hasty.start("-chardev", chardev(monitor), "-S", fds=(monitor.fileno(),))
+    as_if_there_were_no_refault(hasty, started, monitor, "it does not answer")
+    assert started.seconds >= HASTE
 
 
 def test_without_a_refault_qemu_starts_at_once(place: Place, monitor: socket.socket) -> None:
@@ -211,17 +233,17 @@ def test_without_a_refault_qemu_starts_at_once(place: Place, monitor: socket.soc
     as_if_there_were_no_refault(place, started, monitor, f"{place.exec}: No such file or directory")
 
 
-def test_where_a_queue_is_full_nobody_waits_for_long(place: Place, monitor: socket.socket) -> None:
+def test_where_a_queue_is_full_nobody_waits_for_long(hasty: Place, monitor: socket.socket) -> None:
     """As of a daemon that is stopped: connect(2) would wait for ever."""
     with socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET) as listening:
-        listening.bind(str(place.exec))
+        listening.bind(str(hasty.exec))
         listening.listen(0)
         with socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET) as first:
-            first.connect(str(place.exec))
-            started = place.start("-chardev", chardev(monitor), "-S", fds=(monitor.fileno(),))
-    place.exec.unlink()
-    as_if_there_were_no_refault(place, started, monitor, f"{place.exec}: it does not answer")
-    assert started.seconds >= PATIENCE
+            first.connect(str(hasty.exec))
+            started = hasty.start("-chardev", chardev(monitor), "-S", fds=(monitor.fileno(),))
+    hasty.exec.unlink()
+    as_if_there_were_no_refault(hasty, started, monitor, f"{hasty.exec}: it does not answer")
+    assert started.seconds >= HASTE
 
 
 @pytest.mark.parametrize(

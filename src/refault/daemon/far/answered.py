@@ -68,7 +68,7 @@ class Answered:
         """`patience`: seconds for which there may be no connection."""
         self._end = end
         self._patience = patience
-        self._rest = Patience(patience, end.stream)
+        self._rest = Patience(end.position)
         self._offer: _Offer | None = None
         self._offered = Bell()
         self._scope = trio.CancelScope()
@@ -93,9 +93,10 @@ class Answered:
     async def keep(self) -> None:
         """Carries the lane on whichever connection is offered, until it is over."""
         end, rest, lost, began = self._end, self._rest, "", trio.current_time()
+        rest.lost()
         try:
             while not end.over.is_set():
-                with trio.move_on_after(rest.left) as patience:
+                with trio.move_on_after(rest.left_of(self._patience)) as patience:
                     await self._offered.wait()
                 if patience.cancelled_caught:
                     log.warning(
@@ -109,7 +110,6 @@ class Answered:
                 offer, self._offer = self._offer, None
                 if offer is None:
                     continue
-                rest.waited(trio.current_time() - began)
                 rest.connected()
                 with offer.sock, trio.CancelScope() as self._scope:
                     if lost:
@@ -119,7 +119,7 @@ class Answered:
                     lost = await self._carried(offer)
                 began = trio.current_time()
                 end.stream.lost()
-                rest.lost()
+                rest.lost(silent=carry.is_silence(lost))
                 if not end.over.is_set():
                     log.info("%s: the connection of the other refault is lost: %s", end.name, lost)
         finally:

@@ -6,6 +6,7 @@ somebody waits for, is not behind much; reading never stops, for there is always
 
 from __future__ import annotations
 
+import errno
 import math
 import os
 import socket
@@ -21,6 +22,7 @@ SILENT_AFTER = 5
 """Seconds: longer than TCP needs to get a few lost segments through, and a false alarm costs one redial."""
 ACKNOWLEDGE_AFTER = 0.01
 """Seconds after which what was written is acknowledged, little as it may be."""
+_SILENCE = f"the other refault was silent for {SILENT_AFTER} s"
 PART_TIMEOUT = 1.0
 _LOOK = 1.0
 _UNSENT = 64 << 10
@@ -116,7 +118,12 @@ async def _receive(sock: socket.socket, end: LaneEnd) -> str:
 async def _watch(sock: socket.socket, end: LaneEnd) -> str:
     while not is_silent(sock, SILENT_AFTER):  # noqa: ASYNC110 - the kernel tells nobody
         await trio.sleep(_LOOK)
-    return f"the other refault was silent for {SILENT_AFTER} s"
+    return _SILENCE
+
+
+def is_silence(reason: str) -> bool:
+    """Whether a connection was lost by nothing that came; the kernel may have been the first to say so."""
+    return reason in (_SILENCE, os.strerror(errno.ETIMEDOUT))
 
 
 def _why(error: OSError) -> str:

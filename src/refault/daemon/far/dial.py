@@ -74,10 +74,12 @@ async def dial_in_course(
         course.shield = True
 
 
-async def connect(endpoint: Inet, seconds: float) -> trio.socket.SocketType:
+async def connect(
+    endpoint: Inet, seconds: float, *, found_within: float = math.inf
+) -> trio.socket.SocketType:
     """Dials one address. Raises OSError with the reason; NoAnswer where `seconds` were too few once its name
-    was known."""
-    return await _connect_one_of(endpoint, await _found(endpoint, math.inf), seconds)
+    was known, or that is not known within so many."""
+    return await _connect_one_of(endpoint, await _found(endpoint, found_within), seconds)
 
 
 async def connect_as_qemu(endpoint: Inet) -> trio.socket.SocketType:

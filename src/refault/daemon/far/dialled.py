@@ -41,7 +41,7 @@ class Dialled:
         self._to = to
         self._keys = keys
         self._patience = patience
-        self._rest = Patience(patience, end.stream)
+        self._rest = Patience(end.position)
         self._session = secrets.token_bytes(ID_BYTES)
         self._attempt = 0
         self._welcomed = False
@@ -50,6 +50,7 @@ class Dialled:
     async def keep(self) -> None:
         """Keeps the lane connected until it is over."""
         end, lost = self._end, ""
+        self._rest.lost()
         while not end.over.is_set():
             sock = await self._connected(lost)
             if sock is None:
@@ -58,14 +59,14 @@ class Dialled:
                 self._rest.connected()
                 lost = await carry.carry(sock, end)
             end.stream.lost()
-            self._rest.lost()
+            self._rest.lost(silent=carry.is_silence(lost))
             if not end.over.is_set():
                 log.info("%s: the connection to the other refault is lost: %s; resuming", end.name, lost)
 
     async def _connected(self, lost: str) -> socket.socket | None:
         """A connection that carries on from where the last one ended; None where the lane is over."""
         end, began, rest = self._end, trio.current_time(), self._rest
-        with trio.move_on_after(rest.left):
+        with trio.move_on_after(rest.left_of(self._patience)):
             if not rest.is_fresh:
                 await trio.sleep(rest.pause())
             while True:
@@ -76,7 +77,6 @@ class Dialled:
                     await trio.sleep(rest.pause())
                     continue
                 took = trio.current_time() - began
-                rest.waited(took)
                 if sock is not None and lost:
                     log.info("%s: resumed after %.3f s, attempt %d", end.name, took, self._attempt)
                 return sock

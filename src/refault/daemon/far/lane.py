@@ -58,6 +58,11 @@ class LaneEnd:
         """Both streams were over in order."""
         return self.done_at > 0
 
+    def position(self) -> tuple[int, int]:
+        """How far both streams have come."""
+        facts = self.stream.facts()
+        return facts.here.received, facts.acknowledged
+
     def attach(self, local: Local) -> None:
         """There is a local side, which is told what has happened before it was there."""
         self.local = local

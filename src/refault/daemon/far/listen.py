@@ -14,9 +14,10 @@ import trio
 from refault.daemon.far import lookups
 from refault.daemon.far.connection import growing_pauses, peek
 from refault.daemon.far.waiting_room import Arrival, WaitingRoom
+from refault.daemon.host.repeats import repeats
 from refault.daemon.kernel.tcp import alive, is_whole
 from refault.migration.endpoint import Inet, socket_address
-from refault.migration.messages import Kind, classify, recv_bitmaps
+from refault.migration.messages import FIRST_BYTES, Kind, classify, is_cut_short, recv_bitmaps
 
 log = logging.getLogger("refault.far")
 
@@ -24,7 +25,6 @@ FIRST_BYTES_TIMEOUT = 30.0
 BACKLOG = 128
 LONGEST_REQUEST = 6 + 255
 _LOOK = 0.1
-
 
 Offer = Callable[[trio.socket.SocketType, Kind], Awaitable[None]]
 
@@ -154,7 +154,14 @@ class FarListener:
             try:
                 await self._greet(stream.socket, offer)
             except OSError as error:
-                log.warning("%s: a connection broke: %s", self.endpoint.uri, error)
+                lost = stream.socket.fileno() >= 0 and not is_whole(stream.socket)
+                log.log(
+                    _level(lost=lost),
+                    "%s: a connection broke: %s",
+                    self.endpoint.uri,
+                    error,
+                    extra=repeats((self.endpoint, "broke"), str(error)),
+                )
             except Exception:
                 log.exception("%s: internal error on a connection", self.endpoint.uri)
 
@@ -182,11 +189,20 @@ class FarListener:
                 arrival.hand(connection)
             elif first is None:
                 log.warning(
-                    "%s: closed a connection from %s that said nothing", self.endpoint.uri, arrival.peer
+                    "%s: closed a connection from %s that said nothing",
+                    self.endpoint.uri,
+                    arrival.peer,
+                    extra=repeats((self.endpoint, arrival.peer, "nothing"), ""),
                 )
             elif (kind := classify(first)) is Kind.FOREIGN:
-                log.warning(
-                    "%s: closed a connection from %s: %s", self.endpoint.uri, arrival.peer, _why(first)
+                lost = is_cut_short(first) or (len(first) < FIRST_BYTES and not is_whole(connection))
+                log.log(
+                    _level(lost=lost),
+                    "%s: closed a connection from %s: %s",
+                    self.endpoint.uri,
+                    arrival.peer,
+                    _why(first),
+                    extra=repeats((self.endpoint, arrival.peer, "no stream"), lost),
                 )
             else:
                 await offer(connection, kind)  # what it does not take is closed when this returns
@@ -248,6 +264,11 @@ async def _bind(sock: trio.socket.SocketType, where: tuple[object, ...]) -> None
 
 def _listens(sock: trio.socket.SocketType) -> bool:
     return bool(sock.getsockopt(socket.SOL_SOCKET, socket.SO_ACCEPTCONN))
+
+
+def _level(*, lost: bool) -> int:
+    """That the network has lost a connection is nothing to look after: its peer comes again."""
+    return logging.INFO if lost else logging.WARNING
 
 
 def _why(first: bytes) -> str:

@@ -10,11 +10,13 @@ import logging
 import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Protocol
 
 import trio
 
 from refault.channel.relay import Relay, SessionState, SessionView
+from refault.daemon.far.patience import Patience
 from refault.daemon.host.repeats import repeats
 
 log = logging.getLogger("refault.session")
@@ -23,6 +25,8 @@ OFFER_PATIENCE = 3.0
 """A session that was offered and never came to be; the plain connection may be lost by then."""
 COMPLETE_PATIENCE = 2.0
 """Both streams are over, and all is taken: the other end is told so if it asks."""
+LANES_PATIENCE = 30.0
+"""The main connection has ended in order: what the others of the channel carry yet nobody waits for."""
 HOLDS_FOR = 1.0
 """Seconds until QEMU is asked again whether it has sent all."""
 
@@ -43,33 +47,58 @@ class Waits(Protocol):
 class Told(Protocol):
     """Who hears of it."""
 
-    def session_began(self) -> None:
-        """The channel has become one."""
+    def session_began(self, session: bytes) -> None:
+        """The channel has become one, of that id."""
 
     def session_resumed(self, seconds: float) -> None:
         """It goes on with another connection, so long after the loss of the last."""
 
 
-class RelayedSession(ABC):
-    """Of one channel of `relay`; `changed` gives what is set when the pump tells of something next."""
+@dataclass(frozen=True)
+class Around:
+    """What all lanes of a migration's sessions have around them."""
 
-    def __init__(
-        self, name: str, relay: Relay, changed: Callable[[], trio.Event], waits: Waits, told: Told
-    ) -> None:
-        self.name = name
+    name: str
+    relay: Relay
+    changed: Callable[[], trio.Event]
+    """What is set when the pump tells of something next."""
+    waits: Waits
+    told: Told
+
+
+class RelayedSession(ABC):
+    """One lane of one channel of a relay.
+
+    Lane 0 is the channel's main connection. Each of the others comes and goes by itself, but with the end of
+    lane 0 all end.
+    """
+
+    def __init__(self, around: Around, lane: int = 0) -> None:
+        self.name = f"{around.name}: lane {lane}" if lane else around.name
+        self._lane = lane
         self.over = trio.Event()
         """Set when it has ended, or never came to be."""
-        self._relay = relay
-        self._changed = changed
-        self._waits = waits
-        self._told = told
+        self._relay = around.relay
+        self._changed = around.changed
+        self._waits = around.waits
+        self._told = around.told
         self._began = False
         """Whether it has been carried."""
+        self._moved = 0
+        self._rest = Patience(self._position)
+        self._channel = around.relay.attached
         self._offered_at = math.inf
         self._holds_until = 0.0
 
     async def run(self, channel: int) -> None:
         """Sees to `channel` until it is over, if it becomes a session at all."""
+        try:
+            await self._run(channel)
+        finally:
+            self.over.set()
+
+    async def _run(self, channel: int) -> None:
+        self._channel = channel
         try:
             while not self._relay.closed:
                 changed = self._changed()
@@ -82,8 +111,10 @@ class RelayedSession(ABC):
         except Exception:
             self.give_up()  # QEMU is not to wait for what nobody sees to
             raise
-        finally:
-            self.over.set()
+
+    def goes_on(self) -> None:
+        """An earlier refault has begun it."""
+        self._began = True
 
     @abstractmethod
     async def _see_to(self, view: SessionView, changed: trio.Event) -> bool:
@@ -97,51 +128,77 @@ class RelayedSession(ABC):
 
     def give_up(self) -> None:
         """Its next connection is not waited for: the channel is lost."""
-        if not self._relay.closed:
-            self._relay.session_withdraw()
-            self._relay.session_give_up(errno.ETIMEDOUT)
+        if self._is_newest:
+            self._relay.session_withdraw(self._lane)
+            self._relay.session_give_up(errno.ETIMEDOUT, self._lane)
+
+    @property
+    def _is_newest(self) -> bool:
+        """Whether what the relay has of a session is of this channel."""
+        return not self._relay.closed and self._relay.attached == self._channel
 
     def _view(self) -> SessionView | None:
-        return None if self._relay.closed else self._relay.session()
+        return self._relay.session(self._lane) if self._is_newest else None
+
+    def _position(self) -> int:
+        view = self._view()
+        if view is not None:
+            self._moved = view.moved
+        return self._moved
+
+    def _lost(self, view: SessionView) -> None:
+        """It has no connection; nothing where that is known."""
+        self._rest.lost(view.lost_for or 0.0, silent=view.error == errno.ETIMEDOUT)
 
     def _left(self, view: SessionView) -> float:
         """Seconds for which its next connection is waited for yet; infinite where none is."""
         if view.state is SessionState.OFFERED:
             self._offered_at = min(self._offered_at, trio.current_time())
-            return self._offered_at + OFFER_PATIENCE - trio.current_time()
+            return max(self._offered_at + self._stands(), self._holds_until) - trio.current_time()
         if view.state is not SessionState.BETWEEN:
             return math.inf
+        self._lost(view)
         if not view.has_leg:
             limit = COMPLETE_PATIENCE if view.complete else self._waits.delivers_for()
-        elif not self._began:
-            limit = OFFER_PATIENCE
+        elif not self._began and self._lane == 0:
+            limit = min(OFFER_PATIENCE, self._waits.seconds())
         else:
             limit = self._waits.seconds()
-        return max(limit - (view.lost_for or 0.0), self._holds_until - trio.current_time())
+        return max(limit - self._rest.spent, self._holds_until - trio.current_time())
+
+    def _stands(self) -> float:
+        """Seconds for which an offer does. A lane's plain connection takes no more than the ring holds, until
+        the session comes to it."""
+        return self._waits.seconds() if self._lane else OFFER_PATIENCE
 
     async def _out_of_patience(self, view: SessionView) -> None:
-        if view.state is SessionState.OFFERED:
-            self._relay.session_withdraw()
+        if view.state is SessionState.OFFERED and not self._lane:
+            self._relay.session_withdraw(self._lane)
             return
-        if view.has_leg and self._began and await self._waits.has_sent_all():
+        if view.has_leg and (self._began or self._lane) and await self._waits.has_sent_all():
             self._holds_until = trio.current_time() + HOLDS_FOR
             return
         again = self._view()
-        if again is None or again.state is not SessionState.BETWEEN:
+        if again is None or again.state is not view.state:
             return
         if view.has_leg:
+            is_lost = view.state is SessionState.BETWEEN
+            spent = self._rest.spent if is_lost else trio.current_time() - self._offered_at
             log.warning(
                 "%s: no connection to the other refault for %.1f s: the channel is lost",
                 self.name,
-                view.lost_for or 0.0,
+                spent,
             )
-        self._relay.session_give_up(0 if view.complete else errno.ETIMEDOUT)
+        self._relay.session_give_up(0 if view.complete else errno.ETIMEDOUT, self._lane)
 
-    def _carried(self, lost_for: float | None, attempt: int) -> None:
+    def _carried(self, session: bytes, lost_for: float | None, attempt: int) -> None:
         """It has a connection, by this attempt; so long after the loss of the last, where that is known."""
-        if not self._began:
+        self._rest.connected()
+        if not self._began and self._lane:
+            log.info("%s: it is one of the session from here on", self.name)
+        elif not self._began:
             log.info("%s: the channel is a session from here on: a lost connection is resumed", self.name)
-            self._told.session_began()
+            self._told.session_began(session)
         elif lost_for is not None:
             log.info("%s: resumed after %.3f s, attempt %d", self.name, lost_for, attempt,
                      extra=repeats((self.name, "resumed"), ""))  # fmt: skip

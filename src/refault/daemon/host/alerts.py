@@ -8,6 +8,7 @@ from __future__ import annotations
 
 MESSAGE_IDS: dict[str, str] = {
     "holding QEMU's leg open": "baa3b8f158934170ab7a8b1cb6263c16",
+    "ALERT: QEMU holds its leg open": "345fd6ba21bc8e326ca874c258fd15be",
     "the channel was lost while the source waited to hear": "aa1a1d86e161411a95bbc6ea9ea9b2d1",
     "the channel was lost in the switchover": "238d4223998e4cbf841a4fc78b442e92",
     "the channel was lost before all device state had left QEMU": "2222a3bfd2604f319492f30d080629b5",

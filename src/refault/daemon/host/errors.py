@@ -2,6 +2,26 @@
 
 from __future__ import annotations
 
+from unicodedata import category
+
+
+def one_line(text: str) -> str:
+    """The text, with what would begin another line or steer a terminal as Python writes it."""
+    if text.isprintable():
+        return text
+    return "".join(each if each.isprintable() else each.encode("unicode_escape").decode() for each in text)
+
+
+def must_be_one_line(text: str) -> None:
+    """Raises ValueError where a text has control characters, as none has that an operator means."""
+    for each in text:
+        if category(each) in _CONTROL:
+            raise ValueError(f"has a control character ({one_line(each)})")
+
+
+_CONTROL = frozenset({"Cc", "Zl", "Zp"})
+"""Unicode's: of control, and separators of lines and paragraphs."""
+
 
 class OperatorError(Exception):
     """Something outside refault is not as it must be. Text: "what happened; what to do", without the VM."""

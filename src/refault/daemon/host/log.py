@@ -18,9 +18,10 @@ from collections.abc import Callable, Mapping
 from functools import partial
 from typing import TextIO, cast
 
+from refault.daemon.host.errors import one_line
 from refault.daemon.host.journal import JournalSocket, entry, fields_of
 from refault.daemon.host.outlet import Outlet
-from refault.daemon.host.repeats import Sparing
+from refault.daemon.host.repeats import Sparing, repeats
 
 _PRIORITIES = (
     (logging.CRITICAL, 2),
@@ -41,7 +42,21 @@ def _priority(record: logging.LogRecord) -> int:
     return next((priority for level, priority in _PRIORITIES if record.levelno >= level), 7)
 
 
-class JournalFormatter(logging.Formatter):
+def spare_full(record: logging.LogRecord) -> bool:
+    """Where no descriptor is left for who comes trio says so with a traceback, ten times a second."""
+    record.exc_info = None
+    vars(record).update(repeats("accept", record.args))
+    return True
+
+
+class _Formatter(logging.Formatter):
+    """The text of a record is one line, whatever names and errors are in it; a traceback stands below."""
+
+    def formatMessage(self, record: logging.LogRecord) -> str:  # noqa: N802 - logging's
+        return one_line(super().formatMessage(record).rstrip())
+
+
+class JournalFormatter(_Formatter):
     """Puts the priority before each line, for a journal that takes lines alone; it has the time itself."""
 
     def format(self, record: logging.LogRecord) -> str:
@@ -50,7 +65,7 @@ class JournalFormatter(logging.Formatter):
         return "\n".join(f"<{priority}>{line}" for line in super().format(record).splitlines() or [""])
 
 
-class PlainFormatter(logging.Formatter):
+class PlainFormatter(_Formatter):
     """Time, level where it is more than information, and text."""
 
     default_msec_format = "%s.%03d"
@@ -138,6 +153,7 @@ def setup_logging(level: int = logging.INFO) -> None:
     serve, once."""
     handler = _handler()
     handler.addFilter(Sparing())
+    logging.getLogger("trio.serve_listeners").addFilter(spare_full)
     logging.root.handlers = [handler]
     logging.root.setLevel(logging.WARNING)
     set_level(level)

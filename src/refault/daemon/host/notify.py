@@ -21,7 +21,7 @@ class Notifier:
     """
 
     def __init__(self, environment: Mapping[str, str] = os.environ) -> None:
-        self._address = environment.get("NOTIFY_SOCKET", "")
+        self._address = address_of(environment)
         self._watchdog = _seconds_of_watchdog(environment)
 
     def ready(self, text: str) -> None:
@@ -51,16 +51,23 @@ class Notifier:
         self._send(f"EXTEND_TIMEOUT_USEC={int(seconds * 1_000_000)}")
 
     def _send(self, *assignments: str) -> None:
-        if not self._address.startswith(("/", "@")):
+        if self._address is None:
             return
-        # A leading @ stands for the NUL of an abstract socket's name.
-        address = "\0" + self._address[1:] if self._address.startswith("@") else self._address
         try:
             with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM | socket.SOCK_CLOEXEC) as sender:
                 sender.setblocking(False)
-                sender.sendto("\n".join(assignments).encode(), address)
+                sender.sendto("\n".join(assignments).encode(), self._address)
         except OSError as error:
             _log.warning("cannot notify the service manager at %s: %s", self._address, error)
+
+
+def address_of(environment: Mapping[str, str]) -> str | None:
+    """Where the manager listens; None where there is none."""
+    address = environment.get("NOTIFY_SOCKET", "")
+    if not address.startswith(("/", "@")):
+        return None
+    # A leading @ stands for the NUL of an abstract socket's name.
+    return "\0" + address[1:] if address.startswith("@") else address
 
 
 def _seconds_of_watchdog(environment: Mapping[str, str]) -> float | None:

@@ -12,8 +12,12 @@ import os
 from pathlib import Path
 from socket import socket
 
+import msgspec
+
 from refault.daemon.host.paths import make_again
+from refault.daemon.host.whole import NEW, whole
 from refault.daemon.kept._journal import ffi, lib
+from refault.daemon.kept.left import OtherVersionError, decode
 from refault.qmp import journal
 from refault.qmp.journal import Kind
 
@@ -21,11 +25,13 @@ _LOG = 256 << 10
 """Bytes of a log at first. It grows where it must."""
 _FULL = 128 << 10
 """Bytes of it from which on it should be begun anew."""
-_LEAST = 4 << 10
-"""Bytes of room with which a receiver is content."""
+_MOST = 4 << 30
+"""Bytes that none has: more would be clients with gigabytes under way."""
+_LEAST: int = lib.RF_JOURNAL_LEAST
+_NO_ROOM: int = lib.RF_JOURNAL_NO_ROOM
+_receive, _peek, _send = lib.rf_journal_receive, lib.rf_journal_peek, lib.rf_journal_send
+_RECEIVED, _PEEKED, _SENT = int(Kind.RECEIVED), int(Kind.PEEKED), int(Kind.SENT)
 _PAGE = mmap.PAGESIZE
-_NEW = os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC
-_OLD = os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC
 
 
 class NoRoomError(Exception):
@@ -47,26 +53,22 @@ class Journal:
         self._at = ffi.new("uint64_t *")
         self._passed = ffi.new("int *")
 
-    @property
-    def full(self) -> bool:
-        """Whether it should be begun anew, at a moment when nothing is half done."""
-        return bool(lib.rf_journal_used(self._file) > self._full)
-
     def begin(self, before: bytes) -> None:
         """Begins it anew: `before` is all that was. The file is replaced in one step, and what stood in the
         last one is gone. Raises OSError; then nothing has changed.
         """
-        log_at = journal.HEADER + len(before)
-        temporary = self.path.with_name(f"{self.path.name}.new")
+        first = journal.checked(before)
+        log_at = journal.HEADER + len(first)
+        temporary = _new(self.path)
         make_again(self.path.parent)
         with contextlib.suppress(FileNotFoundError):
             temporary.unlink()
-        fd = os.open(temporary, _NEW, 0o600)
+        fd = os.open(temporary, NEW, 0o600)
         try:
             size = log_at + _LOG
             size += -size % _PAGE
             os.posix_fallocate(fd, 0, size)
-            os.pwrite(fd, before, journal.HEADER)
+            os.pwrite(fd, first, journal.HEADER)
             mapped = mmap.mmap(fd, size, flags=mmap.MAP_SHARED | mmap.MAP_POPULATE)
             file = ffi.from_buffer("char[]", mapped, require_writable=True)
             lib.rf_journal_begin(file, log_at, size)
@@ -83,19 +85,23 @@ class Journal:
         self.on = self._ours = True
 
     def give_up(self) -> None:
-        """What befalls from here on is not written, and nobody can go on. It tells yet what QEMU holds."""
+        """What befalls from here on is not written, and nobody can go on. It tells yet what QEMU holds, and
+        nothing of what was said."""
         if self.on:
             self.on = False
             self._map[: len(journal.GIVEN_UP)] = journal.GIVEN_UP
+            for at, size in _said(self._map[:]):
+                self._map[at : at + size] = bytes(size)
             self._forget()
 
     def give_up_left(self) -> None:
         """The same of what the last refault wrote, which is here no longer true. Raises OSError."""
-        fd = os.open(self.path, os.O_WRONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC)
-        try:
+        data = whole(self.path, _MOST)
+        fd = os.open(self.path, os.O_RDWR | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC)
+        with open(fd, "r+b", buffering=0):
             os.pwrite(fd, journal.GIVEN_UP, 0)
-        finally:
-            os.close(fd)
+            for at, size in _said(data):
+                os.pwrite(fd, bytes(size), at)
         self._ours = True
 
     def end(self) -> None:
@@ -105,7 +111,7 @@ class Journal:
         if self._ours:
             self._ours = False
             with contextlib.suppress(OSError):
-                self.path.unlink()
+                remove(self.path)
 
     def leave(self) -> None:
         """It is for the next refault, as it is."""
@@ -124,46 +130,46 @@ class Journal:
         self._reserve(len(data))
         lib.rf_journal_append(self._file, kind, who, data, len(data))
 
-    def receive(self, sock: socket, who: int, most: int, *, takes: bool) -> tuple[bytes, int]:
+    def receive(self, sock: socket, who: int, most: int, *, takes: bool) -> tuple[bytes, int] | None:
         """Receives without waiting. With `takes` perhaps a descriptor comes along, else -1: then these bytes
-        are to be consumed. Raises OSError."""
-        self._reserve(_LEAST)
-        most = min(most, int(lib.rf_journal_room(self._file)))
-        self._passed[0] = -1
-        if takes:
-            count = lib.rf_journal_peek(
-                self._file,
-                sock.fileno(),
-                Kind.RECEIVED,
-                Kind.PEEKED,
-                who,
-                most,
-                self._at,
-                self._passed,
-            )
-        else:
-            count = lib.rf_journal_receive(self._file, sock.fileno(), Kind.RECEIVED, who, most, self._at)
-        if count > 0:
-            at = self._at[0]
-            return self._map[at : at + count], self._passed[0]
-        if count < 0:
-            raise OSError(-count, os.strerror(-count))
-        return b"", -1
+        are to be consumed. None where it should be begun anew first. Raises OSError."""
+        full, found = self._full, self._at
+        while True:
+            if takes:
+                passed = self._passed
+                count = _peek(self._file, sock.fileno(), _RECEIVED, _PEEKED, who, most, full, found, passed)
+                if count > 0:
+                    at = found[0]
+                    return self._map[at : at + count], passed[0]
+            else:
+                count = _receive(self._file, sock.fileno(), _RECEIVED, who, most, full, found)
+                if count > 0:
+                    at = found[0]
+                    return self._map[at : at + count], -1
+            if count == 0:
+                return b"", -1
+            if count != _NO_ROOM:
+                raise OSError(-count, os.strerror(-count))
+            if lib.rf_journal_used(self._file) > full:
+                return None
+            self._reserve(_LEAST)
 
     def consume(self, sock: socket, who: int, count: int) -> None:
         """Takes bytes out of a socket that were received with a descriptor."""
-        self._reserve(count)
-        lib.rf_journal_receive(self._file, sock.fileno(), Kind.CONSUMED, who, count, self._at)
+        self._reserve(max(count, _LEAST))
+        full = lib.rf_journal_used(self._file)
+        _receive(self._file, sock.fileno(), Kind.CONSUMED, who, count, full, self._at)
 
-    def send(self, sock: socket, who: int, data: memoryview, fd: int) -> int:
+    def send(self, sock: socket, who: int, data: bytes | memoryview, fd: int) -> int:
         """Sends without waiting; the number of bytes that went. Raises OSError."""
-        self._reserve(0)
-        count = lib.rf_journal_send(
-            self._file, sock.fileno(), Kind.SENT, who, ffi.from_buffer(data), len(data), fd
-        )
-        if count < 0:
+        text = data if isinstance(data, bytes) else ffi.from_buffer(data)
+        count: int = _send(self._file, sock.fileno(), _SENT, who, text, len(data), fd)
+        if count >= 0:
+            return count
+        if count != _NO_ROOM:
             raise OSError(-count, os.strerror(-count))
-        return int(count)
+        self._reserve(0)
+        return self.send(sock, who, data, fd)
 
     def _reserve(self, room: int) -> None:
         if lib.rf_journal_room(self._file) >= max(room, 8):
@@ -181,11 +187,37 @@ class Journal:
         lib.rf_journal_grown(self._file, size)
 
 
+def _said(file: bytes) -> list[tuple[int, int]]:
+    """Where in a journal stands what clients and QEMU have said: offsets and lengths."""
+    first = bytes(journal.before(file))
+    begins = file.index(first)
+    said = [(begins + len(first), len(file) - begins - len(first))]
+    with contextlib.suppress(msgspec.MsgspecError, OtherVersionError):
+        core = decode(first, records=False).core
+        said.append((begins + first.index(core), len(core)))
+    return said
+
+
+def forget_unfinished(path: Path) -> None:
+    """Removes what a kill has left of a journal that was to take its place."""
+    with contextlib.suppress(OSError):
+        _new(path).unlink()
+
+
+def _new(path: Path) -> Path:
+    """The file that is to take its place."""
+    return path.with_name(f"{path.name}.new")
+
+
+def remove(path: Path) -> None:
+    """Removes a journal. Raises OSError."""
+    forget_unfinished(path)
+    path.unlink()
+
+
 def left(path: Path) -> bytes | None:
     """What the last refault wrote; None where it has left nothing. Raises OSError."""
     try:
-        fd = os.open(path, _OLD)
+        return whole(path, _MOST)
     except FileNotFoundError:
         return None
-    with open(fd, "rb") as file:
-        return file.read()

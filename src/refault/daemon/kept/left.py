@@ -45,6 +45,15 @@ class Left(msgspec.Struct, array_like=True, frozen=True):
     fronts: list[Listening]
     clients: dict[int, About]
     core: bytes
+    came: dict[bytes, str] = {}
+    """By their cookies, clients that are not among these yet, and where they came."""
+    stored: bool = False
+    """Whether the service manager holds all this, and not QEMU."""
+
+    @property
+    def held(self) -> list[str]:
+        """The names of what is held."""
+        return [each.name for each in (self.upstream, *self.lots)]
 
 
 class OtherVersionError(Exception):

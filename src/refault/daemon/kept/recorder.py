@@ -8,6 +8,7 @@ import errno
 import logging
 import os
 import socket
+import time
 from collections.abc import Callable
 from pathlib import Path
 
@@ -17,6 +18,7 @@ import trio
 from refault.daemon.host.repeats import repeats
 from refault.daemon.kept.journal import Journal, NoRoomError
 from refault.daemon.kept.sockets import ONE_FD, passed_descriptor
+from refault.daemon.kernel.passing import send_with
 from refault.qmp.journal import Kind
 
 log = logging.getLogger("refault.qmp")
@@ -24,6 +26,11 @@ log = logging.getLogger("refault.qmp")
 TAKEN_WITHIN = 0.1
 """Seconds for which a descriptor is left in its client's socket until QEMU has it, where the client may have
 something urgent to say behind it."""
+
+_LARGE = 256 << 10
+"""Bytes of what it is begun with, from which on it is not begun anew as often as there is a reason to."""
+_RESTS = 20
+"""Times as long as that took: it holds up all else meanwhile."""
 
 _RECEIVE = socket.MSG_DONTWAIT | socket.MSG_CMSG_CLOEXEC
 _SEND = socket.MSG_NOSIGNAL | socket.MSG_DONTWAIT
@@ -42,6 +49,7 @@ class Recorder:
         self._failed = failed
         self.on = False
         self._left = False
+        self._rests_until = 0.0
         self._peeked: dict[int, tuple[socket.socket, int, int, trio.Event]] = {}
         """Descriptors that are in a client's socket yet, with so many bytes."""
 
@@ -49,13 +57,22 @@ class Recorder:
         """Writes down from here on, or anew; False where that cannot be."""
         if self._journal is None:
             return False
+        began = time.perf_counter()
         try:
-            self._journal.begin(self._before())
+            before = self._before()
+            self._journal.begin(before)
         except (OSError, OverflowError, msgspec.MsgspecError) as error:
             self._fail(error)
             return False
         self.on = True
+        now = time.perf_counter()
+        self._rests_until = now + _RESTS * (now - began) if len(before) > _LARGE else 0.0
         return True
+
+    @property
+    def rests(self) -> float:
+        """Seconds for which it should not be begun anew where that can wait."""
+        return max(self._rests_until - time.perf_counter(), 0.0)
 
     def go_on(self) -> None:
         """Writes down from here on, where the last refault has written; where that cannot be, nobody goes on
@@ -115,15 +132,18 @@ class Recorder:
         OSError. Nothing else is half done."""
         if self.on:
             assert self._journal is not None  # noqa: S101 - it is on
-            if not self._journal.full or self.begin():
-                try:
-                    data, fd = self._journal.receive(sock, who, most, takes=takes)
-                except NoRoomError as error:
-                    self._fail(error)
-                else:
+            try:
+                received = self._journal.receive(sock, who, most, takes=takes)
+                if received is None and self.begin():
+                    received = self._journal.receive(sock, who, most, takes=takes)
+            except NoRoomError as error:
+                self._fail(error)
+            else:
+                if received is not None:
+                    data, fd = received
                     if fd >= 0:
                         self._peeked[fd] = sock, who, len(data), trio.Event()
-                    return data, fd
+                    return received
         self._still_ours()
         if not takes:
             return sock.recv(most, _RECEIVE), -1
@@ -181,7 +201,7 @@ class Recorder:
         """A descriptor that an earlier refault had received and not consumed."""
         self._peeked[fd] = sock, who, count, trio.Event()
 
-    def send(self, sock: socket.socket, who: int, data: memoryview, fd: int = -1) -> int:
+    def send(self, sock: socket.socket, who: int, data: bytes | memoryview, fd: int = -1) -> int:
         """Without waiting; the number of bytes. Raises OSError."""
         if self.on:
             assert self._journal is not None  # noqa: S101 - it is on
@@ -191,7 +211,7 @@ class Recorder:
                 self._fail(error)
         self._still_ours()
         if fd >= 0:
-            return socket.send_fds(sock, [data], [fd], _SEND)
+            return send_with(sock, data, [fd], _SEND)
         return sock.send(data, _SEND)
 
     def _still_ours(self) -> None:

@@ -9,16 +9,19 @@ import contextlib
 import os
 import secrets
 import socket
-import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 
 import msgspec
 
+from refault.daemon.host.fd_store import PREFIX
+from refault.daemon.host.handed import stored
+from refault.daemon.kernel.passing import descriptors_in
 from refault.daemon.kernel.process import duplicate_of, process_started, sockets_of
 
 ONE_FD = socket.CMSG_LEN(4)
 """Room for one descriptor: the kernel closes the others, as QEMU would."""
+_UNREAD = 16 << 10
 _SO_COOKIE = 57
 """include/uapi/asm-generic/socket.h; since Linux 4.12. Unlike an inode's number it is never used again."""
 
@@ -33,18 +36,36 @@ class Identity(msgspec.Struct, frozen=True, array_like=True):
 
 def named(sock: socket.socket) -> Identity:
     """Of a socket that QEMU is to hold by a name that was never used."""
-    return Identity(os.fstat(sock.fileno()).st_ino, cookie_of(sock), f"refault-kept-{secrets.token_hex(8)}")
+    return Identity(os.fstat(sock.fileno()).st_ino, cookie_of(sock), f"{PREFIX}{secrets.token_hex(8)}")
 
 
-def end_for_all(sock: socket.socket) -> None:
-    """Ends a connection for all who hold it, or has a listening socket refuse, who waits there included."""
+def end_for_all(sock: socket.socket) -> bool:
+    """Ends a connection for all who hold it, or has a listening socket refuse, who waits there included.
+    Whether it was one that listened.
+
+    Descriptors that were passed there and that nobody has taken are closed: what is kept may stay for long.
+    """
+    listens = sock.family != socket.AF_UNIX and _listens(sock)
     with contextlib.suppress(OSError):
         sock.shutdown(socket.SHUT_RDWR)
-    with contextlib.suppress(OSError):
-        if sock.getsockopt(socket.SOL_SOCKET, socket.SO_ACCEPTCONN):
+    if sock.family != socket.AF_UNIX:
+        return listens
+    try:  # nothing comes any more to what was shut down, so this ends
+        while sock.recv(_UNREAD, socket.MSG_DONTWAIT):
+            pass
+    except OSError:
+        listens = _listens(sock)
+        with contextlib.suppress(OSError):
             sock.setblocking(False)
-            while True:
+            while listens:
                 sock.accept()[0].close()
+    return listens
+
+
+def _listens(sock: socket.socket) -> bool:
+    with contextlib.suppress(OSError):
+        return bool(sock.getsockopt(socket.SOL_SOCKET, socket.SO_ACCEPTCONN))
+    return False
 
 
 def cookie_of(sock: socket.socket) -> bytes:
@@ -54,10 +75,25 @@ def cookie_of(sock: socket.socket) -> bytes:
 
 def passed_descriptor(ancillary: list[tuple[int, int, bytes]]) -> int:
     """The descriptor in what recvmsg returned, or -1."""
-    for level, kind, data in ancillary:
-        if (level, kind) == (socket.SOL_SOCKET, socket.SCM_RIGHTS) and len(data) >= 4:
-            return int.from_bytes(data[:4], sys.byteorder, signed=True)
-    return -1
+    return next(iter(descriptors_in(ancillary)), -1)
+
+
+class Stored:
+    """What the service manager has kept for us."""
+
+    def take(self, identity: Identity) -> socket.socket | None:
+        """A duplicate of one; None where it is not there."""
+        sock = stored(identity.name)
+        return _checked(sock, identity) if sock is not None else None
+
+
+def _checked(sock: socket.socket, identity: Identity) -> socket.socket | None:
+    with contextlib.suppress(OSError):
+        if cookie_of(sock) == identity.cookie:
+            sock.setblocking(False)
+            return sock
+    sock.close()
+    return None
 
 
 class Held:
@@ -78,12 +114,7 @@ class Held:
             if isinstance(error, PermissionError):
                 raise
             return None  # closed meanwhile
-        with contextlib.suppress(OSError):
-            if cookie_of(sock) == identity.cookie:
-                sock.setblocking(False)
-                return sock
-        sock.close()
-        return None
+        return _checked(sock, identity)
 
 
 @contextmanager

@@ -5,19 +5,31 @@ from __future__ import annotations
 import contextlib
 import logging
 import socket
-from collections.abc import Collection
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 import msgspec
 
 from refault.daemon.host.errors import OperatorError
-from refault.daemon.kept.journal import left
+from refault.daemon.host.fd_store import FdStore
+from refault.daemon.host.handed import claim_stored, spare_stored, stored, unclaimed
+from refault.daemon.kept.journal import forget_unfinished, left, remove
 from refault.daemon.kept.left import About, Left, Listening, OtherVersionError, decode
 from refault.daemon.kept.lot import Lot
-from refault.daemon.kept.sockets import ONE_FD, Held, cookie_of, end_for_all, held, passed_descriptor
-from refault.daemon.kernel.process import process_started
-from refault.qmp.journal import TornError, before, read
+from refault.daemon.kept.sockets import (
+    ONE_FD,
+    Held,
+    Stored,
+    cookie_of,
+    end_for_all,
+    held,
+    passed_descriptor,
+)
+from refault.daemon.kernel.polled import hung_up
+from refault.daemon.kernel.process import hidden, process_started
+from refault.daemon.kernel.unix_diag import exists
+from refault.qmp.journal import Record, TornError, before, read
 from refault.qmp.multiplexer import Multiplexer
 from refault.qmp.replay import Replay
 
@@ -41,6 +53,8 @@ class Taken:
     spent: list[int]
     """Those of them that QEMU has got."""
     lots: list[Lot]
+    came: list[tuple[socket.socket, str]]
+    """Clients that were accepted and not served yet, and where they came, as that was asked for."""
     of_nobody: int
     """How many are kept that are of clients that have left, or of listeners that are wanted no more."""
 
@@ -48,26 +62,28 @@ class Taken:
 def take(name: str, path: Path, core: Multiplexer, wanted: Collection[str]) -> Taken | None:
     """Makes `core`, a new one, what that of the last refault was; None where it has left nothing, or nothing
     that can be gone on with: then what it had has been ended, and `core` is of no use if it has a greeting.
-    `wanted`: addresses to listen at."""
+    `wanted`: addresses to listen at. Raises OperatorError where QEMU holds it all and nobody may look."""
+    forget_unfinished(path)
     try:
         data = left(path)
         if data is None:
             return None
-        journal = read(data)
-        was = decode(journal.before, records=bool(journal.records))
-        if process_started(was.pid) != was.started:
-            path.unlink()
+        was, records = read_whole(data)
+        if _has_ended(was):
+            remove(path)
             return None
-        with held(was.pid, was.started) as holder:
-            replay = Replay(core)
-            replay.peeked.update({number: each.peeked for number, each in was.clients.items() if each.peeked})
-            replay.run(was.core, journal.records)
+        if (told := _out_of_reach(was)) is not None:
+            raise OperatorError(f"{told}, or free that QEMU as root: refault release {name}")
+        with _holder(was) as holder:
+            replay = replayed(was, records, core)
             with contextlib.ExitStack() as undo:
                 found = _found(name, was, holder, core, replay, wanted, undo)
                 undo.pop_all()
                 return found
+    except OperatorError:
+        raise
     except (OSError, TornError, OtherVersionError, msgspec.MsgspecError) as error:
-        why = error.strerror or str(error) if isinstance(error, OSError) else str(error)
+        why = _why(error)
     except Exception:  # whatever it is, this VM is to be served
         log.exception("%s: internal error in what the last refault has left", name)
         why = "internal error"
@@ -79,13 +95,32 @@ def take(name: str, path: Path, core: Multiplexer, wanted: Collection[str]) -> T
     return None
 
 
+def read_whole(data: bytes) -> tuple[Left, list[Record]]:
+    """Of a journal. Raises TornError, OtherVersionError, msgspec.MsgspecError."""
+    journal = read(data)
+    return decode(journal.before, records=bool(journal.records)), journal.records
+
+
+def replayed(was: Left, records: Sequence[Record], core: Multiplexer) -> Replay:
+    """Makes `core`, a new one, what the last refault's was. Raises TornError."""
+    replay = Replay(core)
+    replay.peeked.update({number: each.peeked for number, each in was.clients.items() if each.peeked})
+    replay.run(was.core, records)
+    return replay
+
+
+def _holder(was: Left) -> contextlib.AbstractContextManager[Held | Stored]:
+    """Of what was left. Raises OSError, also where that has ended."""
+    return contextlib.nullcontext(Stored()) if was.stored else held(was.pid, was.started)
+
+
 def free(path: Path) -> None:
-    """Ends what QEMU holds by a journal, which stays where that is nothing: QEMU may yet come to read what it
-    was told to hold. Raises OperatorError."""
+    """Ends what QEMU holds by a journal, and removes that, unless QEMU may yet come to hold it. Raises
+    OperatorError."""
     was = _read(path)
     try:
-        if _end_held(was) > 0 or process_started(was.pid) != was.started:
-            path.unlink()
+        if _end_held(was) > 0 or not _may_come_to_hold(was):
+            remove(path)
     except OSError as error:
         raise _not_freed(was, error) from error
 
@@ -93,7 +128,7 @@ def free(path: Path) -> None:
 def _found(
     name: str,
     was: Left,
-    holder: Held,
+    holder: Held | Stored,
     core: Multiplexer,
     replay: Replay,
     wanted: Collection[str],
@@ -129,6 +164,11 @@ def _found(
     for listening in was.fronts:
         if listening.key in wanted and all(cookie in kept for cookie in listening.cookies):
             fronts[listening.key] = listening, tuple(kept.pop(cookie) for cookie in listening.cookies)
+    joined = {known.cookie for known in about.values()}
+    came: list[tuple[socket.socket, str]] = []
+    for cookie, address in {**was.came, **replay.came}.items():
+        if cookie in kept and cookie not in joined and address in wanted and not hung_up(kept[cookie]):
+            came.append((kept.pop(cookie), address))
     of_nobody = len(kept)
     for sock in kept.values():
         with sock:
@@ -143,7 +183,7 @@ def _found(
         if replay.lost_descriptors
         else "",
     )
-    return Taken(was, upstream, clients, fronts, peeked, list(spent.values()), lots, of_nobody)
+    return Taken(was, upstream, clients, fronts, peeked, list(spent.values()), lots, came, of_nobody)
 
 
 def _peek(sock: socket.socket, count: int) -> int:
@@ -162,13 +202,35 @@ def why_anothers(path: Path, qemu: str) -> str | None:
         was = _read(path)
     except OperatorError:
         return None
-    if was.qemu == qemu or process_started(was.pid) != was.started:
+    if was.qemu == qemu:
+        return None
+    if was.stored:
+        if not _is_stored(was):
+            with contextlib.suppress(OperatorError):
+                free(path)
+            return None
+        spare_stored(was.held)
+        return (
+            f"{path} is of a QEMU at {was.qemu}, which still runs, and whose clients wait for a refault: the"
+            " end of this one will disconnect clients. Give this VM another --name or --state-dir, or stop"
+            " this refault for good and free that QEMU: systemctl stop"
+        )
+    if _has_ended(was):
         return None
     return (
         f"{path} is of QEMU process {was.pid} at {was.qemu}, which still runs, and whose clients wait for a"
         " refault: the end of this one will disconnect clients. Give this VM another --name or --state-dir,"
         f" or stop this refault and free that QEMU: refault release {was.pid}"
     )
+
+
+def _is_stored(was: Left) -> bool:
+    """Whether the service manager has kept its monitor's connection, at whose other end somebody is yet."""
+    sock = Stored().take(was.upstream)
+    if sock is None:
+        return False
+    with sock:
+        return not hung_up(sock)
 
 
 def holder_of(path: Path) -> int | None:
@@ -181,14 +243,54 @@ def holder_of(path: Path) -> int | None:
 
 def release(path: Path) -> tuple[int, int]:
     """Ends all that QEMU holds by a journal, and removes that; the process, and how many there were. Raises
-    OperatorError. Nobody else may use the journal meanwhile."""
+    OperatorError, also where QEMU is yet to read what it was told to hold. Nobody else may use the journal
+    meanwhile."""
     was = _read(path)
     try:
+        if was.stored and exists(was.upstream.inode, was.upstream.cookie):
+            raise OperatorError(
+                "the service manager holds these connections, and lets go of them when its unit is stopped:"
+                " systemctl stop"
+            )
         ended = _end_held(was)
-        path.unlink()
+        if ended == 0 and _may_come_to_hold(was):
+            raise OperatorError(
+                f"QEMU, process {was.pid}, has not read yet what it was told to hold, and will hold it then:"
+                " its main thread is busy or stopped; try again when its monitor answers"
+            )
+        remove(path)
     except OSError as error:
         raise _not_freed(was, error) from error
     return was.pid, ended
+
+
+def _has_ended(was: Left) -> bool:
+    """Whether the QEMU that holds it is gone, and with it all that it held."""
+    return not was.stored and process_started(was.pid) != was.started and _out_of_reach(was) is None
+
+
+def _out_of_reach(was: Left) -> str | None:
+    """Why nothing can be had of it, though QEMU holds it: nobody may look at QEMU's process; None else."""
+    if was.stored or not hidden(was.pid):
+        return None
+    with contextlib.suppress(OSError):
+        if exists(was.upstream.inode, was.upstream.cookie):
+            return (
+                f"QEMU, process {was.pid}, holds its monitor and its clients for the next refault, and this"
+                " one may not look at that process: give it CAP_SYS_PTRACE, or QEMU's user"
+            )
+    return None
+
+
+def _may_come_to_hold(was: Left) -> bool:
+    """Whether the connection of its monitor is still somewhere, though QEMU does not hold it: it was passed,
+    and QEMU has not read that."""
+    if was.stored or _has_ended(was):
+        return False
+    try:
+        return exists(was.upstream.inode, was.upstream.cookie)
+    except OSError:  # the kernel does not tell
+        return True
 
 
 def _not_freed(was: Left, error: OSError) -> OperatorError:
@@ -196,11 +298,43 @@ def _not_freed(was: Left, error: OSError) -> OperatorError:
 
 
 def _end_held(was: Left) -> int:
-    """Raises OSError."""
-    if process_started(was.pid) != was.started:
+    """Raises OSError, and OperatorError where nobody may look."""
+    if was.stored:
+        ended = _end_all(was, Stored())
+        forget_stored(was.held)
+        return ended
+    if _has_ended(was):
         return 0
+    if (told := _out_of_reach(was)) is not None:
+        raise OperatorError(told)
     with held(was.pid, was.started) as holder:
         return _end_all(was, holder)
+
+
+def forget_stored(names: Sequence[str]) -> None:
+    """They are over: the service manager keeps them no more."""
+    claim_stored(names)
+    store = FdStore()
+    if store.offered:
+        for name in names:
+            with contextlib.suppress(OSError):
+                store.remove(name)
+
+
+def end_unclaimed() -> int:
+    """Ends what the service manager has kept and nobody has come for; how many connections and listeners."""
+    ended = 0
+    names = unclaimed()
+    for name in names:
+        if (sock := stored(name)) is not None:
+            with sock:
+                if sock.type == socket.SOCK_SEQPACKET:
+                    ended += Lot((sock, sock)).end()
+                else:
+                    end_for_all(sock)
+                    ended += 1
+    forget_stored(names)
+    return ended
 
 
 def _read(path: Path) -> Left:
@@ -210,42 +344,57 @@ def _read(path: Path) -> Left:
             raise OperatorError(f"{path} is not there any more")
         was = decode(before(data), records=False)
     except (OSError, TornError, OtherVersionError, msgspec.MsgspecError) as error:
-        raise OperatorError(f"{path} cannot be read: {error}") from error
+        raise OperatorError(f"{path} cannot be read: {_why(error)}") from error
     return was
 
 
-def _end_all(was: Left, holder: Held) -> int:
+def _why(error: Exception) -> str:
+    """Without the path, which is told already."""
+    return error.strerror or str(error) if isinstance(error, OSError) else str(error)
+
+
+def _end_all(was: Left, holder: Held | Stored) -> int:
     """Raises OSError."""
-    kept: dict[bytes | None, socket.socket] = {}
-    with contextlib.suppress(TornError):
-        lots, kept = _kept(was, holder)
-        for sock in kept.values():
-            with sock:
-                end_for_all(sock)
+    ended = 0
+    with contextlib.suppress(TornError), contextlib.ExitStack() as stack:
+        lots = _lots(was, holder)
         for lot in lots:
-            lot.empty()
-            lot.close()
+            stack.callback(lot.close)
+        for lot in lots:
+            ended += lot.end()
     upstream = holder.take(was.upstream)
     if upstream is None:
         return 0
     with upstream:
         end_for_all(upstream)
-    return 1 + len(kept)
+    return 1 + ended
 
 
-def _kept(was: Left, holder: Held) -> tuple[list[Lot], dict[bytes | None, socket.socket]]:
-    """Where connections are kept, and each of them by its cookie. Raises TornError where they are not."""
+def _kept(was: Left, holder: Held | Stored) -> tuple[list[Lot], dict[bytes | None, socket.socket]]:
+    """Where connections are kept, and each of them by its cookie. Raises TornError where they are not, and
+    OSError."""
+    lots = _lots(was, holder)
+    kept: dict[bytes | None, socket.socket] = {}
+    with contextlib.ExitStack() as undo:
+        for lot in lots:
+            undo.callback(lot.close)
+        for lot in lots:
+            for sock in lot.look():
+                sock.setblocking(False)
+                if kept.setdefault(cookie_of(sock), sock) is not sock:
+                    sock.close()
+                else:
+                    undo.callback(sock.close)
+        undo.pop_all()
+    return lots, kept
+
+
+def _lots(was: Left, holder: Held | Stored) -> list[Lot]:
+    """Raises TornError where QEMU does not hold them."""
     ends = [holder.take(identity) for identity in was.lots]
     there = [end for end in ends if end is not None]
     if len(there) < len(ends) or len(ends) % 2:
         for end in there:
             end.close()
         raise TornError("QEMU does not hold what connections are kept in")
-    lots = [Lot(there[at : at + 2]) for at in range(0, len(there), 2)]
-    kept: dict[bytes | None, socket.socket] = {}
-    for lot in lots:
-        for sock in lot.look():
-            sock.setblocking(False)
-            if kept.setdefault(cookie_of(sock), sock) is not sock:
-                sock.close()
-    return lots, kept
+    return [Lot(there[at : at + 2]) for at in range(0, len(there), 2)]

@@ -73,15 +73,19 @@ class Course:
         """Of a destination: whether it is known not to switch to postcopy."""
         self.kept_before: tuple[str, ...] = ()
         """The names of our ends that QEMU holds since an earlier refault."""
+        self.leg_before: tuple[int, bytes] | None = None
+        """By which the one is found that is the leg of a channel that goes on (near/handed_leg.py)."""
         self.stopped_by_switchover = False
         """Whether the guest ran until QEMU before 10.0 stopped it for postcopy; it does not run it again."""
         self.guest_stopped = False
         """Whether a source's guest has been stopped since it began, by QEMU for the switchover or by a
         client."""
         self.return_path = False
-        """Whether a source's next channel has one from its beginning."""
+        """Whether the next channel has one from its beginning, by what QEMU at this end has switched on."""
         self.client_pauses = False
         """Whether a client's `migrate-pause` is on its way: the loss that comes is what it asks for."""
+        self.session: bytes | None = None
+        """The id of the last session that a channel of it became."""
         self.gone = False
         """Whether its QEMU has ended: nothing of it is told any more."""
         self._drive: Callable[[tuple[Action, ...]], None] = lambda _: None
@@ -98,6 +102,11 @@ class Course:
     def under_way(self) -> bool:
         """Whether it was accepted and has not ended."""
         return self.policy.state not in (State.IDLE, State.ENDED)
+
+    @property
+    def had_session(self) -> bool:
+        """Whether a channel of it became a session, here or with an earlier refault."""
+        return self.session is not None or self.leg_before is not None
 
     @property
     def kept_until_loaded(self) -> bool:
@@ -172,12 +181,44 @@ class Course:
 
     # ---- what it is ----
 
-    def meets(self, *, postcopy: bool, kept: tuple[str, ...], further: tuple[Endpoint, ...]) -> None:
+    def meets(
+        self,
+        *,
+        postcopy: bool,
+        kept: tuple[str, ...],
+        further: tuple[Endpoint, ...],
+        session: bytes | None,
+        leg: tuple[int, bytes] | None,
+    ) -> None:
         """What an earlier refault wrote of it."""
+        self.leg_before = leg
         self.postcopy_began = postcopy
+        self.session = session
         self.kept_before = kept
         for endpoint in further:
             self.addresses.add(endpoint)
+
+    def goes_on(
+        self,
+        *,
+        session: bytes,
+        guest_stopped: bool,
+        stopped_by_switchover: bool,
+        never_postcopy: bool,
+        laid: tuple[str, ...],
+    ) -> None:
+        """What an earlier refault knew of a channel that it left to this one."""
+        self.session = session
+        self.kept_before += laid
+        self.guest_stopped = guest_stopped
+        self.stopped_by_switchover = stopped_by_switchover
+        self.never_postcopy = never_postcopy
+
+    def kept_no_more(self) -> None:
+        """QEMU has been told to let go of our ends that it held since an earlier refault."""
+        self.kept_before = ()
+        self.leg_before = None
+        self.remember()
 
     def has(self, lanes: Lanes) -> None:
         """The lanes that its channels have."""
@@ -205,6 +246,16 @@ class Course:
     def joined(self) -> None:
         """It is."""
         self.channel += 1
+
+    def session_began(self, session: bytes) -> None:
+        """Its channel has become a session of that id."""
+        self.session = session
+        self.counters.session_began()
+        self.remember()
+
+    def session_resumed(self, seconds: float) -> None:
+        """It goes on with another connection, so long after the loss of the last."""
+        self.counters.session_resumed(seconds)
 
     def qemu_ended(self) -> None:
         """Nobody is left to recover it."""

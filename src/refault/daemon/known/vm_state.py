@@ -14,13 +14,15 @@ import trio
 from refault.daemon.host import subjects
 from refault.daemon.host.paths import short_name
 from refault.daemon.kernel.peer import Peer
-from refault.daemon.kernel.process import process_started
+from refault.daemon.kernel.process import still_runs
 from refault.daemon.known.counters import Counters
+from refault.daemon.known.owed import Owed
 from refault.daemon.known.patience import Patience
 from refault.daemon.monitor.monitor import MonitorLost, QmpError, words
 from refault.daemon.near.local import give_back, has_ended
 from refault.daemon.near.local_unix import PATH_BYTES, PrivateSockets
 from refault.daemon.near.reach import comes, takes_descriptor
+from refault.daemon.record.owed_file import OwedFile
 from refault.daemon.record.state_file import MigrationRecord, StateFile
 from refault.migration.endpoint import Endpoint, parse_uri
 from refault.migration.phase import Role
@@ -64,14 +66,17 @@ class VmState:
         self.monitor = monitor
         self.counters = Counters()
         self.state_file = state_file
+        self.owed = Owed(name, lambda: self.monitor, OwedFile(state_file, name), self.start_soon)
         self.qemu_pid: int | None = None
         """The process behind the monitor, also while the monitor is lost; None where it is not known."""
         self.qemu_threads: tuple[int, ...] = ()
         """The threads of its vCPUs, as it was last asked; none where the process is known."""
         self.qemu_started: int | None = None
-        """Since when it runs (kernel/process.py), for pids are used again."""
+        """Since when it runs (kernel/process.py), for pids are used again; None where that is not told."""
         self.encrypted = False
         """Whether QEMU's channels speak TLS, as it was last asked."""
+        self.nameless = False
+        """Whether they do and the client has told it no name of the other host, as it was last asked."""
         self.set_options(
             relay_allowed=relay_allowed,
             recover_uris=recover_uris,
@@ -117,7 +122,10 @@ class VmState:
 
     def met(self, pid: int | None, started: int | None) -> None:
         """A QEMU was connected to."""
+        if started is None and pid == self.qemu_pid:
+            started = self.qemu_started
         self.qemu_pid, self.qemu_started = pid, started
+        self.owed.met(pid, started)
 
     @property
     def version(self) -> tuple[int, int, int]:
@@ -129,7 +137,7 @@ class VmState:
         """Whether QEMU may still look at what it was given."""
         if self.monitor.qemu is not None:
             return True
-        return self.qemu_started is not None and process_started(self.qemu_pid) == self.qemu_started
+        return still_runs(self.qemu_pid, self.qemu_started)
 
     async def query(self, command: str) -> Mapping[str, object]:
         """One of refault's own in-band queries; the empty mapping where QEMU does not answer with one."""
@@ -155,9 +163,12 @@ class VmState:
         return replies[first], replies[second]
 
     async def ask_encrypted(self) -> Mapping[str, object]:
-        """QEMU's migration parameters, of which `encrypted` is noted."""
+        """QEMU's migration parameters as clients see them, of which `encrypted` and `nameless` are noted."""
         parameters = await self.query("query-migrate-parameters")
+        if parameters.get("tls-hostname") == self.owed.tls_hostname:
+            parameters = {**parameters, "tls-hostname": ""}
         self.encrypted = bool(parameters.get("tls-creds"))
+        self.nameless = self.encrypted and not parameters.get("tls-hostname")
         return parameters
 
     async def ask_settings(self) -> tuple[frozenset[str], Mapping[str, object]]:
@@ -165,17 +176,20 @@ class VmState:
         capabilities = await self.monitor.execute("query-migrate-capabilities", timeout=QUERY_TIMEOUT)
         return enabled_capabilities(capabilities), await self.ask_encrypted()
 
-    async def judge(self, endpoint: Endpoint | None, role: Role) -> tuple[str | None, Lanes]:
+    async def judge(
+        self, endpoint: Endpoint | None, role: Role, *, given: bool = False
+    ) -> tuple[str | None, Lanes]:
         """Why the relay cannot carry a migration to `endpoint`, None where it can; and the lanes that it has.
+        `given`: over a connection that the client has made.
 
         Warns of what QEMU could not recover. Raises MonitorLost.
         """
         try:
-            return await self._judge(endpoint, role)
+            return await self._judge(endpoint, role, given)
         except (QmpError, trio.TooSlowError) as error:
             return f"what QEMU would do with it could not be asked: {words(error)}", NO_LANES
 
-    async def _judge(self, endpoint: Endpoint | None, role: Role) -> tuple[str | None, Lanes]:
+    async def _judge(self, endpoint: Endpoint | None, role: Role, given: bool) -> tuple[str | None, Lanes]:
         capabilities = enabled_capabilities(
             await self.monitor.execute("query-migrate-capabilities", timeout=QUERY_TIMEOUT)
         )
@@ -190,11 +204,20 @@ class VmState:
         info = self.monitor.qemu
         seen = info is not None and info.pid is not None
         reason = why_not(
-            endpoint, capabilities, parameters, role=role, version=self.version, process_is_seen=seen
+            endpoint,
+            capabilities,
+            parameters,
+            role=role,
+            version=self.version,
+            process_is_seen=seen,
+            given=given,
         )
-        if reason is None and not await self.takes_descriptors():
-            reason = NO_DESCRIPTORS
-            log.warning("%s: %s: a loss is recovered over QMP alone, by its address", self.name, reason)
+        try:
+            if reason is None and not await self.takes_descriptors():
+                reason = NO_DESCRIPTORS
+                log.warning("%s: %s: a loss is recovered over QMP alone, by its address", self.name, reason)
+        except OSError as error:
+            reason = f"no descriptor could be made: {error}"
         return reason, lanes_of(capabilities, parameters)
 
     async def ask_lanes(self) -> Lanes:
@@ -202,7 +225,8 @@ class VmState:
         return lanes_of(*await self.ask_settings())
 
     async def takes_descriptors(self) -> bool:
-        """Whether descriptors that are passed to QEMU reach it. Raises MonitorLost and trio.TooSlowError."""
+        """Whether descriptors that are passed to QEMU reach it. Raises OSError where there is none to pass,
+        MonitorLost and trio.TooSlowError."""
         return await self._reaches("descriptors", lambda: takes_descriptor(self.monitor))
 
     async def comes_to_sockets(self) -> bool:
@@ -231,7 +255,10 @@ class VmState:
         """What the state file says of a migration of this QEMU."""
         await self.ask_threads()
         info = self.monitor.qemu
-        return self.state_file.load(info.pid if info else None, self.qemu_threads)
+        record = self.state_file.load(info.pid if info else None, self.qemu_threads)
+        if record is not None:  # one of the two may not have been told, and page requests go by what is here
+            self.qemu_started = record.qemu_started
+        return record
 
     async def ask_threads(self) -> None:
         """Has QEMU name the threads of its vCPUs, where nothing else tells its process from another."""

@@ -15,6 +15,7 @@ import socket
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 
+from refault.daemon.host.errors import must_be_one_line
 from refault.daemon.host.paths import SUN_PATH
 from refault.daemon.monitor.address import Address
 from refault.qmp.access import Callers, Rule, denied
@@ -209,8 +210,7 @@ def _access(options: _Options, address: Address, *, listener: bool) -> Address:
 
 
 def _parse(text: str, server: bool) -> Address:
-    if "\0" in text:
-        raise ValueError("a path has no zero bytes")
+    must_be_one_line(text)
     if text.startswith("tcp:"):
         host, port, rest = _tcp(text.removeprefix("tcp:"))
         options = _Options(rest, None)

@@ -16,9 +16,12 @@ from functools import partial
 import msgspec
 import trio
 
+from refault.daemon.host.descriptors import why_few
 from refault.daemon.host.repeats import repeats
+from refault.daemon.host.turns import Turns
 from refault.daemon.kept.left import About
 from refault.daemon.kept.recorder import TAKEN_WITHIN, Recorder
+from refault.daemon.kernel.polled import hung_up
 from refault.daemon.monitor.address import Address
 from refault.daemon.monitor.audit import Recorded
 from refault.daemon.monitor.caller import caller_of, may_speak
@@ -27,8 +30,7 @@ from refault.daemon.monitor.first_client import FirstClient
 from refault.daemon.monitor.front import Front
 from refault.daemon.monitor.keeper import Keeper
 from refault.daemon.monitor.presence import Presence, Qemu
-from refault.daemon.monitor.turns import Turns
-from refault.daemon.monitor.wire import Wire, hung_up
+from refault.daemon.monitor.wire import Wire
 from refault.qmp.journal import Kind
 from refault.qmp.multiplexer import Multiplexer
 from refault.qmp.replay import Joined
@@ -77,11 +79,17 @@ class Clients:
         self._seek_keeper = seek_keeper
         self._taken: list[tuple[Client, Wire, Address]] = []
         """Those of an earlier refault."""
+        self._came: list[tuple[Address, socket.socket]] = []
+        """Those that it had accepted and not served."""
         self._of: dict[int, Address] = {}
         self._early: dict[Client, bool] = {}
         """Who has not been greeted, and whether he came where wait=on is."""
         self._paused: set[Client] = set()
         self._recorded: dict[Client, Recorded] = {}
+        self._late: dict[Client, int] = {}
+        """Who is yet to be sent bytes that are written down and may be a secret, and how many."""
+        self.late_sent = False
+        """Set when such bytes were sent, or are not to be."""
         self._turns = Turns(name)
         self._nursery: trio.Nursery
 
@@ -98,6 +106,9 @@ class Clients:
             for each in taken:
                 if each[2] not in managers:
                     nursery.start_soon(self._go_on, *each)
+            came, self._came = self._came, []
+            for address, sock in came:
+                nursery.start_soon(self._take_again, address, sock)
             task_status.started()
             await self._turn_away()
 
@@ -108,10 +119,18 @@ class Clients:
         self._of[client.number] = address
         if address.rule.audit:
             self._recorded[client] = Recorded(self._name, address, caller_of(sock))
+        if client.unsent > 0:
+            self._late[client] = client.unsent
         self._taken.append((client, wire, address))
+
+    def comes_again(self, sock: socket.socket, address: Address) -> None:
+        """Serves, in `run`, a client that an earlier refault had accepted."""
+        self._came.append((address, sock))
 
     def close_taken(self) -> None:
         """There will be no `run`: another refault is to go on."""
+        for _, sock in self._came:
+            sock.close()
         for _, wire, _ in self._taken:
             wire.sock.close()
 
@@ -120,10 +139,14 @@ class Clients:
         for client in self._core.clients.values():
             _wire(client).broken = True
 
-    def unsent(self, client: Client) -> list[memoryview]:
+    def unsent(self, client: Client) -> list[bytes | memoryview]:
         """What was taken from its `out` and is not sent yet."""
         wire = client.transport
         return [data for data, _ in wire.backlog] if isinstance(wire, Wire) else []
+
+    def forget_when_sent(self) -> None:
+        """What clients have not been sent yet may be a secret that is written down: see `late_sent`."""
+        self._late = {client: client.unsent for client in self._core.clients.values() if client.unsent > 0}
 
     def connections(self) -> dict[int, tuple[socket.socket, Address]]:
         """Those that are served, by their numbers."""
@@ -151,6 +174,7 @@ class Clients:
             address,
             partial(self._take, address),
             when if address.fd is not None else None,
+            why_not=why_few,
             bound=self._new_sockets,
             end=self._keeper.end,
         )
@@ -162,7 +186,8 @@ class Clients:
     def flush(self) -> None:
         """Sends what goes at once of what the core has for clients; the rest waits for tasks."""
         core = self._core
-        dirty, core.dirty = core.dirty, []
+        dirty = core.dirty.copy()
+        core.dirty.clear()
         for client in dirty:
             self._flush(client)
 
@@ -193,9 +218,9 @@ class Clients:
             data = out[0] if len(out) == 1 else b"".join(out)
             out.clear()
             waiting = bool(wire.backlog)
-            wire.backlog.append((memoryview(data), -1))
+            wire.backlog.append((data, -1))
             if not waiting:
-                client.unsent -= wire.flush()
+                self._send(client, wire)
                 if wire.backlog:
                     self._nursery.start_soon(self._drain, client, wire)
         if client.closing:
@@ -204,17 +229,28 @@ class Clients:
             elif wire.scope.deadline == math.inf:
                 wire.scope.deadline = trio.current_time() + _CLOSE_TIMEOUT
 
+    def _send(self, client: Client, wire: Wire) -> None:
+        sent = wire.flush()
+        client.unsent -= sent
+        if client in self._late:
+            self._late[client] -= sent
+            if self._late[client] <= 0:
+                del self._late[client]
+                self.late_sent = True
+
     async def _drain(self, client: Client, wire: Wire) -> None:
         while wire.backlog and not wire.broken:
             if not await wire.writable():
                 return
-            client.unsent -= wire.flush()
+            self._send(client, wire)
         self._core.dirty.append(client)
         self._flush_all()
 
     async def _take(self, address: Address, sock: socket.socket) -> None:
+        self._keeper.comes(sock, str(address))
         await self._turns.come()
         if not self._may_speak(address, sock):
+            self._keeper.end(sock)
             sock.close()
             return
         if self._qemu_has_ended():  # who comes now comes for the next one
@@ -225,6 +261,14 @@ class Clients:
         self._nursery.start_soon(self._serve, prepare(sock), address)
         if address.wait:
             self._first_client.came(address)
+
+    async def _take_again(self, address: Address, sock: socket.socket) -> None:
+        try:
+            await self._take(address, sock)
+        except BaseException:
+            self._keeper.end(sock)
+            sock.close()
+            raise
 
     def _may_speak(self, address: Address, sock: socket.socket) -> bool:
         if may_speak(sock, address.callers):
@@ -288,25 +332,32 @@ class Clients:
     async def _serve(self, sock: socket.socket, address: Address) -> None:
         """One client's connection, from greeting to close."""
         with sock, trio.CancelScope() as scope:
-            if not self._core.greeting and not self._may_stay(waits=address.wait):
-                return
-            if len(self._core.clients) >= self._limits.clients:
-                log.warning(
-                    "%s: a client more than the %d allowed is refused",
-                    self._name,
-                    self._limits.clients,
-                    extra=repeats((self._name, "clients"), self._limits.clients),
-                )
-                return
-            await self._keeper.settled()
-            client, wire = self._join(sock, scope, address)
-            await self._serve_client(client, wire)
+            try:
+                if self._may_join(address):
+                    await self._keeper.settled()
+                    client, wire = self._join(sock, scope, address)
+                    await self._serve_client(client, wire)
+            finally:
+                self._keeper.end(sock)
+
+    def _may_join(self, address: Address) -> bool:
+        if not self._core.greeting and not self._may_stay(waits=address.wait):
+            return False
+        if len(self._core.clients) >= self._limits.clients:
+            log.warning(
+                "%s: a client more than the %d allowed is refused",
+                self._name,
+                self._limits.clients,
+                extra=repeats((self._name, "clients"), self._limits.clients),
+            )
+            return False
+        return True
 
     def _join(self, sock: socket.socket, scope: trio.CancelScope, address: Address) -> tuple[Client, Wire]:
         """A client of the core. Once it is greeted its connection outlives us, if it can."""
         core, rule = self._core, address.rule
         wire = Wire(sock, scope, self._recorder, core.last_client + 1)
-        cookie = self._keeper.hold(sock)
+        cookie = self._keeper.joins(sock)
         if self._recorder.on:
             about = msgspec.Raw(msgspec.msgpack.encode(About(str(address), cookie)))
             joined = Joined(rule.read_only, sorted(rule.deny), rule.audit, about, rule.hide_pause)
@@ -349,6 +400,7 @@ class Clients:
         self._core.leave(client)
         self._of.pop(client.number, None)
         self._recorded.pop(client, None)
+        self.late_sent |= self._late.pop(client, None) is not None
         trio.lowlevel.notify_closing(wire.sock)
         self._keeper.end(wire.sock)
         self._flush_all()
@@ -371,6 +423,10 @@ class Clients:
             else:
                 await trio.lowlevel.wait_readable(sock)
                 size = _READ if splitter.held < _READ else _READ_MORE
+                if client.greeted and not core.ready and (size := _before_line_end(sock, size)) == 0:
+                    if not await self._until_resumable(client, wire):
+                        return
+                    continue
                 try:
                     data, fd = recorder.receive(sock, client.number, size, takes=takes)
                 except BlockingIOError:
@@ -410,6 +466,19 @@ class Clients:
                 return True
             if hung_up(wire.sock):
                 return False
+
+
+def _before_line_end(sock: socket.socket, size: int) -> int:
+    """How many of the bytes to read that are there, but for white space at their end.
+
+    A QEMU that takes no commands yet reads nothing behind its first (monitor/qmp.c, handle_qmp_command). One
+    that ends then, for it cannot start, leaves the end of that line unread, which is a reset to who sent it.
+    """
+    try:
+        data = sock.recv(size, socket.MSG_PEEK | socket.MSG_DONTWAIT)
+    except OSError:  # receiving it tells more
+        return size
+    return len(data.rstrip(b" \t\r\n")) if data else size
 
 
 def _wire(client: Client) -> Wire:

@@ -34,11 +34,13 @@ class Front:
         take: Callable[[socket.socket], Awaitable[None]],
         when: Callable[[], Awaitable[None]] | None = None,
         *,
+        why_not: Callable[[], str | None] = lambda: None,
         bound: Callable[[], None] = lambda: None,
         end: Callable[[socket.socket], None] = lambda _: None,
     ) -> None:
-        """`when`: who connects waits until this returns. `bound` is called when it has new sockets, `end` of
-        each of them before it is closed."""
+        """`when`: who connects waits until this returns, and while `why_not` says why. `bound` is called when
+        it has new sockets, `end` of each of them, and of a connection that `take` has not taken, before it is
+        closed."""
         self.key = str(address)
         """The address as it was asked for."""
         self.address = address
@@ -50,6 +52,7 @@ class Front:
         self._name = name
         self._take = take
         self._when = when
+        self._why_not = why_not
         self._handed_over = False
         self._tell_bound = bound
         self._end = end
@@ -161,11 +164,12 @@ class Front:
             if self._when is not None:
                 await trio.lowlevel.wait_readable(listening)
                 await self._when()
-            sock = await accepted(listening, self._tell_not_accepted)
+            sock = await accepted(listening, self._tell_not_accepted, why_not=self._why_not)
             try:
                 await self._take(sock)
             except BaseException:
-                sock.close()  # whoever waits there has an end
+                self._end(sock)  # whoever waits there has an end
+                sock.close()
                 raise
 
     def _tell_not_accepted(self, error: OSError) -> None:

@@ -7,11 +7,11 @@ and upstream.py the sockets.
 
 Watched commands: a handler gets a `WatchedCommand` and returns `Forward` (to QEMU, perhaps with other
 arguments) or `Answer` (in QEMU's place). It starts when all earlier in-band commands of that client have been
-sent; the client's later in-band commands wait until it has answered; nobody else waits, and an out-of-band
-command waits for nothing. It may call `execute`. A handler that raises is logged, and the command forwarded
-as it was. From the moment the handler starts the command counts as sent: it is forwarded even if its client
-leaves. If QEMU goes away, `execute` raises MonitorLost, what the handler returns is dropped, and `on_reply`
-is not called.
+sent; the client's later in-band commands wait until it has answered; nobody else waits. Of out-of-band
+commands those wait that the same client sent behind an out-of-band one, as at QEMU, and no others. It may
+call `execute`. A handler that raises is logged, and the command forwarded as it was. From the moment the
+handler starts the command counts as sent: it is forwarded even if its client leaves. If QEMU goes away,
+`execute` raises MonitorLost, what the handler returns is dropped, and `on_reply` is not called.
 
 Addresses: `qemu` with server=on means that QEMU dials us; one of `listen` with server=off that we dial the
 manager. With wait=on at one of `listen` QEMU is not connected to before a client has come there, unless
@@ -20,44 +20,34 @@ manager. With wait=on at one of `listen` QEMU is not connected to before a clien
 
 from __future__ import annotations
 
-import contextlib
 import inspect
 import logging
-import os
-import socket
+import math
 from collections.abc import Awaitable, Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 
 import msgspec
 import trio
 
-from refault import __version__
-from refault.daemon.host.errors import OperatorError
-from refault.daemon.host.repeats import repeats
-from refault.daemon.kept.left import FORMAT, About, Left, Listening, encode
 from refault.daemon.kept.recorder import Recorder
-from refault.daemon.kept.taken import free, take, why_anothers
 from refault.daemon.monitor.address import Address
 from refault.daemon.monitor.clients import Clients
+from refault.daemon.monitor.commands import Commands, Handler, MonitorLost, QmpError, WatchedCommand, words
 from refault.daemon.monitor.first_client import FirstClient
 from refault.daemon.monitor.front import Front
+from refault.daemon.monitor.inheritance import Inheritance, ending_with_us
 from refault.daemon.monitor.keeper import Keeper
-from refault.daemon.monitor.listener import Bound, ListenError
+from refault.daemon.monitor.listener import ListenError
 from refault.daemon.monitor.passed import Passed
 from refault.daemon.monitor.pauses import Pauses
 from refault.daemon.monitor.presence import Presence, Qemu
-from refault.daemon.monitor.socket_file import Access
 from refault.daemon.monitor.upstream import Upstream
 from refault.qmp.access import unknown
 from refault.qmp.commands import Answer, Forward
-from refault.qmp.decoding import decode_members
-from refault.qmp.journal import Kind
-from refault.qmp.multiplexer import Counters, Multiplexer
-from refault.qmp.replay import Called, Verdict
-from refault.qmp.saved import save
+from refault.qmp.delivery import Counters
+from refault.qmp.multiplexer import Multiplexer
 from refault.qmp.session import Limits, Request
-from refault.qmp.splitter import ERROR, VERB_MASK, Message
 
 __all__ = [
     "Address",
@@ -81,28 +71,6 @@ FIRST_LOOK = 1.0
 """Seconds after which the start is done though it is not known whether QEMU is there."""
 
 
-class QmpError(Exception):
-    """QEMU answered an own command with an error."""
-
-    def __init__(self, class_: str, desc: str) -> None:
-        super().__init__(f"{class_}: {desc}")
-        self.class_ = class_
-        self.desc = desc
-
-
-class MonitorLost(Exception):  # noqa: N818 - it is no error of the caller's
-    """There is no monitor, or it went away while an own command waited."""
-
-
-def words(error: BaseException) -> str:
-    """What `execute` or a connection failed with, as the operator reads it."""
-    if isinstance(error, trio.TooSlowError):
-        return "QEMU did not answer in time"
-    if isinstance(error, MonitorLost):
-        return "the monitor was lost"
-    return str(error)
-
-
 @dataclass(frozen=True)
 class QemuInfo:
     """The QEMU behind a monitor. `pid` and `uid` are its peer credentials, None on TCP; `version` is
@@ -115,20 +83,6 @@ class QemuInfo:
     version_triple: tuple[int, int, int]
     package: str
     oob: bool
-
-
-@dataclass(frozen=True)
-class WatchedCommand:
-    """A client's command that a handler is asked about. `raw_arguments`: None if the client sent none."""
-
-    name: str
-    oob: bool
-    arguments: Mapping[str, object]
-    raw_arguments: bytes | None
-    client: int
-
-
-Handler = Callable[[WatchedCommand], Awaitable[Forward | Answer]]
 
 
 class Monitor:
@@ -151,8 +105,6 @@ class Monitor:
         """`journal`: the file by which the next refault goes on where this one ends; None: it does not."""
         self.name = name
         self._journal = journal
-        self._anothers: str | None = None
-        """Why the journal is left alone."""
         self.qemu_address = qemu
         self.managers = [address for address in listen if not address.server]
         """Who is connected to, as a client."""
@@ -169,6 +121,7 @@ class Monitor:
         self._fronts_run: dict[Front, trio.CancelScope] = {}
         self._nursery: trio.Nursery
         self._running = self._has_run = False
+        self._forgets_later = False
         self._gone_on = gone_on
         """Whether a QEMU was connected to before."""
         self.presence = Presence()
@@ -185,14 +138,21 @@ class Monitor:
             on_ready=self._ready,
             audit=lambda request: self._clients.audit(request),
         )
-        self._recorder = Recorder(self.name, self._journal, self._before, self._not_recorded)
+        self._recorder = Recorder(
+            self.name,
+            self._journal,
+            lambda: self._inheritance.before(),
+            lambda: self._upstream.give_up_soon(),
+        )
+        self._commands = Commands(self.name, self._core, self._recorder, self._watch, self._flush)
         self._keeper = Keeper(
             self.name,
             self._core,
             self._recorder,
             flush=self._flush,
-            fronts=lambda: [sock for front in self._client_fronts for sock in _socks(front)],
+            fronts=lambda: [sock for front in self._client_fronts for sock in ending_with_us(front)],
             clients=lambda: [sock for sock, _ in self._clients.connections().values()],
+            borrows=lambda: any(front.address.fd is not None for front in self._client_fronts),
         )
         self._pauses = Pauses(
             self.name,
@@ -216,7 +176,7 @@ class Monitor:
             lambda: self._upstream.has_ended,
             self._recorder,
             self._keeper,
-            self._keep,
+            lambda: self._inheritance.keep(),
         )
         self._upstream = Upstream(
             self.name,
@@ -226,9 +186,21 @@ class Monitor:
             first_client,
             flush=self._flush,
             lost=self._lost,
-            unanswered=self._free_left,
+            unanswered=lambda: self._inheritance.free_left(),
             recorder=self._recorder,
             keeper=self._keeper,
+        )
+        self._inheritance = Inheritance(
+            self.name,
+            self.qemu_address,
+            self._journal,
+            self._core,
+            self._recorder,
+            self._keeper,
+            self._clients,
+            self._upstream,
+            fronts=lambda: self._client_fronts,
+            addresses=lambda: self._all_listen,
         )
         self.fronts = [self._clients.front(address) for address in listen]
         if self.qemu_address.server:
@@ -240,7 +212,7 @@ class Monitor:
         may = self._core.hiding.may
         # A port that was chosen stays the same.
         self._make([front.address for front in self.fronts[: len(self._listen)]])
-        self._core.counters, self._clients.total = counters, total
+        self._core.delivery.counters, self._clients.total = counters, total
         self._core.hiding.may = may
 
     @property
@@ -299,9 +271,9 @@ class Monitor:
         behind. Started when it is known whether QEMU is there, and if it is, clients can come.
         """
         try:
-            self._take_over()
+            self._inheritance.take_over(self.renew)
             for front in self.fronts:
-                await front.prepare(must=not self._has_run)
+                await self._prepare(front)
             async with trio.open_nursery() as nursery:
                 self._nursery = nursery
                 self._running = self._has_run = True
@@ -316,7 +288,7 @@ class Monitor:
                 task_status.started()
         finally:
             if self._upstream.taken is not None:  # nobody has gone on with it yet
-                self.hand_over()
+                self._inheritance.hand_over()
                 self._upstream.taken.close()
                 self._clients.close_taken()
             self._running = False
@@ -324,99 +296,14 @@ class Monitor:
             for front in self.fronts:
                 front.close()
 
-    # what outlives refault
-
-    def _before(self) -> bytes:
-        """All that is so far, for the journal."""
-        keeper, clients = self._keeper, self._clients
-        assert keeper.upstream is not None  # noqa: S101 - nothing is written down before
-        fronts = []
-        for front in self._client_fronts:
-            cookies = [keeper.cookie(sock) for sock in _socks(front)]
-            held = [cookie for cookie in cookies if cookie is not None]
-            if front.bound is not None and held and len(held) == len(cookies):
-                plain = front.bound.plain
-                access = (plain.mode, plain.uid, plain.gid, plain.acl) if plain is not None else None
-                port = front.bound.address.port
-                fronts.append(Listening(front.key, port, held, front.bound.inode, access))
-        about = {
-            number: About(str(address), keeper.cookie(sock), self._recorder.peeked_bytes(sock))
-            for number, (sock, address) in clients.connections().items()
-        }
-        core = save(self._core, clients.unsent, self._upstream.unsent, self._recorder.peeked)
-        return encode(
-            Left(
-                FORMAT,
-                __version__,
-                str(self.qemu_address),
-                keeper.pid,
-                keeper.started,
-                keeper.upstream,
-                keeper.lots_held,
-                fronts,
-                about,
-                core,
-            )
-        )
-
-    def _take_over(self) -> None:
-        """Goes on where the last refault ended, if it has left this monitor's connections to us."""
-        if self._journal is None or self._journal_is_anothers():
-            return
-        taken = take(self.name, self._journal, self._core, {front.key for front in self._client_fronts})
-        if taken is None:
-            if self._core.greeting is not None:
-                self.renew()
-            return
-        known = {str(address): address for address in (*self._listen, *self.managers)}
-        held: dict[socket.socket, bytes] = {}
-        for client in list(self._core.clients.values()):
-            sock, about = taken.clients[client.number]
-            address = known.get(about.address) or Address(about.address, server=True)
-            if about.cookie is not None:
-                held[sock] = about.cookie
-            self._clients.take_over(client, sock, address)
-        for front in self._client_fronts:
-            if (found := taken.fronts.get(front.key)) is not None:
-                listening, socks = found
-                plain = Access(*listening.access) if listening.access is not None else None
-                address = replace(front.address, port=listening.port)
-                front.take_over(Bound(socks, address, listening.inode, plain))
-                held.update(zip(socks, listening.cookies, strict=True))
-        self._keeper.resume(taken.left, taken.lots, held)
-        self._upstream.take_over(taken.upstream)
-        for fd, (number, count) in taken.peeked.items():
-            self._recorder.recovered(fd, taken.clients[number][0], number, count)
-        self._recorder.go_on()
-        for fd in taken.spent:
-            self._recorder.close(fd)
-        if taken.of_nobody:
-            self._keeper.tidy_if_possible()
-
-    def _not_recorded(self) -> None:
-        """The next refault could not go on: QEMU is to hold nothing."""
-        self._upstream.give_up_soon()
-
-    def _keep(self) -> None:
-        """Has QEMU hold what it does not hold yet, where the next refault could find it."""
-        if self._journal is None or self._keeper.on or not self._core.ready:
-            return
-        if not self._journal_is_anothers():
-            self._upstream.keep()
-
-    def _journal_is_anothers(self) -> bool:
-        """Whether it is left of a QEMU that is at another address and runs yet: it is not touched."""
-        assert self._journal is not None  # noqa: S101 - the callers have looked
-        told = self._anothers = why_anothers(self._journal, str(self.qemu_address))
-        if told is not None:
-            log.error("%s: %s", self.name, told, extra=repeats((self.name, "another's clients"), told))
-        return told is not None
-
-    def _free_left(self) -> None:
-        """QEMU may have read behind the end of the last refault what that had told it to hold."""
-        if self._journal is not None and not self._recorder.on and not self._journal_is_anothers():
-            with contextlib.suppress(OperatorError):
-                free(self._journal)
+    async def _prepare(self, front: Front) -> None:
+        must = not self._has_run
+        try:
+            await front.prepare(must=must)
+        except ListenError:
+            if self._inheritance.end_orphans() == 0:
+                raise
+            await front.prepare(must=must)
 
     async def let_go(self) -> None:
         """There will be no other refault: QEMU is to hold nothing of this monitor's."""
@@ -424,18 +311,12 @@ class Monitor:
 
     def hand_over(self) -> None:
         """The next refault goes on from this moment, in which this process ends."""
-        if self._recorder.leave():
-            self._keeper.hand_over()
-            self._clients.hand_over()
-            for front in self._client_fronts:
-                front.hand_over()
+        self._inheritance.hand_over()
 
     @property
     def kept(self) -> tuple[bool, str | None]:
         """Whether clients outlive refault, and if it is known, why not."""
-        if self._journal is None:
-            return False, "the state directory is not this refault's"
-        return self._keeper.on, self._anothers or self._keeper.trouble
+        return self._inheritance.kept
 
     async def _run_front(self, front: Front) -> None:
         scope = self._fronts_run[front] = trio.CancelScope()
@@ -498,35 +379,7 @@ class Monitor:
         In-band ones run one at a time. `fd` is borrowed. Raises QmpError, MonitorLost, and trio.TooSlowError
         after `timeout` seconds, when the command may yet run.
         """
-        core = self._core
-        if not core.ready or (oob and not (core.greeting and core.greeting.oob)):
-            raise MonitorLost(f"{self.name}: no QEMU to send {command} to")
-        event = trio.Event()
-        replies: list[Message | None] = []
-
-        def done(reply: Message | None) -> None:
-            replies.append(reply)
-            event.set()
-
-        members = dict(arguments) if arguments is not None else None
-        self._recorder.tell(Kind.CALLED, Called(command, members, oob, fd is not None, False))
-        request = core.call(command, arguments, oob=oob, fd=-1 if fd is None else os.dup(fd), done=done)
-        self._flush()
-        try:
-            with trio.fail_after(timeout):
-                await event.wait()
-        except BaseException:
-            self._recorder.tell(Kind.FORGOTTEN, request.call)
-            core.forget(request)
-            raise
-        [reply] = replies
-        if reply is None:
-            raise MonitorLost(f"{self.name}: QEMU went away while {command} waited")
-        members = decode_members(reply)
-        if reply.shape & VERB_MASK == ERROR:
-            error = msgspec.convert(members["error"], dict[str, str])
-            raise QmpError(error["class"], error["desc"])
-        return members["return"]
+        return await self._commands.execute(command, arguments, oob=oob, fd=fd, timeout=timeout)
 
     # what the core calls
 
@@ -546,7 +399,7 @@ class Monitor:
         self._gone_on = True
         self.qemu = QemuInfo(peer.pid, peer.uid, version, greeting.version, greeting.package, greeting.oob)
         self._upstream.ready()
-        self._keep()
+        self._inheritance.keep()
         pid = f", pid {peer.pid}" if peer.pid else ""
         note = "" if greeting.oob else "; it offers no out-of-band commands"
         log.info("%s: connected to QEMU %s%s at %s%s", self.name, version, pid, self.qemu_address, note)
@@ -590,9 +443,12 @@ class Monitor:
         self._flush()
         if was is None:
             return
-        log.info(
-            "%s: QEMU %s closed its monitor; clients disconnected: %d", self.name, was.version, len(lost)
-        )
+        if trio.current_effective_deadline() == -math.inf:  # it is we who end
+            log.info("%s: left the monitor of QEMU %s", self.name, was.version)
+        else:
+            log.info(
+                "%s: QEMU %s closed its monitor; clients disconnected: %d", self.name, was.version, len(lost)
+            )
         if self._on_disconnect is not None:
             try:
                 self._on_disconnect()
@@ -600,37 +456,7 @@ class Monitor:
                 log.exception("%s: internal error on the loss of QEMU", self.name)
 
     def _ask(self, request: Request) -> None:
-        self._nursery.start_soon(self._handle, request)
-
-    async def _handle(self, request: Request) -> None:
-        name = request.name.decode()
-        verdict: Forward | Answer = Forward()
-        try:
-            command = WatchedCommand(
-                name, request.oob, request.arguments(), request.raw_arguments(), request.client.number
-            )
-            verdict = await self._watch[name](command)
-        except MonitorLost:
-            pass
-        except Exception:
-            log.exception("%s: internal error on %s; it goes to QEMU as the client sent it", self.name, name)
-        if isinstance(verdict, Forward) and verdict.on_reply is not None:
-            verdict = Forward(verdict.arguments, self._guard(name, verdict.on_reply))
-        self._recorder.tell(Kind.ANSWERED, _as_told(request, verdict))
-        self._core.answer(request, verdict)
-        self._flush()
-
-    def _guard(self, name: str, on_reply: Callable[[bytes], bytes]) -> Callable[[bytes], bytes]:
-        def guarded(reply: bytes) -> bytes:
-            try:
-                changed = on_reply(reply)
-            except Exception:
-                log.exception("%s: internal error on the reply to %s; it goes on as it came", self.name, name)
-                changed = reply
-            self._recorder.note(Kind.CHANGED, 0, changed)
-            return changed
-
-        return guarded
+        self._nursery.start_soon(self._commands.handle, request)
 
     def _flush(self) -> None:
         """Sends what the core has to say, as far as it goes at once; the rest waits for tasks."""
@@ -639,21 +465,29 @@ class Monitor:
         while core.upstream_out or core.dirty:
             self._upstream.flush()
             self._clients.flush()
-        if core.spent:
-            core.spent = False
-            if self._recorder.on:
-                self._recorder.begin()
+        self._upstream.mind_urgent()
+        if core.spent or self._clients.late_sent:
+            self._forget_spent()
         self._clients.resume()
 
+    def _forget_spent(self) -> None:
+        """What is written down of commands that are over goes: at once, unless so much is written down that
+        this would be all that is done."""
+        recorder = self._recorder
+        if recorder.on and (rests := recorder.rests) > 0:
+            if not self._forgets_later and self._upstream.converses:
+                self._forgets_later = True
+                self._upstream.start_soon(self._forget_later, rests)
+            return
+        if self._core.spent:
+            self._clients.forget_when_sent()
+        self._core.spent = self._clients.late_sent = False
+        if recorder.on:
+            recorder.begin()
 
-def _socks(front: Front) -> tuple[socket.socket, ...]:
-    """Those that end with us, if they are not kept. One that is somebody else's is neither kept nor ended."""
-    bound = front.bound
-    return bound.socks if bound is not None and not bound.given and front.address.fd is None else ()
-
-
-def _as_told(request: Request, verdict: Forward | Answer) -> Verdict:
-    if isinstance(verdict, Answer):
-        return Verdict(request.asked, True, verdict.error, verdict.value)
-    arguments = None if verdict.arguments is None else dict(verdict.arguments)
-    return Verdict(request.asked, False, None, None, arguments, verdict.on_reply is not None)
+    async def _forget_later(self, seconds: float) -> None:
+        try:
+            await trio.sleep(seconds)
+        finally:
+            self._forgets_later = False
+        self._flush()

@@ -11,7 +11,7 @@ from collections.abc import Callable
 import trio
 
 from refault.daemon.kept.recorder import Recorder
-from refault.qmp.hiding import Word
+from refault.qmp.hiding import State, Word
 from refault.qmp.journal import Kind
 from refault.qmp.multiplexer import Multiplexer
 from refault.qmp.replay import Said
@@ -79,7 +79,10 @@ class Pauses:
         if hiding.hidden and (lengths := self._lengths()):
             if hiding.began is None:
                 self._put(Word.BEGAN, time.monotonic())
-                self._core.counters.hidden_pauses += 1
+                if (
+                    hiding.state is State.HIDDEN or not hiding.events
+                ):  # else an event is to come, if it is one
+                    self._core.counters.hidden_pauses += 1
             for seconds in lengths - self._timers.keys():
                 scope = self._timers[seconds] = trio.CancelScope()
                 self._start_soon(self._time, seconds, scope)

@@ -10,17 +10,18 @@ from collections.abc import Awaitable, Callable
 
 import trio
 
+from refault.daemon.host.turns import Turns
 from refault.daemon.kept.recorder import Recorder
 from refault.daemon.kernel.inotify import watched
 from refault.daemon.kernel.peer import Peer, peer_of
+from refault.daemon.kernel.polled import hung_up
 from refault.daemon.monitor.address import Address
 from refault.daemon.monitor.dial import CONNECT_TIMEOUT, dial, pauses, prepare, why
 from refault.daemon.monitor.first_client import FirstClient
 from refault.daemon.monitor.keeper import Keeper
 from refault.daemon.monitor.passed import Passed
 from refault.daemon.monitor.presence import Presence, Qemu
-from refault.daemon.monitor.turns import Turns
-from refault.daemon.monitor.wire import Wire, hung_up
+from refault.daemon.monitor.wire import Wire
 from refault.qmp.greeting import NotQmpError
 from refault.qmp.journal import Kind
 from refault.qmp.multiplexer import Multiplexer
@@ -32,6 +33,7 @@ _GREETING_TIMEOUT = 10.0
 NOT_TOLD = 30.0
 """Seconds after which a socket's file is looked for where the kernel has not told of it: it may lie behind a
 mount that was made since."""
+URGENT_AFTER = 0.1
 _LISTENS_WITHIN = 1.0
 """Seconds from when a QEMU has bound its socket, within which it listens however busy the host is."""
 _LISTENS_SOON = 0.005
@@ -76,6 +78,8 @@ class Upstream:
         self._connection: trio.Nursery | None = None
         self._last_complaint = ""
         self._turns = Turns(name)
+        self._urgent_waits: object = None
+        """The command because of which what is out-of-band waits, and a task for that."""
 
     async def run(self) -> None:
         """Connects, or is connected to, again and again, until cancelled."""
@@ -134,7 +138,7 @@ class Upstream:
         self._wire = Wire(sock, trio.CancelScope(), self._recorder)  # clients may speak before `run`
 
     @property
-    def unsent(self) -> list[tuple[memoryview, int]]:
+    def unsent(self) -> list[tuple[bytes | memoryview, int]]:
         """What was flushed and is not there yet."""
         return list(self._wire.backlog) if self._wire is not None else []
 
@@ -170,6 +174,11 @@ class Upstream:
         """Commands can be sent: what was complained of before is over."""
         self._last_complaint = ""
 
+    @property
+    def converses(self) -> bool:
+        """Whether there is a connection, with which tasks can end."""
+        return self._connection is not None
+
     def start_soon(self, task: Callable[..., Awaitable[object]], *args: object) -> None:
         """Starts a task that ends with the connection."""
         assert self._connection is not None  # noqa: S101 - there is one
@@ -190,13 +199,31 @@ class Upstream:
         self.passed.sends(out)
         waiting = bool(wire.backlog)
         if len(out) == 1 or any(fd >= 0 for _, fd in out):
-            wire.backlog.extend((memoryview(data), fd) for data, fd in out)
+            wire.backlog.extend(out)
         else:
-            wire.backlog.append((memoryview(b"".join([data for data, _ in out])), -1))
+            wire.backlog.append((b"".join([data for data, _ in out]), -1))
         if not waiting:
             wire.flush()
             if wire.backlog and self._connection is not None:
                 self.start_soon(self._drain, wire)
+
+    def mind_urgent(self) -> None:
+        """What is out-of-band waits for no descriptor for long."""
+        descriptor = self._core.descriptors.request
+        if self._core.urgent and self._urgent_waits is not descriptor and self._connection is not None:
+            self._urgent_waits = descriptor
+            self.start_soon(self._pass_urgent, descriptor)
+
+    async def _pass_urgent(self, descriptor: object) -> None:
+        try:
+            await trio.sleep(URGENT_AFTER)
+        finally:
+            if self._urgent_waits is descriptor:
+                self._urgent_waits = None
+        if self._core.urgent and self._core.descriptors.request is descriptor:
+            self._recorder.note(Kind.URGENT, 0)
+            self._core.pass_urgent()
+        self._flush_all()
 
     async def _drain(self, wire: Wire) -> None:
         while wire.backlog and await wire.writable():
@@ -256,6 +283,7 @@ class Upstream:
                     except Exception:
                         log.exception("%s: internal error; the connection to QEMU is made anew", self._name)
                     finally:
+                        self._connection = None  # no task may come to a nursery that is about to close
                         trio.lowlevel.notify_closing(sock)
                         self._keeper.end_upstream(sock)
                         nursery.cancel_scope.cancel()
@@ -268,6 +296,7 @@ class Upstream:
 
     def _go_on(self, wire: Wire) -> None:
         core = self._core
+        self._keeper.goes_on()
         if wire.backlog:
             self.start_soon(self._drain, wire)
         self._first_client.connected()

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import select
 import socket
 from collections import deque
 
@@ -29,7 +28,7 @@ class Wire:
         self._recorder = recorder
         self.scope = scope
         """What ends with the connection."""
-        self.backlog: deque[tuple[memoryview, int]] = deque()
+        self.backlog: deque[tuple[bytes | memoryview, int]] = deque()
         self.broken = False
         """A broken connection takes everything and sends nothing."""
         self.wake: trio.Event | None = None
@@ -40,13 +39,21 @@ class Wire:
         total, backlog = 0, self.backlog
         while backlog:
             data, fd = backlog[0]
-            sent = self._send(data) if fd < 0 else self._send_fd(data, fd)
+            if fd >= 0:
+                sent = self._send_fd(data, fd)
+            else:
+                try:
+                    sent = self._recorder.send(self.sock, self.who, data)
+                except BlockingIOError:
+                    break
+                except OSError:
+                    sent = self._break(data)
             total += sent
             if sent == len(data):
                 backlog.popleft()
                 continue
             if sent:
-                backlog[0] = (data[sent:], -1)
+                backlog[0] = (memoryview(data)[sent:], -1)
             break
         return total
 
@@ -65,15 +72,7 @@ class Wire:
                 self._recorder.close(fd)
         self.backlog.clear()
 
-    def _send(self, data: memoryview) -> int:
-        try:
-            return self._recorder.send(self.sock, self.who, data)
-        except BlockingIOError:
-            return 0
-        except OSError:
-            return self._break(data)
-
-    def _send_fd(self, data: memoryview, fd: int) -> int:
+    def _send_fd(self, data: bytes | memoryview, fd: int) -> int:
         try:
             # Over TCP QEMU says to the client that there is no descriptor.
             passed = fd if self.sock.family == socket.AF_UNIX else -1
@@ -85,21 +84,7 @@ class Wire:
         self._recorder.close(fd)
         return sent
 
-    def _break(self, data: memoryview) -> int:
+    def _break(self, data: bytes | memoryview) -> int:
         self.broken = True
         self.scope.cancel()
         return len(data)
-
-
-def readable(sock: socket.socket | int) -> bool:
-    """Whether there is something to be read now, or somebody to be accepted."""
-    poll = select.poll()
-    poll.register(sock, select.POLLIN)
-    return bool(poll.poll(0))
-
-
-def hung_up(sock: socket.socket) -> bool:
-    """Whether the peer has closed altogether, and not its sending side alone."""
-    poll = select.poll()
-    poll.register(sock, 0)
-    return any(events & (select.POLLHUP | select.POLLERR) for _, events in poll.poll(0))

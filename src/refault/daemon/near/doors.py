@@ -87,6 +87,15 @@ class Doors:
         self._has_directory = True
         self._vm.sockets.make()
 
+    @property
+    def laid(self) -> tuple[str, ...]:
+        """The names of what QEMU has not been told of yet."""
+        return self._deposits.names
+
+    def takes_over(self) -> None:
+        """An earlier refault had the doors, and may have left a directory."""
+        self._has_directory = True
+
     def pass_first(self) -> Door | None:
         """The door for the migration itself, for who comes through it now."""
         door, self.first = self.first, None
@@ -172,9 +181,11 @@ class Doors:
         await self._deposits.drain(self._vm.monitor)
 
     async def give_back(self) -> bool:
-        """Gives QEMU our ends of those at which it waits for a recovery; False where it did not take one."""
+        """Gives QEMU our ends of those at which it waits for a recovery; False where it did not take one. One
+        that a channel has taken meanwhile is none any more."""
         legs = [door for door in (*self._spare, self.open) if isinstance(door, LocalLeg)]
-        return all([await give_back(self._vm.monitor, leg.socket) for leg in legs])
+        given = [await give_back(self._vm.monitor, leg.socket) for leg in legs if leg.socket.fileno() >= 0]
+        return None not in given
 
     async def close(self) -> None:
         """Takes back from QEMU what it did not need: the migration has ended."""

@@ -8,40 +8,24 @@ import socket
 import trio
 
 from refault.daemon.monitor.monitor import Monitor, WatchedCommand
-from refault.daemon.near.local import take_back
 from refault.migration.endpoint import Endpoint, Inet, endpoint_of
 
 
 class Given:
-    """One, by QEMU's `name`; `endpoint` is its other end. It is closed unless it is taken."""
+    """One, by QEMU's `name`; `endpoint` is its other end."""
 
-    def __init__(self, monitor: Monitor, name: str, connection: socket.socket) -> None:
-        self._monitor = monitor
-        self._name = name
+    def __init__(self, name: str, connection: socket.socket) -> None:
+        self.name = name
         self._connection = connection
         host, port, *more = connection.getpeername()
         self.endpoint = Inet(f"{host}%{more[1]}" if more and more[1] else host, port)
 
-    async def take(self) -> trio.socket.SocketType:
-        """The connection, which from here on is ours alone: QEMU closes its own descriptor of it."""
-        try:
-            await self.taken()
-        except BaseException:
-            self.close()
-            raise
-        return self.lend()
-
     def lend(self) -> trio.socket.SocketType:
-        """The connection, while QEMU has yet to say whether it takes the command that names it."""
+        """The connection. QEMU has a descriptor of it too, until it is told to close that."""
         return trio.socket.from_stdlib_socket(self._connection)
 
-    async def taken(self) -> None:
-        """QEMU has taken the command, with an address of ours instead: it closes its own descriptor."""
-        self._monitor.passed.forget(self._name)
-        await take_back(self._monitor, self._name)
-
     def close(self) -> None:
-        """It is not used: QEMU's own descriptor of it is as it was."""
+        """It is not used, unless it is joined."""
         self._connection.close()
 
 
@@ -58,7 +42,7 @@ def given_in(monitor: Monitor, command: WatchedCommand) -> Given | None:
     if connection is None:
         return None
     try:
-        return Given(monitor, known_as, connection)
+        return Given(known_as, connection)
     except OSError:  # it has ended
         connection.close()
         return None

@@ -6,7 +6,7 @@ from __future__ import annotations
 import socket
 from collections.abc import Callable
 
-from refault.daemon.near.local import Executes, give_back, kept_name, take_back
+from refault.daemon.near.local import Executes, give_back, has_unread, kept_name, take_back
 
 
 class KeptEnds:
@@ -43,6 +43,11 @@ class KeptEnds:
         """The main connection's; None where no channel is kept."""
         return self._ends[0] if self._ends else None
 
+    @property
+    def unread(self) -> bool:
+        """Whether QEMU has written what has not been read from the main connection."""
+        return self.main is not None and has_unread(self.main)
+
     def drop(self) -> None:
         """The channel is over."""
         for end in self._ends:
@@ -61,10 +66,11 @@ class KeptEnds:
             self._chosen += new
             self._names += new
             remember()
-        given = [
-            await give_back(self._monitor, end, name)
-            for end, name in zip(ours, tuple(self._chosen), strict=True)
-        ]
+        given: list[str | None] = []
+        for end, name in zip(ours, tuple(self._chosen), strict=True):
+            if end.fileno() < 0:  # dropped while QEMU took the one before
+                return
+            given.append(await give_back(self._monitor, end, name))
         if None not in given and tuple(self._ends) == ours:  # else one has ended, or has come
             self.by_qemu = True
 

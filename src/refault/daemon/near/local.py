@@ -144,6 +144,14 @@ def has_ended(ours: socket.socket) -> bool:
     return bool(poll.poll(0))
 
 
+def has_unread(ours: socket.socket) -> bool:
+    """Whether there are bytes of QEMU's that nobody has read."""
+    try:
+        return bool(ours.recv(1, socket.MSG_PEEK | socket.MSG_DONTWAIT))
+    except OSError:
+        return False
+
+
 async def reach(path: str, pid: int | None, timeout: float) -> LocalLeg:  # noqa: ASYNC109
     """Connects to where a destination QEMU, the process `pid`, listens itself. Raises OSError.
 
@@ -216,6 +224,11 @@ class Deposits:
                 await _discard(monitor, leg)
                 return
             self._legs.append(leg)
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """By which QEMU holds the ends of those that are left."""
+        return tuple(name for leg in self._legs for name in (leg.name, leg.kept) if name is not None)
 
     def take(self) -> LocalLeg | None:
         """One that QEMU knows; None where there is none left."""

@@ -64,7 +64,7 @@ async def listens(monitor: Executes, sockets: PrivateSockets) -> None:
 @asynccontextmanager
 async def _device(monitor: Executes, path: str, *, server: bool) -> AsyncIterator[None]:
     """A character device of QEMU's at a socket, which shows what QEMU may do there, and is removed again."""
-    name = f"refault-trial-{secrets.token_hex(4)}"
+    name = f"refault-trial-{secrets.token_hex(8)}"
     data: dict[str, object] = {"addr": {"type": "unix", "data": {"path": path}}, "server": server}
     if server:
         data["wait"] = False

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import contextlib
-import os
 from collections.abc import Iterator
 from pathlib import Path
 
 import msgspec
+
+from refault.daemon.host.whole import whole
+from refault.daemon.record.replaced import replace
 
 _NAME = "handed.json"
 
@@ -31,9 +33,7 @@ class HandOver(msgspec.Struct, frozen=True, kw_only=True):
 
     def save(self, directory: Path) -> None:
         """On record before anything is given. Raises OSError."""
-        new = directory / f".{_NAME}"
-        new.write_bytes(msgspec.json.encode(self))
-        os.replace(new, directory / _NAME)
+        replace(directory / _NAME, msgspec.json.encode(self))
 
 
 def remove(directory: Path) -> None:
@@ -47,6 +47,6 @@ def load_all(state_dir: Path) -> Iterator[HandOver]:
     with contextlib.suppress(OSError):
         for file in sorted(state_dir.glob(f"*/{_NAME}")):
             with contextlib.suppress(OSError, msgspec.DecodeError):
-                hand_over = msgspec.json.decode(file.read_bytes(), type=HandOver)
+                hand_over = msgspec.json.decode(whole(file), type=HandOver)
                 if hand_over.name == file.parent.name:
                     yield hand_over

@@ -8,20 +8,17 @@ from __future__ import annotations
 import contextlib
 import logging
 import os
-import stat
 from collections.abc import Iterator
 from pathlib import Path
 
 from refault.channel.relay import Relay
 from refault.channel.tracker import Kept, Restored, StateFds
 from refault.daemon.host.paths import make_again
+from refault.daemon.host.whole import NEW, OPEN, is_ours_alone
 from refault.daemon.kernel.mounts import file_system
 from refault.daemon.record.state_troubles import StateTroubles
 
 log = logging.getLogger("refault.state")
-
-_NEW = os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC
-_OLD = os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC
 
 _NOT_USED = {
     Restored.TORN: "it is torn",
@@ -57,7 +54,7 @@ class PagesFile:
                 make_again(self.path.parent)
                 self._warn_unless_tmpfs()
                 temporary.unlink(missing_ok=True)
-                new = os.open(temporary, _NEW, 0o600)
+                new = os.open(temporary, NEW, 0o600)
                 stack.callback(os.close, new)
                 stack.callback(_remove_if_there, temporary)
                 old = self._old() if take_over else -1
@@ -84,13 +81,12 @@ class PagesFile:
 
     def _old(self) -> int:
         try:
-            descriptor = os.open(self.path, _OLD)
+            descriptor = os.open(self.path, OPEN)
         except OSError as error:
             self._troubles.fail()
             log.warning("%s: what was on record is not known: %s", self._vm, error)
             return -1
-        status = os.fstat(descriptor)
-        if stat.S_ISREG(status.st_mode) and status.st_uid in (0, os.geteuid()) and not status.st_mode & 0o077:
+        if is_ours_alone(os.fstat(descriptor)):
             return descriptor
         self._troubles.fail()
         log.warning("%s: ignoring %s: it is not a file of ours alone, nor of root", self._vm, self.path)

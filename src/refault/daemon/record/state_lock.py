@@ -16,6 +16,7 @@ import trio
 
 from refault.daemon.host.errors import OperatorError
 from refault.daemon.host.paths import make_again, make_if_default, must_be_writable
+from refault.daemon.host.whole import whole
 from refault.daemon.kernel.inotify import until_gone
 
 log = logging.getLogger("refault.state")
@@ -127,7 +128,7 @@ class StateLock:
     def _taken(self) -> StateTaken:
         holder = ""
         with contextlib.suppress(OSError, UnicodeDecodeError):
-            holder = self.path.read_text()[:20].strip()
+            holder = whole(self.path).decode()[:20].strip()
         pid = f" (pid {holder})" if holder.isdigit() else ""
         return StateTaken(
             f"another refault{pid} keeps the state of a VM of the name {self._name} in {self._directory};"

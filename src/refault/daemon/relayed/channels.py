@@ -21,8 +21,10 @@ from refault.daemon.known.course import Course
 from refault.daemon.monitor.monitor import MonitorLost, QmpError
 from refault.daemon.near.kept_ends import KeptEnds
 from refault.daemon.near.local import LocalLeg, has_ended, take_back
+from refault.daemon.record.session_file import HandedChannel
 from refault.daemon.relayed.closing import Closing
 from refault.daemon.relayed.guard import Guard
+from refault.daemon.relayed.handover import HandOver
 from refault.daemon.relayed.qemu_word import ASKED_EVERY, QemuWord
 from refault.migration.legs import UNTIL_LOADED, Rule, may_close, waits_for_pong
 from refault.migration.phase import Passed, Phase, Role, Told, in_doubt, phase_of
@@ -57,6 +59,7 @@ class Channels:
         self.word = QemuWord(course, relay)
         self.closing = Closing(course, relay, self.kept)
         self.guard = Guard(course, self.kept, self.over)
+        self.handover = HandOver(course, relay, self.kept, self.guard, self.closing)
         self.held: str | None = None
         """Why a local leg is held open though its other side is lost."""
         self._held_by: Rule | None = None
@@ -93,6 +96,7 @@ class Channels:
             self.relay.runs_told,
             never_postcopy=course.never_postcopy,
             much_left=self.word.much_left(ASKED_EVERY),
+            sent_all=self.word.sent_all,
         )
         return phase_of(self.relay.passed(), course.role, told)
 
@@ -129,21 +133,79 @@ class Channels:
             lanes=self._course.lanes.count,
             session=self.session,
             session_id=self.session_id,
+            encrypted=self._course.vm.encrypted,
         )
         self._course.joined()
         self.closing.begin(self.channel, local.peer_inode)
         if local.kept is not None:  # from here QEMU is to see an end, be it by a kill of refault
             self._course.vm.start_soon(take_back, self._course.vm.monitor, local.kept)
 
-    def _session(self, *, recovered: bool) -> SessionEnd:
-        """A channel that begins may become a session where the destination can offer it: it has a return
-        path, and can be read. One that recovers is as long-lived as its connections."""
+    def go_on(self, local: LocalLeg, left: tuple[HandedChannel, bytes] | None) -> bool:
+        """Goes on with the leg, and with what the refault before has `left` of its channel; with None, or
+        where that is not to be believed, as with a channel whose far side is lost. Whether it does."""
+        self.kept.begin(local.socket)
+        descriptor = local.detach()
+        goes_on = left is not None and self._goes_on_with(descriptor, left)
+        if not goes_on:
+            self.relay.go_on(descriptor, None, recovered=False)
+        self._goes_on(local.peer_inode, goes_on=goes_on)
+        return goes_on
+
+    def deliver(self, left: tuple[HandedChannel, bytes]) -> bool:
+        """The same of a channel that QEMU has ended: what it said last is to reach the other host."""
+        delivers = self._goes_on_with(-1, left)
+        if delivers:
+            self._goes_on(0, goes_on=True)
+        return delivers
+
+    def _goes_on_with(self, descriptor: int, left: tuple[HandedChannel, bytes]) -> bool:
+        """Whether what is left is to be believed; `descriptor` is the pump's then."""
+        course, (about, pump) = self._course, left
+        if not self.relay.go_on(descriptor, pump, recovered=about.recovered):
+            return False
+        self.session = SessionEnd.DIALS if course.role is Role.SOURCE else SessionEnd.ANSWERS
+        self.session_id = about.session
+        course.goes_on(
+            session=about.session,
+            guest_stopped=about.guest_stopped,
+            stopped_by_switchover=about.stopped_by_switchover,
+            never_postcopy=about.never_postcopy,
+            laid=about.laid,
+        )
+        if about.runs_told:
+            self.relay.guest_runs()
+        return True
+
+    def _goes_on(self, peer_inode: int, *, goes_on: bool) -> None:
         course = self._course
-        if recovered or course.lanes.count or course.vm.encrypted or not course.vm.session_allowed:
+        course.joins(recovered=False)
+        course.joined()
+        self.closing.begin(self.channel, peer_inode)
+        self.answered()
+        course.vm.start_soon(self._have_let_go, self.channel, goes_on)
+
+    async def _have_let_go(self, channel: int, goes_on: bool) -> None:
+        """QEMU is to see an end of the leg again, be it by a kill of refault, unless it must not: a source in
+        its last moments, for which one in postcopy is taken until it has said how much is left."""
+        course = self._course
+        while not self.over(channel) and (self._may_complete or not goes_on):
+            with trio.move_on_after(ASKED_EVERY):
+                await self.changed.wait()
+        await take_back(course.vm.monitor, *course.kept_before)
+        course.kept_no_more()
+
+    def _session(self, *, recovered: bool) -> SessionEnd:
+        """A channel may become a session where it has a return path, as each that recovers. On those it is
+        offered only to a source that has had a session: there is no more to be found out about who that
+        is. Under TLS it is offered before QEMU says anything on the return path, so there must be one by what
+        this end's QEMU was told."""
+        course = self._course
+        if not course.vm.session_allowed or (course.vm.encrypted and course.lanes.count):
             return SessionEnd.NO
         if course.role is Role.DESTINATION:
-            return SessionEnd.ANSWERS
-        return SessionEnd.DIALS if course.return_path else SessionEnd.NO
+            first = course.return_path or not course.vm.encrypted
+            return SessionEnd.ANSWERS if (course.session if recovered else first) else SessionEnd.NO
+        return SessionEnd.DIALS if recovered or course.return_path else SessionEnd.NO
 
     def check_room(self) -> None:
         """Raises AttemptFailed where no further channel can be joined: the one before must stay."""
@@ -153,13 +215,17 @@ class Channels:
         if self.channel and cost is not None and not cost[0]:
             raise AttemptFailed(f"the channel before is still held: {cost[1]}")
 
-    def add_lane(self, channel: int, local: socket.socket, far: trio.socket.SocketType) -> None:
-        """Gives the pump a further connection of `channel`; of one that is gone, both ends are closed."""
+    def add_lane(
+        self, channel: int, local: socket.socket, far: trio.socket.SocketType | None, number: int = 1
+    ) -> None:
+        """Gives the pump a further connection of `channel`; of one that is gone, both ends are closed.
+        `number`: which lane of a session it may be, 0 for none; `far` None: it begins as that."""
         if channel == self.channel:
             self.kept.add(local)
         kind = Lane.PREEMPT if self._course.lanes.preempt else Lane.MULTIFD
         try:
-            self.relay.add_lane(channel, kind, local.detach(), far.detach())
+            far_fd = far.detach() if far is not None else None
+            self.relay.add_lane(channel, kind, local.detach(), far_fd, number=number)
         except OSError as error:  # QEMU sees no end of it before the channel's, for that is kept
             log.error("%s: a further connection cannot be joined: %s", self._course.name, error)
             self.lose(channel, error)
@@ -274,6 +340,11 @@ class Channels:
         view = self.relay.session()
         return view is not None and view.state in (SessionState.CARRIED, SessionState.BETWEEN)
 
+    @property
+    def _session_is_lost(self) -> bool:
+        """Whether a lane of a session has no connection now."""
+        return any(view.state is SessionState.BETWEEN for view in self.relay.sessions())
+
     def answered(self) -> None:
         """QEMU has answered the command that named the newest channel."""
         self.word.answered(self.channel)
@@ -281,7 +352,8 @@ class Channels:
     async def handshake_stalls(self, patience: float) -> bool:
         """Waits for the end of the handshake. True when no byte has moved for `patience` seconds.
 
-        The received bitmaps of a large guest take their time, so it may last as long as something moves.
+        The received bitmaps of a large guest take their time, so it may last as long as something moves. A
+        session that waits for its next connection has a patience of its own.
         """
         moved = -1
         deadline = 0.0
@@ -290,7 +362,7 @@ class Channels:
             if self.channel == self.ended:
                 return False
             passed = self.relay.look().passed_bytes
-            if passed != moved:
+            if passed != moved or self._session_is_lost:
                 moved = passed
                 deadline = trio.current_time() + patience
             if trio.current_time() > deadline:
@@ -372,6 +444,11 @@ class Channels:
             self._course.feed(Event.RESUME_ACKNOWLEDGED)
         self._lost(view, passed)
 
+    @property
+    def _may_complete(self) -> bool:
+        """Whether a source may be in its last moments, by all that is known."""
+        return self._course.role is Role.SOURCE and self.phase is Phase.COMPLETING
+
     def _completes(self) -> bool:
         """Whether a source is known to be in its last moments; `phase` is careful where it is not known."""
         if self._course.role is not Role.SOURCE or self.phase is not Phase.COMPLETING:
@@ -403,16 +480,21 @@ class Channels:
         course = self._course
         if self.relay.closed or course.gone or self.relay.look().local is not LegState.OPEN:
             return None
+        if self.handover.done:
+            return None
         allowed, rule = may_close(self.phase, course.role, course.vm.version, course.status)
         return allowed, rule.effect
 
-    async def prepare_to_stop(self) -> bool:
-        """Has QEMU keep our ends of legs that may not be closed. False where it did not take them.
+    async def prepare_to_stop(self, *, restarts: bool = False) -> bool:
+        """Has QEMU keep our ends of legs that may not be closed, and of one that the next refault goes on
+        with. False where it did not take them.
 
         It then waits for whoever comes after us.
         """
         if self.delivers:
             return False
+        if restarts and await self.handover.prepare():
+            return True
         await self.closing.preempt_thread_awake()
         waits = await self._waits_for_pong()
         if waits and self.unread:

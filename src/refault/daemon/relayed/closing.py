@@ -38,7 +38,8 @@ class Closing:
         self._relay = relay
         self._kept = kept
         self._channel = 0
-        self._peer_inode = 0
+        self.peer_inode = 0
+        """Of QEMU's end of the newest channel's local leg."""
         self._return_path_over = False
         self._ending = trio.Lock()
         self._said_to = 0
@@ -53,7 +54,7 @@ class Closing:
     def begin(self, channel: int, peer_inode: int) -> None:
         """A new channel has been joined; QEMU's end of its local leg is socket `peer_inode`."""
         self._channel = channel
-        self._peer_inode = peer_inode
+        self.peer_inode = peer_inode
         self._return_path_over = False
         self._preempt_given = False
         self._ack_at = math.inf
@@ -105,7 +106,7 @@ class Closing:
             pid = self._course.vm.qemu_pid
             try:
                 if self._kept.main is not None and pid is not None:
-                    over = await end_first(self._kept.main, pid, self._peer_inode)
+                    over = await end_first(self._kept.main, pid, self.peer_inode)
                     self._return_path_over = over and channel == self._channel
             finally:
                 self.close_now(channel)

@@ -15,7 +15,7 @@ from refault.daemon.monitor.monitor import MonitorLost, QmpError
 from refault.daemon.relayed.channels import Channels
 from refault.daemon.relayed.qemu_word import ASKED_EVERY
 from refault.migration.legs import WAITS_FOR_PONG, may_close, waits_for_pong
-from refault.migration.phase import Passed, Phase, Role, cannot_have_left
+from refault.migration.phase import ENDS_PRECOPY, Passed, Phase, Role, cannot_have_left
 from refault.migration.recovery import Event, State
 from refault.migration.versions import abilities
 from refault.migration.word import LOOK_AGAIN, Word, phase_after_loss
@@ -24,6 +24,8 @@ log = logging.getLogger("refault.migration")
 
 SIPS = 2
 """How often a source that cannot be read is let write on, each time for more than an iteration of QEMU's."""
+COMPLETES_WITHIN = 1.0
+"""A destination that has all ends its channel, and a source that cannot be read says so soon after that."""
 _LOSABLE = (Phase.SWITCHOVER, Phase.POSTCOPY, Phase.RECOVERY_HANDSHAKE)
 """The phases in which a lost channel is one to recover."""
 
@@ -101,13 +103,14 @@ class Losses:
             return
         before: Word | None = None
         sips = 0
+        completes_until = trio.current_time() + COMPLETES_WITHIN
         while not channels.over(channel):
             now: Word | None = None
             phase: Phase | None = None
             try:
                 now = await channels.word.ask()
             except trio.TooSlowError:
-                phase = channels.word.unanswered(channels.phase)
+                phase = channels.word.unanswered(channels.phase, writes=channels.kept.unread)
             except (QmpError, MonitorLost):
                 pass
             if channels.over(channel):
@@ -123,6 +126,8 @@ class Losses:
             if now is not None:
                 never = self._course.never_postcopy
                 phase = phase_after_loss(channels.relay.passed(), role, before, now, never_postcopy=never)
+            if phase is Phase.COMPLETING and channels.unread and trio.current_time() < completes_until:
+                phase = None
             if phase is not None:
                 status = now.status if now is not None else self._course.status
                 self._judge(channels.relay.look(), phase, status)
@@ -133,6 +138,8 @@ class Losses:
 
     def _judge(self, view: RelayView, phase: Phase, status: str | None = None) -> None:
         course, channels = self._course, self._channels
+        if course.postcopy_began and status in ENDS_PRECOPY:
+            status = None  # it is an old one
         allowed, rule = may_close(phase, course.role, course.vm.version, status)
         if allowed:
             if phase is not Phase.DONE:

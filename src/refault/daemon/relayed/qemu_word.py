@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 
 import trio
 
@@ -43,6 +44,9 @@ class QemuWord:
         left = not source and more.get("status") not in (None, "inmigrate")
         runs = left or (not self._relay.closed and self._relay.runs_told)
         word = word_of(migrate, more if source else {}, runs=runs)
+        if source and word.nothing_left and self._course.had_session:
+            stands = (await vm.query("query-status")).get("running") is False
+            word = dataclasses.replace(word, stands=stands)
         self.last, self._asked_at = word, trio.current_time()
         if (runs or word.requests > 0) and not self._relay.closed:
             self._relay.guest_runs()
@@ -58,19 +62,34 @@ class QemuWord:
                 self._told_pump = True
 
     def much_left(self, seconds: float) -> bool:
-        """Whether a source is far from its completion for some seconds more, going by its last word."""
-        age = trio.current_time() - self._asked_at
-        return self.last is not None and self.last.far_from_completion(age + seconds)
+        """Whether a source is far from its completion for some seconds more, going by its last word. What it
+        sends once its session has no connection is what the rings take."""
+        if self.last is None:
+            return False
+        view = None if self._relay.closed else self._relay.session()
+        ours = view is not None and view.channel == self._relay.attached  # else of one before
+        rings, lost_for = (view.rings, view.lost_for or 0.0) if view is not None and ours else (0, 0.0)
+        age = max(0.0, trio.current_time() - lost_for - self._asked_at)
+        return self.last.far_from_completion(age + seconds, rings=rings)
 
-    def unanswered(self, phase: Phase) -> Phase:
+    @property
+    def sent_all(self) -> bool:
+        """Whether a source has sent all in precopy, by its last word. Asked of channels that were a session:
+        the other host's refault has all of it yet, when the last connection to it is long gone."""
+        return self.last is not None and self.last.sent_all
+
+    def unanswered(self, phase: Phase, *, writes: bool = False) -> Phase:
         """The phase of a QEMU that answers nothing, in `phase` by what is known: the worst that it may be in.
+        `writes`: whether it has written what nobody reads.
 
         A source does so in the completion (word.py), and before the destination runs while it sends PACKAGED.
+        One that has sent all in precopy may have what else there is to keep it from an answer.
         """
         if self._course.role is Role.DESTINATION:
             return Phase.SWITCHOVER if phase is Phase.PRECOPY else phase
         if not self._course.postcopy_began:
-            return phase
+            may_have_sent_all = phase is Phase.PRECOPY and self._course.had_session and not writes
+            return Phase.COMPLETING if may_have_sent_all else phase
         packaged = self.wanted and not self._relay.runs_told and self.much_left(ASKED_EVERY)
         return Phase.SWITCHOVER if packaged else Phase.COMPLETING
 

@@ -11,6 +11,7 @@ from refault.channel.relay import SessionEnd
 from refault.daemon.far import listen, ping, session_answered
 from refault.daemon.far.announce import Ends, announce
 from refault.daemon.far.connection import peek
+from refault.daemon.far.session import Around
 from refault.daemon.far.session_answered import SessionAnswered
 from refault.daemon.far.waiting_room import WaitingRoom
 from refault.daemon.host.repeats import repeats
@@ -26,7 +27,7 @@ from refault.daemon.roles.destination_lanes import Gathered, Gathering
 from refault.migration.messages import Kind, classify
 from refault.migration.phase import Role
 from refault.migration.recovery import AttemptFailed, Event, State
-from refault.migration.relayable import lanes_of
+from refault.migration.relayable import has_return_path, lanes_of
 from refault.migration.relayable import why_not as why_not_relayed
 
 log = logging.getLogger("refault.migration")
@@ -56,7 +57,7 @@ class Arrivals:
         self._ends: Ends | None = None
         """Of the newest channel."""
         self.session: SessionAnswered | None = None
-        """What the channel that began the migration may have become."""
+        """What the newest channel may have become."""
         self._listens_at: str | None = None
         """Where QEMU listens by its command line, until it has been connected to."""
 
@@ -71,7 +72,7 @@ class Arrivals:
     async def offer(self, connection: trio.socket.SocketType, kind: Kind) -> None:
         """One has come whose first bytes are there (`FarListener.serve`)."""
         if kind is Kind.SESSION:
-            await session_answered.receive(connection, self.session, self._course.name)
+            await session_answered.receive(connection, self.session, self._course.session, self._course.name)
             return
         begins = self._begins
         if begins:
@@ -93,8 +94,7 @@ class Arrivals:
             else:
                 await self._wait_in_line(connection)
         elif kind is Kind.MULTIFD:
-            if begins or self._course.lanes.multifd:
-                await self._gathering.offer_multifd(connection)
+            await self._gathering.offer_multifd(connection)
         elif kind is Kind.FRAME:
             if self._course.lanes.preempt:
                 await self._gathering.offer_preempt(connection)
@@ -143,6 +143,9 @@ class Arrivals:
                 gathered.close()
                 self._tell_under_way()
                 return
+        main = self._gathering.main_of(connection, recovered=False)
+        if gathered is None and self._gathering.are_too_many(main):
+            return
         door = self._doors.pass_first()
         if door is None:
             door = await self._reach_listener()
@@ -156,6 +159,8 @@ class Arrivals:
         except (AttemptFailed, OSError):
             self._doors.not_passed(self._as_it_was(door, before), recovered=False)
             raise
+        if gathered is None:
+            self._gathering.given(migration.channels, main)
 
     @property
     def _begins(self) -> bool:
@@ -174,6 +179,7 @@ class Arrivals:
             capabilities, parameters = await self._vm.ask_settings()
         except (QmpError, MonitorLost, trio.TooSlowError):
             return
+        course.return_path = has_return_path(capabilities)
         course.switches_never(not capabilities & {"postcopy-ram", "dirty-bitmaps"})
         lanes = lanes_of(capabilities, parameters)
         vm = self._vm
@@ -232,12 +238,12 @@ class Arrivals:
         vm = self._vm
         keep_alive(connection, 1)
         self._line.append(connection)
-        self._end_lost_session()
         came = trio.current_time()
         lives_after = vm.patience.dead_after + LIVES_AFTER
         arrived_before: int | None = None
         try:
             while alive(connection):
+                self._end_lost_session()
                 if (
                     self._line[-1] is connection
                     and migration.channels is not None
@@ -292,16 +298,17 @@ class Arrivals:
         if channels.channel > before and channels.session is not SessionEnd.NO:
             self._keep_session(channels)
 
-    def _keep_session(self, channels: Channels) -> None:
+    def goes_on(self, channels: Channels) -> None:
+        """The newest channel is a session that an earlier refault has left to this one."""
+        self._keep_session(channels, goes_on=True)
+
+    def _keep_session(self, channels: Channels, *, goes_on: bool = False) -> None:
         course = self._course
-        self.session = SessionAnswered(
-            course.name,
-            channels.relay,
-            lambda: channels.changed,
-            SessionWaits(course, channels),
-            course.counters,
-            channels.session_id,
-        )
+        waits = SessionWaits(course, channels)
+        around = Around(course.name, channels.relay, lambda: channels.changed, waits, course)
+        self.session = SessionAnswered(around, channels.session_id, lanes=course.lanes.count)
+        if goes_on:
+            self.session.goes_on()
         self._vm.start_soon(self.session.run, channels.channel)
 
     def _as_it_was(self, door: Door, before: int) -> Door | None:

@@ -13,6 +13,7 @@ import trio
 from refault.daemon.far.addresses import FarAddresses, words_of
 from refault.daemon.far.listen import FarListener, why_not
 from refault.daemon.far.waiting_room import WaitingRoom
+from refault.daemon.host.repeats import repeats
 from refault.daemon.migration import Migration
 from refault.daemon.monitor.monitor import Answer, Forward, MonitorLost, QmpError, WatchedCommand, words
 from refault.daemon.near.doors import Door, Doors
@@ -36,6 +37,8 @@ RECOVER_TIMEOUT = 5.0
 ADDRESS_TIMEOUT = 15.0
 """How long an address is listened at before the next one, or the same again, is tried; longer than a source
 tries (source.HANDSHAKE_TIMEOUT)."""
+LISTENS_AGAIN = 0.25
+"""Seconds until an address that cannot be had is tried again."""
 _NOT_PAUSED = "postcopy is paused"
 _TOLD_BEFORE = "triggered already"
 """Up to 8.1 (migration/migration.c, qmp_migrate_recover): QEMU waits where it was told first."""
@@ -148,6 +151,40 @@ class Destination:
         """A migration that was met at start-up: binds its address again. Raises OSError."""
         await self._addresses.bind(inet_of(endpoint))
         self._addresses.bind_alternatives_soon()
+
+    @property
+    def laid(self) -> tuple[str, ...]:
+        """The names of what QEMU holds for later recoveries."""
+        return self._doors.laid
+
+    def takes_leg(self, *, goes_on: bool) -> None:
+        """Waits for the source at the migration's address."""
+        channels = self._migration.channels
+        if goes_on and channels is not None:
+            self._arrivals.goes_on(channels)
+        self._vm.start_soon(self._listen_again)
+        if channels is None or channels.kept.main is not None:  # else QEMU needs no other
+            self._doors.takes_over()
+            self._vm.start_soon(self._doors.lay)
+
+    @property
+    def _delivers(self) -> bool:
+        """Whether a session may have something to deliver yet."""
+        return self._arrivals.session is not None and not self._arrivals.session.over.is_set()
+
+    async def _listen_again(self) -> None:
+        """Until that can be had: nothing else can be done for the migration."""
+        course = self._course
+        endpoint = inet_of(self._migration.endpoint)
+        while course.under_way or self._delivers:
+            try:
+                await self.adopt(endpoint)
+                return
+            except OSError as error:
+                log.error("%s: cannot listen at %s, where the source comes to go on: %s; trying again",
+                          course.name, endpoint.uri, error,
+                          extra=repeats((course.name, "listen again"), error.errno))  # fmt: skip
+            await trio.sleep(LISTENS_AGAIN)
 
     async def migrate_recover(self, command: WatchedCommand) -> Forward | Answer:
         """A client recovers by hand: our attempt makes way; refault has its address where it is relayed, and

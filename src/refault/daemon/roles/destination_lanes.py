@@ -8,12 +8,15 @@ preempt channel only when it needs it: the pump holds back what must not come be
 
 from __future__ import annotations
 
+import errno
 import logging
+import os
 from dataclasses import dataclass
 from uuid import UUID
 
 import trio
 
+from refault.channel.relay import SessionState
 from refault.daemon.far.connection import detached, peek
 from refault.daemon.far.listen import FIRST_BYTES_TIMEOUT
 from refault.daemon.far.waiting_room import WaitingRoom
@@ -25,6 +28,7 @@ from refault.daemon.near.local import LocalLeg
 from refault.daemon.near.local_unix import QemuListens
 from refault.daemon.relayed.channels import Channels
 from refault.migration.messages import MULTIFD_INIT_BYTES, MultifdInit, multifd_init
+from refault.migration.phase import Phase
 from refault.migration.versions import abilities
 
 log = logging.getLogger("refault.migration")
@@ -65,6 +69,15 @@ class _Multifd:
 
 
 @dataclass(frozen=True)
+class _Given:
+    """The channel that QEMU has been given."""
+
+    channels: Channels
+    number: int
+    main: Main
+
+
+@dataclass(frozen=True)
 class Gathered:
     """The connections of a channel, ready to be given to QEMU. `late`: the preempt channel comes later."""
 
@@ -92,6 +105,8 @@ class Gathering:
         """Set when a multifd channel has said which it is, and replaced."""
         self._uuid: bytes | None = None
         """Our VM's; None while it is not known."""
+        self._given: _Given | None = None
+        """The channel with which QEMU has begun the migration."""
 
     async def offer_multifd(self, connection: trio.socket.SocketType) -> None:
         """A multifd channel has come: it waits until it is taken, or breaks, but not for ever alone."""
@@ -106,11 +121,16 @@ class Gathering:
                 )
                 return
             channel = _Multifd(connection, said, arrival.number, arrival.peer, trio.Event())
+            if self._uuid is None:
+                await self._ask_uuid()
             self._multifd.append(channel)
             self._came.set()
             self._came = trio.Event()
             try:
                 while not channel.taken.is_set() and is_whole(connection):
+                    if self._given is not None and self._is_one_more(channel, self._given.main):
+                        self._end_given(self._given)
+                        return
                     with trio.move_on_after(_LOOK):
                         await channel.taken.wait()
             finally:
@@ -133,8 +153,7 @@ class Gathering:
         """Waits for what belongs to a main connection that has come. None where it did not come."""
         course = self._course
         vm = self._course.vm
-        arrival = self._room.arrival_of(connection)
-        main = Main(connection, arrival.number, arrival.peer, recovered)
+        main = self.main_of(connection, recovered=recovered)
         late = course.lanes.preempt and abilities(vm.version).preempt_comes_late
         gathered = Gathered(main, [], late=late)
         if late or await self._gather(gathered.others, main):
@@ -164,12 +183,48 @@ class Gathering:
             leg = LocalLeg(door.path, local, peer_inode_now(local))
             channels.join(leg, main.connection, recovered=recovered)
             channel = channels.channel
+            if not recovered:
+                self.given(channels, main)
             if course.lanes.preempt and not gathered.late:
                 channels.closing.gives_preempt(channel)
-            for other in gathered.others:
-                channels.add_lane(channel, await sockets.connect(door.path), other)
+            for number, other in enumerate(gathered.others, 1):  # multifd's in the order of their own
+                channels.add_lane(channel, await sockets.connect(door.path), other, number)
         if gathered.late:
             vm.start_soon(self._bring_preempt, channels, channel, door, main)
+
+    def given(self, channels: Channels, main: Main) -> None:
+        """QEMU has been given the channel that begins the migration, with this main connection."""
+        self._given = _Given(channels, channels.channel, main)
+
+    def main_of(self, connection: trio.socket.SocketType, *, recovered: bool) -> Main:
+        """A main connection that has come."""
+        arrival = self._room.arrival_of(connection)
+        return Main(connection, arrival.number, arrival.peer, recovered)
+
+    def are_too_many(self, main: Main) -> bool:
+        """Whether a multifd channel of this migration's has come that its QEMU would take no page from."""
+        if not any(self._is_one_more(channel, main) for channel in self._multifd):
+            return False
+        log.error("%s: closed a channel from %s: %s", self._course.name, main.peer, self._too_many)
+        return True
+
+    def _is_one_more(self, channel: _Multifd, main: Main) -> bool:
+        ours = channel.said.uuid == self._uuid and channel.peer == main.peer
+        return ours and channel.may_belong_to(main) and channel.said.number >= self._course.lanes.multifd
+
+    @property
+    def _too_many(self) -> str:
+        return (
+            f"the source has more multifd channels than this QEMU, which takes {self._course.lanes.multifd},"
+            " and what they carry would be lost; let multifd and multifd-channels be the same at both QEMUs"
+        )
+
+    def _end_given(self, given: _Given) -> None:
+        """As QEMU, which fails at a channel that it does not expect (migration/multifd.c,
+        multifd_recv_initial_packet)."""
+        if given.channels.lives(given.number) and given.channels.phase is Phase.PRECOPY:
+            log.error("%s: ending the migration: %s", self._course.name, self._too_many)
+            given.channels.lose(given.number, OSError(errno.ECONNABORTED, os.strerror(errno.ECONNABORTED)))
 
     async def _gather(self, others: list[trio.socket.SocketType], main: Main) -> bool:
         lanes = self._course.lanes
@@ -183,6 +238,8 @@ class Gathering:
                 before, came = came, len(others) or len(self._found(main))
                 if came > before:
                     last = trio.current_time()
+                if not main.recovered and self.are_too_many(main):
+                    return False
                 if self._is_void(main) or trio.current_time() > last + ALL_WITHIN:
                     log.warning(
                         "%s: closed a channel from %s: of its %d further connections %d came",
@@ -250,7 +307,11 @@ class Gathering:
         return [await self._room.take(arrival)] if arrival is not None else []
 
     async def _bring_preempt(self, channels: Channels, channel: int, door: QemuListens, main: Main) -> None:
-        """Brings QEMU its preempt channel when the source is about to need it."""
+        """Brings QEMU its preempt channel when the source is about to need it.
+
+        It says nothing for long, so that anybody may be it: where the main one is a session, who comes for
+        the next lane of that is it.
+        """
         since: float | None = None
         with self._room.patient(main.number, main.peer):
             while channels.lives(channel):
@@ -258,9 +319,17 @@ class Gathering:
                     await channels.changed.wait()
                     continue
                 since = since or trio.current_time()
-                for connection in await self._take_preempt(main, since):
-                    if not channels.lives(channel):
-                        connection.close()  # QEMU would take it for a main one
+                found: list[trio.socket.SocketType | None] = []
+                changed = channels.changed
+                if _is_carried(channels, 1):
+                    found = [None]
+                elif not _is_carried(channels, 0):
+                    changed = self._room.changed
+                    found += await self._take_preempt(main, since)
+                for connection in found:
+                    if not channels.lives(channel):  # QEMU would take it for a main one
+                        if connection is not None:
+                            connection.close()
                         return
                     channels.closing.gives_preempt(channel)
                     with trio.CancelScope(shield=True):
@@ -268,4 +337,10 @@ class Gathering:
                         channels.add_lane(channel, local, connection)
                     return
                 with trio.move_on_after(_LOOK):
-                    await self._room.changed.wait()
+                    await changed.wait()
+
+
+def _is_carried(channels: Channels, lane: int) -> bool:
+    """Whether the lane is one of a session that has begun."""
+    view = channels.relay.session(lane)
+    return view is not None and view.state in (SessionState.CARRIED, SessionState.BETWEEN)

@@ -21,6 +21,7 @@ from refault.daemon.recovery.doubt import TAKE_BACK, decide
 from refault.daemon.relayed.channels import Channels
 from refault.daemon.roles.dialling import DIALS, Dialling, resume
 from refault.daemon.roles.source_lanes import DIAL_ADVICE, Opening
+from refault.daemon.roles.source_session import keep_session_soon
 from refault.migration.addresses import inet_of
 from refault.migration.endpoint import Endpoint, Inet, endpoint_of, is_refused, with_uri
 from refault.migration.phase import Role
@@ -41,6 +42,8 @@ class Source:
     """The role of the QEMU that the guest leaves."""
 
     role = Role.SOURCE
+    laid: tuple[str, ...] = ()
+    """QEMU is laid nothing ahead."""
 
     def __init__(self, migration: Migration) -> None:
         self._migration = migration
@@ -49,6 +52,8 @@ class Source:
         self._opening: Opening | None = None
         """The channel that QEMU opens, or opened last, where it has lanes."""
         self._dialling = Dialling(self._course)
+        self._given: Given | None = None
+        """The connection that QEMU was to begin with."""
 
     async def set_up(self, command: WatchedCommand) -> Forward | Answer:
         """A client's `migrate`: QEMU gets it with an address of ours, where the relay can carry it, and the
@@ -60,16 +65,24 @@ class Source:
                 if await self._may_receive_unsent():
                     channels.relay.trust_bitmaps()
                 near = await self._near()
+                await self._name_other_host(migration.endpoint)
             except (OSError, QmpError, trio.TooSlowError) as error:
                 await migration.go_unrelayed(f"no local leg could be made: {words(error)}")
             else:
-                given = given_in(self._vm.monitor, command)
+                given = self._given = given_in(self._vm.monitor, command)
                 to = inet_of(migration.endpoint)
+                if given is not None:
+                    self._vm.owed.will_close(given.name)
                 self._opening = Opening(
                     self._course, channels, near, to, deque(), recovered=False, given=given
                 )
                 return Forward(with_uri(command.arguments, near.uri), on_reply=self._watch_reply)
         return Forward(on_reply=self._watch_reply)
+
+    async def _name_other_host(self, endpoint: Endpoint | None) -> None:
+        """Tells QEMU the name that it would take from the client's address. Raises what `execute` raises."""
+        if self._vm.nameless and isinstance(endpoint, Inet) and endpoint.host:
+            await self._vm.owed.name_other_host(self, endpoint.host)
 
     async def _near(self) -> Listening | Pair:
         """What QEMU is to be told of. Raises OSError, and what `execute` raises."""
@@ -124,7 +137,9 @@ class Source:
                 self._course.addresses.tried(endpoint)
                 if shield is not None and asks:
                     await self._ask(connection, endpoint, shield)
+                there = reached(connection, endpoint)
                 channels.join(local, connection, recovered=True)
+                keep_session_soon(self._course, channels, there)
         except BaseException:
             local.close()
             with trio.CancelScope(shield=True):
@@ -205,9 +220,13 @@ class Source:
 
     def _watch_reply(self, reply: bytes) -> bytes:
         if is_error(reply):
+            if self._given is not None:
+                self._vm.owed.keeps(self._given.name)
             self._migration.refused()
         else:
             self._migration.accepted()
+            if self._given is not None:
+                self._vm.start_soon(self._vm.owed.close, self._given.name)
             if self._opening is not None:
                 self._vm.start_soon(self._opening.run)
         return reply
@@ -264,6 +283,7 @@ class Source:
         if not isinstance(endpoint, Inet):
             return Forward(on_reply=migration.watch_recovery)
         try:
+            await self._name_other_host(endpoint)
             uri = await self._join(channels, [endpoint], given=given)
         except (AttemptFailed, OSError) as error:
             course.feed(Event.ATTEMPT_FAILED)
@@ -275,15 +295,19 @@ class Source:
                 given.close()  # unless it is joined
         course.addresses.moved(endpoint)
         channel = channels.channel
+        if given is not None:
+            vm.owed.will_close(given.name)
 
         def watch(reply: bytes) -> bytes:
             if is_error(reply):
                 self._not_taken(channels, channel)
+                if given is not None:
+                    vm.owed.keeps(given.name)
             elif channels.channel == channel:
                 channels.answered()
                 course.remember()
             if given is not None and not is_error(reply):
-                vm.start_soon(given.taken)
+                vm.start_soon(vm.owed.close, given.name)
             return migration.watch_recovery(reply)
 
         return Forward(with_uri(command.arguments, uri), on_reply=watch)
@@ -352,6 +376,7 @@ class Source:
         vm = self._vm
         # Under TLS nothing of ours can be said, and a handshake that nobody answers leaves QEMU paused.
         asks = not (abilities(vm.version).pauses_again_in_handshake or vm.encrypted)
+        await self._name_other_host(self._migration.endpoint)  # where a stop has set it back
         try:
             uri = await self._join(channels, endpoints, shield=shield, asks=asks)
         except OSError as error:
@@ -404,6 +429,12 @@ class Source:
             HANDSHAKE_ADVICE,
         )
 
+    def takes_leg(self, *, goes_on: bool) -> None:
+        """Dials where the session goes on."""
+        channels, endpoint = self._migration.channels, self._migration.endpoint
+        if goes_on and channels is not None and isinstance(endpoint, Inet):
+            keep_session_soon(self._course, channels, endpoint, goes_on=True)
+
     def give_way(self) -> None:
         """Nothing of an ended migration is waited for at a source."""
 
@@ -415,10 +446,11 @@ class Source:
         return True
 
     async def clean_up(self) -> None:
-        """Takes back from QEMU what it held for the migration's last moments."""
+        """Takes back from QEMU what it held for the migration's last moments, and what it was told of it."""
+        await self._vm.owed.put_back(self)
         if self._opening is not None:
             await self._opening.clear()
-            self._vm.sockets.remove_if_empty()
+        self._vm.sockets.remove_if_empty()
         await take_back(self._vm.monitor, *self._course.kept_before)
         if self._migration.channels is not None:
             await self._migration.channels.kept.let_go()

@@ -20,9 +20,8 @@ from collections import deque
 
 import trio
 
-from refault.channel.relay import SessionEnd
+from refault.channel.relay import SessionEnd, SessionState
 from refault.daemon.far.dial import connect_any, connect_as_qemu, reached
-from refault.daemon.far.session_dialled import SessionDialled
 from refault.daemon.kernel.unix_diag import peer_inode_now
 from refault.daemon.known.course import Course
 from refault.daemon.monitor.monitor import MonitorLost, QmpError
@@ -31,7 +30,7 @@ from refault.daemon.near.local import LocalLeg, Pair
 from refault.daemon.near.local_unix import Listening
 from refault.daemon.near.short_queue import shorten
 from refault.daemon.relayed.channels import Channels
-from refault.daemon.relayed.session_waits import SessionWaits
+from refault.daemon.roles.source_session import keep_session_soon, lane_of
 from refault.migration.endpoint import Inet
 from refault.migration.recovery import AttemptFailed
 from refault.migration.relayable import has_return_path, lanes_of
@@ -145,7 +144,7 @@ class Opening:
         try:
             if (given := self._given) is not None:
                 self._given = None
-                connection = await given.take()
+                connection = given.lend()
             else:
                 connection = await connect_as_qemu(self._endpoint)
         except OSError as error:
@@ -179,8 +178,7 @@ class Opening:
             return
         self.joined.set()
         channel = self._channels.channel
-        if self._channels.session is not SessionEnd.NO:
-            self._course.vm.start_soon(self._keep_session, channel)
+        keep_session_soon(self._course, self._channels, self._endpoint)
         if not self._recovered:
             self._course.vm.start_soon(self._tell_answered, channel)
         try:
@@ -192,20 +190,6 @@ class Opening:
                 nursery.cancel_scope.cancel()
         finally:
             self._channels.no_more_lanes(channel)
-
-    async def _keep_session(self, channel: int) -> None:
-        course, channels = self._course, self._channels
-        first = self._endpoint
-
-        def addresses() -> list[Inet]:
-            others = [each for each in course.addresses.order() if isinstance(each, Inet)]
-            return list(dict.fromkeys([first, *others]))
-
-        waits = SessionWaits(course, channels)
-        session = SessionDialled(
-            course.name, channels.relay, lambda: channels.changed, waits, course.counters, addresses
-        )
-        await session.run(channel)
 
     async def _next(self) -> socket.socket | None:
         """QEMU's next connection; None where it has opened all."""
@@ -237,12 +221,14 @@ class Opening:
         self.cancel()
 
     async def _take_lane(self, channel: int) -> bool:
-        """Joins QEMU's next connection; False where there are no more."""
+        """Joins QEMU's next connection; False where there are no more. Where the channel is a session it
+        begins as a lane of it, which the session's own rules connect."""
         local = await self._next()
         if local is None:
             return False
         try:
-            connection = self._connections.popleft() if self._connections else await self._dial()
+            lane = await lane_of(self._channels, local, multifd=self._course.lanes.multifd > 0)
+            connection = self._connections.popleft() if self._connections else await self._dial(channel)
         except OSError as error:
             log.warning("%s: no further connection of the channel: %s", self._course.name, error)
             self._channels.lose(channel, error)
@@ -251,19 +237,33 @@ class Opening:
             local.close()
             raise
         else:
-            self._channels.add_lane(channel, local, connection)
+            self._channels.add_lane(channel, local, connection, lane)
+            if lane:
+                keep_session_soon(self._course, self._channels, self._endpoint, lane)
         return True
 
-    async def _dial(self) -> trio.socket.SocketType:
-        """Dials for as long as it makes sense: the main connection of this channel is made already."""
+    async def _is_session(self, channel: int) -> bool:
+        """Whether the channel is a session, once that is known where one has been offered."""
+        channels = self._channels
+        while channels.session is not SessionEnd.NO and channels.lives(channel):
+            view = channels.relay.session()
+            if view is None or view.state is not SessionState.OFFERED:
+                return view is not None and view.state in (SessionState.CARRIED, SessionState.BETWEEN)
+            await channels.changed.wait()
+        return False
+
+    async def _dial(self, channel: int) -> trio.socket.SocketType | None:
+        """Dials for as long as it makes sense: the main connection of this channel is made already. None
+        where that is a session."""
         deadline = trio.current_time() + LANE_TIMEOUT
-        while True:
+        while not await self._is_session(channel):
             try:
                 return (await connect_any([self._endpoint], deadline - trio.current_time()))[0]
             except OSError:
                 if trio.current_time() + _REDIAL_AFTER >= deadline:
                     raise
             await trio.sleep(_REDIAL_AFTER)
+        return None
 
 
 class _NotReached(Exception):  # noqa: N818 - it says what happened

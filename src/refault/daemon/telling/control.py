@@ -11,14 +11,18 @@ import logging
 import os
 import socket
 import time
+from collections.abc import Awaitable, Callable
 from pathlib import Path
 
 import trio
 
+from refault.daemon.host.descriptors import Spare
 from refault.daemon.host.errors import OperatorError
 from refault.daemon.host.paths import make_if_default
 from refault.daemon.host.repeats import repeats
+from refault.daemon.host.turns import Turns
 from refault.daemon.kernel.inotify import until_gone
+from refault.daemon.monitor.accept import accepted
 from refault.daemon.monitor.address import Address
 from refault.daemon.monitor.caller import caller_of, may_speak
 from refault.daemon.monitor.listener import ListenError, bind_unix
@@ -35,7 +39,7 @@ async def serve_control(
     address: Address,
     snapshot: Snapshot,
     *,
-    task_status: trio.TaskStatus[list[trio.SocketListener]] = trio.TASK_STATUS_IGNORED,
+    task_status: trio.TaskStatus[None] = trio.TASK_STATUS_IGNORED,
 ) -> None:
     """Answers on the socket file at `address` until cancelled, then removes it; started when it listens.
 
@@ -49,18 +53,40 @@ async def serve_control(
     except ListenError as error:
         raise OperatorError(f"{error} (--control)") from error
 
+    documents, spare = _Documents(snapshot), Spare()
+
     async def answer(stream: trio.SocketStream) -> None:
-        await _answer(stream, address, snapshot)
+        await _answer(stream, address, documents)
 
     try:
-        listener = trio.SocketListener(trio.socket.from_stdlib_socket(bound.sock))
         async with trio.open_nursery() as nursery:
-            await nursery.start(trio.serve_listeners, answer, [listener])
-            task_status.started([listener])
+            nursery.start_soon(_take, bound.sock, answer, spare)
+            task_status.started()
             await until_gone(str(path), lambda: bound.in_place)
             raise OperatorError(f"{path} was removed or replaced; leave it, `refault status` asks there")
     finally:
         bound.close()
+        spare.close()
+
+
+async def _take(
+    listening: socket.socket, answer: Callable[[trio.SocketStream], Awaitable[None]], spare: Spare
+) -> None:
+    """Has all who connect answered; one after the other where there are no descriptors but its own."""
+    async with trio.open_nursery() as nursery:
+        while True:
+            sock = await accepted(listening, _tell_not_accepted, spare=spare)
+            stream = trio.SocketStream(trio.socket.from_stdlib_socket(sock))
+            if not spare.lent:
+                nursery.start_soon(answer, stream)
+                continue
+            await answer(stream)
+            spare.take_back()
+
+
+def _tell_not_accepted(error: OSError) -> None:
+    told = "control: cannot accept a connection: %s"
+    _log.error(told, error.strerror, extra=repeats(("control", "accept"), error.errno))
 
 
 def _may_ask(sock: trio.socket.SocketType, uid: int | None, address: Address) -> bool:
@@ -71,7 +97,30 @@ def _may_ask(sock: trio.socket.SocketType, uid: int | None, address: Address) ->
     return (address.mode, address.owner, address.group) != (None, None, None)
 
 
-async def _answer(stream: trio.SocketStream, address: Address, snapshot: Snapshot) -> None:
+class _Documents:
+    """The status, made once for all who have asked by then: a picture of many VMs takes the event loop its
+    time, of which who asks without end has a share."""
+
+    def __init__(self, snapshot: Snapshot) -> None:
+        self._snapshot = snapshot
+        self._turns = Turns("status")
+        self._making = trio.Lock()
+        self._made = 0
+        self._last = b""
+
+    async def get(self) -> bytes:
+        """One that is made after this is called."""
+        before = self._made
+        async with self._making:
+            if self._made == before:
+                turn = self._turns.begin()
+                self._last = status_document.encode(self._snapshot())
+                self._made += 1
+                await self._turns.end(turn, more=False)
+            return self._last
+
+
+async def _answer(stream: trio.SocketStream, address: Address, documents: _Documents) -> None:
     async with stream:
         peer = caller_of(stream.socket)
         if not _may_ask(stream.socket, peer.uid, address):
@@ -83,7 +132,7 @@ async def _answer(stream: trio.SocketStream, address: Address, snapshot: Snapsho
             return
         with trio.move_on_after(_ANSWER_SECONDS):
             try:
-                await stream.send_all(status_document.encode(snapshot()))
+                await stream.send_all(await documents.get())
             except trio.BrokenResourceError:
                 _log.debug("control: process %s went away before it had read the status", peer.pid)
 

@@ -149,7 +149,7 @@ def families(status: Status) -> list[Metric]:
         "page_request_latency_seconds", "From a page request passing the relay until its page has passed"
     )
 
-    resuming = gauge("session_resuming", "1 while a session has no connection, and QEMU waits")
+    resuming = gauge("session_resuming", "1 while a connection of a session is missing, and QEMU waits")
     sessions = counter("sessions", "Channels that became sessions between two refaults")
     resumptions = histogram(
         "session_resumption_seconds",

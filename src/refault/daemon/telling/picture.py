@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import itertools
-import time
 
 import msgspec
 
@@ -218,23 +217,20 @@ _SESSION_WORDS: dict[SessionState, SessionWord] = {
 
 
 def _session(counters: Counters, relay: Relay | None) -> SessionStatus:
-    view = relay.session() if relay is not None and not relay.closed else None
     resumptions = _durations(counters.resumptions)
-    if view is None:
-        return SessionStatus(
-            sessions=counters.sessions,
-            resumptions=resumptions,
-            retransmitted_bytes=counters.retransmitted,
-        )
-    lost = view.state is SessionState.BETWEEN
+    again = counters.retransmitted
+    if relay is None or relay.closed:
+        return SessionStatus(sessions=counters.sessions, resumptions=resumptions, retransmitted_bytes=again)
+    views = relay.sessions()
+    lost = [view for view in views if view.state is SessionState.BETWEEN]
     return SessionStatus(
-        state=_SESSION_WORDS[view.state],
-        resuming_seconds=time.monotonic() - view.lost_ns / 1e9 if lost else None,
+        state=_SESSION_WORDS[(lost or views)[0].state] if views else "none",
+        resuming_seconds=max((view.lost_for or 0.0 for view in lost), default=None),
         sessions=counters.sessions,
         resumptions=resumptions,
-        retransmitted_bytes=counters.retransmitted + view.retransmitted,
-        kept_bytes=view.kept,
-        ring_bytes=view.rings,
+        retransmitted_bytes=again + relay.retransmitted(),
+        kept_bytes=sum(view.kept for view in views),
+        ring_bytes=sum(view.rings for view in views),
     )
 
 

@@ -58,7 +58,7 @@ def seconds_to_connect(*, announced: bool) -> float:
             time.sleep(SETTLES)
             if announced:
                 assert tell() == "True\n"
-            listener.settimeout(5)
+            listener.settimeout(20)
             listener.accept()[0].close()
             taken = time.monotonic() - began
         if not announced:
@@ -69,7 +69,7 @@ def seconds_to_connect(*, announced: bool) -> float:
 @pytest.mark.skipif(os.geteuid() != 0, reason="only root makes network namespaces")
 def test_a_connection_under_way_is_made_as_soon_as_the_other_host_announces_itself() -> None:
     # On a loaded machine the link may take so long to come up that the SYN is sent again by then.
-    assert any(seconds_to_connect(announced=True) < 0.9 for _ in range(5))
+    assert any(seconds_to_connect(announced=True) < 0.9 for _ in range(20))
     assert seconds_to_connect(announced=False) > 0.9
 
 

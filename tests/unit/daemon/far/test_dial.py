@@ -10,7 +10,9 @@ from typing import Any
 import pytest
 import trio
 
+from refault.daemon.far import dial
 from refault.daemon.far.dial import NoAnswer, connect, connect_any
+from refault.lab.channel import free_port
 from refault.migration.endpoint import Inet
 
 
@@ -21,8 +23,7 @@ def listening() -> Iterator[tuple[socket.socket, Inet]]:
 
 
 def refused() -> Inet:
-    with listening() as (_, endpoint):
-        return endpoint
+    return Inet("127.0.0.1", free_port())
 
 
 @contextlib.contextmanager
@@ -46,6 +47,17 @@ async def test_a_refused_connection_is_told_in_words() -> None:
 async def test_an_unknown_host_is_told_in_words() -> None:
     with pytest.raises(OSError, match=r"cannot connect to tcp:nowhere\.invalid:4444: "):
         await connect(Inet("nowhere.invalid", 4444), 20)
+
+
+async def test_a_name_is_not_waited_for_where_other_addresses_are_to_be_dialled(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    async def looks_up(*_: object) -> Any:
+        await trio.sleep_forever()
+
+    monkeypatch.setattr(dial, "look_up", looks_up)
+    with pytest.raises(NoAnswer, match="still being looked up"):
+        await connect(Inet("host.invalid", 4444), 5, found_within=0.01)
 
 
 async def test_a_refusal_leads_to_the_next_address_at_once() -> None:
@@ -108,7 +120,7 @@ async def test_a_connection_that_is_made_while_it_is_given_up_is_kept(
         peer.send(b"!")
         assert peer.recv(4) == b"QEVM"
         monkeypatch.undo()
-        with trio.fail_after(5):
+        with trio.fail_after(9):
             assert await connection.recv(1) == b"!"  # no filter is left on it
         connection.close()
         peer.close()

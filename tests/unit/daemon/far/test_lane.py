@@ -10,10 +10,10 @@ import pytest
 import trio
 import trio.testing
 
-from refault.daemon.far.answered import _Offer, _Stranger, host_of, who_goes
+from refault.daemon.far.answered import Answered, _Offer, _Stranger, host_of, who_goes
 from refault.daemon.far.dialled import Dialled
 from refault.daemon.far.lane import LaneEnd
-from refault.daemon.far.patience import Patience
+from refault.daemon.far.patience import FIRST_PAUSE, Patience
 from refault.daemon.monitor.address_text import parse_address
 from refault.daemon.tunnel.options import TunnelOptions
 from refault.daemon.tunnel.plain import Plain
@@ -119,7 +119,7 @@ def test_room_is_given_only_to_who_has_used_what_it_had() -> None:
 
 def _pair() -> tuple[socket.socket, socket.socket]:
     with socket.create_server(("127.0.0.1", 0)) as listening:
-        client = socket.create_connection(listening.getsockname(), timeout=5)
+        client = socket.create_connection(listening.getsockname(), timeout=20)
         return client, listening.accept()[0]
 
 
@@ -167,20 +167,73 @@ async def test_connections_that_are_lost_at_once_use_patience_up(
     autojump_clock: trio.testing.MockClock,
 ) -> None:
     del autojump_clock
-    stream = Stream(FIRST, FIRST)
-    rest = Patience(1.0, stream)
-    pauses: list[float] = []
-    while rest.left and len(pauses) < 100:
-        pauses.append(rest.pause())
-        rest.waited(pauses[-1])
-        rest.connected()
-        rest.lost()
-        assert not rest.is_fresh
-    assert len(pauses) < 20
-    rest.connected()
-    await trio.sleep(10)
+    rest = Patience(lambda: 7)
     rest.lost()
-    assert (rest.left, rest.is_fresh, rest.pause()) == (1.0, True, 0.0)
+    assert rest.is_fresh
+    pauses: list[float] = []
+    while rest.spent < 1.0 and len(pauses) < 100:
+        pauses.append(rest.pause())
+        await trio.sleep(pauses[-1])
+        rest.connected()
+        if len(pauses) > 1:
+            await trio.sleep(1)
+            rest.lost()
+            assert not rest.is_fresh
+        else:
+            rest.lost()
+    assert pauses[:3] == [FIRST_PAUSE, FIRST_PAUSE, 2 * FIRST_PAUSE]
+    assert len(pauses) < 20
+
+
+@pytest.mark.parametrize(
+    ("seconds", "silent", "spent"),
+    [(10, False, 0.5), (3600, True, 0.5), (10, True, 0.5), (9, True, 9.5), (5, True, 5.5), (4, False, 0.5)],
+)
+async def test_a_connection_that_stays_is_of_use_unless_nothing_was_heard_on_it(
+    seconds: float, silent: bool, spent: float, autojump_clock: trio.testing.MockClock
+) -> None:
+    del autojump_clock
+    rest = Patience(lambda: 7)
+    rest.lost()
+    rest.connected()
+    rest.lost()
+    await trio.sleep(0.0)
+    rest.connected()
+    await trio.sleep(seconds)
+    rest.lost(silent=silent)
+    assert rest.is_fresh is (spent == 0.5 and seconds > 4)
+    await trio.sleep(0.5)
+    assert rest.spent == pytest.approx(spent)
+
+
+@pytest.mark.parametrize("dials", [False, True])
+async def test_a_silence_that_took_longer_than_the_patience_ends_the_lane(
+    dials: bool, autojump_clock: trio.testing.MockClock
+) -> None:
+    del autojump_clock
+    end, told = _end()
+    far = Dialled(end, Inet("127.0.0.1", 1), Keys(), 5.0) if dials else Answered(end, 5.0)
+    rest = far._rest = Patience(lambda: 7)
+    rest.lost()
+    rest.connected()
+    await trio.sleep(9)
+    rest.lost(silent=True)
+    await far.keep()
+    assert told.said == ["reset"]
+
+
+async def test_what_only_the_other_end_knew_of_a_connection_is_of_use_too(
+    autojump_clock: trio.testing.MockClock,
+) -> None:
+    del autojump_clock
+    at = [0]
+    rest = Patience(lambda: at[0])
+    for at[0] in range(5):
+        rest.lost()
+        await trio.sleep(1)
+        rest.connected()
+    rest.lost()
+    assert rest.spent == 0
 
 
 def test_a_host_with_many_strangers_does_not_take_the_places_of_others() -> None:

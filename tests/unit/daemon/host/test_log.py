@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import logging
 import os
 import re
@@ -10,20 +11,37 @@ import resource
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 
-from refault.daemon.host.log import JournalFormatter, PlainFormatter, is_journal
+import pytest
+import trio
+import trio.testing
+
+from refault.daemon.host.log import JournalFormatter, PlainFormatter, is_journal, spare_full
 from refault.daemon.host.outlet import MOST_BYTES, Outlet
+from refault.daemon.host.repeats import Sparing
 
 
 def record(level: int, text: str) -> logging.LogRecord:
     return logging.LogRecord("refault.x", level, "x.py", 1, text, None, None)
 
 
+@pytest.mark.parametrize("form", [JournalFormatter().format, PlainFormatter().format])
+def test_no_name_or_error_begins_a_line_of_its_own(form: Callable[[logging.LogRecord], str]) -> None:
+    said = form(record(logging.WARNING, "vm1\n2026-01-01 00:00:00.000 vm2: lost\x1b[2J"))
+    assert said.endswith(r"vm1\n2026-01-01 00:00:00.000 vm2: lost\x1b[2J")
+    assert said.isprintable()
+
+
 def test_journal_lines_carry_their_priority_each() -> None:
     form = JournalFormatter().format
-    assert form(record(logging.WARNING, "vm1: lost\nagain")) == "<4>vm1: lost\n<4>again"
+    try:
+        raise KeyError("of ours")
+    except KeyError:
+        failed = logging.LogRecord("refault.x", logging.ERROR, "x.py", 1, "internal", None, sys.exc_info())
+    assert {line[:3] for line in form(failed).splitlines()} == {"<3>"}
     levels = (logging.DEBUG, logging.INFO, logging.ERROR, logging.CRITICAL, logging.ERROR + 1)
     assert [form(record(level, "x")) for level in levels] == ["<7>x", "<6>x", "<3>x", "<2>x", "<3>x"]
     assert form(record(logging.INFO, "")) == "<6>"
@@ -34,6 +52,41 @@ def test_plain_lines_have_a_time_and_name_the_level_if_it_matters() -> None:
     stamp = r"\d{4}-\d\d-\d\d \d\d:\d\d:\d\d\.\d{3}"
     assert re.fullmatch(rf"{stamp} ready", form(record(logging.INFO, "ready")))
     assert re.fullmatch(rf"{stamp} warning: vm1: lost", form(record(logging.WARNING, "vm1: lost")))
+
+
+class Full(trio.abc.Listener[trio.abc.Stream]):
+    """There is no descriptor for who comes."""
+
+    async def accept(self) -> trio.abc.Stream:
+        raise OSError(errno.EMFILE, os.strerror(errno.EMFILE))
+
+    async def aclose(self) -> None:
+        pass
+
+
+def test_that_no_descriptor_is_left_for_who_comes_is_told_in_few_lines() -> None:
+    said: list[str] = []
+    sparing = Sparing(trio.current_time)
+    logger = logging.getLogger("trio.serve_listeners")
+
+    def say(record: logging.LogRecord) -> bool:
+        if sparing.filter(record):
+            said.append(PlainFormatter().format(record))
+        return False
+
+    async def serve() -> None:
+        with trio.move_on_after(5):
+            await trio.serve_listeners(trio.abc.Stream.aclose, [Full()])
+
+    for each in (spare_full, say):
+        logger.addFilter(each)
+    try:
+        trio.run(serve, clock=trio.testing.MockClock(autojump_threshold=0))
+    finally:
+        for each in (spare_full, say):
+            logger.removeFilter(each)
+    assert 1 <= len(said) < 5
+    assert all("Too many open files" in line and "\n" not in line for line in said)
 
 
 def test_the_journal_is_known_by_its_inode(tmp_path: Path) -> None:

@@ -9,9 +9,13 @@ from pathlib import Path
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from tests.fuzz.fuzz_journal import go_on
+from tests.unit.qmp.course import Course
 
 from refault.daemon.kept.journal import Journal, left
-from refault.qmp.journal import HEADER, Kind, TornError, read
+from refault.daemon.kept.left import FORMAT, Left, decode, encode
+from refault.daemon.kept.sockets import Identity
+from refault.qmp.journal import HEADER, Kind, TornError, before, read
 
 Pair = tuple[socket.socket, socket.socket]
 
@@ -32,7 +36,9 @@ def written(path: Path, pair: Pair) -> Journal:
     assert journal.send(ours, 7, memoryview(b"to a client"), -1) == 11
     journal.append(Kind.LEFT, 7)
     socket.send_fds(theirs, [b"with"], [theirs.fileno()])
-    data, fd = journal.receive(ours, 8, 100, takes=True)
+    received = journal.receive(ours, 8, 100, takes=True)
+    assert received is not None
+    data, fd = received
     assert data == b"with"
     assert fd >= 0
     socket.socket(fileno=fd).close()
@@ -90,7 +96,13 @@ def test_it_grows_where_it_must(tmp_path: Path) -> None:
     for _ in range(20):
         journal.append(Kind.CHANGED, 0, bytes(100_000))
     assert len(told(left(tmp_path / "j") or b"")) == 20
-    assert journal.full
+    ours, theirs = socket.socketpair()
+    with ours, theirs:
+        theirs.send(b"x")
+        assert journal.receive(ours, 7, 100, takes=True) is None  # it is to be begun anew
+        assert journal.receive(ours, 7, 100, takes=False) is None
+        journal.begin(b"")
+        assert journal.receive(ours, 7, 100, takes=True) == (b"x", -1)
     journal.end()
 
 
@@ -110,3 +122,54 @@ def test_a_journal_that_is_torn_is_told_and_no_more(
         except TornError:
             continue
         assert all(each.count >= len(each.data) for each in records)
+
+
+def test_a_journal_is_read_or_refused_at_whatever_byte_it_is_torn() -> None:
+    """As the next refault would: and who goes on with what is left of it comes to an end."""
+    course = Course(24)
+    for _ in range(10):
+        course.step()
+    course.first.flush()
+    course.first.save()
+    for _ in range(5):
+        course.step()
+    whole = course.first.file()
+    assert go_on(whole)
+    begins = HEADER + len(read(whole).before) + 4
+    for at in range(len(whole)):
+        assert not go_on(whole[:at])  # the file's size stands in its header
+        other = whole[:at] + bytes([whole[at] ^ 0xFF]) + whole[at + 1 :]
+        gone_on = go_on(other)
+        assert not (gone_on and HEADER <= at < begins)
+
+
+def test_what_was_said_is_not_in_a_journal_that_was_given_up(tmp_path: Path, pair: Pair) -> None:
+    ours, theirs = pair
+    path = tmp_path / "j"
+    socks = [Identity(1, b"8 octets", "name")] * 2
+    secret = b"hush-hush"
+    about = Left(FORMAT, "0", "unix:/q", 5, 6, socks[0], socks, [], {}, secret)
+    for ends in ("here", "before"):
+        journal = Journal(path)
+        journal.begin(encode(about))
+        theirs.send(secret)
+        assert journal.receive(ours, 7, 100, takes=True) == (secret, -1)
+        assert (left(path) or b"").count(secret) == 2
+        if ends == "here":
+            journal.give_up()
+        else:
+            journal.leave()
+            journal.give_up_left()
+        data = left(path) or b""
+        assert secret not in data
+        assert decode(before(data), records=False).upstream == socks[0]
+        with pytest.raises(TornError, match="given up"):
+            read(data)
+
+
+def test_what_a_kill_left_of_a_new_one_goes_with_the_old_one(tmp_path: Path) -> None:
+    journal = Journal(tmp_path / "j")
+    journal.begin(b"")
+    (tmp_path / "j.new").write_bytes(b"hush-hush")
+    journal.end()
+    assert list(tmp_path.iterdir()) == []

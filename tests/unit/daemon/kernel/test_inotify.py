@@ -15,7 +15,7 @@ from refault.daemon.kernel.inotify import Changes, path_and_entries_watched, wat
 
 
 async def is_told(changes: Changes) -> None:
-    with trio.fail_after(5):
+    with trio.fail_after(9):
         await changes.wait()
 
 

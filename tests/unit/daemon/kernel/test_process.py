@@ -4,10 +4,23 @@ from __future__ import annotations
 
 import os
 import socket
+import subprocess
+import sys
 
 import pytest
+from tests.support.exhausted import exhausted
 
-from refault.daemon.kernel.process import borrowed, holds, resident_pages, same_network
+from refault.daemon.kernel.process import (
+    borrowed,
+    has_ended,
+    hidden,
+    holds,
+    may_be_same,
+    process_started,
+    resident_pages,
+    same_network,
+    still_runs,
+)
 
 
 def test_this_process_is_in_its_own_network() -> None:
@@ -16,6 +29,37 @@ def test_this_process_is_in_its_own_network() -> None:
 
 def test_a_process_that_is_gone_is_in_none() -> None:
     assert not same_network(2**22 + 1)
+
+
+def test_a_process_runs_until_it_has_ended_for_all_that_can_be_told() -> None:
+    me = process_started(os.getpid())
+    assert me is not None
+    assert still_runs(os.getpid(), me)
+    assert still_runs(os.getpid(), None)  # it was not told
+    assert not still_runs(os.getpid(), me + 1)  # another's number by now
+    assert not still_runs(2**22 + 1, me)
+    assert not still_runs(None, None)
+    assert may_be_same((1, 5), (1, 5))
+    assert may_be_same((1, None), (1, 5))
+    assert not may_be_same((1, 4), (1, 5))
+    assert not may_be_same((2, None), (1, 5))
+
+
+def test_one_that_nobody_has_waited_for_has_ended() -> None:
+    with subprocess.Popen(["sleep", "60"]) as sleep:
+        assert not has_ended(sleep.pid)
+        sleep.kill()
+        os.waitid(os.P_PID, sleep.pid, os.WEXITED | os.WNOWAIT)
+        assert has_ended(sleep.pid)
+        assert not hidden(sleep.pid)
+        assert not still_runs(sleep.pid, None)
+    assert has_ended(2**22 + 1)
+
+
+def test_where_no_descriptor_is_left_nobody_has_ended() -> None:
+    with exhausted():
+        assert process_started(os.getpid()) is None
+        assert still_runs(os.getpid(), 7)
 
 
 def test_who_holds_a_socket() -> None:
@@ -32,3 +76,31 @@ def test_who_holds_a_socket() -> None:
 
 def test_the_memory_of_this_process_is_there() -> None:
     assert resident_pages(os.getpid()) > 0
+
+
+# As the units have it (ProtectProc=invisible), without a capability.
+_CONFINED = """
+import os, subprocess, sys
+from refault.daemon.kernel.process import hidden, process_started, socket_at, still_runs
+pid, gone = map(int, sys.argv[1:])
+subprocess.run(["mount", "-t", "proc", "-o", "hidepid=invisible", "proc", "/proc"], check=True)
+os.setgroups([])
+os.setresgid(65534, 65534, 65534)
+os.setresuid(65534, 65534, 65534)
+print(process_started(pid), hidden(pid), hidden(gone), hidden(os.getpid()))
+print(still_runs(pid, 7), still_runs(gone, 7), still_runs(os.getpid(), 7), socket_at(gone, 0))
+try:
+    socket_at(pid, 0)
+except PermissionError:
+    print("hidden")
+"""
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="root alone may mount")
+def test_a_process_that_may_not_be_looked_at_has_not_ended() -> None:
+    assert not hidden(os.getpid())
+    command = ["unshare", "--mount", sys.executable, "-c", _CONFINED, str(os.getpid()), str(2**22 + 1)]
+    done = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True)
+    none, *told = done.stdout.split()
+    assert none == "None"
+    assert told == ["True", "False", "False", "True", "False", "False", "None", "hidden"]

@@ -73,11 +73,11 @@ async def test_two_queries_are_on_their_way_at_once(tmp_path: Path) -> None:
         )
 
     monitor, vm = state()
-    with trio.fail_after(5):
+    with trio.fail_after(9):
         assert await vm.query_both("query-a", "query-b") == ({"of": "query-a"}, {"of": "query-b"})
     assert monitor.asked == ["query-a", "query-b"]
     _, vm = state()
-    with trio.fail_after(5), pytest.raises(QmpError):
+    with trio.fail_after(9), pytest.raises(QmpError):
         await vm.query_both("query-a", "query-bad")
 
 

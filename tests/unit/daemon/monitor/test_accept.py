@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import os
 import socket
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -54,3 +55,20 @@ async def test_no_connection_is_missed_and_nothing_is_asked_without_a_pause(
         (await accepted(listening, lambda error: told.append(error.errno))).close()
         took = trio.current_time() - began
     assert (told, took) == (([number], PAUSE) if waits else ([], 0))
+
+
+async def test_who_connects_waits_while_somebody_says_why(
+    tmp_path: Path, autojump_clock: trio.testing.MockClock
+) -> None:
+    reasons = iter(["few are left", "few are left", None])
+    told: list[str | None] = []
+    with socket.socket(socket.AF_UNIX) as listening, socket.socket(socket.AF_UNIX) as client:
+        listening.setblocking(False)
+        listening.bind(str(tmp_path / "l"))
+        listening.listen()
+        client.connect(str(tmp_path / "l"))
+        began = trio.current_time()
+        take = partial(accepted, why_not=lambda: next(reasons))
+        (await take(listening, lambda error: told.append(error.strerror))).close()
+        took = trio.current_time() - began
+    assert (told, took) == (["few are left"] * 2, 2 * PAUSE)

@@ -129,7 +129,9 @@ def test_a_listener_listens_unless_told_otherwise() -> None:
         ("/s,server,group=no-such-group", "host has no such group"),
         ("unix:/" + "x" * 107, "at most 107 bytes, this has 108"),
         ("unix:" + "x" * 108 + ",abstract", "at most 107 bytes, this has 108"),
-        ("/a\0b", "zero bytes"),
+        ("/a\0b", r"has a control character (\x00)"),
+        ("unix:/a\nb", r"has a control character (\n)"),
+        ("tcp:h\x9b:1", r"has a control character (\x9b)"),
     ],
 )
 def test_what_is_no_address(text: str, why: str) -> None:

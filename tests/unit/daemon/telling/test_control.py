@@ -8,6 +8,7 @@ import socket
 import stat
 import tempfile
 import threading
+import time
 from collections.abc import AsyncIterator, Iterator
 from contextlib import asynccontextmanager
 from pathlib import Path
@@ -18,6 +19,7 @@ from tests.unit.daemon.pictures import BUSY, PICTURE
 
 from refault.daemon.host.errors import OperatorError
 from refault.daemon.host.paths import make_again, make_default_directory
+from refault.daemon.host.turns import BURST, SHARE
 from refault.daemon.monitor.address import Address
 from refault.daemon.monitor.address_text import parse_address
 from refault.daemon.telling import control
@@ -69,11 +71,11 @@ async def test_a_peer_that_does_not_read_keeps_no_one_waiting(
     status = Status(vms=(BUSY,) * 3000)
     async with serving(path, status):
         with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as slow:
-            slow.settimeout(5)
+            slow.settimeout(20)
             slow.connect(str(path))
             received = len(await trio.to_thread.run_sync(slow.recv, 1))
             monkeypatch.setattr(control, "_ANSWER_SECONDS", 5.0)
-            with trio.fail_after(5):
+            with trio.fail_after(9):
                 assert await ask(path) == status
             await trio.sleep(0.4)
             while chunk := await trio.to_thread.run_sync(slow.recv, 65536):
@@ -200,3 +202,32 @@ def test_a_name_that_no_file_can_have_is_one_error(tmp_path: Path) -> None:
 def test_query_of_a_silent_daemon_ends(tmp_path: Path) -> None:
     with listening(tmp_path / "s"), pytest.raises(OperatorError, match=r"gave no answer in 0\.1 s"):
         control.query(tmp_path / "s", 0.1)
+
+
+async def test_who_asks_without_end_has_pictures_made_for_a_share_of_the_loop(tmp_path: Path) -> None:
+    """And each is told one that was made after he had asked."""
+    path, made, spent = tmp_path / "vm.control", 0, 0.0
+
+    def picture() -> Status:
+        nonlocal made, spent
+        made += 1
+        began = time.thread_time()
+        while time.thread_time() - began < 0.02:  # as of a hundred VMs on a busy host
+            pass
+        spent += time.thread_time() - began
+        return Status(vms=(), log_lines_dropped=made)
+
+    async def floods() -> None:
+        while made < 6:
+            before = made
+            assert (await ask(path)).log_lines_dropped > before
+
+    async with trio.open_nursery() as nursery:
+        await nursery.start(control.serve_control, parse_address(f"unix:{path}", server=True), picture)
+        began = time.perf_counter()
+        async with trio.open_nursery() as asking:
+            for _ in range(8):
+                asking.start_soon(floods)
+        assert made <= 7  # not for each of them
+        assert spent <= (SHARE + 0.1) * (time.perf_counter() - began) + BURST + 0.04
+        nursery.cancel_scope.cancel()

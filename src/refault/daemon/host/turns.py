@@ -7,7 +7,7 @@ import time
 
 import trio
 
-SHARE = 0.25
+SHARE = 0.5
 """Of the loop's time. A process that never sleeps also waits for a core on a busy host (sched(7))."""
 SHARE_BESIDE_OTHERS = 0.05
 """Of the same, while other VMs have turns too."""
@@ -25,6 +25,8 @@ class _Latest:
     """The VM that had the latest turn, and when the latest one of any other was."""
 
     def __init__(self) -> None:
+        self.thread_time = 0.0
+        """What the loop had used when it ended."""
         self._vm = ""
         self._at = self._other_at = -math.inf
 
@@ -36,6 +38,7 @@ class _Latest:
         return now - self._other_at < AT_WORK
 
 
+_clock = time.perf_counter
 _latest = trio.lowlevel.RunVar[_Latest]("refault.turns")
 
 
@@ -52,31 +55,46 @@ class Turns:
         self._had = 0.0
         """Seconds, less what has been granted since."""
         self._at = -math.inf
+        self._latest: _Latest | None = None
+        """This run's."""
 
     @staticmethod
     def begin() -> float:
         """A turn begins."""
-        return time.thread_time()
+        return _clock()
 
     async def end(self, turn: float, *, more: bool) -> None:
-        """It is over: returns when the next may begin. Who has `more` at hand lets the others go first."""
-        await self._spend(time.thread_time() - turn, more=more)
+        """It is over: returns when the next may begin. Who has `more` at hand lets the others go first.
+
+        It took no longer than by the clock, nor more than the loop has used since the last one, which is less
+        where the loop has waited for a core. To ask that at its beginning, too, would cost a system call.
+        """
+        took, latest, used = _clock() - turn, self._latest or self._find_latest(), time.thread_time()
+        took, latest.thread_time = min(took, used - latest.thread_time), used
+        pause = self._spend(took, latest)
+        if pause > 0:
+            await trio.sleep(pause)
+        elif more:
+            await trio.lowlevel.checkpoint()
 
     async def come(self) -> None:
         """Returns when one more client may be served."""
-        await self._spend(COMING, more=True)
+        pause = self._spend(COMING, self._latest or self._find_latest())
+        await trio.sleep(pause)
 
-    async def _spend(self, seconds: float, *, more: bool) -> None:
-        now = trio.current_time()
+    def _find_latest(self) -> _Latest:
         try:
-            latest = _latest.get()
+            self._latest = _latest.get()
         except LookupError:
-            _latest.set(latest := _Latest())
+            _latest.set(_Latest())
+            self._latest = _latest.get()
+        return self._latest
+
+    def _spend(self, seconds: float, latest: _Latest) -> float:
+        """Seconds until the next turn may begin."""
+        now = trio.current_time()
         share = SHARE_BESIDE_OTHERS if latest.note(self._vm, now) else SHARE
         had = max(self._had - share * (now - self._at), 0.0) + seconds
         self._had = min(had, BURST + share * LONGEST_WAIT)
         self._at = now
-        if self._had > BURST:
-            await trio.sleep((self._had - BURST) / share)
-        elif more:
-            await trio.lowlevel.checkpoint()
+        return max(self._had - BURST, 0.0) / share
