@@ -371,20 +371,26 @@ def _end_all(was: Left, holder: Held | Stored) -> int:
 
 
 def _kept(was: Left, holder: Held | Stored) -> tuple[list[Lot], dict[bytes | None, socket.socket]]:
-    """Where connections are kept, and each of them by its cookie. Raises TornError where they are not, and
-    OSError."""
+    """Where connections are kept, the lot that has all of them first, and each of them by its cookie. Raises
+    TornError where they are not, and OSError."""
     lots = _lots(was, holder)
     kept: dict[bytes | None, socket.socket] = {}
+    has: dict[Lot, set[bytes | None]] = {}
     with contextlib.ExitStack() as undo:
         for lot in lots:
             undo.callback(lot.close)
         for lot in lots:
+            has[lot] = set()
             for sock in lot.look():
                 sock.setblocking(False)
-                if kept.setdefault(cookie_of(sock), sock) is not sock:
+                has[lot].add(cookie := cookie_of(sock))
+                if kept.setdefault(cookie, sock) is not sock:
                     sock.close()
                 else:
                     undo.callback(sock.close)
+        lots.sort(key=lambda lot: len(has[lot]), reverse=True)
+        with contextlib.suppress(BlockingIOError):  # it is full, and will be tidied
+            lots[0].put([kept[cookie] for cookie in kept.keys() - has[lots[0]]])
         undo.pop_all()
     return lots, kept
 

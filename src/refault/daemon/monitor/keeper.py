@@ -83,7 +83,7 @@ class Keeper:
         self._clients = clients
         self._borrows = borrows
         self._lots: list[Lot] = []
-        """Two: one is in use, the other takes over what is still of use."""
+        """Two: the first has all that is kept, the other takes over what is still of use."""
         self._kept: dict[socket.socket, bytes] = {}
         self._came: dict[socket.socket, str] = {}
         """Of those the clients that have not joined, and where they came."""
@@ -295,6 +295,7 @@ class Keeper:
         """Clears away what is kept and has ended. Raises OSError."""
         now, then = self._lots
         try:
+            then.empty()  # a refault that was killed may have left something
             then.put(self._kept)
         except OSError:
             then.empty()

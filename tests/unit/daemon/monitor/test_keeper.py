@@ -30,6 +30,7 @@ from refault.daemon.monitor.monitor import Monitor
 
 VERSION = b'{"qemu": {"micro": 0, "minor": 0, "major": 10}, "package": ""}'
 NOT_REVIEWED = b'{"execute": "not-reviewed", "arguments": {"a": 1}}'
+REAL_PAIR = socket.socketpair
 GREETING = b'{"QMP": {"version": %s, "capabilities": ["oob"]}}\r\n' % VERSION
 
 
@@ -222,6 +223,32 @@ async def test_a_start_that_fails_leaves_clients_to_the_next(tmp_path: Path) -> 
             nursery.start_soon(monitor(tmp_path, "front").run)
             await negotiates(client)
             nursery.cancel_scope.cancel()
+
+
+async def test_clients_are_kept_over_any_number_of_restarts(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Clients leave meanwhile, too, and what they had is cleared away: the place changes with that."""
+    monkeypatch.setattr(socket, "socketpair", short_pair)
+    async with qemu_at(tmp_path / "qemu"), await left_behind(tmp_path) as client:
+        for _ in range(20):
+            restarted = monitor(tmp_path, "front")
+            async with trio.open_nursery() as nursery:
+                await nursery.start(restarted.run)
+                await negotiates(client)
+                leaves = await trio.open_unix_socket(str(tmp_path / "front"))
+                assert b"QMP" in await leaves.receive_some()
+                restarted.hand_over()
+                nursery.cancel_scope.cancel()
+            await leaves.aclose()
+
+
+def short_pair(family: int, kind: int) -> tuple[socket.socket, socket.socket]:
+    """With room for a few messages."""
+    pair = REAL_PAIR(family, kind)
+    for each in pair:
+        each.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, 1)
+    return pair
 
 
 async def test_what_a_qemu_holds_that_may_not_be_looked_at_waits_for_who_may(
