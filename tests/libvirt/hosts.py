@@ -14,6 +14,7 @@ import re
 import shutil
 import signal
 import socket
+import stat
 import subprocess
 import sys
 import tempfile
@@ -45,6 +46,7 @@ STARTS_WITHIN = 120.0
 """Seconds for a daemon, on a machine that has much else to do."""
 _UID = 64055  # as Debian's libvirt-daemon-system has it
 _USERFAULTFD = Path("/proc/sys/vm/unprivileged_userfaultfd")
+_KVM = Path("/dev/kvm")
 _CHANNEL_PORTS = range(49152, 49216)
 _LIBVIRTD = """
 listen_tls = 0
@@ -166,6 +168,10 @@ class LibvirtHost:
         log = self.directory / f"{name}.log"
         return log.read_text(errors="replace") if log.exists() else ""
 
+    def qemu_said(self, domain: str) -> str:
+        """What libvirt has on record of a domain's QEMU: how it was started, and what it has said."""
+        return (self.directory / f"log/qemu/{domain}.log").read_text(errors="replace")
+
     def signal(self, name: str, number: str) -> None:
         """Sends a daemon a signal."""
         self.run("kill", f"-{number}", *self.run("pgrep", "-f", "--", _PATTERNS[name]).output.split())
@@ -256,7 +262,7 @@ def _lay(directory: Path, root: str, network: Network, hosts: dict[str, str]) ->
     (directory / "etc/libvirt/qemu.conf").write_text(_QEMU.format(**own))
     known = "".join(f"{address} {host}\n" for host, address in hosts.items())
     (directory / "etc/hosts").write_text(f"127.0.0.1 localhost\n{known}")
-    kvm = os.stat("/dev/kvm").st_gid if os.path.exists("/dev/kvm") else _UID + 1
+    kvm = _KVM.stat().st_gid if _KVM.exists() else _UID + 1
     users = [
         line
         for line in Path(f"{root}/etc/passwd").read_text().splitlines()
@@ -331,6 +337,19 @@ def _userfaultfd() -> Iterator[None]:
 
 
 @contextlib.contextmanager
+def _kvm() -> Iterator[None]:
+    """Where no udev has given it to its group it may be root's alone."""
+    before = _KVM.stat().st_mode if _KVM.exists() else None
+    if before is not None:
+        _KVM.chmod(stat.S_IMODE(before) | 0o060)
+    try:
+        yield
+    finally:
+        if before is not None:
+            _KVM.chmod(stat.S_IMODE(before))
+
+
+@contextlib.contextmanager
 def libvirt_hosts(root: str = "") -> Iterator[list[LibvirtHost]]:
     """Both, with libvirtd and refault, and the emulators of EMULATORS.
 
@@ -339,6 +358,7 @@ def libvirt_hosts(root: str = "") -> Iterator[list[LibvirtHost]]:
         directory = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="refault-libvirt-")))
         directory.chmod(0o755)
         stack.enter_context(_userfaultfd())
+        stack.enter_context(_kvm())
         networks = stack.enter_context(two_hosts())
         named = {f"host{number}": network for number, network in enumerate(networks, 1)}
         program = _wrapper(directory)

@@ -136,8 +136,10 @@ def run(host: LibvirtHost, variant: str, wanted: Sequence[tuple[str, ...]] = STE
                 events = Events.listen(host)
                 continue
             result = host.virsh(*(given.get(word, word) for word in step))
-            if step[0] == "start" and result.code == 0 and "--paused" not in step:
-                wait_guest(host, 0)
+            if step[0] == "start":
+                assert result.code == 0, (result.text, host.qemu_said(NAME))
+                if "--paused" not in step:
+                    wait_guest(host, 0)
             steps.append(Step(" ".join(step), result, tuple(events.seen())))
     finally:
         next_refault.shutdown()
