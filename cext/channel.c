@@ -476,6 +476,15 @@ static void settle_far(struct rf_channel *channel) {
     }
 }
 
+/* Whether a destination's QEMU has ended a session in precopy and has not said SHUT, which its source may
+ * wait for unless it has ended, too. */
+static bool ended_without_a_word(const struct rf_channel *channel) {
+    const struct rf_link *link = channel->far.link;
+
+    return !channel->source_side && rf_link_carries(link) && !rf_link_end_in_sight(link) &&
+           !in_postcopy(channel) && !channel->in_postcopy && !has_passed(channel, RF_FACT_SHUT_PASSED);
+}
+
 static void settle_local(struct rf_channel *channel) {
     if (!local_is_over(channel)) {
         return;
@@ -486,6 +495,9 @@ static void settle_local(struct rf_channel *channel) {
         rf_leg_close(&channel->local); /* QEMU has closed its end, or it is dead */
     }
     if (channel->stage == RF_STAGE_UNSENT && all_is_sent(channel)) {
+        if (ended_without_a_word(channel)) {
+            rf_link_await_word(channel->far.link);
+        }
         rf_leg_end_writing(&channel->far);
         go(channel, RF_SENT);
     }

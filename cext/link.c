@@ -544,6 +544,18 @@ void rf_link_leave(struct rf_link *link) {
     send_all(link);
 }
 
+void rf_link_await_word(struct rf_link *link) { link->word_due = true; }
+
+void rf_link_last_word(struct rf_link *link, bool broke) {
+    if (link->word_due) {
+        link->word_due = false;
+        if (broke) {
+            rf_stream_reset(link->stream);
+        }
+        send_all(link);
+    }
+}
+
 /* ---- the connections ---- */
 
 void rf_link_tell(struct rf_link *link, struct rf_positions *here) {
@@ -640,11 +652,16 @@ static void receive(struct rf_link *link) {
     widen(link);
 }
 
+/* Whether both streams are over and nothing more is to be told. A RESET is answered with END. */
+static bool is_complete(const struct rf_link *link, const struct rf_stream_facts *facts) {
+    return facts->delivered && facts->taken && !facts->reset_here && !link->word_due;
+}
+
 /* How the two ends let go of it: who answers says END when it knows that both streams are over, and forgets;
  * who dials waits for that (session/course.py). */
 static void settle(struct rf_link *link) {
     struct rf_stream_facts facts = facts_of(link);
-    bool complete = facts.delivered && facts.taken;
+    bool complete = is_complete(link, &facts);
 
     if (facts.end_there) {
         link->error = complete ? 0 : ECONNRESET; /* it cannot know what is not so */
@@ -721,7 +738,10 @@ void rf_link_look(const struct rf_link *link, struct rf_link_view *view) {
         .channel = link->place.channel,
         .error = (uint64_t)link->lost_by,
         .has_leg = link->has_leg,
-        .complete = facts.delivered && facts.taken,
+        .delivered = (uint64_t)facts.delivered,
+        .complete = is_complete(link, &facts),
+        .word_due = link->word_due,
+        .broke_there = (uint64_t)facts.reset_there,
         .lost_ns = link->lost_ns,
         .moved = facts.here.received + facts.acknowledged,
         .taken = facts.here.written,

@@ -51,7 +51,10 @@ struct rf_link_view {
     uint64_t channel;       /* of which it is the session, from 1 */
     uint64_t error;         /* errno or, negative, enum rf_wrong that ended the last connection */
     uint64_t has_leg;       /* 0: QEMU's side has ended, and what is left is delivered */
-    uint64_t complete;      /* 1: both streams are over, and all is acknowledged and taken */
+    uint64_t delivered;     /* 1: our own stream is over, and all of it is acknowledged */
+    uint64_t complete;      /* 1: both are, all is taken too, and nothing is to be told yet */
+    uint64_t word_due;      /* 1: it is to be told what became of QEMU (rf_link_last_word) */
+    uint64_t broke_there;   /* 1: the peer has said that its local side broke (RESET) */
     uint64_t lost_ns;       /* CLOCK_MONOTONIC, since when it is BETWEEN */
     uint64_t moved;         /* bytes received and acknowledged, of this whole session */
     uint64_t taken;         /* of the peer's stream, by QEMU's side */
@@ -79,7 +82,10 @@ struct rf_rings {
 struct rf_link_told {
     enum rf_link_state state;
     uint64_t lost_ns;
+    bool delivered;
     bool complete;
+    bool word_due;
+    bool broke_there;
 };
 
 /* Which streams it has: lane 0 is a channel's main connection. */
@@ -103,6 +109,7 @@ struct rf_link {
     bool shut;        /* nothing more of the peer's is taken than what is here */
     bool postcopy;    /* what is queued is latency */
     bool parting;     /* END has been sent */
+    bool word_due;    /* what became of our QEMU is to be told, before all is over */
     bool kernel_full;
     bool leg_writes; /* the leg waits for room */
     bool only_read;  /* connection 0 has failed and is read to its end: what is written is kept alone */
@@ -204,6 +211,12 @@ void rf_link_finish(struct rf_link *link);
 void rf_link_shut(struct rf_link *link);
 /* The leg is closed: what it wrote is delivered yet. */
 void rf_link_leave(struct rf_link *link);
+/*
+ * QEMU has ended its side without a word, and the peer cannot tell what that means: the lane is not over
+ * before rf_link_last_word has been told whether that QEMU broke, which the peer hears of (RESET), or not.
+ */
+void rf_link_await_word(struct rf_link *link);
+void rf_link_last_word(struct rf_link *link, bool broke);
 
 /* ---- the connections ---- */
 

@@ -89,22 +89,20 @@ static void signal_event(int fd) {
 
 /* ---- what others may look at ---- */
 
-static bool is_complete(const struct rf_link *link) {
-    struct rf_link_view view;
-
-    rf_link_look(link, &view);
-    return view.complete;
-}
-
 /* Each loss is news, though nobody was told of the connection before it. */
 static bool links_have_news(struct rf_relay *relay) {
     bool news = relay->link_forgotten;
 
     for (struct rf_link *link = relay->links; link != NULL; link = link->next) {
-        const struct rf_link_told now = {link->state, link->lost_ns, is_complete(link)};
+        struct rf_link_view view;
+
+        rf_link_look(link, &view);
+        const struct rf_link_told now = {link->state,   link->lost_ns, view.delivered,
+                                         view.complete, view.word_due, view.broke_there};
 
         news = news || now.state != link->told.state || now.lost_ns != link->told.lost_ns ||
-               now.complete != link->told.complete;
+               now.delivered != link->told.delivered || now.complete != link->told.complete ||
+               now.word_due != link->told.word_due || now.broke_there != link->told.broke_there;
         link->told = now;
     }
     relay->link_forgotten = false;
@@ -764,6 +762,16 @@ void rf_relay_session_give_up(struct rf_relay *relay, unsigned lane, int error) 
             leave_plain(relay, link);
             rf_link_give_up(link, error);
         }
+    }
+    pthread_mutex_unlock(&relay->at_work);
+    rf_orders_wake(&relay->orders);
+}
+
+void rf_relay_session_last_word(struct rf_relay *relay, unsigned lane, bool broke) {
+    pthread_mutex_lock(&relay->at_work);
+    struct rf_link *link = find_link(relay, lane);
+    if (link != NULL) {
+        rf_link_last_word(link, broke);
     }
     pthread_mutex_unlock(&relay->at_work);
     rf_orders_wake(&relay->orders);

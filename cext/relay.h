@@ -138,6 +138,9 @@ void rf_relay_session_withdraw(struct rf_relay *relay, unsigned lane);
 /* The lane's connection is waited for no longer: its far leg breaks with `error`. Of lane 0: those of all
  * lanes, unless it has ended in order. */
 void rf_relay_session_give_up(struct rf_relay *relay, unsigned lane, int error);
+/* Where that is due (struct rf_link_view): whether QEMU broke, the destination's, which has ended its side
+ * without a word. */
+void rf_relay_session_last_word(struct rf_relay *relay, unsigned lane, bool broke);
 
 /*
  * What another process needs to go on with the newest channel, of `length` bytes and freed by the caller with

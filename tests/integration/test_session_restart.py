@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import signal
 from pathlib import Path
 
@@ -51,8 +52,8 @@ async def restart(world: Lab, ends: list[int], directory: Path) -> None:
             nursery.start_soon(one, end)
 
 
-async def until_the_last_word(world: Lab) -> None:
-    """A migration that ends in precopy, and whose source does not hear that its destination has completed."""
+async def until_the_last(world: Lab) -> None:
+    """A migration that is about to end in precopy, and to send the last of it."""
     source = world.pair.source.qmp
     await world.until_a_session("pause-before-switchover", bandwidth=30 << 20)
     while True:  # what is left then has to fit into the session's window
@@ -62,6 +63,15 @@ async def until_the_last_word(world: Lab) -> None:
         await trio.sleep(0.01)
     await world.driver.source.execute("migrate-set-parameters", {"downtime-limit": 300})
     await source.wait_migration("pre-switchover")
+
+
+async def until_the_last_word(world: Lab) -> None:
+    """The same, where its source does not hear that its destination has completed."""
+    await until_the_last(world)
+    await send_the_last(world)
+
+
+async def send_the_last(world: Lab) -> None:
     world.proxy.mute = True
     await world.driver.source.execute("migrate-continue", {"state": "pre-switchover"})
     await world.pair.destination.qmp.wait_migration("completed")
@@ -140,6 +150,52 @@ async def test_a_source_that_has_sent_all_in_precopy_does_not_run_again_though_i
         await world.driver.source.execute("migrate_cancel")
         await source.wait_migration("cancelled")
         await source.wait_event(lambda event: event.name == "RESUME")
+
+
+@pytest.mark.parametrize("binary", OTHERS_NIGHTLY)
+async def test_a_destination_that_ends_without_a_word_when_all_is_sent_has_the_source_go_on(
+    binary: str, tmp_path: Path
+) -> None:
+    """As with QEMU alone: one that cannot load a device's state, say. Nobody need look."""
+    async with lab(tmp_path, binary) as world:
+        source = world.pair.source.qmp
+        await until_the_last(world)
+        world.pair.destination.process.signal(signal.SIGSTOP)  # what comes now it does not read
+        await world.driver.source.execute("migrate-continue", {"state": "pre-switchover"})
+        while (migrate := await source.execute("query-migrate"))["status"] == "pre-switchover":
+            await trio.sleep(0.005)
+        while migrate["ram"]["remaining"]:
+            migrate = await source.execute("query-migrate")
+            await trio.sleep(0.005)
+        world.pair.destination.process.kill()
+        await source.wait_migration("failed")
+        assert (await source.execute("query-status"))["running"]
+    for side in ENDS:
+        assert "internal error" not in (tmp_path / f"refault-{side}.log").read_text()
+
+
+def sockets_of(pid: int) -> int:
+    return sum(os.readlink(each).startswith("socket:") for each in Path(f"/proc/{pid}/fd").iterdir())
+
+
+@pytest.mark.parametrize("binary", OTHERS_NIGHTLY)
+async def test_a_source_that_has_sent_all_in_precopy_does_not_run_again_though_its_refault_is_killed(
+    binary: str, tmp_path: Path
+) -> None:
+    """It holds its leg by itself, which the next refault tells."""
+    async with lab(tmp_path, binary) as world:
+        source, destination = world.pair.source, world.pair.destination
+        await until_the_last(world)
+        held = sockets_of(source.pid)
+        await send_the_last(world)
+        while sockets_of(source.pid) == held:
+            await trio.sleep(0.005)
+        world.driver.processes[0].kill()
+        world.driver.start_again(0)
+        while "QEMU holds its leg open since an earlier refault" not in world.log.read_text():
+            await trio.sleep(0.005)
+        assert not (await source.qmp.execute("query-status"))["running"]
+        assert (await destination.qmp.execute("query-status"))["running"]
 
 
 @pytest.mark.parametrize("binary", OTHERS_NIGHTLY)

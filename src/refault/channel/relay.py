@@ -129,8 +129,14 @@ class SessionView:
     id: bytes
     has_leg: bool
     """Whether QEMU's side has not ended; else what is left is delivered."""
+    delivered: bool
+    """Whether our own stream is over and acknowledged."""
     complete: bool
-    """Whether both streams are over, acknowledged and taken."""
+    """Whether both streams are over, acknowledged and taken, and nothing is to be told any more."""
+    word_due: bool
+    """Whether it is to be told what became of QEMU (`Relay.session_last_word`)."""
+    broke_there: bool
+    """Whether the other end has said that its QEMU broke."""
     lost_ns: int
     """CLOCK_MONOTONIC, since when there is no connection; 0 where there is one."""
     moved: int
@@ -460,7 +466,10 @@ class Relay:
             error=int(ffi.cast("int64_t", view.error)),
             id=bytes(ffi.buffer(view.id)),
             has_leg=bool(view.has_leg),
+            delivered=bool(view.delivered),
             complete=bool(view.complete),
+            word_due=bool(view.word_due),
+            broke_there=bool(view.broke_there),
             lost_ns=view.lost_ns,
             moved=view.moved,
             taken=view.taken,
@@ -507,6 +516,11 @@ class Relay:
         """The lane's next connection is waited for no longer: its far leg is lost, with `error`, an errno,
         or 0 where it ended in order. Of lane 0: with an error those of all lanes."""
         lib.rf_relay_session_give_up(self._open(), lane, error)
+
+    def session_last_word(self, *, broke: bool, lane: int = 0) -> None:
+        """Where that is due: whether the destination's QEMU, which has ended its side without a word, broke,
+        and its source is to be told."""
+        lib.rf_relay_session_last_word(self._open(), lane, broke)
 
     # ---- from one process to the next ----
 

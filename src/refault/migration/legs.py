@@ -97,17 +97,32 @@ SENT_ALL = Rule(
 """Of a source that has sent all in precopy, for as long as its destination has not said that it has it."""
 
 
+ENDED_WITHOUT = Rule(
+    Verdict.CLOSE,
+    "the destination's QEMU has ended, and never had the guest: the migration fails and the guest goes on at"
+    " the source; migrate again",
+)
+
+
 def waits_for_pong(role: Role, status: str | None) -> bool:
     """Whether a QEMU of that migration status is a source that does not know yet that its guest arrived."""
     return role is Role.SOURCE and status == WAITS_FOR_PONG
 
 
-def may_close(phase: Phase, role: Role, version: Version, status: str | None = None) -> tuple[bool, Rule]:
+def may_close(
+    phase: Phase,
+    role: Role,
+    version: Version,
+    status: str | None = None,
+    *,
+    ended_without: bool = False,
+) -> tuple[bool, Rule]:
     """Whether the local leg of a QEMU `version` may be closed now, and the rule that says so; `status` is
-    QEMU's own word, if that is known, which no phase tells."""
+    QEMU's own word, if that is known, which no phase tells. `ended_without`: a source's destination has
+    ended, and never had the guest."""
     rule = UNTIL_LOADED if waits_for_pong(role, status) else RULES[phase, role]
     if (phase, role) == (Phase.COMPLETING, Role.SOURCE) and status in ENDS_PRECOPY:
-        rule = SENT_ALL
+        rule = ENDED_WITHOUT if ended_without else SENT_ALL
     if rule.verdict is Verdict.BY_VERSION:
         return abilities(version).pauses_again_in_handshake, rule
     return rule.verdict is Verdict.CLOSE, rule

@@ -608,6 +608,7 @@ def test_a_closed_relay_says_so_and_takes_no_descriptor() -> None:
         "session_adopt": lambda: relay.session_adopt(-1),
         "go_on": lambda: relay.go_on(-1, None, recovered=False),
         "session_give_up": lambda: relay.session_give_up(errno.EIO),
+        "session_last_word": lambda: relay.session_last_word(broke=False),
     }
     open_before = len(os.listdir("/proc/self/fd"))
     for name in dir(Relay):

@@ -22,7 +22,7 @@ from tests.support import until as support
 from tests.support.breaking_proxy import BreakingProxy
 from tests.unit.channel.test_relay import tcp_pair
 
-from refault.channel.relay import LegState, Relay, SessionEnd, SessionState
+from refault.channel.relay import LegState, Relay, SessionEnd, SessionState, SessionView
 from refault.migration.messages import message
 from refault.migration.phase import Role
 from refault.session.wire import Positions
@@ -276,6 +276,49 @@ def test_a_peer_that_says_its_side_broke_is_told_that_it_was_heard() -> None:
         until(lambda: _state(relay) is SessionState.OVER, "it stays")
 
 
+@pytest.mark.parametrize("broke", [False, True])
+def test_a_qemu_that_ends_without_a_word_is_not_over_before_it_is_told_what_became_of_it(
+    broke: bool,
+) -> None:
+    with both() as ends:
+        ends.offered()
+        assert ends.join()
+        ends.to_qemu.close()
+        until(lambda: ends.source.look().far.lost, "it is not passed on")
+        until(lambda: _now_of(ends.destination).delivered, "it is not heard")
+        assert _now_of(ends.destination).word_due
+        assert _state(ends.destination) is SessionState.CARRIED
+        ends.destination.session_last_word(broke=broke)
+        until(lambda: _state(ends.destination) is SessionState.OVER, "it stays")
+        assert _now_of(ends.source).broke_there is broke
+
+
+def test_that_it_broke_is_said_again_on_the_next_connection() -> None:
+    with both() as ends:
+        ends.offered()
+        assert ends.join()
+        ends.to_qemu.close()
+        until(lambda: _now_of(ends.destination).delivered, "it is not heard")
+        assert ends.destination.session_rejoin(_now(ends.source))
+        ends.destination.session_last_word(broke=True)
+        until(lambda: _state(ends.source) is SessionState.BETWEEN, "no loss")
+        assert not _now_of(ends.source).broke_there
+        assert not _now_of(ends.destination).complete
+        assert ends.join()
+        until(lambda: _state(ends.destination) is SessionState.OVER, "it stays")
+        assert _now_of(ends.source).broke_there
+
+
+def test_one_that_has_said_its_last_word_is_over_by_itself() -> None:
+    with both() as ends:
+        ends.offered()
+        assert ends.join()
+        ends.to_qemu.sendall(message(1, bytes(4)))  # SHUT
+        ends.to_qemu.close()
+        until(lambda: _state(ends.destination) is SessionState.OVER, "it stays")
+        assert not _now_of(ends.source).broke_there
+
+
 def test_a_hello_that_came_late_does_not_end_the_session() -> None:
     with both() as ends:
         ends.offered()
@@ -409,6 +452,12 @@ def test_with_the_ring_full_and_no_connection_qemu_waits_and_nothing_is_lost() -
 def _kept(relay: Relay) -> int:
     view = relay.session()
     return view.kept if view is not None else 0
+
+
+def _now_of(relay: Relay) -> SessionView:
+    view = relay.session()
+    assert view is not None
+    return view
 
 
 def _now(relay: Relay) -> Positions:

@@ -20,6 +20,7 @@ from tests.unit.channel.test_session import ID, PATIENCE, PONG, _exactly, until
 
 from refault.channel.relay import Lane, LegState, Relay, SessionEnd, SessionState
 from refault.daemon.kernel.polled import hung_up
+from refault.migration.messages import message
 from refault.migration.phase import Role
 from refault.session.wire import Positions
 
@@ -286,6 +287,7 @@ def test_a_lane_that_never_came_does_not_outlive_a_channel_that_qemu_ended() -> 
         here, there = tcp_pair()
         with here.dup() as connection:
             assert ends.join(1, (here, there))
+            ends.to_qemu[0].sendall(message(1, bytes(4)))  # SHUT
             for end in (*ends.from_qemu, *ends.to_qemu):
                 end.close()
             for relay in (ends.source, ends.destination):
@@ -302,6 +304,7 @@ def test_a_lane_that_the_session_has_not_come_to_does_not_outlive_its_channel() 
         ends.add_plain()
         ends.offered()
         assert ends.join(0)
+        ends.to_qemu[0].sendall(message(1, bytes(4)))  # SHUT
         ends.from_qemu[0].close()
         ends.to_qemu[0].close()
         for relay in (ends.source, ends.destination):

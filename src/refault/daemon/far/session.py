@@ -25,6 +25,8 @@ OFFER_PATIENCE = 3.0
 """A session that was offered and never came to be; the plain connection may be lost by then."""
 COMPLETE_PATIENCE = 2.0
 """Both streams are over, and all is taken: the other end is told so if it asks."""
+DELIVERED_PATIENCE = 30.0
+"""The other QEMU has taken all that ours said, and its stream does not end: of that nobody needs anything."""
 LANES_PATIENCE = 30.0
 """The main connection has ended in order: what the others of the channel carry yet nobody waits for."""
 HOLDS_FOR = 1.0
@@ -42,6 +44,10 @@ class Waits(Protocol):
 
     async def has_sent_all(self) -> bool:
         """Whether it is to wait on all the same."""
+
+    async def ended_without_guest(self) -> bool:
+        """Of a destination whose QEMU has ended its side without a word: waits until it is known what became
+        of it; whether its process has ended, and never had the guest."""
 
 
 class Told(Protocol):
@@ -88,6 +94,7 @@ class RelayedSession(ABC):
         self._rest = Patience(self._position)
         self._channel = around.relay.attached
         self._offered_at = math.inf
+        self._delivered_at = math.inf
         self._holds_until = 0.0
 
     async def run(self, channel: int) -> None:
@@ -155,11 +162,14 @@ class RelayedSession(ABC):
         if view.state is SessionState.OFFERED:
             self._offered_at = min(self._offered_at, trio.current_time())
             return max(self._offered_at + self._stands(), self._holds_until) - trio.current_time()
+        if view.delivered:
+            self._delivered_at = min(self._delivered_at, trio.current_time())
         if view.state is not SessionState.BETWEEN:
-            return math.inf
+            return self._delivered_at + DELIVERED_PATIENCE - trio.current_time()
         self._lost(view)
         if not view.has_leg:
             limit = COMPLETE_PATIENCE if view.complete else self._waits.delivers_for()
+            limit = min(limit, DELIVERED_PATIENCE) if view.delivered else limit
         elif not self._began and self._lane == 0:
             limit = min(OFFER_PATIENCE, self._waits.seconds())
         else:

@@ -92,6 +92,11 @@ class SessionAnswered(RelayedSession):
         if view.state is SessionState.OVER:
             self._table.close(self._id, self._lane, view.taken if view.complete else 0)
             return False
+        if view.word_due:
+            broke = await self._waits.ended_without_guest()
+            if self._is_newest:
+                self._relay.session_last_word(broke=broke, lane=self._lane)
+            return True
         left = self._left(view)
         if left <= 0:
             await self._out_of_patience(view)

@@ -26,7 +26,7 @@ from refault.daemon.relayed.closing import Closing
 from refault.daemon.relayed.guard import Guard
 from refault.daemon.relayed.handover import HandOver
 from refault.daemon.relayed.qemu_word import ASKED_EVERY, QemuWord
-from refault.migration.legs import UNTIL_LOADED, Rule, may_close, waits_for_pong
+from refault.migration.legs import SENT_ALL, UNTIL_LOADED, Rule, may_close, waits_for_pong
 from refault.migration.phase import Passed, Phase, Role, Told, in_doubt, phase_of
 from refault.migration.recovery import AttemptFailed, Event, State
 from refault.migration.versions import abilities
@@ -262,6 +262,11 @@ class Channels:
         return self.held is not None and self._held_by is UNTIL_LOADED
 
     @property
+    def held_for_word(self) -> bool:
+        """Whether a leg is held on which a source waits for its destination's word."""
+        return self.held is not None and self._held_by in (UNTIL_LOADED, SENT_ALL)
+
+    @property
     def in_doubt(self) -> bool:
         """Whether the source's guest may or may not have arrived."""
         if self.held_until_loaded and not self.has_arrived:
@@ -269,6 +274,18 @@ class Channels:
         if self.relay.closed or self._course.role is not Role.SOURCE:
             return False
         return self.knows_first and not self.has_arrived and in_doubt(self.relay.passed())
+
+    @property
+    def ended_without(self) -> bool:
+        """Whether the destination has ended and never had the guest, by its refault's word."""
+        view = None if self.relay.closed else self.relay.session()
+        return view is not None and view.broke_there and view.channel == self.channel
+
+    def may_close(self, phase: Phase, status: str | None) -> tuple[bool, Rule]:
+        """Whether the leg may be closed in `phase`, QEMU's word being `status`, and the rule for that."""
+        course = self._course
+        without = course.role is Role.SOURCE and not course.postcopy_began and self.ended_without
+        return may_close(phase, course.role, course.vm.version, status, ended_without=without)
 
     def dealt_with(self) -> None:
         """The end of the newest channel is."""
@@ -447,7 +464,10 @@ class Channels:
     @property
     def _may_complete(self) -> bool:
         """Whether a source may be in its last moments, by all that is known."""
-        return self._course.role is Role.SOURCE and self.phase is Phase.COMPLETING
+        if self._course.role is not Role.SOURCE:
+            return False
+        unasked = self.unread and self._course.had_session and self.word.last is None
+        return unasked or self.phase is Phase.COMPLETING
 
     def _completes(self) -> bool:
         """Whether a source is known to be in its last moments; `phase` is careful where it is not known."""
@@ -456,7 +476,9 @@ class Channels:
         if not self.unread:
             return self.relay.passed().ended  # only then would QEMU take our end (word.py)
         word = self.word.last
-        return word is not None and word.status == "postcopy-active" and word.remaining <= word.threshold
+        if word is None or word.sent_all:  # in precopy that alone is a completion
+            return word is not None
+        return word.status == "postcopy-active" and word.remaining <= word.threshold
 
     def _tell_page_cut(self) -> None:
         if self._told_cut != self.channel and self.relay.host_page_cut:
@@ -482,7 +504,7 @@ class Channels:
             return None
         if self.handover.done:
             return None
-        allowed, rule = may_close(self.phase, course.role, course.vm.version, course.status)
+        allowed, rule = self.may_close(self.phase, course.status)
         return allowed, rule.effect
 
     async def prepare_to_stop(self, *, restarts: bool = False) -> bool:

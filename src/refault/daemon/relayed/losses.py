@@ -14,7 +14,7 @@ from refault.daemon.known.course import Course
 from refault.daemon.monitor.monitor import MonitorLost, QmpError
 from refault.daemon.relayed.channels import Channels
 from refault.daemon.relayed.qemu_word import ASKED_EVERY
-from refault.migration.legs import WAITS_FOR_PONG, may_close, waits_for_pong
+from refault.migration.legs import WAITS_FOR_PONG, waits_for_pong
 from refault.migration.phase import ENDS_PRECOPY, Passed, Phase, Role, cannot_have_left
 from refault.migration.recovery import Event, State
 from refault.migration.versions import abilities
@@ -126,12 +126,13 @@ class Losses:
             if now is not None:
                 never = self._course.never_postcopy
                 phase = phase_after_loss(channels.relay.passed(), role, before, now, never_postcopy=never)
-            if phase is Phase.COMPLETING and channels.unread and trio.current_time() < completes_until:
+            says_so = channels.unread and not channels.ended_without and trio.current_time() < completes_until
+            if phase is Phase.COMPLETING and says_so:
                 phase = None
             if phase is not None:
                 status = now.status if now is not None else self._course.status
                 self._judge(channels.relay.look(), phase, status)
-            if channels.held_until_loaded:
+            if channels.held_for_word:
                 channels.guard.start(again=True)  # QEMU may not have answered
             before = now
             await trio.sleep(LOOK_AGAIN if channels.held is None else ASKED_EVERY)
@@ -140,7 +141,7 @@ class Losses:
         course, channels = self._course, self._channels
         if course.postcopy_began and status in ENDS_PRECOPY:
             status = None  # it is an old one
-        allowed, rule = may_close(phase, course.role, course.vm.version, status)
+        allowed, rule = channels.may_close(phase, status)
         if allowed:
             if phase is not Phase.DONE:
                 log.warning("%s: far leg %s in %s: closing QEMU's: %s",

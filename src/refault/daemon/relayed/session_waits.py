@@ -7,6 +7,8 @@ import math
 
 import trio
 
+from refault.channel.relay import SessionState
+from refault.daemon.kernel.process import still_runs
 from refault.daemon.known.course import Course
 from refault.daemon.monitor.monitor import MonitorLost, QmpError
 from refault.daemon.relayed.channels import Channels
@@ -16,8 +18,14 @@ from refault.migration.word import Word, phase_after_loss
 
 ENDED_PATIENCE = 30.0
 """QEMU has ended its side, and nobody waits for what is left."""
+_ENDS = ("completed", "failed")
+"""What it may say of itself then."""
 _PAUSES = (Phase.SWITCHOVER, Phase.POSTCOPY, Phase.RECOVERY_HANDSHAKE)
 """The phases in which a source whose channel has ended has paused."""
+KNOWN_WITHIN = 60.0
+"""A QEMU that has ended its side without a word ends, or says what has become of it. One that ends gives
+much memory back before."""
+_LOOK = 0.02
 ANSWERS_WITHIN = 0.5
 """A source that has handed its channel all that it has answers again so soon."""
 
@@ -52,6 +60,31 @@ class SessionWaits:
         if course.role is Role.DESTINATION:
             return ENDED_PATIENCE if course.gone else math.inf
         return 0.0 if channels.relay.closed or channels.phase in _PAUSES else ENDED_PATIENCE
+
+    async def ended_without_guest(self) -> bool:
+        """Of a destination whose QEMU has ended its side without a word: waits until it is known what became
+        of it; whether its process has ended, and never had the guest.
+
+        The process is asked for, not the leg: what no longer runs has no guest, whatever it did before. One
+        that had it for a moment may have written to its disks, so that is left to an operator.
+        """
+        course = self._course
+        pid, started = course.vm.qemu_pid, course.vm.qemu_started
+        if pid is None:
+            return False
+        with trio.move_on_after(KNOWN_WITHIN):
+            # Of its end the monitor's tells, behind all that QEMU said there.
+            while self._is_open and not course.gone and course.status not in _ENDS:  # noqa: ASYNC110
+                await trio.sleep(_LOOK)
+        if not self._is_open or not course.gone or course.postcopy_began:
+            return False
+        return not self._channels.relay.runs_told and not still_runs(pid, started)
+
+    @property
+    def _is_open(self) -> bool:
+        relay = self._channels.relay
+        view = relay.session() if not relay.closed else None
+        return view is not None and view.word_due and view.state is not SessionState.OVER
 
     @property
     def _has_paused(self) -> bool:

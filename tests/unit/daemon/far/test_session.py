@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import math
 import os
 import socket
 import struct
@@ -18,7 +19,7 @@ import trio.testing
 from tests.unit.channel.test_relay import tcp_pair
 
 from refault.channel.relay import Lane, LegState, Relay, SessionEnd, SessionState
-from refault.daemon.far import patience, session_answered, session_dialled
+from refault.daemon.far import patience, session, session_answered, session_dialled
 from refault.daemon.far.connection import growing_pauses
 from refault.daemon.far.dial import NoAnswer, connect
 from refault.daemon.far.session import Around
@@ -41,6 +42,7 @@ class Seen:
 
     seconds_: float = 30.0
     delivers: float = 30.0
+    without_guest: bool = False
     began: int = 0
     resumed: int = 0
 
@@ -52,6 +54,9 @@ class Seen:
 
     async def has_sent_all(self) -> bool:
         return False
+
+    async def ended_without_guest(self) -> bool:
+        return self.without_guest
 
     def session_began(self, session: bytes) -> None:
         assert session in (ID, NEXT)
@@ -293,6 +298,62 @@ async def test_the_end_is_delivered_over_another_connection_and_then_it_is_over(
         with trio.fail_after(30):
             await both.dialled.over.wait()
             await both.answered.over.wait()
+
+
+@pytest.mark.parametrize("without_guest", [False, True])
+async def test_a_source_hears_that_its_destination_has_ended_without_the_guest(without_guest: bool) -> None:
+    async with world() as both:
+        await _becomes_a_session(both)
+        both.destination.seen.without_guest = without_guest
+        both.destination.qemu.close()
+        with trio.fail_after(30):
+            await both.dialled.over.wait()
+            await both.answered.over.wait()
+        view = both.source.relay.session()
+        assert view is not None
+        assert view.broke_there is without_guest
+
+
+@pytest.mark.parametrize("connected", [False, True])
+async def test_a_source_that_has_heard_all_and_says_no_end_is_not_waited_for_for_ever(
+    connected: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its refault has been killed, or is not to be believed."""
+    monkeypatch.setattr(session, "DELIVERED_PATIENCE", 0.2)
+    plain, there = tcp_pair()
+    destination = End(Role.DESTINATION, SessionEnd.ANSWERS, there)
+    destination.seen.delivers = math.inf
+    answered = SessionAnswered(destination.around("dst"), ID)
+
+    async def serve(stream: trio.SocketStream) -> None:
+        await receive(stream.socket, answered, None, "dst")
+
+    with plain, destination.qemu:
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(destination.watch)
+            nursery.start_soon(answered.run, 1)
+            [listener] = await trio.open_tcp_listeners(0, host="127.0.0.1")
+            nursery.start_soon(trio.serve_listeners, serve, [listener])
+            destination.qemu.send(message(1, bytes(4)))  # SHUT
+            await destination.until(lambda: destination.state is SessionState.OFFERED)
+            stream = await trio.open_tcp_stream(*listener.socket.getsockname())
+            at = Positions(window=1 << 20)
+            await stream.send_all(Message(Kind.HELLO, ID, 0, 1, flags=Flag.NEW, positions=at).encode())
+            assert decode(await _exactly(stream, MESSAGE_BYTES)).code is Code.OK
+            destination.qemu.close()
+            while (head := await _exactly(stream, 16))[0] != 3:  # FIN
+                await _exactly(stream, int.from_bytes(head[4:8], "big"))
+            end = int.from_bytes(head[8:], "big") + 1
+            await stream.send_all(struct.pack(">BxxxIQQ", 2, 8, end, end + (1 << 20)))
+            if not connected:
+                view = destination.relay.session
+                await destination.until(lambda: view().delivered)  # type: ignore[union-attr]
+                await stream.aclose()
+            with trio.fail_after(20):
+                await answered.over.wait()
+            await stream.aclose()
+            nursery.cancel_scope.cancel()
+    destination.relay.close()
 
 
 async def _asked(both: World, hello: Message) -> Message:

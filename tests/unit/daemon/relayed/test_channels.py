@@ -13,7 +13,8 @@ import pytest
 import trio
 import trio.testing
 
-from refault.channel.relay import LegState, Relay, RelayView, SessionEnd, SessionView
+from refault.channel.relay import LegState, Relay, RelayView, SessionEnd, SessionState, SessionView
+from refault.daemon.kernel.process import process_started
 from refault.daemon.known.counters import Counters
 from refault.daemon.known.course import Course
 from refault.daemon.known.patience import Patience
@@ -272,6 +273,65 @@ async def test_a_source_whose_stop_nobody_heard_waits_on_once_it_has_sent_all(
     of = course()
     vars(of.vm)["query"] = query
     assert await SessionWaits(of, Channels(of, cast(Relay, Unread()))).has_sent_all() is waits_on
+
+
+class Ended(Pump):
+    """The relay of a destination whose QEMU has ended its side without a word."""
+
+    runs_told = False
+
+    def session(self) -> SessionView | None:
+        return cast(SessionView, SimpleNamespace(word_due=True, state=SessionState.CARRIED))
+
+
+@pytest.mark.parametrize(
+    ("why", "without_guest"),
+    [
+        ("it has ended", True),
+        ("it had the guest for a moment", False),
+        ("it was in postcopy", False),
+        ("it runs yet", False),
+        ("it says nothing, and runs yet", False),
+        ("it has completed", False),
+        ("nobody knows its process", False),
+    ],
+)
+async def test_whether_a_destination_has_ended_without_the_guest(
+    why: str, without_guest: bool, autojump_clock: trio.testing.MockClock, nursery: trio.Nursery
+) -> None:
+    process = await trio.lowlevel.open_process(["sleep", "1000"])
+    try:
+        of = course(Role.DESTINATION)
+        vm = vars(of.vm)
+        vm["qemu_pid"], vm["qemu_started"] = process.pid, process_started(process.pid)
+        relay = Ended()
+        waits = SessionWaits(of, Channels(of, cast(Relay, relay)))
+        told: list[bool] = []
+
+        async def ask() -> None:
+            told.append(await waits.ended_without_guest())
+
+        if why == "nobody knows its process":
+            vm["qemu_pid"] = None
+        if why == "it was in postcopy":
+            of.postcopy_begins()
+        nursery.start_soon(ask)
+        await trio.sleep(1)
+        if why == "it has completed":
+            of.on_status("completed")
+        elif "runs yet" not in why:
+            process.kill()
+            await process.wait()
+            assert told in ([], [False])  # its monitor may have told of the guest, and that is not read yet
+        if why == "it had the guest for a moment":
+            vars(relay)["runs_told"] = True
+        if why != "it says nothing, and runs yet":
+            of.gone = True
+        await trio.sleep(100)
+        assert told == [without_guest]
+    finally:
+        process.kill()
+        await process.wait()
 
 
 BEGUN = Passed(packaged_begun=True)
