@@ -373,7 +373,9 @@ class Migration:
             state_file.save(msgspec.structs.replace(self._record(), leg=None))
         cost = self.cost_of_stopping()
         may_close = cost is not None and cost[0]
-        channels.handover.hand_over(self.generation, may_close=may_close, laid=self.procedure.laid)
+        channels.handover.hand_over(
+            self.generation, delivers=delivers, may_close=may_close, laid=self.procedure.laid
+        )
         if delivers and not channels.handover.done:
             state_file.remove()
 

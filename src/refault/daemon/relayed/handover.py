@@ -150,17 +150,17 @@ class HandOver:
         view = self._relay.session() if not self._relay.closed else None
         return view is not None and view.has_leg and _goes_on(view)
 
-    def hand_over(self, generation: str, *, may_close: bool, laid: tuple[str, ...]) -> None:
+    def hand_over(self, generation: str, *, delivers: bool, may_close: bool, laid: tuple[str, ...]) -> None:
         """The channel is the next refault's from here on, where QEMU holds our end and what it needs can be
-        written down; else it ends with this one. `may_close`: whether the leg could be ended now; `laid` as
-        the role has it."""
-        delivers = self.delivers
-        if self.leg is None and not delivers:
+        written down; else it ends with this one. `delivers`: as it was when the record was written, for QEMU
+        may end its side at any time; `may_close`: whether the leg could be ended now; `laid` as the role has
+        it."""
+        if self._relay.closed or (self.leg is None and not delivers):
             return
         try:
             if delivers:
-                self._write_down(generation, None, may_close=False, laid=())
-            elif self.leg is not None and self._is_held() and self._session_is_there():
+                self._write_down(generation, None, may_close=False, laid=laid)
+            elif self.leg is not None and self._is_held():  # QEMU may have ended its side since
                 self._write_down(generation, self.leg, may_close=may_close, laid=laid)
         except OSError as error:
             log.warning("%s: the channel cannot be left to the next refault: %s", self._course.name, error)

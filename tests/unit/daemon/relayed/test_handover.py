@@ -14,7 +14,7 @@ from typing import cast
 import msgspec
 import pytest
 import trio
-from tests.unit.channel.test_handed import session
+from tests.unit.channel.test_handed import cut_off, session
 from tests.unit.channel.test_session import until
 from tests.unit.daemon.record.test_session_file import ABOUT
 from tests.unit.daemon.relayed.test_closing import channels_of, course
@@ -26,6 +26,7 @@ from refault.daemon.known.course import Course
 from refault.daemon.near.handed_leg import identity_of
 from refault.daemon.near.kept_ends import KeptEnds
 from refault.daemon.near.local import LocalLeg
+from refault.daemon.record.session_file import NO_LEG
 from refault.daemon.record.state_file import MigrationRecord, StateFile
 from refault.daemon.relayed import channels as channels_module
 from refault.daemon.relayed import losses
@@ -33,9 +34,11 @@ from refault.daemon.relayed.channels import Channels
 from refault.daemon.relayed.closing import Closing
 from refault.daemon.relayed.guard import Guard
 from refault.daemon.relayed.handover import HandOver, release
-from refault.migration.legs import SENT_ALL
+from refault.migration.legs import ENDED_WITHOUT, SENT_ALL
+from refault.migration.messages import message
 from refault.migration.phase import Passed, Phase, Role
 from refault.migration.recovery import State
+from refault.migration.relayable import NO_LANES
 
 
 @dataclass
@@ -230,6 +233,98 @@ async def test_a_source_that_has_sent_all_in_precopy_is_held_though_nothing_of_i
                 await trio.sleep(0.001)
 
 
+def sent_all(command: str) -> object:
+    """What such a source says."""
+    if command == "query-status":
+        return {"running": False}
+    return {"status": "device", "ram": {"remaining": 0}}
+
+
+async def test_qemu_holds_the_leg_of_one_that_has_sent_all_so_that_no_kill_of_refault_ends_it(
+    nursery: trio.Nursery, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(losses, "ASKED_EVERY", 0.01)
+    async with torn(nursery, sent_all) as (channels, _):
+        with trio.fail_after(5):
+            while not channels.kept.by_qemu:
+                await trio.sleep(0.001)
+        assert channels.held is not None
+
+
+async def test_qemu_does_not_let_go_of_the_leg_before_it_is_known_whether_a_source_in_precopy_has_sent_all(
+    nursery: trio.Nursery, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(channels_module, "ASKED_EVERY", 0.01)
+    remaining = 0
+    closed: list[str] = []
+
+    async def execute(command: str, arguments: dict[str, str], **_: object) -> object:
+        if command == "closefd":
+            closed.append(arguments["fdname"])
+        return {}
+
+    async def query(_: str) -> object:
+        return {"running": False}
+
+    async def says(*_: str) -> tuple[dict[str, object], dict[str, str]]:
+        return {"status": "device", "ram": {"remaining": remaining}}, {}
+
+    vm = SimpleNamespace(
+        monitor=SimpleNamespace(name="vm", execute=execute),
+        version=(10, 0, 0),
+        start_soon=nursery.start_soon,
+        query_both=says,
+        query=query,
+    )
+    with session() as world:
+        world.both.from_qemu.sendall(b"this is no migration")
+        until(lambda: world.of(Role.SOURCE).opaque_reason() is not None, "it is read")
+        pump = world.of(Role.SOURCE).hand_over()
+        assert pump is not None
+        known = course(vm, Role.SOURCE, "device", postcopy_began=False)
+        known.meets(postcopy=False, kept=("kept",), further=(), session=None, leg=(1, b""))
+        channels = channels_of(known, Relay(Role.SOURCE))
+        leg = LocalLeg("", world.held[Role.SOURCE].dup(), 0)
+        about = msgspec.structs.replace(ABOUT, runs_told=False, status="device")
+        assert channels.go_on(leg, (about, pump))
+        await trio.sleep(0.05)
+        assert closed == []
+        await channels.word.ask()
+        await trio.sleep(0.05)
+        assert closed == []
+        channels.look()  # nor does a kill end the leg by which the next channel goes on
+        with trio.fail_after(5):
+            while not channels.kept.by_qemu:
+                await trio.sleep(0.001)
+        remaining = 1 << 40
+        await channels.word.ask()
+        with trio.fail_after(9):
+            while known.leg_before is not None:
+                await trio.sleep(0.001)
+        assert closed == ["kept"]
+        channels.close()
+
+
+async def test_the_leg_of_one_that_has_sent_all_is_closed_once_its_destination_has_ended_without_the_guest(
+    nursery: trio.Nursery, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(losses, "ASKED_EVERY", 0.01)
+    async with torn(nursery, sent_all) as (channels, _):
+        with trio.fail_after(5):
+            while channels.held is None:
+                await trio.sleep(0.001)
+        for channel in (2, 1):  # the one of another channel says nothing of this one
+            view = SimpleNamespace(broke_there=True, channel=channel, rings=0, lost_for=None)
+            monkeypatch.setattr(channels.relay, "session", lambda view=view: view)
+            assert channels.cost_of_stopping() == (
+                (True, ENDED_WITHOUT.effect) if channel == 1 else (False, SENT_ALL.effect)
+            )
+        with trio.fail_after(5):
+            while channels.relay.look().local is LegState.OPEN:
+                await trio.sleep(0.001)
+        assert channels.held is None
+
+
 @pytest.mark.parametrize("writes", [False, True])
 async def test_one_that_answers_nobody_is_held_unless_it_has_more_to_send(
     writes: bool, nursery: trio.Nursery
@@ -316,8 +411,51 @@ async def test_the_next_refault_is_told_what_lies_with_qemu_unused(tmp_path: Pat
         leg = identity_of(held)
         known = course(SimpleNamespace(state_file=state), Role.SOURCE, "active")
         handover = prepared(known, world.of(Role.SOURCE), held)
-        handover.hand_over("one", may_close=True, laid=("laid",))
+        handover.hand_over("one", delivers=False, may_close=True, laid=("laid",))
     about = state.session.look("one", leg[1], handover.handed)
+    assert about is not None
+    assert about.laid == ("laid",)
+
+
+async def test_what_a_destination_says_last_is_handed_over_though_it_ends_its_leg_just_then(
+    tmp_path: Path,
+) -> None:
+    """By the leg that is on record, for nobody looks for anything else."""
+    state = StateFile(tmp_path, "vm")
+    shut = message(1, bytes(4))
+    with session() as world:
+        relay, held = world.of(Role.DESTINATION), world.held[Role.DESTINATION]
+        cut_off(world)
+        known = course(SimpleNamespace(state_file=state, qemu_pid=None), Role.DESTINATION, "active")
+        known.has(NO_LANES)
+        handover = prepared(known, relay, held)
+        delivers = handover.delivers
+        known.is_found("completed")
+        world.both.to_qemu.sendall(shut)
+        world.both.to_qemu.close()
+        until(lambda: relay.look().local is not LegState.OPEN, "it has not ended")
+        handover.hand_over("one", delivers=delivers, may_close=False, laid=())
+        assert handover.done
+        relay.close()
+        left = state.session.take("one", identity_of(held)[1], handover.handed)
+        assert left is not None
+        world.both.destination = Relay(Role.DESTINATION)
+        assert world.both.destination.go_on(held.dup().detach(), left[1], recovered=False)
+        assert world.both.join()
+        assert world.both.from_qemu.recv(len(shut)) == shut
+
+
+async def test_what_lies_unused_with_a_qemu_that_has_completed_is_told_too(tmp_path: Path) -> None:
+    state = StateFile(tmp_path, "vm")
+    with session() as world:
+        relay = world.of(Role.DESTINATION)
+        cut_off(world)
+        known = course(SimpleNamespace(state_file=state), Role.DESTINATION, "completed")
+        handover = prepared(known, relay, world.held[Role.DESTINATION])
+        world.both.to_qemu.close()
+        until(lambda: relay.look().local is not LegState.OPEN, "it has not ended")
+        handover.hand_over("one", delivers=True, may_close=False, laid=("laid",))
+    about = state.session.look("one", NO_LEG, handover.handed)
     assert about is not None
     assert about.laid == ("laid",)
 
@@ -346,7 +484,7 @@ async def test_a_leg_may_be_ended_by_hand_only_where_no_old_word_of_qemu_says_so
         known = course(SimpleNamespace(state_file=state), role, "active", postcopy_began=False)
         leg = identity_of(held)
         handover = prepared(known, relay, held)
-        handover.hand_over("one", may_close=True, laid=())
+        handover.hand_over("one", delivers=False, may_close=True, laid=())
     about = state.session.look("one", leg[1], handover.handed)
     assert about is not None
     assert about.may_end is may_end
