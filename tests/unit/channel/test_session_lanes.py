@@ -252,6 +252,7 @@ def test_all_lanes_end_when_all_is_said() -> None:
         ends.offered()
         assert ends.join(0)
         assert ends.join(1)
+        ends.to_qemu[0].sendall(message(1, bytes(4)))  # SHUT
         for end in (*ends.from_qemu, *ends.to_qemu):
             end.close()
         for relay in (ends.source, ends.destination):
