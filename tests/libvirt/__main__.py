@@ -11,6 +11,7 @@ import os
 import sys
 
 from tests.libvirt import kills, lifecycle, migrations, starts
+from tests.libvirt.domains import NAME
 from tests.libvirt.hosts import EMULATORS, LibvirtHost, libvirt_hosts
 
 USUAL = [each for each in EMULATORS if each != "second"]
@@ -55,6 +56,9 @@ def show_migrations(hosts: list[LibvirtHost], only: list[str], emulators: list[s
                 for variant, run in runs.items():
                     print(f"    {variant}: {run}")
                     print("\n".join(f"        {line}" for line in (run.result.text, *map(str, run.events))))
+                for host in hosts:
+                    print(f"    {host.name}, refault: {host.said('refault')[-4000:]}")
+                    print(f"    {host.name}, QEMU: {host.qemu_said(NAME)[-2000:]}")
     return wrong
 
 
