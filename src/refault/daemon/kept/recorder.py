@@ -27,10 +27,10 @@ TAKEN_WITHIN = 0.1
 """Seconds for which a descriptor is left in its client's socket until QEMU has it, where the client may have
 something urgent to say behind it."""
 
-_LARGE = 256 << 10
-"""Bytes of what it is begun with, from which on it is not begun anew as often as there is a reason to."""
+_AGAIN = 0.1
+"""Seconds after it was begun, within which it is not begun anew where that can wait."""
 _RESTS = 20
-"""Times as long as that took: it holds up all else meanwhile."""
+"""Times as long as that took, likewise: it holds up all else meanwhile."""
 
 _RECEIVE = socket.MSG_DONTWAIT | socket.MSG_CMSG_CLOEXEC
 _SEND = socket.MSG_NOSIGNAL | socket.MSG_DONTWAIT
@@ -66,7 +66,7 @@ class Recorder:
             return False
         self.on = True
         now = time.perf_counter()
-        self._rests_until = now + _RESTS * (now - began) if len(before) > _LARGE else 0.0
+        self._rests_until = now + max(_AGAIN, _RESTS * (now - began))
         return True
 
     @property

@@ -400,7 +400,7 @@ async def test_a_secret_that_its_client_reads_late_is_forgotten_when_it_has_read
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The reply goes on record anew as its command is forgotten, for it is unsent."""
-    monkeypatch.setattr(recorder, "_LARGE", 1 << 30)
+    monkeypatch.setattr(recorder.Recorder, "rests", 0.0)
     journal = tmp_path / "vm.clients"
     made = monitor(tmp_path, "front")
     async with (
@@ -421,6 +421,33 @@ async def test_a_secret_that_its_client_reads_late_is_forgotten_when_it_has_read
             await client.send_all(NOT_REVIEWED)
             await until(lambda: b"hush-hush" in journal.read_bytes())
         await until(lambda: b"hush-hush" not in journal.read_bytes())  # nor where it never reads it
+        nursery.cancel_scope.cancel()
+
+
+async def test_what_is_no_command_at_all_is_not_written_down_anew_with_every_batch(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It may be a secret, and who says nothing else is not to have the event loop write files."""
+    journal, begun = tmp_path / "vm.clients", 0
+    begin = Journal.begin
+
+    def counted(journal: Journal, before: bytes) -> None:
+        nonlocal begun
+        begun += 1
+        begin(journal, before)
+
+    monkeypatch.setattr(Journal, "begin", counted)
+    made = monitor(tmp_path, "front")
+    async with qemu_at(tmp_path / "qemu"), trio.open_nursery() as nursery:
+        nursery.start_soon(made.run)
+        await kept(made)
+        async with await negotiated(tmp_path / "front") as client:
+            before, since = begun, time.perf_counter()
+            for turn in range(50):
+                await client.send_all(b'[%d, "hush-hush"]' % turn)
+                assert b"error" in await client.receive_some()
+            assert begun - before <= 1 + (time.perf_counter() - since) / recorder._AGAIN
+            await until(lambda: b"hush-hush" not in journal.read_bytes())
         nursery.cancel_scope.cancel()
 
 
