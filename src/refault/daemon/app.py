@@ -7,7 +7,7 @@ import importlib
 import logging
 import signal
 import threading
-from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Sequence
 from functools import partial
 
 import trio
@@ -32,6 +32,8 @@ from refault.daemon.vm import Vm
 log = logging.getLogger("refault")
 
 PICTURE_PATIENCE = 1.0
+SLICE = 4
+"""VMs of which pictures are made in one go: what clients of others wait for."""
 CONFIGURED = "the configuration"
 METRICS = "refault.daemon.telling.metrics"
 STOP_PATIENCE = 60.0
@@ -75,15 +77,29 @@ class Publisher:
 
     def publish(self) -> Status:
         """Makes new pictures, or keeps a VM's last where that fails; call it in the trio thread."""
+        for _ in self.slices():
+            pass
+        return self._status
+
+    @property
+    def last(self) -> Status:
+        """The pictures that were made last."""
+        return self._status
+
+    def slices(self) -> Iterator[None]:
+        """The same as `publish`, a few VMs at a time."""
         last = {vm.name: vm for vm in self._status.vms}
-        told = (self._of(vm, last.get(vm.name)) for vm in self._vms())
+        told = []
+        for at, vm in enumerate(self._vms(), 1):
+            told.append(self._of(vm, last.get(vm.name)))
+            if at % SLICE == 0:
+                yield
         few = why_few()
         self._status = Status(
             log_lines_dropped=lines_dropped(),
             troubles=(*self._troubles.tell(), *((f"refault: {few}",) if few is not None else ())),
             vms=tuple(status for status in told if status is not None),
         )
-        return self._status
 
     @staticmethod
     def _of(vm: Vm, last: VmStatus | None) -> VmStatus | None:
@@ -275,7 +291,7 @@ def _fronted(members: Sequence[Member]) -> list[Vm]:
 
 
 async def _set_services(services: _Services, host: HostOptions, publisher: Publisher) -> None:
-    control = partial(serve_control, host.control, publisher.publish)
+    control = partial(serve_control, host.control, lambda: publisher.last, publisher.slices)
     await services.set("control socket", host.control, control)
     metrics = None
     if host.metrics is not None:

@@ -128,6 +128,9 @@ async def test_a_picture_that_cannot_be_made_leaves_the_last_one(monkeypatch: py
     fails = True
     both = (IDLE, PICTURE.vms[0])
     assert publisher.publish().vms == both
+    monkeypatch.setattr("refault.daemon.app.SLICE", 1)
+    assert len(list(publisher.slices())) == 2
+    assert publisher.last.vms == both
     assert (await trio.to_thread.run_sync(publisher.status)).vms == both
 
 

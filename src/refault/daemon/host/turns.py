@@ -64,18 +64,23 @@ class Turns:
         return _clock()
 
     async def end(self, turn: float, *, more: bool) -> None:
-        """It is over: returns when the next may begin. Who has `more` at hand lets the others go first.
-
-        It took no longer than by the clock, nor more than the loop has used since the last one, which is less
-        where the loop has waited for a core. To ask that at its beginning, too, would cost a system call.
-        """
-        took, latest, used = _clock() - turn, self._latest or self._find_latest(), time.thread_time()
-        took, latest.thread_time = min(took, used - latest.thread_time), used
-        pause = self._spend(took, latest)
+        """It is over: returns when the next may begin. Who has `more` at hand lets the others go first."""
+        pause = self._took(turn)
         if pause > 0:
             await trio.sleep(pause)
         elif more:
             await trio.lowlevel.checkpoint()
+
+    async def go_on(self, turn: float) -> float:
+        """In the midst of what is not to wait, whatever it takes, the others have their turn: returns when it
+        goes on, as `begin` does."""
+        self._took(turn)
+        await trio.lowlevel.checkpoint()
+        return self.begin()
+
+    async def ready(self) -> None:
+        """Returns when the next turn may begin, after one that was not ended."""
+        await trio.sleep(self._spend(0.0, self._latest or self._find_latest()))
 
     async def come(self) -> None:
         """Returns when one more client may be served."""
@@ -89,6 +94,16 @@ class Turns:
             _latest.set(_Latest())
             self._latest = _latest.get()
         return self._latest
+
+    def _took(self, turn: float) -> float:
+        """Seconds until the next turn may begin after this one.
+
+        It took no longer than by the clock, nor more than the loop has used since the last one, which is less
+        where the loop has waited for a core. To ask that at its beginning, too, would cost a system call.
+        """
+        took, latest, used = _clock() - turn, self._latest or self._find_latest(), time.thread_time()
+        took, latest.thread_time = min(took, used - latest.thread_time), used
+        return self._spend(took, latest)
 
     def _spend(self, seconds: float, latest: _Latest) -> float:
         """Seconds until the next turn may begin."""

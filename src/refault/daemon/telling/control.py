@@ -11,7 +11,7 @@ import logging
 import os
 import socket
 import time
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Iterable
 from pathlib import Path
 
 import trio
@@ -22,6 +22,7 @@ from refault.daemon.host.paths import make_if_default
 from refault.daemon.host.repeats import repeats
 from refault.daemon.host.turns import Turns
 from refault.daemon.kernel.inotify import until_gone
+from refault.daemon.kernel.polled import hung_up
 from refault.daemon.monitor.accept import accepted
 from refault.daemon.monitor.address import Address
 from refault.daemon.monitor.caller import caller_of, may_speak
@@ -33,15 +34,22 @@ _log = logging.getLogger(__name__)
 
 _ANSWER_SECONDS = 5.0
 """How long a peer may take to read the document."""
+_WHOSE = "status"
+"""Turns of the loop."""
+_SLICE = 16
+"""VMs that are written into it in one go."""
 
 
 async def serve_control(
     address: Address,
     snapshot: Snapshot,
+    slices: Callable[[], Iterable[object]] = tuple,
     *,
     task_status: trio.TaskStatus[None] = trio.TASK_STATUS_IGNORED,
 ) -> None:
     """Answers on the socket file at `address` until cancelled, then removes it; started when it listens.
+
+    `snapshot` is called when `slices` has been gone through, in which the work is done a part at a time.
 
     A socket file that nobody listens on is replaced. Raises `OperatorError` where the path cannot be bound,
     or its file has been removed.
@@ -53,7 +61,7 @@ async def serve_control(
     except ListenError as error:
         raise OperatorError(f"{error} (--control)") from error
 
-    documents, spare = _Documents(snapshot), Spare()
+    documents, spare = _Documents(snapshot, slices), Spare()
 
     async def answer(stream: trio.SocketStream) -> None:
         await _answer(stream, address, documents)
@@ -72,15 +80,24 @@ async def serve_control(
 async def _take(
     listening: socket.socket, answer: Callable[[trio.SocketStream], Awaitable[None]], spare: Spare
 ) -> None:
-    """Has all who connect answered; one after the other where there are no descriptors but its own."""
+    """Has all answered who connect and wait; one by one where there are no descriptors but its own."""
+    turns = Turns(_WHOSE)
     async with trio.open_nursery() as nursery:
         while True:
             sock = await accepted(listening, _tell_not_accepted, spare=spare)
-            stream = trio.SocketStream(trio.socket.from_stdlib_socket(sock))
-            if not spare.lent:
-                nursery.start_soon(answer, stream)
-                continue
-            await answer(stream)
+            try:
+                await turns.come()
+            except BaseException:
+                sock.close()
+                raise
+            if hung_up(sock):
+                sock.close()
+            else:
+                stream = trio.SocketStream(trio.socket.from_stdlib_socket(sock))
+                if not spare.lent:
+                    nursery.start_soon(answer, stream)
+                    continue
+                await answer(stream)
             spare.take_back()
 
 
@@ -101,23 +118,35 @@ class _Documents:
     """The status, made once for all who have asked by then: a picture of many VMs takes the event loop its
     time, of which who asks without end has a share."""
 
-    def __init__(self, snapshot: Snapshot) -> None:
+    def __init__(self, snapshot: Snapshot, slices: Callable[[], Iterable[object]]) -> None:
+        self._turns = Turns(_WHOSE)
         self._snapshot = snapshot
-        self._turns = Turns("status")
+        self._slices = slices
         self._making = trio.Lock()
-        self._made = 0
-        self._last = b""
+        self._begun = 0
+        """How many."""
+        self._last = 0, b""
+        """Which of them it is."""
 
     async def get(self) -> bytes:
-        """One that is made after this is called."""
-        before = self._made
+        """One that is begun after this is called."""
+        before = self._begun
         async with self._making:
-            if self._made == before:
+            if self._last[0] <= before:
+                await self._turns.ready()  # who asks meanwhile is told the same
+                number = self._begun = self._begun + 1
                 turn = self._turns.begin()
-                self._last = status_document.encode(self._snapshot())
-                self._made += 1
-                await self._turns.end(turn, more=False)
-            return self._last
+                for _ in self._slices():
+                    turn = await self._turns.go_on(turn)
+                status = self._snapshot()
+                vms = []
+                for at, vm in enumerate(status.vms, 1):
+                    vms.append(status_document.part(vm))
+                    if at % _SLICE == 0:
+                        turn = await self._turns.go_on(turn)
+                self._last = number, status_document.encode(status_document.of_parts(status, vms))
+                await self._turns.go_on(turn)
+            return self._last[1]
 
 
 async def _answer(stream: trio.SocketStream, address: Address, documents: _Documents) -> None:

@@ -120,6 +120,23 @@ async def test_a_flood_has_less_while_others_have_turns(
     assert await flood(100) <= 0.1 / SHARE
 
 
+async def test_what_others_interrupt_waits_for_nothing_and_is_paid_for_before_the_next(
+    monkeypatch: pytest.MonkeyPatch, autojump_clock: trio.testing.MockClock
+) -> None:
+    used = 0.0
+    monkeypatch.setattr(time, "thread_time", lambda: used)
+    monkeypatch.setattr(turns_, "_clock", lambda: used)
+    turns, began = Turns("status"), trio.current_time()
+    await turns.ready()
+    turn = turns.begin()
+    for _ in range(10):
+        used += 0.001
+        turn = await turns.go_on(turn)
+    assert trio.current_time() == began
+    await turns.ready()
+    assert trio.current_time() - began == pytest.approx((0.01 - BURST) / SHARE)
+
+
 async def test_clients_who_come_and_go_have_a_share(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Each costs the loop more than what it says."""
     client = Address(str(tmp_path / "client"), server=True)
