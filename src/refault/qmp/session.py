@@ -23,7 +23,7 @@ class Limits:
     """
 
     message: int = MAX_MESSAGE
-    queued: int = 1 << 20
+    queued: int = 256 << 10
     queued_commands: int = 256
     queued_fds: int = 16
     out_of_band: int = 64

@@ -9,12 +9,12 @@ import trio
 
 SHARE = 0.5
 """Of the loop's time. A process that never sleeps also waits for a core on a busy host (sched(7))."""
-SHARE_BESIDE_OTHERS = 0.05
+SHARE_BESIDE_OTHERS = 0.025
 """Of the same, while other VMs have turns too."""
 AT_WORK = 0.1
 """Seconds for which a VM counts as one that has turns."""
-BURST = 0.003
-"""Seconds of the loop that may be had at once."""
+BURST = 0.006
+"""Seconds of the loop that may be had at once: some thirty commands."""
 LONGEST_WAIT = 0.5
 """Seconds, whatever was had: who comes and goes begins with a turn, and who stays is not to pay for it."""
 COMING = 0.0004

@@ -242,7 +242,9 @@ class Clients:
         while wire.backlog and not wire.broken:
             if not await wire.writable():
                 return
+            turn = self._turns.begin()
             self._send(client, wire)
+            await self._turns.end(turn, more=False)
         self._core.dirty.append(client)
         self._flush_all()
 
@@ -408,7 +410,8 @@ class Clients:
     async def _finish(self, client: Client, wire: Wire) -> None:
         """Has a message that is sent in part sent whole, if the client reads it at all."""
         with trio.move_on_after(_FINISH_TIMEOUT, shield=True):
-            await self._drain(client, wire)
+            while wire.backlog and not wire.broken and await wire.writable():
+                self._send(client, wire)
 
     async def _read_client(self, client: Client, wire: Wire) -> None:
         sock, core, splitter, recorder = wire.sock, self._core, client.splitter, self._recorder

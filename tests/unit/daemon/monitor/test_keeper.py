@@ -18,12 +18,13 @@ import trio
 
 from refault.daemon.host import fd_store, handed
 from refault.daemon.host.errors import OperatorError
+from refault.daemon.host.turns import Turns
 from refault.daemon.kept import recorder
 from refault.daemon.kept import taken as taking_over
 from refault.daemon.kept.journal import Journal
 from refault.daemon.kept.lot import Lot
 from refault.daemon.kept.taken import end_unclaimed, holder_of, release, why_anothers
-from refault.daemon.monitor import keeper, upstream
+from refault.daemon.monitor import clients, keeper, upstream
 from refault.daemon.monitor.address import Address
 from refault.daemon.monitor.listener import ListenError
 from refault.daemon.monitor.monitor import Monitor
@@ -486,6 +487,34 @@ async def test_much_that_clients_do_not_read_is_not_written_down_anew_with_every
             await until(lambda: b"hush-hush" not in (tmp_path / "vm.clients").read_bytes())
             # It rests after each: the last one, and that in which the secret goes, need not be over by now.
             assert recorder._RESTS * sum(took[before:-2]) <= time.perf_counter() - since
+        nursery.cancel_scope.cancel()
+
+
+async def test_what_a_client_has_not_read_is_sent_to_it_in_turns(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It may be megabytes, and clients of other VMs wait meanwhile."""
+    begun = 0
+
+    class Counted(Turns):
+        @staticmethod
+        def begin() -> float:
+            nonlocal begun
+            begun += 1
+            return Turns.begin()
+
+    monkeypatch.setattr(clients, "Turns", Counted)
+    made = monitor(tmp_path, "front")
+    async with qemu_at(tmp_path / "qemu", returns=4_000_000 * "-"), trio.open_nursery() as nursery:
+        nursery.start_soon(made.run)
+        await kept(made)
+        async with await negotiated(tmp_path / "front") as client:
+            await client.send_all(NOT_REVIEWED)
+            await until(lambda: any(each.unsent > 1 << 20 for each in made._core.clients.values()))
+            before, read = begun, b""
+            while not read.endswith(b"\r\n"):
+                read = await client.receive_some()
+            assert begun - before >= 2
         nursery.cancel_scope.cancel()
 
 
