@@ -421,10 +421,12 @@ class Clients:
             if client.paused and not client.closing and not await self._until_resumable(client, wire):
                 return
             if splitter.more and not client.closing:
+                turn = self._turns.begin()
                 recorder.note(Kind.MORE, client.number)
                 data, fd = b"", -1
             else:
                 await trio.lowlevel.wait_readable(sock)
+                turn = self._turns.begin()
                 size = _READ if splitter.held < _READ else _READ_MORE
                 if client.greeted and not core.ready and (size := _before_line_end(sock, size)) == 0:
                     if not await self._until_resumable(client, wire):
@@ -441,7 +443,6 @@ class Clients:
                     core.half_close(client)
                     self._flush_all()
                     break
-            turn = self._turns.begin()
             core.receive(client, data, fd)
             self._flush_all()
             if fd >= 0:

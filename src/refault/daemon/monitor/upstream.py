@@ -314,10 +314,12 @@ class Upstream:
             greeting.deadline = float("inf")
         while True:
             if core.upstream_more:
+                turn = self._turns.begin()
                 self._recorder.note(Kind.MORE, 0)
                 data = b""
             else:
                 await trio.lowlevel.wait_readable(sock)
+                turn = self._turns.begin()
                 try:
                     data, _ = self._recorder.receive(sock, 0, _READ, takes=False)
                 except BlockingIOError:
@@ -326,7 +328,6 @@ class Upstream:
                     return
                 if not data:
                     return
-            turn = self._turns.begin()
             core.receive_upstream(data)
             if core.greeting and self._presence.qemu is not Qemu.THERE:
                 greeting.deadline = float("inf")

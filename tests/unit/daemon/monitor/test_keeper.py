@@ -518,6 +518,39 @@ async def test_what_a_client_has_not_read_is_sent_to_it_in_turns(
         nursery.cancel_scope.cancel()
 
 
+async def test_what_is_received_is_received_in_a_turn(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The journal is begun anew there, once there is enough in it."""
+    said: list[str] = []
+    receive = recorder.Recorder.receive
+
+    class Told(Turns):
+        @staticmethod
+        def begin() -> float:
+            said.append("begin")
+            return Turns.begin()
+
+    def received(
+        self: recorder.Recorder, sock: socket.socket, who: int, most: int, *, takes: bool
+    ) -> tuple[bytes, int]:
+        said.append("receive")
+        return receive(self, sock, who, most, takes=takes)
+
+    monkeypatch.setattr(clients, "Turns", Told)
+    monkeypatch.setattr(upstream, "Turns", Told)
+    monkeypatch.setattr(recorder.Recorder, "receive", received)
+    made = monitor(tmp_path, "front")
+    async with qemu_at(tmp_path / "qemu"), trio.open_nursery() as nursery:
+        nursery.start_soon(made.run)
+        await kept(made)
+        async with await negotiated(tmp_path / "front"):
+            pass
+        assert said.count("receive") > 2
+        assert all(said[at - 1] == "begin" for at, each in enumerate(said) if each == "receive")
+        nursery.cancel_scope.cancel()
+
+
 async def test_a_client_that_leaves_as_the_connection_to_qemu_ends_starts_nothing_there(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
