@@ -30,7 +30,7 @@ from refault.daemon.kernel.inotify import until_gone
 from refault.daemon.kernel.passing import receive_with, send_with
 from refault.daemon.kernel.peer import peer_of
 from refault.daemon.kernel.polled import readable
-from refault.daemon.kernel.process import borrowed, process_started, socket_at
+from refault.daemon.kernel.process import borrowed, process_started, socket_at, still_runs
 from refault.daemon.monitor.accept import accepted
 from refault.daemon.monitor.address import Address
 from refault.daemon.monitor.caller import caller_of, may_speak
@@ -282,12 +282,8 @@ def _socket_of(hand_over: HandOver) -> int | None:
 
 def _is_over(hand_over: HandOver) -> bool:
     """Whether its process has ended for certain, or has not what it was given."""
-    try:
-        os.close(os.pidfd_open(hand_over.pid))
-    except ProcessLookupError:
+    if not still_runs(hand_over.pid, hand_over.started):
         return True
-    if process_started(hand_over.pid) not in (hand_over.started, None):
-        return True  # the number is another's by now
     return _socket_of(hand_over) not in (hand_over.given, _HIDDEN)
 
 

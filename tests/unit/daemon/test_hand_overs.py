@@ -9,8 +9,10 @@ import socket
 from collections.abc import AsyncIterator
 from pathlib import Path
 
+import msgspec
 import pytest
 import trio
+from tests.support.exhausted import exhausted
 
 from refault.config.hand_over import Handed
 from refault.config.options import vm_options
@@ -18,7 +20,9 @@ from refault.daemon import hand_overs
 from refault.daemon.fleet import Fleet
 from refault.daemon.hand_overs import HandOvers, Offer, Refused
 from refault.daemon.host.own_needs import Troubles
+from refault.daemon.kernel.process import process_started
 from refault.daemon.monitor.address import Address
+from refault.daemon.record.hand_over import HandOver
 
 
 def test_the_packet_of_wrapper_hand_over_h() -> None:
@@ -92,7 +96,7 @@ async def test_who_takes_a_socket_and_does_nothing_with_it_is_in_nobodys_way_for
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(hand_overs, "_MOST_AT_ONCE", 3)
-    monkeypatch.setattr(hand_overs, "TAKEN_WITHIN", 0.2)
+    monkeypatch.setattr(hand_overs, "TAKEN_WITHIN", 2.0)
     with contextlib.ExitStack() as stack:
         async with taking(tmp_path):
             offered = [stack.enter_context(contextlib.closing(Offered(tmp_path, f"vm{n}"))) for n in range(4)]
@@ -121,6 +125,26 @@ async def test_what_cannot_be_looked_at_is_what_was_given(
             with trio.fail_after(9):
                 while "vm1" not in fleet.members:
                     await trio.sleep(0.01)
+
+
+def test_one_is_not_over_where_no_descriptor_is_left_to_look_at_its_process() -> None:
+    started = process_started(os.getpid())
+    assert started is not None
+    with socket.socket() as given:
+        inode = os.fstat(given.fileno()).st_ino
+        hand_over = HandOver(
+            name="vm1",
+            pid=os.getpid(),
+            started=started,
+            number=given.fileno(),
+            given=inode,
+            libvirt=0,
+            path="",
+        )
+        with exhausted():
+            assert not hand_overs._is_over(hand_over)
+        assert hand_overs._is_over(msgspec.structs.replace(hand_over, started=started + 1))
+    assert hand_overs._is_over(hand_over)
 
 
 async def test_what_is_being_handed_over_is_nobody_elses(tmp_path: Path) -> None:

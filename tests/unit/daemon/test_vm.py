@@ -15,9 +15,9 @@ import msgspec
 import pytest
 import trio
 import trio.testing
+from tests.support.hidden import hidden
 
 from refault.daemon import migration as migration_module
-from refault.daemon import vm as vm_module
 from refault.daemon.kernel import process
 from refault.daemon.kernel.process import process_started
 from refault.daemon.known.patience import Patience
@@ -487,21 +487,20 @@ async def test_a_qemu_that_may_not_be_looked_at_has_not_ended_with_its_monitor(
 ) -> None:
     """/proc hides it (hidepid=, ProtectProc=): what it may still listen on stays open."""
     hides = True
-    for module in (process, vm_module):
-        monkeypatch.setattr(module, "process_started", lambda _: None)
-    monkeypatch.setattr(process, "has_ended", lambda _: not hides)
-    async with fronted(tmp_path) as (qemu, vm):
-        answer(await vm._migrate(migrate("tcp:127.0.0.1:1")), OK)
-        assert vm.migration is not None
-        vars(qemu)["qemu"] = None
-        vm._on_disconnect()
-        await trio.sleep(10)
-        assert vm.migration.course.under_way
-        assert vm.state.qemu_lives
-        hides = False
-        await trio.sleep(1)
-        assert not vm.migration.course.under_way
-        assert not vm.state.qemu_lives
+    monkeypatch.setattr(process, "_has_ended", lambda _: not hides)
+    with hidden():
+        async with fronted(tmp_path) as (qemu, vm):
+            answer(await vm._migrate(migrate("tcp:127.0.0.1:1")), OK)
+            assert vm.migration is not None
+            vars(qemu)["qemu"] = None
+            vm._on_disconnect()
+            await trio.sleep(10)
+            assert vm.migration.course.under_way
+            assert vm.state.qemu_lives
+            hides = False
+            await trio.sleep(1)
+            assert not vm.migration.course.under_way
+            assert not vm.state.qemu_lives
 
 
 @pytest.mark.parametrize("by_guest", [True, False])

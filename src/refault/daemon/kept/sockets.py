@@ -17,7 +17,7 @@ import msgspec
 from refault.daemon.host.fd_store import PREFIX
 from refault.daemon.host.handed import stored
 from refault.daemon.kernel.passing import descriptors_in
-from refault.daemon.kernel.process import duplicate_of, process_started, sockets_of
+from refault.daemon.kernel.process import duplicate_of, sockets_of, start_of
 
 ONE_FD = socket.CMSG_LEN(4)
 """Room for one descriptor: the kernel closes the others, as QEMU would."""
@@ -122,7 +122,7 @@ def held(pid: int, started: int) -> Iterator[Held]:
     """What the process has that is `pid` and has run since `started`. Raises OSError, also where it ended."""
     process = os.pidfd_open(pid)
     try:
-        if process_started(pid) != started:
+        if start_of(pid) != started:
             raise ProcessLookupError(f"process {pid} has ended")
         yield Held(pid, process)
     finally:

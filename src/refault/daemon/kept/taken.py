@@ -27,7 +27,7 @@ from refault.daemon.kept.sockets import (
     passed_descriptor,
 )
 from refault.daemon.kernel.polled import hung_up
-from refault.daemon.kernel.process import hidden, process_started
+from refault.daemon.kernel.process import start_of
 from refault.daemon.kernel.unix_diag import exists
 from refault.qmp.journal import Record, TornError, before, read
 from refault.qmp.multiplexer import Multiplexer
@@ -266,30 +266,42 @@ def release(path: Path) -> tuple[int, int]:
 
 def _has_ended(was: Left) -> bool:
     """Whether the QEMU that holds it is gone, and with it all that it held."""
-    return not was.stored and process_started(was.pid) != was.started and _out_of_reach(was) is None
+    if was.stored:
+        return False
+    try:
+        return start_of(was.pid) != was.started
+    except OSError:  # it may be another's number by now
+        return not _is_somewhere(was)
 
 
 def _out_of_reach(was: Left) -> str | None:
     """Why nothing can be had of it, though QEMU holds it: nobody may look at QEMU's process; None else."""
-    if was.stored or not hidden(was.pid):
+    if was.stored:
         return None
-    with contextlib.suppress(OSError):
-        if exists(was.upstream.inode, was.upstream.cookie):
+    try:
+        start_of(was.pid)
+    except PermissionError:
+        if _is_somewhere(was):
             return (
                 f"QEMU, process {was.pid}, holds its monitor and its clients for the next refault, and this"
                 " one may not look at that process: give it CAP_SYS_PTRACE, or QEMU's user"
             )
+    except OSError:
+        pass
     return None
 
 
 def _may_come_to_hold(was: Left) -> bool:
     """Whether the connection of its monitor is still somewhere, though QEMU does not hold it: it was passed,
     and QEMU has not read that."""
-    if was.stored or _has_ended(was):
-        return False
+    return not was.stored and not _has_ended(was) and _is_somewhere(was)
+
+
+def _is_somewhere(was: Left) -> bool:
+    """Whether the connection of its monitor is, in a process or in flight, as far as the kernel tells."""
     try:
         return exists(was.upstream.inode, was.upstream.cookie)
-    except OSError:  # the kernel does not tell
+    except OSError:
         return True
 
 

@@ -15,24 +15,36 @@ from refault.daemon.kernel.polled import readable
 
 _A_THREAD = (errno.EINVAL, errno.ENOENT)
 """What pidfd_open(2) says of a number that a thread has by now, and no process."""
+MAY_NOT_LOOK = "refault may not look at that process (CAP_SYS_PTRACE)"
 _SYS_PIDFD_GETFD = 438  # the same number on every architecture (pidfd_getfd(2), Linux 5.6)
 _syscall = ctypes.CDLL(None, use_errno=True).syscall
 
 
-def process_started(pid: int | None) -> int | None:
-    """The start time of a process, in clock ticks since boot (/proc/PID/stat, field 22); None where it has
-    ended or cannot be read: `still_runs` tells these apart."""
-    if pid is None:
-        return None
+def start_of(pid: int) -> int | None:
+    """Since when a process runs, in clock ticks since boot (/proc/PID/stat, field 22); None where it has
+    ended.
+
+    Raises OSError where that cannot be told: PermissionError where it runs and nothing may be known of it
+    (hidepid= of proc(5), ProtectProc= of a unit).
+    """
     try:
-        stat = Path(f"/proc/{pid}/stat").read_text()
-    except OSError:
-        return None
-    fields = stat.rpartition(")")[2].split()
+        fields = _stat(pid).rpartition(")")[2].split()
+    except OSError as error:
+        if _has_ended(pid):
+            return None
+        if isinstance(error, PermissionError) or not os.path.exists(f"/proc/{pid}"):
+            raise PermissionError(errno.EPERM, MAY_NOT_LOOK) from error
+        if isinstance(error, (FileNotFoundError, ProcessLookupError)):
+            return None  # the number is that of another, who has just come
+        raise
     return None if fields[0] in "ZX" else int(fields[19])
 
 
-def has_ended(pid: int) -> bool:
+def _stat(pid: int) -> str:
+    return Path(f"/proc/{pid}/stat").read_text()
+
+
+def _has_ended(pid: int) -> bool:
     """Whether a process has ended, though nobody may have waited for it yet.
 
     To ask that needs no right to look at it (pidfd_open(2), Linux 5.3); where it cannot be asked, for want of
@@ -48,11 +60,11 @@ def has_ended(pid: int) -> bool:
         os.close(pidfd)
 
 
-def hidden(pid: int) -> bool:
-    """Whether a process runs of which nothing may be known (hidepid= of proc(5), ProtectProc= of a unit)."""
-    if os.path.exists(f"/proc/{pid}") or has_ended(pid):
-        return False
-    return not os.path.exists(f"/proc/{pid}")  # else it has just come
+def process_started(pid: int | None) -> int | None:
+    """As `start_of`; None also where that cannot be told, or there is no process."""
+    with contextlib.suppress(OSError):
+        return start_of(pid) if pid is not None else None
+    return None
 
 
 def still_runs(pid: int | None, started: int | None) -> bool:
@@ -60,10 +72,11 @@ def still_runs(pid: int | None, started: int | None) -> bool:
     of which nothing may be known, now or when `started` was asked for (then None), has not ended."""
     if pid is None:
         return False
-    now = process_started(pid)
-    if now is None:
-        return not has_ended(pid)
-    return started in (None, now)
+    try:
+        now = start_of(pid)
+    except OSError:
+        return True
+    return now is not None and started in (None, now)
 
 
 def may_be_same(one: tuple[int | None, int | None], other: tuple[int | None, int | None]) -> bool:
@@ -108,8 +121,7 @@ def socket_at(pid: int, number: int) -> int | None:
     try:
         target = os.readlink(f"/proc/{pid}/fd/{number}")
     except (FileNotFoundError, ProcessLookupError):
-        if hidden(pid):
-            raise PermissionError(errno.EPERM, os.strerror(errno.EPERM)) from None
+        start_of(pid)  # else it may have one there
         return None
     found = re.fullmatch(r"socket:\[(\d+)\]", target)
     return int(found[1]) if found else None

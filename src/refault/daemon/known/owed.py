@@ -63,6 +63,8 @@ class Owed:
         if not may_be_same((self._now.qemu_pid, self._now.qemu_started), (pid, started)):
             self._now, self._owner = self._file.load(pid, started), None
             self._hidden, self._needed = self._now.tls_hostname, True
+        if started is not None:  # it may not have been told before
+            self._now = msgspec.structs.replace(self._now, qemu_started=started)
 
     def over(self) -> None:
         """That QEMU has ended."""

@@ -256,7 +256,7 @@ class VmState:
         await self.ask_threads()
         info = self.monitor.qemu
         record = self.state_file.load(info.pid if info else None, self.qemu_threads)
-        if record is not None:  # one of the two may not have been told, and page requests go by what is here
+        if record is not None and self.qemu_started is None:  # one of the two may not have been told
             self.qemu_started = record.qemu_started
         return record
 

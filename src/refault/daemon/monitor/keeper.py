@@ -27,7 +27,7 @@ from refault.daemon.kept.orphans import claim
 from refault.daemon.kept.recorder import Recorder
 from refault.daemon.kept.sockets import Identity, cookie_of, end_for_all, may_take, named
 from refault.daemon.kept.taken import forget_stored
-from refault.daemon.kernel.process import file_limit, hidden, holds, process_started, user_of
+from refault.daemon.kernel.process import file_limit, holds, start_of, user_of
 from refault.qmp.decoding import decode_members
 from refault.qmp.journal import Kind
 from refault.qmp.multiplexer import Multiplexer, nobody
@@ -152,13 +152,11 @@ class Keeper:
             await self.give_up()
 
     def _look_at(self, pid: int | None, *, local: bool) -> None:
-        started = process_started(pid)
-        self.pid, self.started = pid or 0, started or 0
+        self.pid, self.started = pid or 0, 0
         try:
-            if pid is None or (started is None and not hidden(pid)):
+            if pid is None or (started := start_of(pid)) is None:
                 raise OSError("its process is not known")
-            if started is None:
-                raise OSError("refault may not look at its process (CAP_SYS_PTRACE)")
+            self.started = started
             may_take(pid)
         except OSError as error:
             self.stored = local and self._store.offered and not self._borrows()  # nor could that be had again

@@ -6,7 +6,7 @@ import os
 import socket
 
 from refault.daemon.kept.sockets import Identity, cookie_of, end_for_all, held, may_take
-from refault.daemon.kernel.process import process_started
+from refault.daemon.kernel.process import start_of
 
 
 def identity_of(end: socket.socket) -> tuple[int, bytes]:
@@ -32,9 +32,10 @@ def end(leg: socket.socket) -> None:
 
 
 def take(pid: int | None, started: int | None, leg: tuple[int, bytes]) -> socket.socket | None:
-    """A duplicate of it; None where QEMU does not hold it. Raises OSError where that is not permitted."""
-    if pid is None or started is None or process_started(pid) != started:
+    """A duplicate of it; None where QEMU does not hold it. Raises OSError where that cannot be told, or it
+    may not be taken."""
+    if pid is None or (now := start_of(pid)) is None or started not in (None, now):
         return None
     inode, cookie = leg
-    with held(pid, started) as holder:
+    with held(pid, now) as holder:
         return holder.take(Identity(inode, cookie, ""))

@@ -12,7 +12,7 @@ import msgspec
 
 from refault.daemon.host.repeats import repeats
 from refault.daemon.host.whole import whole
-from refault.daemon.kernel.process import hidden, still_runs
+from refault.daemon.kernel.process import start_of, still_runs
 from refault.daemon.record.pages_file import PagesFile
 from refault.daemon.record.replaced import replace
 from refault.daemon.record.session_file import SessionFile
@@ -57,8 +57,9 @@ class MigrationRecord(msgspec.Struct, frozen=True, kw_only=True):
     that a file which cannot be removed is not taken a second time."""
 
     def key(self, vm: str) -> bytes:
-        """By what the page map's file of this migration is known (cext/statefile.h)."""
-        return f"{vm} {self.qemu_pid} {self.qemu_started} {self.generation}".encode()
+        """By what the page map's file of this migration is known (cext/statefile.h). Not since when QEMU
+        runs: that may be told later."""
+        return f"{vm} {self.qemu_pid} {self.generation}".encode()
 
 
 class StateFile:
@@ -122,8 +123,10 @@ class StateFile:
         if not still_runs(record.qemu_pid, record.qemu_started):
             return None
         runs = "still runs"
-        if hidden(record.qemu_pid):
-            runs = "may still run, for refault may not look at it (CAP_SYS_PTRACE)"
+        try:
+            start_of(record.qemu_pid)
+        except OSError as error:
+            runs = f"may still run, for {error.strerror}"
         told = (
             f"{self._path} is of QEMU process {record.qemu_pid}, which {runs}, so nothing is kept for"
             " this one: give this VM another --name or --state-dir, or end that QEMU"

@@ -112,6 +112,19 @@ async def test_a_qemu_that_may_not_be_looked_at_any_more_is_owed_what_it_was(tmp
     assert (qemu.descriptors, files(tmp_path)) == ({"b"}, [])
 
 
+async def test_since_when_qemu_runs_is_told_once_it_is_known(tmp_path: Path) -> None:
+    """Else what the next QEMU with its number has by these names would be closed."""
+    qemu = Qemu()
+    assert ME[1] is not None
+    owed_to(qemu, tmp_path, (ME[0], None)).will_close("a")
+    again = owed_to(qemu, tmp_path)
+    again.will_close("b")
+    again.met(ME[0], ME[1] + 1)
+    await again.pay()
+    await owed_to(qemu, tmp_path, (ME[0], ME[1] + 1)).pay()
+    assert (qemu.descriptors, files(tmp_path)) == ({"a", "b"}, [])
+
+
 async def test_a_client_that_sets_a_name_has_it(tmp_path: Path) -> None:
     qemu = Qemu()
     owed = owed_to(qemu, tmp_path)

@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
+from types import SimpleNamespace
 from typing import cast
 
 import pytest
 import trio
 
+from refault.daemon.kernel.process import process_started
 from refault.daemon.known.vm_state import VmState
 from refault.daemon.monitor.monitor import Monitor, QemuInfo, QmpError
-from refault.daemon.record.state_file import StateFile
+from refault.daemon.record.state_file import MigrationRecord, StateFile
 from refault.migration.endpoint import Inet
 from refault.migration.phase import Role
 
@@ -119,3 +122,30 @@ async def test_a_qemu_whose_process_is_not_known_is_known_by_its_threads(
     )
     await vm.ask_threads()
     assert vm.qemu_threads == threads
+
+
+@pytest.mark.parametrize(("known", "recorded"), [(True, False), (False, True)])
+async def test_since_when_qemu_runs_is_forgotten_by_nobody(
+    tmp_path: Path, known: bool, recorded: bool
+) -> None:
+    """Whoever was not told it, for /proc hid QEMU or descriptors were short: this refault, or the last."""
+    pid, started = os.getpid(), process_started(os.getpid())
+    record = MigrationRecord(
+        role=Role.SOURCE,
+        uri="tcp:127.0.0.1:1",
+        relayed=True,
+        qemu_pid=pid,
+        qemu_started=started if recorded else None,
+    )
+    StateFile(tmp_path, "vm").save(record)
+    monitor = SimpleNamespace(qemu=QemuInfo(pid, 0, "7.2.0", (7, 2, 0), "", True))
+    vm = VmState(
+        "vm",
+        cast("Monitor", monitor),
+        relay_allowed=True,
+        recover_uris=(),
+        state_file=StateFile(tmp_path, "vm"),
+    )
+    vm.met(pid, started if known else None)
+    assert await vm.record() == record
+    assert vm.qemu_started == started

@@ -15,12 +15,12 @@ from pathlib import Path
 
 import pytest
 import trio
+from tests.support.hidden import hidden
 
 from refault.daemon.host import fd_store, handed
 from refault.daemon.host.errors import OperatorError
 from refault.daemon.host.turns import Turns
 from refault.daemon.kept import recorder
-from refault.daemon.kept import taken as taking_over
 from refault.daemon.kept.journal import Journal
 from refault.daemon.kept.lot import Lot
 from refault.daemon.kept.taken import end_unclaimed, holder_of, release, why_anothers
@@ -252,15 +252,11 @@ def short_pair(family: int, kind: int) -> tuple[socket.socket, socket.socket]:
     return pair
 
 
-async def test_what_a_qemu_holds_that_may_not_be_looked_at_waits_for_who_may(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+async def test_what_a_qemu_holds_that_may_not_be_looked_at_waits_for_who_may(tmp_path: Path) -> None:
     """As where a unit with ProtectProc= has lost CAP_SYS_PTRACE: QEMU seems to have ended."""
     async with qemu_at(tmp_path / "qemu"):
         client = await left_behind(tmp_path)
-        with monkeypatch.context() as confined:
-            confined.setattr(taking_over, "process_started", lambda _: None)
-            confined.setattr(taking_over, "hidden", lambda _: True)
+        with hidden():
             told = f"QEMU, process {os.getpid()}, holds its monitor .* CAP_SYS_PTRACE"
             with pytest.raises(OperatorError, match=told + ".*: refault release vm"):
                 await monitor(tmp_path, "front").run()

@@ -6,24 +6,23 @@ import logging
 import os
 import shutil
 import subprocess
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, cast
 
 import msgspec
 import pytest
+from tests.support.hidden import hidden
 from tests.support.until import descriptors_and_threads, until_nothing_is_left
 
 from refault.channel.relay import Relay
 from refault.channel.tracker import Kept, Restored, StateFds
 from refault.daemon import migration as migration_module
-from refault.daemon.kernel import process
 from refault.daemon.kernel.process import process_started
 from refault.daemon.known.counters import Counters
 from refault.daemon.known.patience import Patience
 from refault.daemon.migration import Migration
-from refault.daemon.record import state_file as state_file_module
 from refault.daemon.record.state_file import MigrationRecord, StateFile
 from refault.migration.endpoint import Inet
 from refault.migration.phase import Role
@@ -260,43 +259,39 @@ def test_the_record_of_another_qemu_that_runs_is_not_touched(
     assert file.load(os.getpid()) == record(os.getpid())
 
 
-@pytest.fixture
-def hidden(monkeypatch: pytest.MonkeyPatch) -> Iterator[pytest.MonkeyPatch]:
-    """No process may be looked at; those that have ended have."""
-    with monkeypatch.context() as confined:
-        confined.setattr(process, "process_started", lambda _: None)
-        for module in (process, state_file_module):
-            confined.setattr(module, "hidden", lambda pid: os.path.exists(f"/proc/{pid}"))
-        yield confined
-
-
-def test_the_record_of_a_qemu_that_may_not_be_looked_at_is_not_removed(
-    tmp_path: Path, hidden: pytest.MonkeyPatch
-) -> None:
+def test_the_record_of_a_qemu_that_may_not_be_looked_at_is_not_removed(tmp_path: Path) -> None:
     """Whether it was written when that was permitted, or read."""
     told = record(os.getpid())
-    for each in (told, msgspec.structs.replace(told, qemu_started=None)):
-        StateFile(tmp_path, "vm1").save(each)
-        file = StateFile(tmp_path, "vm1")
-        assert file.of_a_running_qemu()
-        assert file.load(os.getpid()) == each
-    hidden.undo()
+    with hidden():
+        for each in (told, msgspec.structs.replace(told, qemu_started=None)):
+            StateFile(tmp_path, "vm1").save(each)
+            file = StateFile(tmp_path, "vm1")
+            assert file.of_a_running_qemu()
+            assert file.load(os.getpid()) == each
     assert StateFile(tmp_path, "vm1").load(os.getpid()) == each
     StateFile(tmp_path, "vm1").save(msgspec.structs.replace(told, qemu_started=1))
     assert StateFile(tmp_path, "vm1").load(os.getpid()) is None
 
 
-@pytest.mark.usefixtures("hidden")
 def test_the_record_of_another_that_may_not_be_looked_at_is_not_touched(
     tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
-    with subprocess.Popen(["sleep", "60"]) as other:
+    with hidden(), subprocess.Popen(["sleep", "60"]) as other:
         StateFile(tmp_path, "vm1").save(msgspec.structs.replace(record(os.getpid()), qemu_pid=other.pid))
         file = StateFile(tmp_path, "vm1")
         assert file.load(os.getpid()) is None
         assert f"is of QEMU process {other.pid}, which may still run" in caplog.text
+        assert "CAP_SYS_PTRACE" in caplog.text
         other.kill()
-    assert file.usable(os.getpid())
+        other.wait()
+        assert file.usable(os.getpid())
+
+
+def test_page_requests_are_found_again_by_who_is_told_later_since_when_qemu_runs(directory: Path) -> None:
+    """Or was told it: the file of one migration has one key."""
+    told = record(os.getpid())
+    assert told.key("vm") == msgspec.structs.replace(told, qemu_started=None).key("vm")
+    assert told.key("vm") != msgspec.structs.replace(told, generation="another").key("vm")
 
 
 def test_nor_is_anything_while_another_refault_has_the_name(tmp_path: Path) -> None:

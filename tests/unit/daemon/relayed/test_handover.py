@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import socket
 from collections.abc import AsyncIterator, Callable, Iterator
-from contextlib import asynccontextmanager
+from contextlib import AbstractContextManager, asynccontextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from types import SimpleNamespace
@@ -14,6 +14,8 @@ from typing import cast
 import msgspec
 import pytest
 import trio
+from tests.support.exhausted import exhausted
+from tests.support.hidden import hidden
 from tests.unit.channel.test_handed import cut_off, session
 from tests.unit.channel.test_session import until
 from tests.unit.daemon.record.test_session_file import ABOUT
@@ -23,7 +25,7 @@ from refault.channel.relay import LegState, Relay, SessionState
 from refault.daemon.host.errors import OperatorError
 from refault.daemon.kernel.process import process_started
 from refault.daemon.known.course import Course
-from refault.daemon.near.handed_leg import identity_of
+from refault.daemon.near.handed_leg import identity_of, take
 from refault.daemon.near.kept_ends import KeptEnds
 from refault.daemon.near.local import LocalLeg
 from refault.daemon.record.session_file import NO_LEG
@@ -114,6 +116,27 @@ def test_where_it_is_not_known_it_stays(left: Left) -> None:
     with pytest.raises(OperatorError, match="start refault once"):
         release(left.directory, "vm")
     assert left.lives
+
+
+@pytest.mark.parametrize("prevents", [hidden, exhausted])
+def test_where_qemu_cannot_be_looked_at_it_is_not_said_that_there_is_none(
+    left: Left, prevents: Callable[[], AbstractContextManager[None]]
+) -> None:
+    record = left.write(may_end=True)
+    with prevents():
+        leg = identity_of(left.held)
+        with pytest.raises(OSError, match=r"CAP_SYS_PTRACE|Too many open files"):
+            take(os.getpid(), process_started(os.getpid()), leg)
+    with hidden(), pytest.raises(OperatorError, match="CAP_SYS_PTRACE"):
+        release(left.directory, "vm")
+    assert left.lives
+    assert record.exists()
+
+
+def test_one_of_a_qemu_of_which_it_was_not_told_since_when_it_runs_is_found(left: Left) -> None:
+    taken = take(os.getpid(), None, identity_of(left.held))
+    assert taken is not None
+    taken.close()
 
 
 def test_one_that_nobody_holds_any_more_is_none(left: Left) -> None:
