@@ -145,13 +145,13 @@ def table(header: Iterable[str], rows: Iterable[Iterable[str]]) -> Iterator[str]
         yield "  " + "  ".join(cells)
 
 
-def render(summary: Summary, size: int) -> Iterator[str]:
-    """The lines that tell of a stream of `size` bytes."""
+def render(summary: Summary, size: int, *, more_may_come: bool = False) -> Iterator[str]:
+    """The lines that tell of a stream of `size` bytes, or of at least as many."""
     if summary.version is not None:
         kind = f", version {summary.version}"
     else:
         kind = ", a recovered channel" if summary.commands else ""
-    yield f"stream: {size} bytes{kind}"
+    yield f"stream: {size} bytes{' or more' if more_may_come else ''}{kind}"
     if summary.machine:
         yield f"machine: {printable(summary.machine)}"
     if summary.uuid:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import os
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -51,16 +53,39 @@ def test_a_recovered_channel_does_not_say_how_large_its_blocks_are(
     ]
 
 
-@pytest.mark.parametrize("what", ["a device", "a pipe"])
-def test_what_is_no_file_is_not_read_to_an_end_that_never_comes(
-    what: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    path = Path("/dev/zero") if what == "a device" else tmp_path / "pipe"
-    if what == "a pipe":
-        os.mkfifo(path)
-    assert main(["inspect", str(path)]) == 1
+def test_a_device_is_not_read_to_an_end_that_never_comes(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["inspect", "/dev/zero"]) == 1
     told = capsys.readouterr()
-    assert (told.out, told.err) == ("", f"refault: {path} is no regular file; save the stream in one\n")
+    wanted = "refault: /dev/zero is neither a file nor a pipe; save the stream in a file\n"
+    assert (told.out, told.err) == ("", wanted)
+
+
+def test_a_pipe_to_which_nobody_writes_is_empty(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    os.mkfifo(tmp_path / "pipe")
+    assert main(["inspect", str(tmp_path / "pipe")]) == 1
+    assert f"{tmp_path / 'pipe'} is empty" in capsys.readouterr().err
+
+
+def from_pipe(command: str) -> list[str]:
+    """What is told of what a command writes, which is to end soon."""
+    inspect = ["sh", "-c", f"{command} | {sys.executable} -m refault inspect /dev/stdin"]
+    done = subprocess.run(inspect, capture_output=True, text=True, timeout=60, check=True)
+    return done.stdout.splitlines()
+
+
+def test_a_pipe_is_read_to_its_end_as_a_file_is(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Also where it comes in pieces."""
+    stream = streams.postcopy_stream()
+    told = told_of(stream, tmp_path, capsys)
+    file = tmp_path / "stream"
+    in_pieces = f"(head -c 9 {file}; sleep 0.2; tail -c +10 {file})"
+    assert [line.strip() for line in from_pipe(in_pieces)] == told
+
+
+def test_of_a_pipe_without_an_end_no_more_is_read_than_tells_that_it_is_no_stream() -> None:
+    told = from_pipe("yes")
+    assert told[0] == "stream: 1048576 bytes or more"
+    assert told[-1].startswith("cannot be read from byte 0 on")
 
 
 def test_of_a_file_that_is_no_stream_no_more_is_read_than_tells_it(
