@@ -15,7 +15,7 @@ from refault.daemon.monitor.monitor import MonitorLost, QemuInfo, QmpError, word
 from refault.daemon.near.handed_leg import take
 from refault.daemon.record.session_file import NO_LEG
 from refault.daemon.record.state_file import MigrationRecord
-from refault.daemon.recovery.doubt import hold_again
+from refault.daemon.recovery.doubt import hold_again, tell_still_held
 from refault.daemon.roles.destination import Destination
 from refault.daemon.roles.source import Source
 from refault.daemon.succession import Succession
@@ -167,13 +167,7 @@ class Meeting:
             return
         if record is not None and status in _BEFORE_POSTCOPY:
             if record.kept and record.role is Role.SOURCE and status in ENDS_PRECOPY:
-                log.error(
-                    "%s: ALERT: QEMU holds its leg open since an earlier refault, for if it closed: %s. What"
-                    " to do: %s",
-                    state.name,
-                    SENT_ALL.effect,
-                    SENT_ALL.advice,
-                )
+                tell_still_held(state.name, SENT_ALL)
             # Postcopy has not begun: if that is on record it was an earlier one's.
             record = msgspec.structs.replace(record, postcopy=False, kept=())
         is_source = record.role is Role.SOURCE if record else "ram" in reply
