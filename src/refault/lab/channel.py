@@ -5,11 +5,11 @@ from __future__ import annotations
 import contextlib
 import enum
 import functools
-import itertools
 import random
 import signal
 import socket
 import sys
+from collections import deque
 from collections.abc import AsyncIterator, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -314,23 +314,42 @@ async def start_channel(
 def free_port() -> int:
     """A TCP port nobody uses, below those that the kernel hands out by itself, so that it stays free. No
     other process that asks here is given it, though it is bound much later.
+
+    Raises OSError where there is none.
     """
     while True:
-        with socket.socket() as sock, contextlib.suppress(OSError):
-            sock.bind(("127.0.0.1", next(_ports())))
-            return int(sock.getsockname()[1])
+        for _ in range(len(_ours)):
+            _ours.rotate(-1)
+            with contextlib.suppress(OSError):
+                return _bound(_ours[-1])
+        share = next(_shares(), None)
+        if share is None:
+            return _bound(0)
+        _ours.extend(share)
+
+
+_ours: deque[int] = deque()
+"""The ports of this process, the next at the left."""
+
+
+def _bound(port: int) -> int:
+    with socket.socket() as sock:
+        sock.bind(("127.0.0.1", port))
+        return int(sock.getsockname()[1])
 
 
 @functools.cache
-def _ports() -> Iterator[int]:
-    """This process's share of them, over and over: while it has the socket of that name it is no other's."""
+def _shares() -> Iterator[range]:
+    """Those that no other process has, each this one's from then on: while it has the socket of that name."""
     low = int(Path("/proc/sys/net/ipv4/ip_local_port_range").read_text().split()[0])
-    shares = list(range(_FIRST_PORT, low - _SHARE + 1, _SHARE))
-    random.shuffle(shares)
-    for first in shares:
+    firsts = list(range(_FIRST_PORT, low - _SHARE + 1, _SHARE))
+    random.shuffle(firsts)
+    for first in firsts:
         claim = socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM)
-        with claim, contextlib.suppress(OSError):
+        try:
             claim.bind(f"\0refault-lab-ports-{first}")
-            claim.detach()  # open for as long as the process is there
-            return itertools.cycle(range(first, first + _SHARE))
-    return itertools.repeat(0)
+        except OSError:
+            claim.close()
+            continue
+        claim.detach()  # open for as long as the process is there
+        yield range(first, first + _SHARE)

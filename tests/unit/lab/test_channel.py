@@ -1,6 +1,8 @@
 from __future__ import annotations
 
 import contextlib
+import socket
+from collections import deque
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from pathlib import Path
@@ -8,6 +10,7 @@ from pathlib import Path
 import pytest
 import trio
 
+from refault.lab import channel as channel_module
 from refault.lab.channel import Channel, Cut, Loss, free_port, start_channel
 from refault.lab.process import ProcessFailed
 from refault.lab.procnet import is_listening
@@ -203,3 +206,21 @@ async def test_a_cut_of_the_connection_that_is_there(tmp_path: Path) -> None:
         for end in (near, far):
             with pytest.raises(trio.BrokenResourceError):
                 await end.receive_some()
+
+
+def test_where_all_ports_of_a_share_are_taken_the_next_one_has_some(monkeypatch: pytest.MonkeyPatch) -> None:
+    with contextlib.ExitStack() as taken:
+        ports = [
+            taken.enter_context(socket.create_server(("127.0.0.1", 0))).getsockname()[1] for _ in range(3)
+        ]
+        monkeypatch.setattr(channel_module, "_ours", deque(ports))
+        free = free_port()
+        assert free not in ports
+        assert len(channel_module._ours) > len(ports)
+        assert free_port() not in (*ports, free)
+
+
+def test_where_there_is_no_share_any_more_the_kernel_gives_one(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(channel_module, "_ours", deque())
+    monkeypatch.setattr(channel_module, "_shares", lambda: iter(()))
+    assert free_port() > 0
