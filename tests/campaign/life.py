@@ -152,6 +152,8 @@ async def live(
                 break
         life.replayed = sum(vm.pages.replayed for vm in await stage.driver.statuses())
         await _end(stage, life)
+        for each in stage.steady:
+            await each.settle()
         if life.results and stage.watch.broken:
             dead = any("dead" in text for text in stage.watch.broken)
             life.results[-1].outcome = Outcome.DEAD if dead else Outcome.DOUBLED
