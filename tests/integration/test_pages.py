@@ -128,6 +128,40 @@ def test_an_upgrade_of_the_package_restarts_what_runs_and_no_client_notices(debi
     assert debian.show("client", "Result") == "success", debian.journal("client")
 
 
+OLD = """
+import pathlib, signal
+here = pathlib.Path("/run/refault/old")
+signal.signal(signal.SIGTERM, lambda *_: exit((here / "stopped").touch()))
+(here / "ready").touch()
+while True:
+    signal.pause()
+"""
+OLD_UNIT = """[Service]
+Type=exec
+EnvironmentFile=
+ExecStart=
+ExecStart=/usr/bin/python3 /run/old.py
+"""
+
+
+def test_an_upgrade_stops_what_a_restart_would_kill_and_does_what_policy_allows(debian: Debian) -> None:
+    debian.write("/run/old.py", OLD)
+    debian.write("/run/systemd/system/refault@old.service.d/old.conf", OLD_UNIT)
+    debian.sh("systemctl daemon-reload; systemctl start refault@old")
+    there = "/run/refault/old/ready"
+    until(lambda: debian.attempt("test", "-e", there).returncode == 0, lambda: debian.journal("refault@old"))
+    units = ("refault", "refault@vm3", "refault@old")
+    configured = "/var/lib/dpkg/info/refault.postinst configure 0.0.1"
+    debian.write("/usr/sbin/policy-rc.d", "#!/bin/sh\nexit 101\n")
+    before = [debian.show(unit, "MainPID") for unit in units]
+    debian.sh(f"chmod +x /usr/sbin/policy-rc.d; {configured}")
+    assert [debian.show(unit, "MainPID") for unit in units] == before
+    debian.sh(f"rm /usr/sbin/policy-rc.d; {configured}; test -e /run/refault/old/stopped")
+    assert not {*before, "0"} & {debian.show(unit, "MainPID") for unit in units}
+    debian.sh("systemctl stop refault@old; rm -r /run/systemd/system/refault@old.service.d /run/old.py")
+    debian.sh("systemctl daemon-reload")
+
+
 def test_the_package_goes_without_a_trace(debian: Debian) -> None:
     """But for what the operator has made; also in the midst of an upgrade, where dpkg runs no prerm."""
     debian.sh("dpkg -V refault; apt-get -q purge -y refault; rm -rf /etc/refault")
