@@ -57,8 +57,8 @@ async def until_the_last(world: Lab) -> None:
     source = world.pair.source.qmp
     await world.until_a_session("pause-before-switchover", bandwidth=30 << 20)
     while True:  # what is left then has to fit into the session's window
-        ram = (await source.execute("query-migrate"))["ram"]
-        if ram["dirty-sync-count"] > 1 and ram["remaining"] < LITTLE:
+        ram = (await source.execute("query-migrate")).get("ram")  # none while it is being set up
+        if ram and ram["dirty-sync-count"] > 1 and ram["remaining"] < LITTLE:
             break
         await trio.sleep(0.01)
     await world.driver.source.execute("migrate-set-parameters", {"downtime-limit": 300})
