@@ -255,11 +255,13 @@ async def test_an_address_that_does_not_answer_holds_nobody_up(tmp_path: Path, b
         uri = f"tcp:127.0.0.1:{server.getsockname()[1]}"
         async with at(tmp_path, binary, "vm") as end, connect(end.address, name="another") as another:
             since = len(end.qmp.events)
-            with trio.fail_after(8):
+            with trio.fail_after(60):
                 assert await end.qmp.execute("migrate", {"uri": uri}) == {}
                 assert await bare.migration_status(another) == "setup"
                 with pytest.raises(QmpError, match="process in progress"):
                     await another.execute("migrate", {"uri": uri})
+                # It is dialled yet: nobody has waited for the end of that.
+                assert dials(server.getsockname()[1])
                 await another.execute("migrate_cancel")
                 await end.qmp.wait_migration("cancelled", since=since)
             assert end.statuses(since) == ["setup", "cancelling", "cancelled"]
