@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import random
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Sequence
 from contextlib import AsyncExitStack, asynccontextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -97,7 +97,11 @@ class Lab:
 
 @asynccontextmanager
 async def lab(
-    directory: Path, binary: str, *options: str, second_network: bool = False
+    directory: Path,
+    binary: str,
+    *options: str,
+    second_network: bool = False,
+    source_prefix: Sequence[str] = (),
 ) -> AsyncIterator[Lab]:
     """What happens in it takes 100 s at most. Both refaults have these options."""
     port, other = free_port(), free_port()
@@ -109,7 +113,7 @@ async def lab(
         further = [("--recover-uri", f"tcp:127.0.0.1:{each}") for each in (second.port, other)]
         here, there = (("--session", "auto", *options, *(each if second_network else ())) for each in further)
         async with (
-            start_pair(GUEST, directory, PairOptions(binary, binary)) as pair,
+            start_pair(GUEST, directory, PairOptions(binary, binary, source_prefix=source_prefix)) as pair,
             refault_driver(pair, way, directory, options=(here, there)) as driver,
         ):
             with trio.fail_after(100):

@@ -18,12 +18,10 @@ from refault.migration.word import Word, phase_after_loss
 
 ENDED_PATIENCE = 30.0
 """QEMU has ended its side, and nobody waits for what is left."""
-_ENDS = ("completed", "failed")
-"""What it may say of itself then."""
 _PAUSES = (Phase.SWITCHOVER, Phase.POSTCOPY, Phase.RECOVERY_HANDSHAKE)
 """The phases in which a source whose channel has ended has paused."""
 KNOWN_WITHIN = 60.0
-"""A QEMU that has ended its side without a word ends, or says what has become of it. One that ends gives
+"""A QEMU that has ended its side without a word ends, or has completed. One that ends gives
 much memory back before."""
 _LOOK = 0.02
 ANSWERS_WITHIN = 0.5
@@ -73,8 +71,8 @@ class SessionWaits:
         if pid is None:
             return False
         with trio.move_on_after(KNOWN_WITHIN):
-            # Of its end the monitor's tells, behind all that QEMU said there.
-            while self._is_open and not course.gone and course.status not in _ENDS:  # noqa: ASYNC110
+            # Of its end the monitor's tells, behind all that QEMU said there; `failed` is said right before.
+            while self._is_open and not course.gone and course.status != "completed":  # noqa: ASYNC110
                 await trio.sleep(_LOOK)
         if not self._is_open or not course.gone or course.postcopy_began:
             return False

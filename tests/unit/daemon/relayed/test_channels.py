@@ -288,6 +288,7 @@ class Ended(Pump):
     ("why", "without_guest"),
     [
         ("it has ended", True),
+        ("it has failed, and ended", True),
         ("it had the guest for a moment", False),
         ("it was in postcopy", False),
         ("it runs yet", False),
@@ -320,6 +321,9 @@ async def test_whether_a_destination_has_ended_without_the_guest(
         if why == "it has completed":
             of.on_status("completed")
         elif "runs yet" not in why:
+            if why == "it has failed, and ended":
+                of.on_status("failed")
+                await trio.sleep(1)
             process.kill()
             await process.wait()
             assert told in ([], [False])  # its monitor may have told of the guest, and that is not read yet
