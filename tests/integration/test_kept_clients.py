@@ -135,7 +135,10 @@ import sys, trio
 from pathlib import Path
 from refault.cli.main import main
 from refault.daemon.host.turns import Turns
+at_once = Turns.come
 async def come(self):
+    if self._vm != "vm":  # who asks for the status
+        return await at_once(self)
     Path(sys.argv[sys.argv.index("--state-dir") + 1], "accepted").touch()
     await trio.sleep_forever()
 Turns.come = come

@@ -9,6 +9,7 @@ import logging
 import os
 import socket
 import time
+from collections import deque
 from collections.abc import Callable
 from pathlib import Path
 
@@ -27,10 +28,13 @@ TAKEN_WITHIN = 0.1
 """Seconds for which a descriptor is left in its client's socket until QEMU has it, where the client may have
 something urgent to say behind it."""
 
-_AGAIN = 0.1
-"""Seconds after it was begun, within which it is not begun anew where that can wait."""
+_OFTEN = 32
+_WITHIN = 0.5
+"""More often than so often in so many seconds it is not begun anew where that can wait."""
+_LARGE = 256 << 10
+"""Bytes of what it is begun with, from which on it rests after each time."""
 _RESTS = 20
-"""Times as long as that took, likewise: it holds up all else meanwhile."""
+"""Times as long as that took: it holds up all else meanwhile."""
 
 _RECEIVE = socket.MSG_DONTWAIT | socket.MSG_CMSG_CLOEXEC
 _SEND = socket.MSG_NOSIGNAL | socket.MSG_DONTWAIT
@@ -50,6 +54,7 @@ class Recorder:
         self.on = False
         self._left = False
         self._rests_until = 0.0
+        self._begun: deque[float] = deque(maxlen=_OFTEN)
         self._peeked: dict[int, tuple[socket.socket, int, int, trio.Event]] = {}
         """Descriptors that are in a client's socket yet, with so many bytes."""
 
@@ -66,7 +71,10 @@ class Recorder:
             return False
         self.on = True
         now = time.perf_counter()
-        self._rests_until = now + max(_AGAIN, _RESTS * (now - began))
+        self._begun.append(now)
+        self._rests_until = now + _RESTS * (now - began) if len(before) > _LARGE else 0.0
+        if len(self._begun) == _OFTEN:
+            self._rests_until = max(self._rests_until, self._begun[0] + _WITHIN)
         return True
 
     @property

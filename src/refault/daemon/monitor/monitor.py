@@ -471,8 +471,8 @@ class Monitor:
         self._clients.resume()
 
     def _forget_spent(self) -> None:
-        """What is written down of commands that are over goes: at once, unless it was written down anew just
-        now, for that would be all that is done."""
+        """What is written down of commands that are over goes: at once, unless so much is written down, or so
+        often, that this would be all that is done."""
         recorder = self._recorder
         if recorder.on and (rests := recorder.rests) > 0:
             if not self._forgets_later and self._upstream.converses:
