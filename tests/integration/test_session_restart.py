@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import signal
 from pathlib import Path
@@ -164,13 +165,17 @@ async def test_a_destination_that_ends_without_a_word_when_all_is_sent_has_the_s
         await until_the_last(world)
         await world.driver.source.execute("migrate-continue", {"state": "pre-switchover"})
         await source.wait_migration("failed")
-        assert (await source.execute("query-status"))["running"]
+        await source.wait_event(lambda event: event.name == "RESUME")
     for side in ENDS:
         assert "internal error" not in (tmp_path / f"refault-{side}.log").read_text()
 
 
 def sockets_of(pid: int) -> int:
-    return sum(os.readlink(each).startswith("socket:") for each in Path(f"/proc/{pid}/fd").iterdir())
+    count = 0
+    for each in Path(f"/proc/{pid}/fd").iterdir():
+        with contextlib.suppress(FileNotFoundError):  # it was closed meanwhile
+            count += os.readlink(each).startswith("socket:")
+    return count
 
 
 @pytest.mark.parametrize("binary", OTHERS_NIGHTLY)
@@ -183,7 +188,7 @@ async def test_a_source_that_has_sent_all_in_precopy_does_not_run_again_though_i
         await until_the_last(world)
         held = sockets_of(source.pid)
         await send_the_last(world)
-        while sockets_of(source.pid) == held:
+        while sockets_of(source.pid) <= held:
             await trio.sleep(0.005)
         world.driver.processes[0].kill()
         world.driver.start_again(0)

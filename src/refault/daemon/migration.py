@@ -153,7 +153,11 @@ class Migration:
         self.generation = met.generation if met else secrets.token_hex(8)
         record, files = self._record(), self._vm.state_file
         pages, usable = files.pages, files.usable(record.qemu_pid)
-        opened = pages.opened(record.key(self._name), take_over=met is not None)
+        opened = pages.opened(
+            record.key(self._name),
+            take_over=met is not None,
+            former=met.former_key(self._name) if met is not None else b"",
+        )
         with opened if usable else contextlib.nullcontext() as state:
             relay = Relay(self.course.role, state=state, dead_after=self._vm.patience.dead_after)
         try:

@@ -177,7 +177,10 @@ class Vm:
     def may_leave(self) -> bool:
         """Whether nobody need come after: no migration is under way or about to be, and no leg is open that
         has yet something to deliver."""
-        return self.succession.pending is None and not self.succession.under_way and self.may_stop
+        channels = self.migration.channels if self.migration is not None else None
+        if self.succession.pending is not None or self.succession.under_way:
+            return False
+        return self.may_stop and not (channels is not None and channels.tells)
 
     @property
     def leaving(self) -> str | None:

@@ -9,6 +9,7 @@ import socket
 from collections.abc import AsyncIterator, Mapping
 from contextlib import asynccontextmanager
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any, cast
 
 import msgspec
@@ -98,6 +99,19 @@ def answer(verdict: object, reply: bytes) -> None:
     assert isinstance(verdict, Forward)
     assert verdict.on_reply is not None
     verdict.on_reply(reply)
+
+
+async def test_one_does_not_leave_before_a_source_is_told_what_became_of_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its QEMU has ended, so it is wanted no more."""
+    async with fronted(tmp_path) as (_, vm):
+        for tells in (True, False):
+            channels = SimpleNamespace(tells=tells, delivers=False)
+            migration = SimpleNamespace(channels=channels, cost_of_stopping=lambda: None)
+            with monkeypatch.context() as patch:
+                patch.setattr(Vm, "migration", migration)
+                assert vm.may_leave is not tells
 
 
 @pytest.mark.parametrize("relayed", [True, False])

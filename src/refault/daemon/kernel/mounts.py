@@ -10,7 +10,7 @@ def file_system(directory: Path) -> str:
     """The type of the file system that a directory is on; empty where the kernel does not tell."""
     device = os.stat(directory).st_dev
     wanted = f"{os.major(device)}:{os.minor(device)}"
-    with open("/proc/self/mountinfo") as mounts:
+    with open("/proc/self/mountinfo", errors="surrogateescape") as mounts:
         for mount in mounts:
             fields, _, kind = mount.partition(" - ")
             if fields.split()[2] == wanted:

@@ -41,7 +41,7 @@ def start_of(pid: int) -> int | None:
 
 
 def _stat(pid: int) -> str:
-    return Path(f"/proc/{pid}/stat").read_text()
+    return Path(f"/proc/{pid}/stat").read_text(errors="replace")  # a name may be any bytes, and is cut
 
 
 def _has_ended(pid: int) -> bool:
@@ -87,7 +87,8 @@ def may_be_same(one: tuple[int | None, int | None], other: tuple[int | None, int
 
 def user_of(pid: int) -> int:
     """Whose a process is (the real user id). Raises OSError, and ValueError or IndexError on nonsense."""
-    [line] = [line for line in Path(f"/proc/{pid}/status").read_text().splitlines() if line[:4] == "Uid:"]
+    lines = Path(f"/proc/{pid}/status").read_text(errors="replace").splitlines()
+    [line] = [line for line in lines if line[:4] == "Uid:"]
     return int(line.split()[1])
 
 

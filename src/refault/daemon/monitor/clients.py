@@ -244,6 +244,8 @@ class Clients:
                 return
             turn = self._turns.begin()
             self._send(client, wire)
+            if self.late_sent:
+                self._flush_all()  # it need not be on record any longer
             await self._turns.end(turn, more=False)
         self._core.dirty.append(client)
         self._flush_all()

@@ -27,6 +27,8 @@ _NOT_USED = {
     Restored.NO_MEMORY: "it does not fit into memory",
 }
 _FILE = "pages"
+_HEADER = 4096
+"""Bytes, with the key among them (cext/statefile.h)."""
 
 
 class PagesFile:
@@ -41,8 +43,9 @@ class PagesFile:
         """Device and inode of the file that is written to; None where there is none."""
 
     @contextlib.contextmanager
-    def opened(self, key: bytes, *, take_over: bool) -> Iterator[StateFds | None]:
-        """A new, empty file, and with `take_over` the one that an earlier refault left.
+    def opened(self, key: bytes, *, take_over: bool, former: bytes = b"") -> Iterator[StateFds | None]:
+        """A new, empty file, and with `take_over` the one that an earlier refault left. That may know the
+        migration by another key, the `former`, and then so does the new one.
 
         On leaving without an error the new one takes the old one's place. None where it cannot be made.
         """
@@ -60,6 +63,8 @@ class PagesFile:
                 old = self._old() if take_over else -1
                 if old >= 0:
                     stack.callback(os.close, old)
+                    if former and former in os.pread(old, _HEADER, 0):
+                        key = former
             except OSError as error:
                 self._in_memory_alone(str(error))
                 yield None

@@ -61,6 +61,10 @@ class MigrationRecord(msgspec.Struct, frozen=True, kw_only=True):
         runs: that may be told later."""
         return f"{vm} {self.qemu_pid} {self.generation}".encode()
 
+    def former_key(self, vm: str) -> bytes:
+        """The same until 2026-11-30."""
+        return f"{vm} {self.qemu_pid} {self.qemu_started} {self.generation}".encode()
+
 
 class StateFile:
     """The record of one VM, replaced as a whole or removed."""

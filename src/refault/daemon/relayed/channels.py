@@ -341,6 +341,13 @@ class Channels:
             return view.far is LegState.OPEN and self.kept.main is not None and has_ended(self.kept.main)
         return view.far is LegState.ENDED or passed.ended
 
+    @property
+    def tells(self) -> bool:
+        """Whether a session is about to tell the source what became of its destination's QEMU. That is soon
+        known, and what cannot be told is given up (session_waits.py)."""
+        view = self.relay.session() if not self.relay.closed else None
+        return view is not None and view.word_due and view.state is not SessionState.OVER
+
     async def delivered(self) -> None:
         """Waits until what a QEMU that has ended had sent is on its way, and the other host has seen the end.
 

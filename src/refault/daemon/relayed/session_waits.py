@@ -7,7 +7,6 @@ import math
 
 import trio
 
-from refault.channel.relay import SessionState
 from refault.daemon.kernel.process import still_runs
 from refault.daemon.known.course import Course
 from refault.daemon.monitor.monitor import MonitorLost, QmpError
@@ -72,17 +71,11 @@ class SessionWaits:
             return False
         with trio.move_on_after(KNOWN_WITHIN):
             # Of its end the monitor's tells, behind all that QEMU said there; `failed` is said right before.
-            while self._is_open and not course.gone and course.status != "completed":  # noqa: ASYNC110
+            while self._channels.tells and not course.gone and course.status != "completed":  # noqa: ASYNC110
                 await trio.sleep(_LOOK)
-        if not self._is_open or not course.gone or course.postcopy_began:
+        if not self._channels.tells or not course.gone or course.postcopy_began:
             return False
         return not self._channels.relay.runs_told and not still_runs(pid, started)
-
-    @property
-    def _is_open(self) -> bool:
-        relay = self._channels.relay
-        view = relay.session() if not relay.closed else None
-        return view is not None and view.word_due and view.state is not SessionState.OVER
 
     @property
     def _has_paused(self) -> bool:

@@ -20,6 +20,7 @@ from refault.daemon.kernel.process import (
     same_network,
     start_of,
     still_runs,
+    user_of,
 )
 
 
@@ -43,6 +44,19 @@ def test_a_process_runs_until_it_has_ended_for_all_that_can_be_told() -> None:
     assert may_be_same((1, None), (1, 5))
     assert not may_be_same((1, 4), (1, 5))
     assert not may_be_same((2, None), (1, 5))
+
+
+def test_one_whose_name_is_no_text_is_known_all_the_same() -> None:
+    """As QEMU's `-name process=` may be, which the kernel cuts after 15 bytes."""
+    named = "open('/proc/self/comm', 'wb').write(b'a' * 14 + b'\\xc3'); print(flush=True); input()"
+    with subprocess.Popen(
+        [sys.executable, "-c", named], stdin=subprocess.PIPE, stdout=subprocess.PIPE
+    ) as process:
+        assert process.stdout is not None
+        process.stdout.readline()
+        assert start_of(process.pid) is not None
+        assert user_of(process.pid) == os.getuid()
+        process.communicate(b"\n")
 
 
 def test_one_that_nobody_has_waited_for_has_ended() -> None:

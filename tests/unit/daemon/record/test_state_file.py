@@ -294,6 +294,23 @@ def test_page_requests_are_found_again_by_who_is_told_later_since_when_qemu_runs
     assert told.key("vm") != msgspec.structs.replace(told, generation="another").key("vm")
 
 
+def test_page_requests_of_a_refault_that_knew_the_migration_by_its_former_key_are_found_again(
+    directory: Path,
+) -> None:
+    """By each one that follows."""
+    told = record(os.getpid())
+    now, former = told.key("vm"), told.former_key("vm")
+    file = StateFile(directory, "vm")
+    found = []
+    for key, take_over in ((former, False), (now, True), (now, True)):
+        with file.pages.opened(key, take_over=take_over, former=former if take_over else b"") as state:
+            relay = Relay(Role.SOURCE, state=state)
+        found.append(relay.restored)
+        relay.close()
+    assert Restored.FOREIGN not in found
+    assert found[1:] == [Restored.WHOLE] * 2
+
+
 def test_nor_is_anything_while_another_refault_has_the_name(tmp_path: Path) -> None:
     StateFile(tmp_path, "vm1").save(record(os.getpid()))
     file = StateFile(tmp_path, "vm1", lambda: False)

@@ -56,6 +56,24 @@ async def test_tells_the_status_to_its_own_user_alone(tmp_path: Path) -> None:
     assert not path.exists()
 
 
+async def test_who_asks_on_a_busy_host_is_told_however_long_the_making_takes(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(control, "_ANSWER_SECONDS", 0.2)
+    path = tmp_path / "vm.control"
+
+    def slices() -> Iterator[None]:
+        for _ in range(3):
+            time.sleep(0.2)
+            yield
+
+    async with trio.open_nursery() as nursery:
+        address = parse_address(f"unix:{path}", server=True)
+        await nursery.start(control.serve_control, address, lambda: PICTURE, slices)
+        assert await ask(path) == PICTURE
+        nursery.cancel_scope.cancel()
+
+
 async def test_a_document_longer_than_the_socket_holds_arrives_whole(tmp_path: Path) -> None:
     status = Status(vms=(BUSY,) * 3000)
     assert len(encode(status)) > 1 << 20
