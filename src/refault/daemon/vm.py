@@ -20,6 +20,7 @@ from refault.daemon.monitor.presence import Qemu
 from refault.daemon.options import VmOptions
 from refault.daemon.record.state_file import StateFile
 from refault.daemon.record.state_lock import StateLock
+from refault.daemon.relayed.channels import Channels
 from refault.daemon.roles.destination import Destination
 from refault.daemon.roles.source import Source
 from refault.daemon.succession import Succession
@@ -166,7 +167,7 @@ class Vm:
     @property
     def safe_now(self) -> bool:
         """Whether the end of refault does no harm in this moment, after `prepare_to_stop`."""
-        channels = self.migration.channels if self.migration is not None else None
+        channels = self._channels
         return self.may_stop or (
             channels is not None
             and not channels.delivers
@@ -177,10 +178,13 @@ class Vm:
     def may_leave(self) -> bool:
         """Whether nobody need come after: no migration is under way or about to be, and no leg is open that
         has yet something to deliver."""
-        channels = self.migration.channels if self.migration is not None else None
         if self.succession.pending is not None or self.succession.under_way:
             return False
-        return self.may_stop and not (channels is not None and channels.tells)
+        return self.may_stop and not (self._channels is not None and self._channels.tells)
+
+    @property
+    def _channels(self) -> Channels | None:
+        return self.migration.channels if self.migration is not None else None
 
     @property
     def leaving(self) -> str | None:

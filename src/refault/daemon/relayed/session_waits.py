@@ -20,8 +20,8 @@ ENDED_PATIENCE = 30.0
 _PAUSES = (Phase.SWITCHOVER, Phase.POSTCOPY, Phase.RECOVERY_HANDSHAKE)
 """The phases in which a source whose channel has ended has paused."""
 KNOWN_WITHIN = 60.0
-"""A QEMU that has ended its side without a word ends, or has completed. One that ends gives
-much memory back before."""
+"""A QEMU that has ended its side without a word ends, or has completed. One that ends gives much memory back
+before."""
 _LOOK = 0.02
 ANSWERS_WITHIN = 0.5
 """A source that has handed its channel all that it has answers again so soon."""

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import socket
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -33,13 +34,22 @@ GREETING = (
 FLOOD = 1000
 
 
+def has_used(
+    monkeypatch: pytest.MonkeyPatch,
+    used: Callable[[], float],
+    clock: Callable[[], float] | None = None,
+) -> None:
+    """So many seconds has the loop used; so late is it by the `clock`, or the same."""
+    monkeypatch.setattr(time, "thread_time", used)
+    monkeypatch.setattr(turns_, "_clock", clock or used)
+
+
 @pytest.mark.parametrize("others", [0.0, 0.004])
 async def test_a_flood_has_its_share_and_what_is_no_flood_waits_for_nothing(
     others: float, monkeypatch: pytest.MonkeyPatch, autojump_clock: trio.testing.MockClock
 ) -> None:
     used = 0.0
-    monkeypatch.setattr(time, "thread_time", lambda: used)
-    monkeypatch.setattr(turns_, "_clock", lambda: used)
+    has_used(monkeypatch, lambda: used)
     turns, began = Turns("vm"), trio.current_time()
     for _ in range(100):
         turn = turns.begin()
@@ -55,8 +65,7 @@ async def test_nobody_pays_for_a_core_that_the_loop_has_waited_for(
 ) -> None:
     """Nor for what others have used since."""
     used = clock = 0.0
-    monkeypatch.setattr(time, "thread_time", lambda: used)
-    monkeypatch.setattr(turns_, "_clock", lambda: clock)
+    has_used(monkeypatch, lambda: used, lambda: clock)
     turns, began = Turns("vm"), trio.current_time()
     await turns.end(turns.begin(), more=False)
     for waited, others in ((1.0, 0.0), (0.0, 1.0)):
@@ -73,8 +82,7 @@ async def test_nobody_waits_for_long_for_what_those_had_who_have_left(
 ) -> None:
     """Each client that comes begins with a turn, and may be gone before it would have to wait."""
     used = 0.0
-    monkeypatch.setattr(time, "thread_time", lambda: used)
-    monkeypatch.setattr(turns_, "_clock", lambda: used)
+    has_used(monkeypatch, lambda: used)
     turns = Turns("vm")
     for _ in range(1000):
         turn = turns.begin()
@@ -91,8 +99,7 @@ async def test_a_flood_has_less_while_others_have_turns(
     monkeypatch: pytest.MonkeyPatch, autojump_clock: trio.testing.MockClock
 ) -> None:
     used = 0.0
-    monkeypatch.setattr(time, "thread_time", lambda: used)
-    monkeypatch.setattr(turns_, "_clock", lambda: used)
+    has_used(monkeypatch, lambda: used)
     turns, others = Turns("vm"), Turns("other")
 
     async def flood(count: int) -> float:
@@ -124,8 +131,7 @@ async def test_what_others_interrupt_waits_for_nothing_and_is_paid_for_before_th
     monkeypatch: pytest.MonkeyPatch, autojump_clock: trio.testing.MockClock
 ) -> None:
     used = 0.0
-    monkeypatch.setattr(time, "thread_time", lambda: used)
-    monkeypatch.setattr(turns_, "_clock", lambda: used)
+    has_used(monkeypatch, lambda: used)
     turns, began = Turns("status"), trio.current_time()
     await turns.ready()
     turn = turns.begin()

@@ -145,14 +145,20 @@ async def negotiates(client: trio.SocketStream) -> None:
     assert await client.receive_some() == b'{"return": {}}\r\n'
 
 
+async def greeted(path: Path) -> trio.SocketStream:
+    """Who comes to a front and is greeted."""
+    client = await trio.open_unix_socket(str(path))
+    assert b"QMP" in await client.receive_some()
+    return client
+
+
 async def left_behind(directory: Path) -> trio.SocketStream:
     """A client of a refault that has ended, and whose next one is to go on."""
     first = monitor(directory, "front")
     async with trio.open_nursery() as nursery:
         await nursery.start(first.run)
         await kept(first)
-        client = await trio.open_unix_socket(str(directory / "front"))
-        assert b"QMP" in await client.receive_some()
+        client = await greeted(directory / "front")
         first.hand_over()
         nursery.cancel_scope.cancel()
     return client
@@ -237,8 +243,7 @@ async def test_clients_are_kept_over_any_number_of_restarts(
             async with trio.open_nursery() as nursery:
                 await nursery.start(restarted.run)
                 await negotiates(client)
-                leaves = await trio.open_unix_socket(str(tmp_path / "front"))
-                assert b"QMP" in await leaves.receive_some()
+                leaves = await greeted(tmp_path / "front")
                 restarted.hand_over()
                 nursery.cancel_scope.cancel()
             await leaves.aclose()
@@ -378,17 +383,14 @@ async def test_no_more_is_kept_than_leaves_qemus_of_the_same_user_room(
         await kept(made)
         async with AsyncExitStack() as clients:
             for turn in range(4):
-                client = await trio.open_unix_socket(str(tmp_path / "front"))
-                await clients.enter_async_context(client)
-                assert b"QMP" in await client.receive_some()
+                await clients.enter_async_context(await greeted(tmp_path / "front"))
                 assert ("able to pass descriptors" in caplog.text) == (turn >= 2)
         nursery.cancel_scope.cancel()
 
 
 async def negotiated(path: Path) -> trio.SocketStream:
     """A client of the monitor there."""
-    client = await trio.open_unix_socket(str(path))
-    assert b"QMP" in await client.receive_some()
+    client = await greeted(path)
     await negotiates(client)
     return client
 
