@@ -419,7 +419,7 @@ class Migration:
     async def _ask_status(self) -> None:
         if self.channels is not None:
             self.channels.look()
-        asked_in = self.course.policy.state
+        asked_in, events = self.course.policy.state, self.course.events
         try:
             if self.channels is not None and self.channels.unread:
                 status: object = (await self.channels.word.ask()).status
@@ -428,9 +428,9 @@ class Migration:
         except (QmpError, MonitorLost, trio.TooSlowError):
             return  # a destination's main thread may be stuck on a missing page: that tells nothing
         # An answer to a question from before a transition tells of the time before it.
-        if isinstance(status, str) and self.course.policy.state is asked_in:
+        if self.course.policy.state is asked_in:
             try:
-                self.course.on_status(status)
+                self.course.on_answer(status, events=events)
             except Exception:
                 log.exception("%s: internal error on status %s", self._name, status)
 

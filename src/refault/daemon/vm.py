@@ -284,7 +284,7 @@ class Vm:
         if self.migration is None or self.migration.course.gone:
             return
         if name == "MIGRATION" and isinstance(status, str):
-            self.migration.course.on_status(status)
+            self.migration.course.on_event(status)
         elif name == "RESUME":
             self.migration.on_resume()
         if name == "STOP" and self.migration is not None:

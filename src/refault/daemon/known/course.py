@@ -66,6 +66,8 @@ class Course:
         """The one that a client paused last."""
         self.status: str | None = None
         """QEMU's word."""
+        self.events = 0
+        """How often it came with an event."""
         self.pause_told = trio.Event()
         """Set when QEMU has said that it paused, since the last channel was made."""
         self.postcopy_began = False
@@ -267,7 +269,7 @@ class Course:
     # ---- QEMU's word ----
 
     def on_status(self, status: str) -> None:
-        """A MIGRATION event's word, or query-migrate's."""
+        """QEMU's word, from wherever."""
         if status != self.status:
             log.info("%s: migration is %s", self.name, status, extra=self.repeats(status))
         self.status = status
@@ -286,6 +288,17 @@ class Course:
             self.feed(Event.ACTIVE_UNRELAYED)
         elif status in _STATUS_EVENTS:
             self.feed(_STATUS_EVENTS[status])
+
+    def on_event(self, status: str) -> None:
+        """A MIGRATION event's word."""
+        self.events += 1
+        self.on_status(status)
+
+    def on_answer(self, status: object, *, events: int) -> None:
+        """query-migrate's word, asked for when there had been so many `events`. One that came meanwhile is
+        newer, or as new: an answer is handed on a turn of the loop after it came."""
+        if isinstance(status, str) and events == self.events:
+            self.on_status(status)
 
     def is_found(self, status: str) -> None:
         """What an attempt found QEMU at; of that nothing follows but for the attempt."""

@@ -557,10 +557,11 @@ class Channels:
         if course.role is not Role.SOURCE or not leaves:
             return False
         with contextlib.suppress(QmpError, MonitorLost, trio.TooSlowError):
+            events = course.events
             status = (await self.word.ask()).status  # without the `events` capability the last word is old
             waits = waits_for_pong(course.role, status)
-            if status is not None and (waits or waits_for_pong(course.role, course.status)):
-                course.on_status(status)
+            if waits or waits_for_pong(course.role, course.status):
+                course.on_answer(status, events=events)
             return waits and not self.relay.closed
         return waits_for_pong(course.role, course.status) and not self.relay.closed
 

@@ -14,7 +14,7 @@ from refault.daemon.known.course import Course
 from refault.daemon.monitor.monitor import MonitorLost, QmpError
 from refault.daemon.relayed.channels import Channels
 from refault.daemon.relayed.qemu_word import ASKED_EVERY
-from refault.migration.legs import WAITS_FOR_PONG, waits_for_pong
+from refault.migration.legs import waits_for_pong
 from refault.migration.phase import ENDS_PRECOPY, Passed, Phase, Role, cannot_have_left
 from refault.migration.recovery import Event, State
 from refault.migration.versions import abilities
@@ -107,6 +107,7 @@ class Losses:
         while not channels.over(channel):
             now: Word | None = None
             phase: Phase | None = None
+            events = self._course.events
             try:
                 now = await channels.word.ask()
             except trio.TooSlowError:
@@ -116,7 +117,7 @@ class Losses:
             if channels.over(channel):
                 return
             if now is not None and waits_for_pong(role, now.status):
-                self._course.on_status(WAITS_FOR_PONG)
+                self._course.on_answer(now.status, events=events)
                 unread = channels.unread  # into TLS nothing can be said
                 if not unread or sips < SIPS:
                     sips += unread

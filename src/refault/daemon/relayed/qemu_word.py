@@ -18,6 +18,10 @@ ANSWERED_WITHIN = 0.5
 """A source that has come through the TLS handshake has answered its command so soon after the far side's
 end."""
 
+BEFORE_STREAM = (None, "setup", "postcopy-paused", "postcopy-recover-setup")
+"""The statuses of a source that may still be in the TLS handshake of its newest channel
+(migration/migration.c, migrate_fd_connect, which the handshake's end calls, sets the next)."""
+
 
 class QemuWord:
     """What the QEMU of one relayed migration said last, and which of its commands it has answered."""
@@ -100,7 +104,12 @@ class QemuWord:
     async def in_tls_handshake(self, channel: int) -> bool:
         """Whether a source never came through the TLS handshake of `channel`, in which it answers nothing."""
         course = self._course
-        if course.role is not Role.SOURCE or not course.vm.encrypted or self._answered == channel:
+        if course.role is not Role.SOURCE or not course.vm.encrypted or self.came_through(channel):
             return False
         await trio.sleep(ANSWERED_WITHIN)
-        return self._answered != channel and not self._relay.closed
+        return not (self.came_through(channel) or self._relay.closed)
+
+    def came_through(self, channel: int) -> bool:
+        """Whether a source is known to have come through the TLS handshake of `channel`, the newest: its
+        status may be told before its answer is."""
+        return self._answered == channel or self._course.status not in BEFORE_STREAM

@@ -362,6 +362,8 @@ class Source:
             await course.pause_told.wait()
             return
         status = (await vm.query("query-migrate")).get("status")
+        if course.pause_told.is_set():
+            return  # meanwhile, and the answer is older
         if isinstance(status, str) and status != course.status:
             course.is_found(status)
         if status != "postcopy-paused":
@@ -388,7 +390,7 @@ class Source:
             self._not_taken(channels, channel)
             raise
         except trio.TooSlowError:
-            if vm.encrypted and channels.unread:
+            if vm.encrypted and channels.unread and not channels.word.came_through(channel):
                 channels.abandon(channel)  # it waits in the TLS handshake, and answers nobody till its end
             raise
         if self._opening is not None:

@@ -30,6 +30,7 @@ from refault.daemon.near.local import LocalLeg, Pair
 from refault.daemon.near.local_unix import Listening
 from refault.daemon.near.short_queue import shorten
 from refault.daemon.relayed.channels import Channels
+from refault.daemon.relayed.qemu_word import BEFORE_STREAM
 from refault.daemon.roles.source_session import keep_session_soon, lane_of
 from refault.migration.endpoint import Inet
 from refault.migration.recovery import AttemptFailed
@@ -200,15 +201,15 @@ class Opening:
                 return await self._near.accept()
 
     async def _tell_answered(self, channel: int) -> None:
-        """QEMU answered long ago; that it has come through the TLS handshake its status tells."""
+        """QEMU answered long ago; that it has come through the TLS handshake its status tells, be it of a
+        channel that is lost meanwhile."""
         course, channels, vm = self._course, self._channels, self._course.vm
-        while vm.encrypted and course.status in (None, "setup") and channels.lives(channel):
+        while vm.encrypted and course.status in BEFORE_STREAM and not channels.over(channel):
+            events = course.events
             with contextlib.suppress(QmpError, MonitorLost, trio.TooSlowError):  # it may answer nobody then
-                status = (await vm.query("query-migrate")).get("status")
-                if isinstance(status, str):
-                    course.on_status(status)
+                course.on_answer((await vm.query("query-migrate")).get("status"), events=events)
             await trio.sleep(_ASKED_EVERY)
-        if channels.lives(channel):
+        if not channels.over(channel):
             channels.answered()
 
     async def _watch(self, channel: int) -> None:

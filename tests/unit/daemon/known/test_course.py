@@ -75,3 +75,16 @@ def test_a_pause_whose_recovery_has_no_address_is_nobodys_secret() -> None:
         course.pauses_told_by(lambda may, _, told=told: told.append(may))  # type: ignore[misc]
         course.feed(Event.STARTED)
         assert told == [may]
+
+
+def test_an_answer_that_an_event_has_overtaken_is_not_believed() -> None:
+    vm = SimpleNamespace(name="vm", patience=Patience(), alternatives=(), counters=Counters())
+    course = Course(cast(Any, vm), Role.SOURCE, None)
+    asked_at = course.events
+    course.on_event("active")
+    course.on_answer("setup", events=asked_at)
+    assert course.status == "active"
+    course.on_answer("device", events=course.events)
+    assert course.status == "device"
+    course.on_answer(None, events=course.events)
+    assert course.status == "device", "that is no status"

@@ -189,6 +189,38 @@ async def test_a_destination_that_has_all_ends_its_channel_and_that_is_no_loss_t
         channels.close()
 
 
+@pytest.mark.parametrize("status", ["device", "postcopy-device", "postcopy-active"])
+async def test_a_source_whose_status_is_beyond_the_tls_handshake_is_not_taken_to_be_in_it(
+    nursery: trio.Nursery, monkeypatch: pytest.MonkeyPatch, status: str
+) -> None:
+    """Its answer was to tell that, and the channel was lost before it was handed on."""
+    relay = Relay(Role.SOURCE)
+
+    async def says(*_: str) -> tuple[dict[str, object], dict[str, object]]:
+        return {"status": WAITS_FOR_PONG, "ram": {"remaining": 1 << 30}}, {}
+
+    vm = SimpleNamespace(
+        monitor=None, version=(11, 1, 0), encrypted=True, start_soon=nursery.start_soon, query_both=says
+    )
+    source = course(vm, Role.SOURCE, "setup", postcopy_began=False)
+    channels = channels_of(source, relay)
+    monkeypatch.setattr(channels.guard, "start", lambda **_: None)
+    nursery.start_soon(channels.watch)
+    with joined(channels, recovered=False) as (qemu, host), trio.fail_after(30):
+        qemu.sendall(b"\x16\x03\x01" + bytes(4096))
+        while not channels.unread:
+            await trio.sleep(0.01)
+        host.close()
+        while not relay.look().far.lost:
+            await trio.sleep(0.01)
+        source.on_event(status)
+        while not channels.held:
+            assert relay.look().local is LegState.OPEN
+            await trio.sleep(0.01)
+        assert channels.held.endswith(UNTIL_LOADED.effect)
+        channels.close()
+
+
 @pytest.mark.timeout(10)
 async def test_a_leg_that_qemu_has_made_blocking_is_read_without_waiting_for_it(
     nursery: trio.Nursery, relay: Relay
