@@ -456,7 +456,10 @@ class Relay:
     # Of its lanes 0 is the main connection.
 
     def session(self, lane: int = 0) -> SessionView | None:
-        """The session of this migration as it is now; None where there is none, or none any more."""
+        """The session of this migration as it is now; None where there is none, or none any more, as once it
+        is closed."""
+        if self.closed:
+            return None
         view = ffi.new("struct rf_link_view *")
         if not lib.rf_relay_session_look(self._open(), lane, view):
             return None

@@ -44,6 +44,11 @@ MAY_HAVE_SENT_ALL = (
     "it does not pause, so it may have sent all: look at the destination; if its migration is completed, quit"
     " this QEMU, which must not run again"
 )
+MAY_NOT_TAKE = (
+    "its QEMU holds the channel's leg since an earlier refault, and this one may not take it out of that"
+    " process: restart refault with CAP_SYS_PTRACE and pidfd_getfd allowed, as in its unit, or in postcopy"
+    " say migrate-pause to this QEMU, which is then recovered"
+)
 
 
 class Meeting:
@@ -149,8 +154,12 @@ class Meeting:
 
     async def _take_over_what_is_met(self, *, patient: bool) -> None:
         state = self._state
-        if await self._go_on():
-            return
+        hidden = False
+        try:
+            if await self._go_on():
+                return
+        except PermissionError:
+            hidden = True
         try:
             reply = await state.query("query-migrate")
         except QmpError:
@@ -160,6 +169,8 @@ class Meeting:
         status = reply.get("status")
         if status in (None, "none", "setup") and await self._listens(reply):
             return
+        if hidden and status in _UNDER_WAY - {"postcopy-paused"}:
+            raise AttemptFailed(MAY_NOT_TAKE)
         record = await state.record()
         # A source that has failed meanwhile may run the guest a second time.
         failed = status in ("failing", "failed") and record is not None and record.role is Role.SOURCE

@@ -612,12 +612,13 @@ def test_a_closed_relay_says_so_and_takes_no_descriptor() -> None:
     }
     open_before = len(os.listdir("/proc/self/fd"))
     for name in dir(Relay):
-        if name.startswith("_") or name in ("closed", "close"):
+        if name.startswith("_") or name in ("closed", "close", "session", "sessions", "retransmitted"):
             continue
         with pytest.raises(ValueError, match="closed"):
             calls.get(name, lambda name=name: getattr(relay, name)())()
     relay.close()
     assert relay.closed
+    assert (relay.session(), relay.sessions(), relay.retransmitted()) == (None, [], 0)
     assert len(os.listdir("/proc/self/fd")) == open_before
 
 

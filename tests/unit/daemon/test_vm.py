@@ -18,6 +18,7 @@ import trio
 import trio.testing
 from tests.support.hidden import hidden
 
+from refault.daemon import meeting
 from refault.daemon import migration as migration_module
 from refault.daemon.kernel import process
 from refault.daemon.kernel.process import process_started
@@ -421,6 +422,37 @@ async def test_a_source_whose_leg_qemu_holds_in_precopy_since_an_earlier_refault
         await vm._on_connect(qemu.qemu)
         await trio.testing.wait_all_tasks_blocked()
         assert caplog.text.count(SENT_ALL.effect) == told
+
+
+async def test_a_leg_that_may_not_be_taken_out_of_qemu_delays_a_recovery_only_until_it_has_paused(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """It was left there by a refault that might."""
+    record = MigrationRecord(
+        role=Role.SOURCE,
+        uri="tcp:127.0.0.1:1",
+        relayed=True,
+        qemu_pid=os.getpid(),
+        qemu_started=process_started(os.getpid()),
+        postcopy=True,
+        leg=(1, b"cookie"),
+    )
+
+    def take(*_: object) -> None:
+        raise PermissionError(errno.EPERM, "Operation not permitted")
+
+    monkeypatch.setattr(meeting, "take", take)
+    async with fronted(tmp_path) as (qemu, vm):
+        qemu.says["query-migrate"] = {"status": "postcopy-active", "ram": {}}
+        StateFile(tmp_path, "vm").save(record)
+        await vm._on_connect(qemu.qemu)
+        with trio.fail_after(9):
+            while meeting.MAY_NOT_TAKE not in caplog.text:
+                await trio.sleep(0.01)
+            assert vm.migration is None
+            qemu.says["query-migrate"] = {"status": "postcopy-paused", "ram": {}}
+            while vm.migration is None or not vm.migration.course.under_way:
+                await trio.sleep(0.01)
 
 
 @pytest.mark.parametrize("is_source", [True, False])

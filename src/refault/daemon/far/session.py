@@ -191,7 +191,13 @@ class RelayedSession(ABC):
         again = self._view()
         if again is None or again.state is not view.state:
             return
-        if view.has_leg:
+        if view.state is SessionState.CARRIED:
+            log.warning(
+                "%s: the other refault has all, and has not ended the session in %g s: it is given up",
+                self.name,
+                DELIVERED_PATIENCE,
+            )
+        elif view.has_leg:
             is_lost = view.state is SessionState.BETWEEN
             spent = self._rest.spent if is_lost else trio.current_time() - self._offered_at
             log.warning(

@@ -278,7 +278,7 @@ class Channels:
     @property
     def ended_without(self) -> bool:
         """Whether the destination has ended and never had the guest, by its refault's word."""
-        view = None if self.relay.closed else self.relay.session()
+        view = self.relay.session()
         return view is not None and view.broke_there and view.channel == self.channel
 
     def may_close(self, phase: Phase, status: str | None) -> tuple[bool, Rule]:
@@ -345,7 +345,7 @@ class Channels:
     def tells(self) -> bool:
         """Whether a session is about to tell the source what became of its destination's QEMU. That is soon
         known, and what cannot be told is given up (session_waits.py)."""
-        view = self.relay.session() if not self.relay.closed else None
+        view = self.relay.session()
         return view is not None and view.word_due and view.state is not SessionState.OVER
 
     async def delivered(self) -> None:

@@ -106,7 +106,7 @@ class HandOver:
         course, relay = self._course, self._relay
         if course.status != "completed" or course.role is not Role.DESTINATION or course.lanes.count:
             return False
-        view = relay.session() if not relay.closed and self._leg_has_ended else None
+        view = relay.session() if self._leg_has_ended else None
         if view is None or not _goes_on(view) or view.complete:
             return False
         return course.vm.state_file.usable(course.vm.qemu_pid)
@@ -114,7 +114,7 @@ class HandOver:
     async def _until_ended(self) -> None:
         """A destination that completes says so and ends its leg, one right after the other."""
         course = self._course
-        if self._relay.closed or self._relay.session() is None:
+        if self._relay.session() is None:
             return
         with trio.move_on_after(HELD_WITHIN):
             if course.under_way and self._leg_has_ended:
@@ -147,7 +147,7 @@ class HandOver:
         return vm.state_file.usable(vm.qemu_pid) and can_be_taken(vm.qemu_pid)
 
     def _session_is_there(self) -> bool:
-        view = self._relay.session() if not self._relay.closed else None
+        view = self._relay.session()
         return view is not None and view.has_leg and _goes_on(view)
 
     def hand_over(self, generation: str, *, delivers: bool, may_close: bool, laid: tuple[str, ...]) -> None:

@@ -70,7 +70,7 @@ class QemuWord:
         sends once its session has no connection is what the rings take."""
         if self.last is None:
             return False
-        view = None if self._relay.closed else self._relay.session()
+        view = self._relay.session()
         ours = view is not None and view.channel == self._relay.attached  # else of one before
         rings, lost_for = (view.rings, view.lost_for or 0.0) if view is not None and ours else (0, 0.0)
         age = max(0.0, trio.current_time() - lost_for - self._asked_at)
