@@ -177,10 +177,12 @@ class Meeting:
         if not isinstance(status, str) or (status not in _UNDER_WAY and not failed):
             return
         if record is not None and status in _BEFORE_POSTCOPY:
-            if record.kept and record.role is Role.SOURCE and status in ENDS_PRECOPY:
+            may_have_sent_all = record.role is Role.SOURCE and status in ENDS_PRECOPY
+            if record.kept and may_have_sent_all:
                 tell_still_held(state.name, SENT_ALL)
             # Postcopy has not begun: if that is on record it was an earlier one's.
-            record = msgspec.structs.replace(record, postcopy=False, kept=())
+            kept = record.kept if may_have_sent_all else ()
+            record = msgspec.structs.replace(record, postcopy=False, kept=kept)
         is_source = record.role is Role.SOURCE if record else "ram" in reply
         endpoint = parse_uri(record.uri) if record else None
         if not is_source and status in ("setup", "active"):

@@ -422,6 +422,13 @@ async def test_a_source_whose_leg_qemu_holds_in_precopy_since_an_earlier_refault
         await vm._on_connect(qemu.qemu)
         await trio.testing.wait_all_tasks_blocked()
         assert caplog.text.count(SENT_ALL.effect) == told
+        met = await vm.state.record()
+        assert met is not None
+        assert met.kept == kept, "for the next refault, and to be taken back at its end"
+        vm._on_event("MIGRATION", {"status": "cancelled"})
+        with trio.fail_after(9):
+            while qemu.asked.count("closefd") < told:
+                await trio.sleep(0.01)
 
 
 async def test_a_leg_that_may_not_be_taken_out_of_qemu_delays_a_recovery_only_until_it_has_paused(
