@@ -105,6 +105,9 @@ AS_USER = {
     "root": "User=root\nGroup=root\n",
     "vm": "User=vm\nGroup=vm\nCapabilityBoundingSet=\nCapabilityBoundingSet=CAP_SYS_PTRACE\n"
     "AmbientCapabilities=\nAmbientCapabilities=CAP_SYS_PTRACE\n",
+    "undumpable": "User=vm\nGroup=vm\n"
+    "CapabilityBoundingSet=\nCapabilityBoundingSet=CAP_SYS_PTRACE CAP_DAC_READ_SEARCH\n"
+    "AmbientCapabilities=\nAmbientCapabilities=CAP_SYS_PTRACE CAP_DAC_READ_SEARCH\n",
     # Nothing can be taken out of QEMU's process: the manager keeps connections.
     "no-ptrace": "CapabilityBoundingSet=\nCapabilityBoundingSet=CAP_DAC_OVERRIDE\n"
     "AmbientCapabilities=\nAmbientCapabilities=CAP_DAC_OVERRIDE\n",
@@ -127,13 +130,26 @@ with socket.socket(socket.AF_UNIX) as sock, sock.makefile("rb") as file:
 NIGHTLY = [pytest.param(user, marks=pytest.mark.nightly) for user in ("refault", "root")]
 
 
-@pytest.mark.parametrize("user", [*NIGHTLY, "vm", "no-ptrace"])
+def undumpable_qemu(debian: Debian) -> str:
+    """One that has become the user vm by itself: nobody without CAP_SYS_PTRACE takes anything out of it, nor
+    does its own user, as with Yama out of any (kernel/ptrace.c, __ptrace_may_access). Its monitor's path."""
+    where = "/run/vms/undumpable.real"
+    options = f"-M none -nodefaults -display none -runas vm -qmp unix:{where},server=on,wait=off"
+    debian.sh(f"systemd-run --collect --unit=undumpable -p UMask=0 qemu-system-x86_64 {options}")
+    until(lambda: debian.attempt("test", "-S", where).returncode == 0, lambda: debian.journal("undumpable"))
+    pid = debian.show("undumpable", "MainPID")
+    until(lambda: debian.attempt("runuser", "-uvm", "ls", f"/proc/{pid}/fd").returncode != 0, lambda: pid)
+    return where
+
+
+@pytest.mark.parametrize("user", [*NIGHTLY, "vm", "undumpable", "no-ptrace"])
 def test_a_client_outlives_kills_and_restarts_of_the_unit_and_ends_with_a_stop(
     debian: Debian, user: str
 ) -> None:
     """Whoever it runs as: the QEMU is the user vm's. Yama, where the kernel has it, as most hosts have it."""
     debian.sh("rm -f /etc/refault/vms.d/* /run/vms/answers; sysctl -qe -w kernel.yama.ptrace_scope=1 || true")
-    debian.write("/etc/refault/vms.d/vm1.toml", VM)
+    qemu = undumpable_qemu(debian) if user == "undumpable" else "/run/vms/vm1.real"
+    debian.write("/etc/refault/vms.d/vm1.toml", VM.replace("/run/vms/vm1.real", qemu))
     debian.write("/run/systemd/system/refault.service.d/user.conf", f"[Service]\n{AS_USER[user]}")
     debian.write("/run/client.py", CLIENT)
 
@@ -167,7 +183,7 @@ def test_a_client_outlives_kills_and_restarts_of_the_unit_and_ends_with_a_stop(
         debian.run("systemctl", "stop", "refault")
         until(lambda: debian.show("client", "ActiveState") == "failed", lambda: debian.journal("client"))
     finally:
-        debian.sh("systemctl stop refault; systemctl stop client || true; systemctl reset-failed")
+        debian.sh("systemctl stop refault; systemctl stop client undumpable || true; systemctl reset-failed")
         debian.sh("rm -r /run/systemd/system/refault.service.d; systemctl daemon-reload")
 
 
