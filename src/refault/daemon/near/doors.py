@@ -48,7 +48,8 @@ class Doors:
         self.open: Door | None = None
         """For a recovery: QEMU waits there."""
         self.doubtful: Door | None = None
-        """Of which QEMU was told as the monitor was lost: it waits there, knows nothing of it, or is gone."""
+        """Of which QEMU was told and did not answer, in time or before the monitor was lost: it waits there,
+        knows nothing of it, has refused it, or is gone."""
         self.wanted = trio.Event()
         """Set whenever one was opened, and replaced."""
         self._vm = vm
@@ -132,7 +133,8 @@ class Doors:
             self._spare.append(door)
 
     def doubt(self, door: Door) -> None:
-        """The monitor was lost before QEMU answered. Nobody is let in there before QEMU is heard of again."""
+        """QEMU did not answer in time, or before the monitor was lost. Nobody is let in there before QEMU is
+        heard of again."""
         self.told(door)
         self.doubtful = door
 

@@ -289,11 +289,8 @@ class Destination:
                 return
             self._doors.refused(door)
             raise NotPausedYet if _NOT_PAUSED in error.desc else error from None
-        except MonitorLost:
+        except (MonitorLost, trio.TooSlowError):
             self._doors.doubt(door)
-            raise
-        except trio.TooSlowError:
-            self._doors.taken(door)  # it may wait there, so the next attempt goes on with this one
             raise
         self._doors.taken(door)
 

@@ -52,7 +52,8 @@ class Qemu:
 
     def __init__(self) -> None:
         self.answers = True
-        self.lost_in_recover = False
+        self.unanswered: Exception | None = None
+        """What becomes of a migrate-recover that it does not answer."""
         self.refuses: str | None = None
         self.recovers: list[str] = []
         self.ends: dict[str, socket.socket] = {}
@@ -69,8 +70,8 @@ class Qemu:
         if command == "migrate-recover":
             assert arguments is not None
             self.recovers.append(arguments["uri"])
-            if self.lost_in_recover:
-                raise MonitorLost("the monitor was lost")
+            if self.unanswered is not None:
+                raise self.unanswered
             if self.refuses is not None:
                 raise QmpError("GenericError", self.refuses)
         if fd is not None:
@@ -158,26 +159,45 @@ async def test_an_end_that_qemu_does_not_take_back_stays_open_until_it_does(tmp_
         assert not qemu.sees_an_end(name)
 
 
-async def lost_in_a_recover(qemu: Qemu, procedure: Destination) -> None:
-    qemu.lost_in_recover = True
-    with pytest.raises(MonitorLost):
+UNANSWERED = pytest.mark.parametrize("why", [MonitorLost("the monitor was lost"), trio.TooSlowError()])
+
+
+async def lost_in_a_recover(qemu: Qemu, procedure: Destination, why: Exception) -> None:
+    qemu.unanswered = why
+    with pytest.raises(type(why)):
         await procedure.attempt()
-    qemu.lost_in_recover = False
-    assert procedure._doors.open is None, "a source would be let in to a QEMU that may have ended"
+    qemu.unanswered = None
+    assert procedure._doors.open is None, "a source would be let in to a QEMU that may not wait there"
 
 
-async def test_nobody_is_let_in_to_a_qemu_whose_monitor_was_lost_until_it_is_heard_of(tmp_path: Path) -> None:
+@UNANSWERED
+async def test_nobody_is_let_in_to_a_qemu_that_has_not_answered_until_it_is_heard_of(
+    tmp_path: Path, why: Exception
+) -> None:
     async with destination(tmp_path, Inet("127.0.0.1", 0)) as (qemu, _, procedure):
-        await lost_in_a_recover(qemu, procedure)
+        await lost_in_a_recover(qemu, procedure, why)
         qemu.refuses = "Migrate recovery is triggered already"
         await procedure.attempt()
         assert procedure._doors.open is not None
         assert {procedure._doors.open.uri} == set(qemu.recovers)
 
 
-async def test_a_door_of_which_qemu_knows_nothing_after_all_is_kept_and_another_taken(tmp_path: Path) -> None:
+async def test_a_qemu_that_refuses_too_late_is_told_again(tmp_path: Path) -> None:
+    """It had not paused when it read the command."""
     async with destination(tmp_path, Inet("127.0.0.1", 0)) as (qemu, _, procedure):
-        await lost_in_a_recover(qemu, procedure)
+        await lost_in_a_recover(qemu, procedure, trio.TooSlowError())
+        await procedure.attempt()
+        first, again = qemu.recovers
+        assert first == again
+        assert procedure._doors.open is not None
+
+
+@UNANSWERED
+async def test_a_door_of_which_qemu_knows_nothing_after_all_is_kept_and_another_taken(
+    tmp_path: Path, why: Exception
+) -> None:
+    async with destination(tmp_path, Inet("127.0.0.1", 0)) as (qemu, _, procedure):
+        await lost_in_a_recover(qemu, procedure, why)
         qemu.refuses = "File descriptor named 'refault' has not been found"
         with pytest.raises(QmpError):
             await procedure.attempt()
