@@ -87,6 +87,21 @@ def test_the_rooms_of_the_daemon_import_one_way() -> None:
     assert wrong == []
 
 
+def test_nobody_below_it_reaches_through_the_migration() -> None:
+    """Each takes what it needs: who is handed the whole can be tested with the whole alone."""
+    may = {here for here, imports in MAY_IMPORT.items() if "migration" in imports}
+    reaching = {
+        module
+        for module, tree in TREES.items()
+        if (here := room(module)) is not None and here not in may
+        for node in ast.walk(tree)
+        if isinstance(node, ast.Attribute)
+        and (getattr(node.value, "id", None) or getattr(node.value, "attr", None))
+        in ("migration", "_migration")
+    }
+    assert reaching == set()
+
+
 @pytest.mark.parametrize("package", ["qmp", "migration", "session"])
 def test_the_rules_do_no_input_or_output(package: str) -> None:
     """Bytes and events in, bytes and actions out."""

@@ -114,7 +114,9 @@ JSON = st.recursive(
 
 @settings(max_examples=25)
 @given(
-    name=st.sampled_from(["set_password", "object-add", "device_add", "change-vnc-password", "migrate"]),
+    name=st.sampled_from(
+        ["set_password", "expire_password", "object-add", "device_add", "change-vnc-password", "migrate"]
+    ),
     arguments=st.dictionaries(
         st.sampled_from(["password", "data", "props", "uri", "tls-creds", "x" * 200, "a\nb"]), JSON
     ),
