@@ -22,6 +22,7 @@ import pytest
 import trio
 from tests.integration.qemus import BINARIES
 from tests.integration.qmp_tools import qemu_process
+from tests.integration.test_access import ARGUMENTS, may
 from tests.integration.waiting import told
 from tests.support.until import until
 
@@ -178,9 +179,9 @@ class Talk:
 
     def refused(self, verb: str, command: str) -> str:
         """What an error says."""
-        self._socket.sendall(json.dumps({verb: command}).encode())
-        said: str = json.loads(self._lines.readline())["error"]["desc"]
-        return said
+        said = {verb: command, "arguments": ARGUMENTS.get(command, {})}
+        self._socket.sendall(json.dumps(said).encode())
+        return str(json.loads(self._lines.readline())["error"]["desc"])
 
     def close(self) -> None:
         self._lines.close()
@@ -242,7 +243,7 @@ def test_a_reload_touches_what_has_changed_and_nothing_else(served: Served) -> N
 
 
 def test_rules_hold_at_a_handed_listener_and_for_a_vm_that_was_found(tmp_path: Path) -> None:
-    """tests/integration/test_access.py has the other kinds of listeners, and all commands."""
+    """tests/integration/test_access.py has the other kinds of listeners."""
     served = Served(tmp_path, sys.executable, "-c", HANDED)
     with served.manager, served.process:
         try:
@@ -251,17 +252,25 @@ def test_rules_hold_at_a_handed_listener_and_for_a_vm_that_was_found(tmp_path: P
                 rule = "read_only = true"
                 listener = f'{{ address = "{served.at("handed")}", {rule} }}'
                 served.write("a", f'[vm.a]\nqemu = "{served.at("a")}.real"\nlisten = {listener}\n')
-                listener = f'{{ address = "{{dir}}/{{stem}}", {rule} }}'
-                served.write("b", f'[[watch]]\nqemu = "{served.at("[b]")}.real"\nlisten = {listener}\n')
+                listeners = (
+                    f'[{{ address = "{{dir}}/{{stem}}", {rule} }},'
+                    ' { address = "{dir}/{stem}.others", allow_users = ["4242"] }]'
+                )
+                served.write("b", f'[[watch]]\nqemu = "{served.at("[b]")}.real"\nlisten = {listeners}\n')
                 served.reload()
                 served.until(there("a", "b"))
                 for where in (served.at("handed"), served.at("b")):
                     with contextlib.closing(Talk(where)) as client:
                         assert client.ask("qmp_capabilities", enable=["oob"]) == {}
+                        schema = client.ask("query-qmp-schema")
+                        commands = {each["name"] for each in schema if each["meta-type"] == "command"}
+                        assert {"quit", "migrate", "human-monitor-command", "device_add"} < commands
                         for verb in ("execute", "exec-oob"):
-                            for command in ("quit", "migrate", "human-monitor-command"):
-                                assert "read-only" in client.refused(verb, command)
+                            for command in commands:
+                                assert may(command) or "read-only" in client.refused(verb, command)
                         assert client.ask("query-status")["status"] == "running"
+                with contextlib.closing(Talk(served.at("b.others"))) as not_allowed:
+                    assert not_allowed.greeting == b""
                 assert (one.poll(), other.poll()) == (None, None)
         finally:
             served.process.kill()
