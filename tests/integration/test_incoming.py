@@ -287,7 +287,7 @@ async def test_a_peer_with_several_addresses_is_one_peer(tmp_path: Path, binary:
 
 
 async def test_multifd_channels_of_another_vm_are_not_taken_for_ours(tmp_path: Path) -> None:
-    """Nor does one that is there twice keep the migration from the host that the main connection is from."""
+    """Nor do those that are there twice, and before ours, keep it from the main connection's host."""
     port = free_port()
     async with (
         end(tmp_path, "src", relayed=False) as src,
@@ -297,7 +297,8 @@ async def test_multifd_channels_of_another_vm_are_not_taken_for_ours(tmp_path: P
         for client in (src.client, dst.client):
             await bare.set_capabilities(client, "multifd")
         await dst.client.execute("migrate-incoming", {"uri": f"tcp:127.0.0.1:{port}"})
-        for number, uuid in ((0, bytes(15) + b"\1"), (1, bytes(15) + b"\1"), (0, bytes(16)), (7, bytes(16))):
+        ours, others = bytes(16), bytes(15) + b"\1"
+        for number, uuid in ((0, others), (1, others), (0, ours), (1, ours), (7, ours)):
             await nursery.start(stranger, port, struct.pack(">II16sB39x", 0x11223344, 1, uuid, number))
         await src.client.execute("migrate-set-parameters", {"max-bandwidth": 0})
         await src.client.execute("migrate", {"uri": f"tcp:127.0.0.1:{port}"})

@@ -36,8 +36,8 @@ log = logging.getLogger("refault.migration")
 ALL_WITHIN = 10.0
 """How long the other connections of a channel may be behind its main one, and each behind the one before."""
 OTHER_HOST_AFTER = 0.5
-"""How long a preempt channel is expected from the main one's host before one from elsewhere is taken: a peer
-may have several addresses, but who says nothing may be anybody."""
+"""How long a further connection is expected from the main one's host, after the one before, until one from
+elsewhere is taken: a peer may have several addresses, but whoever is there may be anybody's."""
 _LOOK = 0.1
 
 
@@ -248,7 +248,7 @@ class Gathering:
                     return False
                 changed = self._came if lanes.multifd else self._room.changed
                 if lanes.multifd:
-                    others += self._take_multifd(main)
+                    others += self._take_multifd(main, last)
                 else:
                     # A source that has gone has closed all: its QEMU is to see that, as it would by itself.
                     gone = not main.recovered and not alive(main.connection)
@@ -287,13 +287,16 @@ class Gathering:
         ours.sort(key=lambda channel: (channel.peer == main.peer, channel.number))
         return {channel.said.number: channel for channel in ours}
 
-    def _take_multifd(self, main: Main) -> list[trio.socket.SocketType]:
-        """All that are needed, or none."""
+    def _take_multifd(self, main: Main, since: float) -> list[trio.socket.SocketType]:
+        """All that are needed, or none; `since`: when the last of them came."""
         found = self._found(main)
         wanted = range(self._course.lanes.multifd)
         if not found.keys() >= set(wanted):
             return []
         chosen = [found[number] for number in wanted]
+        elsewhere = any(channel.peer != main.peer for channel in chosen)
+        if elsewhere and trio.current_time() < since + OTHER_HOST_AFTER:
+            return []
         for channel in chosen:
             channel.taken.set()
         return [detached(channel.connection) for channel in chosen]
