@@ -51,6 +51,10 @@ MAY_NOT_TAKE = (
 )
 
 
+class _MayNotTakeError(AttemptFailed):
+    """Its leg may not be taken out of QEMU's process."""
+
+
 class Meeting:
     """Of one VM. `incoming`: where a destination is found, and the path at which its QEMU listens, where the
     operator has said so."""
@@ -125,7 +129,10 @@ class Meeting:
             return False
         if record.leg is None:
             return await self._deliver(record, endpoint)
-        end = take(record.qemu_pid, record.qemu_started, record.leg)
+        try:
+            end = take(record.qemu_pid, record.qemu_started, record.leg)
+        except PermissionError:
+            raise _MayNotTakeError(MAY_NOT_TAKE) from None
         if end is None:
             return False
         left = state.state_file.session.take(record.generation, record.leg[1], record.handed)
@@ -154,12 +161,12 @@ class Meeting:
 
     async def _take_over_what_is_met(self, *, patient: bool) -> None:
         state = self._state
-        hidden = False
+        kept_from_us: _MayNotTakeError | None = None
         try:
             if await self._go_on():
                 return
-        except PermissionError:
-            hidden = True
+        except _MayNotTakeError as error:
+            kept_from_us = error
         try:
             reply = await state.query("query-migrate")
         except QmpError:
@@ -169,8 +176,8 @@ class Meeting:
         status = reply.get("status")
         if status in (None, "none", "setup") and await self._listens(reply):
             return
-        if hidden and status in _UNDER_WAY - {"postcopy-paused"}:
-            raise AttemptFailed(MAY_NOT_TAKE)
+        if kept_from_us is not None and status in _UNDER_WAY - {"postcopy-paused"}:
+            raise kept_from_us
         record = await state.record()
         # A source that has failed meanwhile may run the guest a second time.
         failed = status in ("failing", "failed") and record is not None and record.role is Role.SOURCE

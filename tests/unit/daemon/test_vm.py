@@ -403,19 +403,24 @@ async def test_a_source_is_met_wherever_it_is_before_postcopy(tmp_path: Path, st
         assert vm.migration.course.policy.state is State.ATTEMPTING
 
 
-@pytest.mark.parametrize(("kept", "told"), [(("kept",), 1), ((), 0)])
-async def test_a_source_whose_leg_qemu_holds_in_precopy_since_an_earlier_refault_is_told_of(
-    kept: tuple[str, ...], told: int, tmp_path: Path, caplog: pytest.LogCaptureFixture
-) -> None:
-    """That refault was stopped when all had been sent. Nobody else says why the guest stands."""
-    record = MigrationRecord(
+def source_record(**facts: Any) -> MigrationRecord:
+    """Of a relayed source whose QEMU is there."""
+    return MigrationRecord(
         role=Role.SOURCE,
         uri="tcp:127.0.0.1:1",
         relayed=True,
         qemu_pid=os.getpid(),
         qemu_started=process_started(os.getpid()),
-        kept=kept,
+        **facts,
     )
+
+
+@pytest.mark.parametrize(("kept", "told"), [(("kept",), 1), ((), 0)])
+async def test_a_source_whose_leg_qemu_holds_in_precopy_since_an_earlier_refault_is_told_of(
+    kept: tuple[str, ...], told: int, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """That refault was stopped when all had been sent. Nobody else says why the guest stands."""
+    record = source_record(kept=kept)
     async with fronted(tmp_path) as (qemu, vm):
         qemu.says["query-migrate"] = {"status": "device", "ram": {}}
         StateFile(tmp_path, "vm").save(record)
@@ -435,15 +440,7 @@ async def test_a_leg_that_may_not_be_taken_out_of_qemu_delays_a_recovery_only_un
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     """It was left there by a refault that might."""
-    record = MigrationRecord(
-        role=Role.SOURCE,
-        uri="tcp:127.0.0.1:1",
-        relayed=True,
-        qemu_pid=os.getpid(),
-        qemu_started=process_started(os.getpid()),
-        postcopy=True,
-        leg=(1, b"cookie"),
-    )
+    record = source_record(postcopy=True, leg=(1, b"cookie"))
 
     def take(*_: object) -> None:
         raise PermissionError(errno.EPERM, "Operation not permitted")
