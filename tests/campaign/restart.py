@@ -3,8 +3,8 @@
 Five clients: with 0, 1 or 40 commands in flight, one that reads large replies slowly, and one that passes
 descriptors; at each kill a visitor in the midst of something (visitors.py); beside events that somebody at
 another monitor of QEMU's makes happen. After so many kills: each command has had one answer, in order; each
-event has come once, in order; QEMU has run no command twice, by its own trace (`handle_qmp_command`) and
-by the fd sets.
+event has come once, in order; QEMU has run each command once and no other, by its own trace (ran.py) and by
+the fd sets.
 """
 
 from __future__ import annotations
@@ -26,6 +26,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 import trio
+from tests.campaign.ran import Said, miscounted
 from tests.campaign.visitors import ALL, Visitor
 
 from refault.qmp.splitter import Splitter
@@ -39,6 +40,8 @@ STARTED_WITHIN = 1.0
 """Seconds: such a one is killed within these, or a little later."""
 NOTICED_WITHIN = 30.0
 """Seconds in which a client must have an answer, whatever befalls refault."""
+UNDECIDED = 1_000
+"""Ends for each thing that a kill may leave undecided."""
 
 
 @dataclass
@@ -52,6 +55,7 @@ class Client:
     fds: bool = False
     large: bool = False
     oob: bool = False
+    said: Said = field(default_factory=Said)
     sent: list[str] = field(default_factory=list)
     answered: list[str] = field(default_factory=list)
     events: list[tuple[str, int, int]] = field(default_factory=list)
@@ -99,13 +103,12 @@ class Client:
         name = f"{self.name}-{len(self.sent)}"
         self.sent.append(name)
         if self.fds:
-            data = json.dumps({"execute": "add-fd", "arguments": {"opaque": name}, "id": name}).encode()
-            socket.send_fds(self._stdlib, [data], [2])
+            socket.send_fds(self._stdlib, [self.said.command("add-fd", name, opaque=name)], [2])
             return
-        command = {"execute": "qom-list", "arguments": {"path": f"/{name}"}, "id": name}
         if self.large:
-            command = {"execute": "query-qmp-schema", "id": name}
-        data = json.dumps(command).encode()
+            data = self.said.command("query-qmp-schema", name)
+        else:
+            data = self.said.command("qom-list", name, path=f"/{name}")
         if self.chance.random() < 0.3:
             cut = self.chance.randrange(len(data))
             await self._say(data[:cut])
@@ -146,6 +149,7 @@ class Client:
             self.events.append((str(message["event"]), stamp["seconds"], stamp["microseconds"]))
         elif "id" in message:
             self.answered.append(str(message["id"]))
+            self.said.answered(self.answered[-1])
             if self.fds and "return" not in message:
                 self.odd.append(json.dumps(message)[:150])
         else:
@@ -268,6 +272,7 @@ async def campaign(binary: str, kills: int, seed: int, directory: Path, *, plann
     seen: list[tuple[str, int, int]] = []
     stop = trio.Event()
     sets, early = -1, 0
+    visitors: list[Visitor] = []
     wrong: list[str] = []
     with qemu_at(binary, directory) as qemu:
         while not (directory / "q2").exists():
@@ -292,7 +297,7 @@ async def campaign(binary: str, kills: int, seed: int, directory: Path, *, plann
                     nursery.start_soon(make_events)
                     for _ in range(kills):
                         do = chance.choices(ALL, WEIGHTS)[0]
-                        visitor = Visitor(path, do.__name__)
+                        visitors.append(visitor := Visitor(path, do.__name__))
                         working.start_soon(visit, visitor, do, wrong)
                         with trio.move_on_after(NOTICED_WITHIN):
                             await visitor.ready.wait()
@@ -352,13 +357,17 @@ async def campaign(binary: str, kills: int, seed: int, directory: Path, *, plann
             wrong.append(f"{client.name}: {len(client.events)} events of {len(expected)}, differ at {at}")
     if sets != len(clients[3].sent):
         wrong.append(f"{len(clients[3].sent)} descriptors were passed, QEMU has {sets}")
-    ran = Counter(re.findall(r'"(?:path|opaque)": "/?([a-z]+-\d+)"', (directory / "trace").read_text()))
-    wrong += [f"QEMU ran {name} {count} times" for name, count in ran.items() if count > 1][:10]
+    said = [*(client.said for client in clients), *(visitor.said for visitor in visitors)]
+    ran, wrongly = miscounted((directory / "trace").read_text(), said)
+    wrong += wrongly
     commands = sum(len(client.sent) for client in clients)
+    ends, not_decided = kills + early, undecided((directory / "log").read_text())
+    if not_decided * UNDECIDED > ends:
+        wrong.append(f"{not_decided} not decided in {ends} ends, more than 1 in {UNDECIDED:,}")
     print(
-        f"{binary}: {kills + early} ends, {early} in a start, {commands} commands,"
-        f" {len(seen)} events, {sets} descriptors, {len(ran)} commands in QEMU's trace,"
-        f" {undecided((directory / 'log').read_text())} not decided"
+        f"{binary}: {ends} ends, {early} in a start, {commands} commands,"
+        f" {len(seen)} events, {sets} descriptors, {ran} commands in QEMU's trace,"
+        f" {not_decided} not decided"
     )
     return wrong
 

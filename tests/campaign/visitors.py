@@ -8,6 +8,7 @@ from collections.abc import Awaitable, Callable
 from pathlib import Path
 
 import trio
+from tests.campaign.ran import Said
 
 from refault.qmp.splitter import MAX_REPLY, Splitter
 
@@ -23,6 +24,7 @@ class Visitor:
     def __init__(self, path: Path, name: str) -> None:
         self.name = name
         self.ready, self.killed = trio.Event(), trio.Event()
+        self.said = Said()
         self._path = path
         self._splitter = Splitter(max_bytes=MAX_REPLY, lenient=True)
         self._messages: list[dict[str, object]] = []
@@ -63,6 +65,7 @@ class Visitor:
             told = json.loads(message.raw)
             if "event" not in told:
                 self._messages.append(told)
+                self.said.answered(str(told.get("id")))
 
     async def message(self) -> dict[str, object]:
         """The next that is no event."""
@@ -74,13 +77,13 @@ class Visitor:
         """Reads the replies to these, each once and in order, and no other."""
         for each in ids:
             assert (await self.message())["id"] == each
-        await self.say(b'{"execute": "query-name", "id": "last"}')
+        await self.say(self.said.command("query-name", "last"))
         assert (await self.message())["id"] == "last"
 
 
 async def half_a_command(visitor: Visitor) -> None:
     """Has said half of one."""
-    data = b'{"execute": "query-status", "id": "half"}'
+    data = visitor.said.command("query-name", "half")
     await visitor.say(data[:20])
     visitor.ready.set()
     await visitor.killed.wait()
@@ -90,7 +93,7 @@ async def half_a_command(visitor: Visitor) -> None:
 
 async def half_a_reply(visitor: Visitor) -> None:
     """Has read half of one."""
-    await visitor.say(b'{"execute": "query-qmp-schema", "id": "schema"}')
+    await visitor.say(visitor.said.command("query-qmp-schema", "schema"))
     for _ in range(10):
         await visitor.read(4096)
     visitor.ready.set()
@@ -101,11 +104,11 @@ async def half_a_reply(visitor: Visitor) -> None:
 async def a_descriptor(visitor: Visitor) -> None:
     """Passes one in this very moment."""
     visitor.ready.set()
-    visitor.pass_descriptor(b'{"execute": "getfd", "arguments": {"fdname": "mine"}, "id": "get"}')
+    visitor.pass_descriptor(visitor.said.command("getfd", "get", fdname="mine"))
     await visitor.killed.wait()
     reply = await visitor.message()
     assert reply == {"return": {}, "id": "get"}, reply
-    await visitor.say(b'{"execute": "closefd", "arguments": {"fdname": "mine"}, "id": "close"}')
+    await visitor.say(visitor.said.command("closefd", "close", fdname="mine"))
     reply = await visitor.message()
     assert reply == {"return": {}, "id": "close"}, reply
     await visitor.answered()
@@ -114,8 +117,7 @@ async def a_descriptor(visitor: Visitor) -> None:
 async def a_large_reply(visitor: Visitor) -> None:
     """Is in the midst of one of almost 16 MiB."""
     dump = {"command-line": f"xp /{LARGE}xb 0"}
-    command = {"execute": "human-monitor-command", "arguments": dump, "id": "large"}
-    await visitor.say(json.dumps(command).encode())
+    await visitor.say(visitor.said.command("human-monitor-command", "large", **dump))
     await visitor.read(65536)
     visitor.ready.set()
     await visitor.killed.wait()
@@ -128,7 +130,7 @@ async def a_large_reply(visitor: Visitor) -> None:
 async def gone(visitor: Visitor) -> None:
     """Leaves while no refault is there, its commands on their way."""
     for each in range(4):
-        await visitor.say(b'{"execute": "query-qmp-schema", "id": %d}' % each)
+        await visitor.say(visitor.said.command("query-qmp-schema", str(each)))
     visitor.ready.set()
     await visitor.killed.wait()
 
