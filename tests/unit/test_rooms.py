@@ -110,3 +110,41 @@ def test_the_rules_do_no_input_or_output(package: str) -> None:
         if module.startswith(f"refault.{package}."):
             assert not {name.split(".")[0] for name in IMPORTS[module]} & does, module
             assert not any(name.startswith("refault.daemon") for name in IMPORTS[module]), module
+
+
+OF_OTHERS = {"deadline", "shield", "exc_info", "handlers", "msg", "args", "stderr"}
+"""What trio, logging and sys have their users set."""
+
+
+def written(tree: ast.AST) -> Iterator[ast.Attribute]:
+    """The attributes that a file assigns to."""
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Attribute) and isinstance(node.ctx, ast.Store):
+            yield node
+
+
+def declared(tree: ast.AST) -> Iterator[str]:
+    """The attributes that are of a file's own classes."""
+    for node in written(tree):
+        if isinstance(node.value, ast.Name) and node.value.id == "self":
+            yield node.attr
+    for each in ast.walk(tree):
+        if isinstance(each, ast.ClassDef):
+            yield from (
+                field.target.id
+                for field in each.body
+                if isinstance(field, ast.AnnAssign) and isinstance(field.target, ast.Name)
+            )
+
+
+def test_nobody_in_the_daemon_writes_what_another_file_has() -> None:
+    """A call does."""
+    wrong = [
+        (module, node.lineno, ast.unparse(node))
+        for module, tree in TREES.items()
+        if room(module) is not None
+        for own in [OF_OTHERS.union(declared(tree))]
+        for node in written(tree)
+        if node.attr not in own
+    ]
+    assert wrong == []

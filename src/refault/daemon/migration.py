@@ -349,7 +349,7 @@ class Migration:
             self.course.counters.add_pages(
                 pages.requested, pages.repeated, pages.arrived + pages.reopened, pages.replayed
             )
-            self.course.counters.retransmitted += self.channels.relay.retransmitted()
+            self.course.counters.add_retransmitted(self.channels.relay.retransmitted())
             forward, backward = self.channels.close()
             self.channels = None
             self.course.is_relayed(False)

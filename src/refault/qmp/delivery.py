@@ -28,6 +28,10 @@ class Counters:
     hidden_pauses: int = 0
     """Those that were kept from a client, for a time at least."""
 
+    def pause_hidden(self) -> None:
+        """One more is kept from a client."""
+        self.hidden_pauses += 1
+
 
 class Delivery:
     """To `clients`, those who are there by their numbers. What `of_nobody` asked for is given to none."""
@@ -41,6 +45,10 @@ class Delivery:
         """The pause that QEMU is in, for clients that are not to know."""
         self.dirty: list[Client] = []
         """Clients that have something in `out`, or are to be disconnected."""
+
+    def goes_on_from(self, earlier: Delivery) -> None:
+        """Counts on where `earlier` ends, in whose place it is."""
+        self.counters = earlier.counters
 
     def put(self, client: Client, line: bytes) -> None:
         """A line for one client; for one that does not read them, the end."""

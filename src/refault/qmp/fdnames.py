@@ -51,6 +51,10 @@ class FdNames:
         what any other has used with this QEMU."""
         self.serial = 0
 
+    def begin(self, prefix: str) -> None:
+        """What names of ours begin with from here on."""
+        self.prefix = prefix
+
     def restore(self, prefix: str, serial: int, upstream: Iterable[tuple[int, str, str]]) -> None:
         """Goes on as those of another core do; of each: client, its name, QEMU's."""
         self.prefix, self.serial = prefix, serial

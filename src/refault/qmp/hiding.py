@@ -149,6 +149,10 @@ class Hiding:
         """Whether it is kept from those who want it hidden for so long."""
         return self.hidden and bool(seconds) and seconds not in self.over
 
+    def goes_on_from(self, earlier: Hiding) -> None:
+        """It is in the place of `earlier`: whether refault would recover a pause it has said already."""
+        self.may = earlier.may
+
     def event(self, status: object, line: bytes) -> Verdict:
         """A MIGRATION event."""
         supposed = self.events and self.state is State.SUPPOSED

@@ -132,6 +132,21 @@ class Multiplexer:
         """Totals since the start."""
         return self.delivery.counters
 
+    def goes_on_from(self, earlier: Multiplexer) -> None:
+        """It is in the place of `earlier`, which has failed: it counts on, and knows whether refault would
+        recover a pause."""
+        self.delivery.goes_on_from(earlier.delivery)
+        self.hiding.goes_on_from(earlier.hiding)
+
+    def forgotten(self) -> None:
+        """What was written down of commands that are over is gone."""
+        self.spent = False
+
+    def take_upstream(self) -> list[tuple[bytes, int]]:
+        """Takes what goes to QEMU."""
+        out, self.upstream_out = self.upstream_out, []
+        return out
+
     def _internal(self, number: int) -> Client:
         client = Client(number, Limits())
         client.greeted = client.negotiated = client.oob = True
@@ -478,7 +493,7 @@ class Multiplexer:
         was ever sent to this QEMU.
         """
         self.splitter = Splitter(max_bytes=MAX_REPLY, lenient=True)
-        self.descriptors.names.prefix = negotiation_id.decode().strip('"')
+        self.descriptors.names.begin(negotiation_id.decode().strip('"'))
         self.negotiation = negotiation_id
         self.ungreeted = b""
 

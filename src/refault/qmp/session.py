@@ -108,6 +108,14 @@ class Client:
         self.closing = False
         """To be disconnected once everything is sent."""
 
+    def carried_by(self, transport: object) -> None:
+        """It has come by that one."""
+        self.transport = transport
+
+    def sent(self, count: int) -> None:
+        """So many bytes of what was taken from `out` are sent."""
+        self.unsent -= count
+
     @property
     def hears(self) -> bool:
         """Whether it is told of events."""

@@ -37,6 +37,10 @@ class Lane(Generic[Owner]):
     taken: int = 0
     """Of one that is over: how far the stream of who dials was taken, if it ended in order."""
 
+    def belongs_to(self, owner: Owner) -> None:
+        """It has an owner from here on."""
+        self.owner = owner
+
 
 @dataclass
 class _Session(Generic[Owner]):

@@ -212,12 +212,14 @@ class Reception:
         lane = verdict.lane
         if verdict.code is not Code.OK or lane is None:
             return verdict
-        if lane.owner is None:
-            lane.owner = self._begin(hello.session)
-            if lane.owner is None:
+        owner = lane.owner
+        if owner is None:
+            owner = self._begin(hello.session)
+            if owner is None:
                 self._table.withdraw(hello.session)
                 return Verdict(Code.AGAIN, verdict.attempt)
-        lane.owner.offer(_Offer(sock, answering, hello))
+            lane.belongs_to(owner)
+        owner.offer(_Offer(sock, answering, hello))
         return verdict
 
 

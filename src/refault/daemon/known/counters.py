@@ -141,6 +141,10 @@ class Counters:
         self.bytes_forward += forward
         self.bytes_return += backward
 
+    def add_retransmitted(self, count: int) -> None:
+        """Of its session, so many bytes were sent more than once."""
+        self.retransmitted += count
+
     def add_pages(self, requested: int, repeated: int, arrived: int, replayed: int) -> None:
         """A relay that has ended counted so many."""
         self.pages.requested += requested

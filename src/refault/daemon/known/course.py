@@ -226,6 +226,10 @@ class Course:
         """The lanes that its channels have."""
         self.lanes = lanes
 
+    def will_have_return_path(self, will: bool) -> None:
+        """What QEMU at this end has switched on: whether the next channel has one from its beginning."""
+        self.return_path = will
+
     def switches_never(self, never: bool) -> None:
         """A destination's settings when its channel begins: whether it does not switch to postcopy."""
         self.never_postcopy = never

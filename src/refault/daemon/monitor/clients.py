@@ -115,7 +115,7 @@ class Clients:
     def take_over(self, client: Client, sock: socket.socket, address: Address) -> None:
         """Goes on, in `run`, with a client of an earlier refault."""
         wire = Wire(sock, trio.CancelScope(), self._recorder, client.number)
-        client.transport = wire
+        client.carried_by(wire)
         self._of[client.number] = address
         if address.rule.audit:
             self._recorded[client] = Recorded(self._name, address, caller_of(sock))
@@ -137,7 +137,7 @@ class Clients:
     def hand_over(self) -> None:
         """What is unsent is the next refault's to send."""
         for client in self._core.clients.values():
-            _wire(client).broken = True
+            _wire(client).send_no_more()
 
     def unsent(self, client: Client) -> list[bytes | memoryview]:
         """What was taken from its `out` and is not sent yet."""
@@ -147,6 +147,14 @@ class Clients:
     def forget_when_sent(self) -> None:
         """What clients have not been sent yet may be a secret that is written down: see `late_sent`."""
         self._late = {client: client.unsent for client in self._core.clients.values() if client.unsent > 0}
+
+    def forgotten(self) -> None:
+        """What was written down is gone: see `late_sent`."""
+        self.late_sent = False
+
+    def goes_on_from(self, earlier: Clients) -> None:
+        """Counts on where `earlier` ends, in whose place it is."""
+        self.total = earlier.total
 
     def connections(self) -> dict[int, tuple[socket.socket, Address]]:
         """Those that are served, by their numbers."""
@@ -197,15 +205,13 @@ class Clients:
             return
         for client in [client for client in self._paused if client.resumable]:
             self._paused.discard(client)
-            wake = _wire(client).wake
-            if wake is not None:
-                wake.set()
+            _wire(client).resume()
 
     def _flush(self, client: Client) -> None:
         wire = _wire(client)
         if client.overflow:
             if client.connected and not wire.broken:
-                wire.broken = True
+                wire.send_no_more()
                 log.warning(
                     "%s: client %d does not read its events and replies: disconnected with %d bytes unread",
                     self._name,
@@ -227,11 +233,11 @@ class Clients:
             if not wire.backlog:
                 wire.scope.cancel()
             elif wire.scope.deadline == math.inf:
-                wire.scope.deadline = trio.current_time() + _CLOSE_TIMEOUT
+                wire.ends_within(_CLOSE_TIMEOUT)
 
     def _send(self, client: Client, wire: Wire) -> None:
         sent = wire.flush()
-        client.unsent -= sent
+        client.sent(sent)
         if client in self._late:
             self._late[client] -= sent
             if self._late[client] <= 0:
@@ -296,13 +302,13 @@ class Clients:
         """Closes those who came in vain, until cancelled."""
         while True:
             for client, waits in list(self._early.items()):
-                scope = _wire(client).scope
+                wire = _wire(client)
                 if client.greeted:
                     del self._early[client]
                     if not client.closing:
-                        scope.deadline = math.inf
+                        wire.ends_within(math.inf)
                 elif not self._may_stay(waits=waits):
-                    scope.cancel()
+                    wire.scope.cancel()
             await self._presence.change()
 
     async def _dial_manager(self, address: Address, taken: Sequence[tuple[Client, Wire, Address]]) -> None:
@@ -374,7 +380,7 @@ class Clients:
         if not client.greeted:
             self._early[client] = address.wait
             if not address.wait:
-                scope.deadline = trio.current_time() + _GREETED_WITHIN
+                wire.ends_within(_GREETED_WITHIN)
         return client, wire
 
     async def _go_on(self, client: Client, wire: Wire, address: Address) -> None:
@@ -399,7 +405,7 @@ class Clients:
         """Its connection is about to be closed."""
         self._paused.discard(client)
         self._early.pop(client, None)
-        wire.broken = True
+        wire.send_no_more()
         self._recorder.note(Kind.LEFT, client.number)
         self._core.leave(client)
         self._of.pop(client.number, None)
@@ -465,10 +471,10 @@ class Clients:
     async def _until_resumable(self, client: Client, wire: Wire) -> bool:
         """Waits; False if the client is gone meanwhile, which reading would have told."""
         self._paused.add(client)
-        wire.wake = trio.Event()
+        resumed = wire.paused()
         while True:
             with trio.move_on_after(_HANG_UP_CHECK):
-                await wire.wake.wait()
+                await resumed.wait()
                 return True
             if hung_up(wire.sock):
                 return False

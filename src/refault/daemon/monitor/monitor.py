@@ -208,12 +208,11 @@ class Monitor:
 
     def renew(self) -> None:
         """After `run` has failed: it can be run again, and what was counted is counted on."""
-        counters, total = self._core.counters, self._clients.total
-        may = self._core.hiding.may
+        core, clients = self._core, self._clients
         # A port that was chosen stays the same.
         self._make([front.address for front in self.fronts[: len(self._listen)]])
-        self._core.delivery.counters, self._clients.total = counters, total
-        self._core.hiding.may = may
+        self._core.goes_on_from(core)
+        self._clients.goes_on_from(clients)
 
     @property
     def _all_listen(self) -> tuple[Address, ...]:
@@ -481,7 +480,8 @@ class Monitor:
             return
         if self._core.spent:
             self._clients.forget_when_sent()
-        self._core.spent = self._clients.late_sent = False
+        self._core.forgotten()
+        self._clients.forgotten()
         if recorder.on:
             recorder.begin()
 

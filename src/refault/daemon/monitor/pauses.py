@@ -82,7 +82,7 @@ class Pauses:
                 if (
                     hiding.state is State.HIDDEN or not hiding.events
                 ):  # else an event is to come, if it is one
-                    self._core.counters.hidden_pauses += 1
+                    self._core.counters.pause_hidden()
             for seconds in lengths - self._timers.keys():
                 scope = self._timers[seconds] = trio.CancelScope()
                 self._start_soon(self._time, seconds, scope)

@@ -187,7 +187,7 @@ class Upstream:
     def flush(self) -> None:
         """Sends what goes at once of what the core has for QEMU; the rest waits for a task."""
         core = self._core
-        out, core.upstream_out = core.upstream_out, []
+        out = core.take_upstream()
         if not out:
             return
         wire = self._wire
@@ -272,7 +272,7 @@ class Upstream:
                     self._connection = nursery
                     try:
                         if self._wire is not None:
-                            self._wire.scope = nursery.cancel_scope
+                            self._wire.ends_with(nursery.cancel_scope)
                             self._go_on(self._wire)
                         else:
                             self._wire = Wire(sock, nursery.cancel_scope, self._recorder)

@@ -17,7 +17,7 @@ class Wire:
     them and is the wire's from then on; calls `flush`, and while that leaves something, has one task `drain`.
     """
 
-    __slots__ = ("_recorder", "backlog", "broken", "scope", "sock", "wake", "who")
+    __slots__ = ("_recorder", "_resumed", "backlog", "broken", "scope", "sock", "who")
 
     def __init__(
         self, sock: socket.socket, scope: trio.CancelScope, recorder: Recorder, who: int = 0
@@ -31,8 +31,29 @@ class Wire:
         self.backlog: deque[tuple[bytes | memoryview, int]] = deque()
         self.broken = False
         """A broken connection takes everything and sends nothing."""
-        self.wake: trio.Event | None = None
-        """Set when a paused client may be read from again."""
+        self._resumed: trio.Event | None = None
+
+    def ends_with(self, scope: trio.CancelScope) -> None:
+        """One of an earlier refault: what ends with the connection."""
+        self.scope = scope
+
+    def ends_within(self, seconds: float) -> None:
+        """What ends with the connection has so long, from now; inf: as long as it takes."""
+        self.scope.deadline = trio.current_time() + seconds
+
+    def send_no_more(self) -> None:
+        """It takes everything and sends nothing, as a broken connection does."""
+        self.broken = True
+
+    def paused(self) -> trio.Event:
+        """Set when the client, which is paused, may be read from again."""
+        self._resumed = trio.Event()
+        return self._resumed
+
+    def resume(self) -> None:
+        """The client may be read from again."""
+        if self._resumed is not None:
+            self._resumed.set()
 
     def flush(self) -> int:
         """Sends what goes at once; the number of bytes."""

@@ -179,7 +179,7 @@ class Arrivals:
             capabilities, parameters = await self._vm.ask_settings()
         except (QmpError, MonitorLost, trio.TooSlowError):
             return
-        course.return_path = has_return_path(capabilities)
+        course.will_have_return_path(has_return_path(capabilities))
         course.switches_never(not capabilities & {"postcopy-ram", "dirty-bitmaps"})
         lanes = lanes_of(capabilities, parameters)
         vm = self._vm

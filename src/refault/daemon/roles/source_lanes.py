@@ -140,7 +140,7 @@ class Opening:
         with contextlib.suppress(QmpError, MonitorLost, trio.TooSlowError):
             capabilities, parameters = await vm.ask_settings()  # from here on they stay as they are
             course.has(lanes_of(capabilities, parameters))
-            course.return_path = has_return_path(capabilities)
+            course.will_have_return_path(has_return_path(capabilities))
             course.remember()
         try:
             if (given := self._given) is not None:
