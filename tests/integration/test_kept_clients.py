@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import os
 import random
 import resource
 import signal
@@ -21,8 +22,11 @@ import trio.testing
 from tests.campaign.restart import REFAULT, campaign, qemu_at, start, visit
 from tests.campaign.visitors import ALL, Visitor
 from tests.integration.qemus import qemus
+from tests.integration.test_qmp_out_of_band import fifo
 from tests.support.until import until
 
+from refault.daemon.kept.left import decode
+from refault.daemon.kernel.process import sockets_of
 from refault.lab.qemu import DEFAULT_BINARY
 from refault.qmp.journal import before, checked
 from refault.qmp.session import Limits
@@ -163,6 +167,33 @@ def test_who_was_accepted_and_not_served_yet_is_served_by_the_next(tmp_path: Pat
             wait_until(lambda: status(tmp_path).get("connected") == 1)
 
 
+PAUSE = b'{"exec-oob": "migrate-pause", "id": %d}'
+"""Fails at once without a migration, but runs out-of-band."""
+
+
+def test_out_of_band_commands_overtake_as_before(tmp_path: Path) -> None:
+    """Also one that comes while no refault is there."""
+    with served(tmp_path) as (_, process, client), fifo(tmp_path / "fifo") as block:
+        urgent = Client(tmp_path / "f")
+        with urgent.sock, urgent.file:
+            assert "QMP" in urgent.line()
+            urgent.sock.sendall(b'{"execute": "qmp_capabilities", "arguments": {"enable": ["oob"]}}')
+            assert urgent.line() == {"return": {}}
+            urgent.sock.sendall(block + PAUSE % 1)
+            assert urgent.line()["id"] == 1
+            client.sock.sendall(b'{"execute": "query-name", "id": "in-band"}')
+            process.kill()
+            process.wait()
+            urgent.sock.sendall(PAUSE % 2)
+            with started(tmp_path):
+                assert urgent.line()["id"] == 2
+                urgent.sock.sendall(PAUSE % 3)
+                assert urgent.line()["id"] == 3
+                os.close(os.open(tmp_path / "fifo", os.O_WRONLY))
+                assert urgent.line()["id"] == "block"
+                assert client.line() == {"return": {}, "id": "in-band"}
+
+
 def test_an_end_for_good_ends_clients_and_frees_the_monitor(tmp_path: Path) -> None:
     with served(tmp_path) as (_, process, client):
         process.send_signal(signal.SIGTERM)
@@ -170,6 +201,26 @@ def test_an_end_for_good_ends_clients_and_frees_the_monitor(tmp_path: Path) -> N
         assert process.wait() == 0
         assert greeted(tmp_path / "q")
         assert not [path for path in (tmp_path / "state").iterdir() if path.suffix == ".clients"]
+
+
+@pytest.mark.parametrize("commands", [0, 40])
+def test_an_end_for_good_waits_for_no_qemu_and_leaves_nothing_in_it(tmp_path: Path, commands: int) -> None:
+    """One that is stopped lets go when it goes on, whatever else it has been told."""
+    with served(tmp_path) as (qemu, process, client):
+        left = decode(before((tmp_path / "state" / "vm.clients").read_bytes()), records=False)
+        ours = {left.upstream.inode, *(lot.inode for lot in left.lots)}
+        assert sockets_of(qemu.pid).keys() >= ours
+        qemu.send_signal(signal.SIGSTOP)
+        client.sock.sendall(b'{"execute": "query-status"}' * commands)
+        since = time.monotonic()
+        process.send_signal(signal.SIGTERM)
+        assert client.file.read() == b""
+        print(f"{time.monotonic() - since:.1f} s")
+        assert process.wait() == 0
+        assert not greeted(tmp_path / "f")
+        qemu.send_signal(signal.SIGCONT)
+        wait_until(lambda: not sockets_of(qemu.pid).keys() & ours)
+        assert greeted(tmp_path / "q")
 
 
 def test_an_end_in_any_moment_of_the_start_leaves_the_monitor_to_the_next(tmp_path: Path) -> None:

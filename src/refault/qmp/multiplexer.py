@@ -752,6 +752,15 @@ class Multiplexer:
         self._settle(keeper)
         self._pump()
 
+    def call_all(self) -> None:
+        """Sends what is to go beside the others and has no room yet: nobody will be there to send it later.
+
+        A core that a journal makes anew would not have done so.
+        """
+        keeper = self._keeper
+        while self.ready and keeper.queue:
+            self._send_in_band(self._unqueue(keeper))
+
     def forget(self, request: Request) -> None:
         """Nobody waits for an own command any more: unsent it is dropped, else its reply will be."""
         request.done = nobody

@@ -96,6 +96,8 @@ class Keeper:
         self._asking = False
         self._ends = False
         """Whether QEMU is to hold nothing after all, which is being asked to."""
+        self._told = False
+        """Whether QEMU has been told to let go of all, and will when it comes to that."""
         self._settled = trio.Event()
 
     async def settled(self) -> None:
@@ -109,7 +111,7 @@ class Keeper:
         if self._asking or self.on or trio.current_time() < self._asked_at + _ASK_AGAIN:
             return
         self._asked_at = trio.current_time()
-        self._asking, self._ends = True, False
+        self._asking, self._ends, self._told = True, False, False
         self._settled = trio.Event()
         asked: list[Identity] = []
         try:
@@ -327,9 +329,14 @@ class Keeper:
         if self.on and (listens or self._left_over > _LEFT_OVER):  # its address is to be free
             self.tidy_if_possible()
 
-    def end_upstream(self, sock: socket.socket) -> None:
-        """The connection to QEMU is about to be closed."""
-        if self.upstream is not None:
+    def end_upstream(self, sock: socket.socket, *, unsent: bool) -> None:
+        """The connection to QEMU is about to be closed. `unsent`: not all that it was told has gone there.
+
+        A QEMU that has been told to let go, and is stopped or busy, does so when it comes to that, and with
+        our end of it the connection ends. Were that shut down now, QEMU would read nothing more of it
+        (chardev/char-socket.c, tcp_chr_hup), and hold what it holds for as long as it runs.
+        """
+        if self.upstream is not None and (unsent or not self._told):
             end_for_all(sock)
 
     def hand_over(self) -> None:
@@ -358,8 +365,13 @@ class Keeper:
         if self.upstream is None or not (self.on or self._asking):
             return
         self.on = False
-        with trio.move_on_after(RELEASE_TIMEOUT):
+        with trio.move_on_after(RELEASE_TIMEOUT) as waits:
             await self._give_back([self.upstream, *self.lots_held])
+        if waits.cancelled_caught and self._core.ready:
+            self._recorder.end()  # it could not tell of what comes now
+            self._core.call_all()
+            self._flush()
+            self._told = True
 
     async def _give_back(self, held: Sequence[Identity]) -> None:
         """Has QEMU close what it holds, and waits for it. What it holds is known to who comes after a kill

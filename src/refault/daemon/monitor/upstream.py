@@ -285,7 +285,7 @@ class Upstream:
                     finally:
                         self._connection = None  # no task may come to a nursery that is about to close
                         trio.lowlevel.notify_closing(sock)
-                        self._keeper.end_upstream(sock)
+                        self._keeper.end_upstream(sock, unsent=bool(self.unsent))
                         nursery.cancel_scope.cancel()
                 if core.ungreeted and not core.greeting:
                     raise NotQmpError(f"it sent {core.ungreeted!r} and no greeting") from trouble

@@ -39,7 +39,7 @@ class Qemu:
     """Takes one client at a time; is this very process, which has all that it is passed."""
 
     def __init__(self, path: Path) -> None:
-        self.may_greet, self.may_close = trio.Event(), trio.Event()
+        self.may_greet, self.may_take, self.may_close = trio.Event(), trio.Event(), trio.Event()
         self.refuses = -1
         """Which getfd, from 0."""
         self.returns: str | None = None
@@ -88,14 +88,16 @@ class Qemu:
                 command, end = decoder.raw_decode(text)
                 text = text[end:].lstrip()
                 reply = json.dumps({**await self._do(command, fds), "id": command["id"]}).encode() + b"\r\n"
-                while reply:
-                    await trio.lowlevel.wait_writable(sock)
-                    reply = reply[sock.send(reply) :]
+                with contextlib.suppress(BrokenPipeError):  # nobody reads it
+                    while reply:
+                        await trio.lowlevel.wait_writable(sock)
+                        reply = reply[sock.send(reply) :]
 
     async def _do(self, command: dict[str, dict[str, str]], fds: list[int]) -> dict[str, object]:
         name = str(command["execute"])
         self.asked.append(name)
         if name == "getfd":
+            await self.may_take.wait()
             fd = fds.pop()
             if self.asked.count(name) - 1 == self.refuses:
                 os.close(fd)
@@ -116,8 +118,8 @@ class Qemu:
 async def qemu_at(path: Path, **is_: object) -> AsyncIterator[Qemu]:
     qemu = Qemu(path)
     vars(qemu).update(is_)
-    if "may_greet" not in is_:
-        qemu.may_greet.set()
+    for each in {"may_greet", "may_take"} - is_.keys():
+        getattr(qemu, each).set()
     with trio.fail_after(60):
         async with trio.open_nursery() as nursery:
             nursery.start_soon(qemu.run)
@@ -216,6 +218,27 @@ async def test_who_lets_go_waits_until_qemu_has(tmp_path: Path) -> None:
         await until(lambda: not (tmp_path / "vm.clients").exists())
         assert not qemu.has
         nursery.cancel_scope.cancel()
+
+
+async def test_a_qemu_that_does_not_answer_lets_go_when_it_does(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Also of what it is yet to take."""
+    monkeypatch.setattr(keeper, "RELEASE_TIMEOUT", 0.01)
+    made = monitor(tmp_path, "front")
+    async with qemu_at(tmp_path / "qemu", may_take=trio.Event()) as qemu:
+        qemu.may_close.set()
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(made.run)
+            await until(lambda: "getfd" in qemu.asked)
+            await made.let_go()
+            nursery.cancel_scope.cancel()
+        assert not (tmp_path / "vm.clients").exists()
+        qemu.may_take.set()
+        await until(lambda: qemu.asked.count("closefd") == 5)
+        async with await trio.open_unix_socket(str(tmp_path / "qemu")) as other:  # its monitor is free
+            assert b"QMP" in await other.receive_some()
+        assert not qemu.has
 
 
 async def test_a_start_that_fails_leaves_clients_to_the_next(tmp_path: Path) -> None:
