@@ -16,6 +16,7 @@ NIGHTLY ?=
 ENDS ?=
 LIBVIRT ?=
 SUITE ?=
+SYSTEMD ?=
 TEST ?=
 SECONDS ?= 60
 # Other QEMUs than the machine's own, as make qemus unpacks them: .qemus/qemu-10 and so on.
@@ -65,7 +66,7 @@ help:
 	@echo 'make prometheus  Debian'"'"'s Prometheus, unpacked in .qemus/; the tests of monitoring/ need it'
 	@echo 'make analyze  the forward decoder beside them, on streams that QEMUs save'
 	@echo 'make test     unit and integration tests (TEST=tests/unit for some of them)'
-	@echo 'make systemd  of these, the units under a real systemd, in a container'
+	@echo 'make systemd  of these, the units under a real systemd, in a container (SYSTEMD="-m nightly -k notices -rP")'
 	@echo 'make campaign  20 losses of each class, over the whole life of a migration (CAMPAIGN="--help")'
 	@echo 'make campaign-kill  of these, kill -9 of either refault alone (CAMPAIGN="--qemu qemu-10 --each 17")'
 	@echo 'make lint     ruff, mypy, clang-format, gcc and clang'
@@ -150,7 +151,7 @@ endif
 systemd: build $(VENV)/.dev
 	$(BOOTSTRAP) test
 	tests/tools/nspawn $(NSPAWN_DIR)
-	$(BIN)/python -m pytest tests/integration/test_systemd.py
+	$(BIN)/python -m pytest tests/integration/test_systemd.py $(SYSTEMD)
 
 campaign: build $(VENV)/.dev
 	$(BOOTSTRAP) test

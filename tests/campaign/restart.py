@@ -24,6 +24,7 @@ from collections.abc import Awaitable, Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Protocol
 
 import trio
 from tests.campaign.ran import Said, miscounted
@@ -227,7 +228,8 @@ async def told(directory: Path) -> dict[str, int]:
     except OSError:
         return {}
     async with stream:
-        return dict(json.loads(b"".join([data async for data in stream]))["vms"][0]["clients"])
+        vms = json.loads(b"".join([data async for data in stream]))["vms"]
+    return dict(vms[0]["clients"]) if vms else {}
 
 
 async def connected(directory: Path, expected: int) -> int:
@@ -251,16 +253,56 @@ def start(directory: Path, program: Sequence[str] = REFAULT) -> subprocess.Popen
         )
 
 
+class Daemon(Protocol):
+    """A refault in front of `q` in the campaign's directory that listens at `f`; `control` is there, too."""
+
+    async def start(self) -> None:
+        """Has one more run."""
+
+    async def end(self, *, planned: bool) -> None:
+        """Ends the one that runs, by SIGKILL or for the next one; returns when it is no more."""
+
+    def over(self) -> None:
+        """Ends it for good."""
+
+    def log(self) -> str:
+        """What all of them have said."""
+
+
+class Child:
+    """A process of ours."""
+
+    def __init__(self, directory: Path) -> None:
+        self._directory = directory
+        (directory / "state").mkdir()
+
+    async def start(self) -> None:
+        self._process = start(self._directory)
+
+    async def end(self, *, planned: bool) -> None:
+        self._process.send_signal(signal.SIGUSR2 if planned else signal.SIGKILL)
+        await trio.to_thread.run_sync(self._process.wait)
+
+    def over(self) -> None:
+        self._process.kill()
+        self._process.wait()
+
+    def log(self) -> str:
+        return (self._directory / "log").read_text()
+
+
 def undecided(log: str) -> int:
     """What was done at a kill that the next refault could not tell from what it found, by what it says."""
     lost = sum(map(int, re.findall(r"(\d+) descriptors that clients had passed are lost", log)))
     return lost + log.count("cannot go on where the last refault ended")
 
 
-async def campaign(binary: str, kills: int, seed: int, directory: Path, *, planned: bool) -> list[str]:
-    """What was wrong after so many kills."""
+async def campaign(
+    binary: str, kills: int, seed: int, directory: Path, *, planned: bool, daemon: Daemon | None = None
+) -> list[str]:
+    """What was wrong after so many kills, of a child of ours where no other `daemon` is given."""
     chance = random.Random(seed)
-    (directory / "state").mkdir()
+    daemon = daemon or Child(directory)
     path = directory / "f"
     clients = [
         Client("none", 0, path, random.Random(seed + 1)),
@@ -277,7 +319,7 @@ async def campaign(binary: str, kills: int, seed: int, directory: Path, *, plann
     with qemu_at(binary, directory) as qemu:
         while not (directory / "q2").exists():
             await trio.sleep(0.02)
-        process = start(directory)
+        await daemon.start()
         try:
             while not path.exists():
                 await trio.sleep(0.02)
@@ -303,21 +345,16 @@ async def campaign(binary: str, kills: int, seed: int, directory: Path, *, plann
                             await visitor.ready.wait()
                         if chance.random() < 0.7:
                             await trio.sleep(chance.random() * 0.2)
-                        if planned:
-                            process.send_signal(signal.SIGUSR2)
-                        else:
-                            process.kill()
-                        await trio.to_thread.run_sync(process.wait)
+                        await daemon.end(planned=planned)
                         visitor.killed.set()
                         if chance.random() < 0.3:
                             await trio.sleep(0.3)
-                        process = start(directory)
+                        await daemon.start()
                         if not planned and chance.random() < EARLY:  # in any moment of the start
                             await trio.sleep(chance.random() * STARTED_WITHIN)
-                            process.kill()
-                            await trio.to_thread.run_sync(process.wait)
+                            await daemon.end(planned=False)
                             early += 1
-                            process = start(directory)
+                            await daemon.start()
                         restarted = time.monotonic()
                         with trio.move_on_after(NOTICED_WITHIN) as scope:
                             while any(client.heard < restarted for client in clients[1:]):
@@ -342,8 +379,7 @@ async def campaign(binary: str, kills: int, seed: int, directory: Path, *, plann
         except BaseExceptionGroup as error:
             wrong.append(repr(error)[:300])
         finally:
-            process.kill()
-            process.wait()
+            daemon.over()
         assert qemu.poll() is None
     for client in clients:
         wrong += client.verdict()
@@ -361,7 +397,7 @@ async def campaign(binary: str, kills: int, seed: int, directory: Path, *, plann
     ran, wrongly = miscounted((directory / "trace").read_text(), said)
     wrong += wrongly
     commands = sum(len(client.sent) for client in clients)
-    ends, not_decided = kills + early, undecided((directory / "log").read_text())
+    ends, not_decided = kills + early, undecided(daemon.log())
     if not_decided * UNDECIDED > ends:
         wrong.append(f"{not_decided} not decided in {ends} ends, more than 1 in {UNDECIDED:,}")
     print(

@@ -18,6 +18,8 @@ from tests.support import until as support
 
 ROOT = Path(__file__).parents[2]
 BASE = ROOT / ".nspawn"
+OTHERS = (ROOT / ".qemus").resolve()
+"""Other QEMUs than the machine's own, where `make qemus` has put them, are at the same place there."""
 T = TypeVar("T")
 PATIENCE = 120
 # The system is an overlay over what tests/tools/nspawn has made, in memory, seen by this process tree alone.
@@ -28,7 +30,7 @@ layers=lowerdir=$below,upperdir=$place/changed,workdir=$place/work
 mount -t overlay overlay -o "$layers" "$place/system"
 exec systemd-nspawn --quiet --register=no --keep-unit --boot --console=pipe --machine="debian-$$" \
     --directory="$place/system" --private-network --system-call-filter='userfaultfd pidfd_getfd @memlock' \
-    --bind-ro=/usr:/host/usr --bind-ro="$checkout:/host/checkout"
+    --bind-ro=/usr:/host/usr --bind-ro="$checkout:/host/checkout" ${others:+"--bind-ro=$others"}
 """
 _ENVIRONMENT = {"PATH": "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin", "HOME": "/root"}
 
@@ -111,6 +113,7 @@ def booted(directory: Path, *layers: Path) -> Iterator[Debian]:
     place, log = directory / "debian", directory / "debian.log"
     place.mkdir()
     words = {"place": place, "below": ":".join(map(str, [*layers, BASE / "debian"])), "checkout": ROOT}
+    words["others"] = OTHERS if OTHERS.exists() else ""
     with contextlib.ExitStack() as stack:
         join = "".join(f'echo $$ >"{each}/cgroup.procs"\n' for each in stack.enter_context(_cgroups()))
         output = stack.enter_context(log.open("wb"))

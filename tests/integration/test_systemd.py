@@ -2,17 +2,30 @@
 
 from __future__ import annotations
 
+import itertools
 import json
+import random
 import subprocess
 from collections.abc import Iterator
 from functools import partial
+from pathlib import Path
 
 import pytest
-from tests.integration.debian import ROOT, Debian, booted, make_environment, migration, one_system, until
+from tests.integration.debian import (
+    OTHERS,
+    ROOT,
+    Debian,
+    booted,
+    make_environment,
+    migration,
+    one_system,
+    until,
+)
 
 pytestmark = one_system("units")
 
 PYTHON = "/usr/local/lib/refault/bin/python"
+QEMUS = ["qemu-system-x86_64", *(str(OTHERS / name) for name in ("qemu-10", "qemu-11"))]
 VM = '[vm.vm1]\nqemu = "/run/vms/vm1.real"\nlisten = "/run/vms/vm1,mode=0660,group=vm"\n'
 
 
@@ -184,6 +197,38 @@ def test_a_client_outlives_kills_and_restarts_of_the_unit_and_ends_with_a_stop(
         until(lambda: debian.show("client", "ActiveState") == "failed", lambda: debian.journal("client"))
     finally:
         debian.sh("systemctl stop refault; systemctl stop client undumpable || true; systemctl reset-failed")
+        debian.sh("rm -r /run/systemd/system/refault.service.d; systemctl daemon-reload")
+
+
+CAMPAIGNS = [
+    pytest.param(user, binary, 20, planned, id=f"{user}-{Path(binary).name}-{how}", marks=pytest.mark.nightly)
+    for binary, user in itertools.product(QEMUS, AS_USER)
+    for how, planned in (("killed", False), ("restarted", True))
+]
+
+
+@pytest.mark.parametrize(("user", "binary", "kills", "planned"), [("vm", QEMUS[0], 3, False), *CAMPAIGNS])
+def test_no_client_notices_that_the_unit_ends(
+    debian: Debian, user: str, binary: str, kills: int, *, planned: bool
+) -> None:
+    """The campaign of restarts (tests/campaign/restart.py), under the unit, with a QEMU of the user vm's."""
+    where, qemu = "/run/vms/campaign", "/usr/local/bin/qemu-of-vm"
+    become = f"setpriv --reuid=vm --regid=vm --clear-groups {binary}"
+    if user == "undumpable":
+        become = f"{binary} -runas vm"
+    debian.write(qemu, f'#!/bin/sh\numask 0\nexec {become} "$@"\n')
+    debian.write("/etc/refault/vms.d/vm1.toml", f'[vm.vm]\nqemu = "{where}/q"\nlisten = "{where}/f"\n')
+    debian.write("/run/systemd/system/refault.service.d/user.conf", f"[Service]\n{AS_USER[user]}")
+    debian.sh(f"chmod 755 {qemu}; rm -rf {where}; install -d --owner=vm {where}")
+    debian.sh("systemctl stop refault; systemctl daemon-reload")
+    command = ["env", "--chdir=/host/checkout", PYTHON, "-m", "tests.campaign.restart_unit", where]
+    command += ["--unit=refault", "--control=/run/refault/refault.control", f"--qemu={qemu}"]
+    command += [f"--kills={kills}", f"--seed={random.randrange(1 << 30)}"]
+    try:
+        done = debian.attempt(*command, *(["--planned"] if planned else []), timeout=500)
+        print(done.stdout)
+        assert done.returncode == 0, debian.journal("refault")[-20000:]
+    finally:
         debian.sh("rm -r /run/systemd/system/refault.service.d; systemctl daemon-reload")
 
 
