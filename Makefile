@@ -186,12 +186,13 @@ tsan:
 	$(BOOTSTRAP) fuzz
 	tests/tsan/run.sh $(SECONDS)
 
-# kill -9 of either refault, and of both, in postcopy; one that hangs and is killed by its watchdog, in every phase.
+# kill -9 of either refault in every phase, and of both in postcopy; one that hangs and is killed by its watchdog, too.
+KILLED := refault_source refault_destination refault_both refault_again killed_setup killed_precopy killed_switchover \
+          killed_paused killed_recovery killed_last
 HUNG := hung_precopy hung_switchover refault_hung hung_paused hung_recovery hung_last
 campaign-kill: build $(VENV)/.dev
 	$(BOOTSTRAP) test
-	tests/tools/with-userfaultfd $(BIN)/python -m tests.campaign --only refault_source --only refault_destination \
-	    --only refault_both $(HUNG:%=--only %) $(CAMPAIGN)
+	tests/tools/with-userfaultfd $(BIN)/python -m tests.campaign $(patsubst %,--only %,$(KILLED) $(HUNG)) $(CAMPAIGN)
 
 $(CAMPAIGNS:%=campaign-%): build $(VENV)/.dev
 	$(BOOTSTRAP) test

@@ -3,22 +3,24 @@
 from __future__ import annotations
 
 import contextlib
+import math
 import os
 import random
 import signal
 from collections.abc import AsyncIterator, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 
 import trio
 from tests.campaign.invariants import Watch
-from tests.campaign.losses import HUNG, KILLED, LossClass, Place, Planned
+from tests.campaign.losses import KILLED, LossClass, Phase, Place, Planned
 from tests.campaign.outcomes import Outcome, allowed
 from tests.campaign.steady import Steady
 
 from refault.daemon.recovery.doubt import TAKE_BACK
 from refault.lab import bare
-from refault.lab.channel import Between, Channel, Loss, free_port, start_channel
+from refault.lab.channel import Between, Channel, Cut, Loss, free_port, start_channel
 from refault.lab.driver import RefaultDriver, refault_driver
 from refault.lab.guest import Guest
 from refault.lab.memory import compare
@@ -32,6 +34,7 @@ from refault.lab.tasks import background
 GUEST = Guest(vcpus=4, log_pages=11, tick_ns=10_000_000)
 DISKS = 4
 _POSTCOPY_BANDWIDTH = 512 << 10
+_NO_LIMIT: tuple[str, dict[str, object]] = ("migrate-set-parameters", {"max-postcopy-bandwidth": 0})
 _PRECOPY_BANDWIDTH = 4 << 20  # so that it takes a busy machine less to begin postcopy than QEMU to complete
 _SLOW_PRECOPY = 6 << 20
 _ACTIVE = ("postcopy-active", "completed")
@@ -80,7 +83,7 @@ class _Stage:
     steady: Sequence[Steady]
     capabilities: Sequence[str] = bare.CAPABILITIES
     at_its_end: bool = False
-    """Whether the source had turned to its completion when a refault that hung was killed."""
+    """Whether the source had turned to its completion when a refault was killed."""
 
     @property
     def both(self) -> tuple[Qemu, Qemu]:
@@ -154,15 +157,25 @@ async def live(
         await _end(stage, life)
         for each in stage.steady:
             await each.settle()
-        if life.results and stage.watch.broken:
-            dead = any("dead" in text for text in stage.watch.broken)
-            life.results[-1].outcome = Outcome.DEAD if dead else Outcome.DOUBLED
-            life.results[-1].note = "; ".join(stage.watch.broken)
-        elif life.results and _refused(directory):
-            life.results[-1].outcome = Outcome.REFUSED
-        elif life.results and (noticed := [text for each in stage.steady for text in each.noticed]):
-            life.results[-1].outcome = Outcome.NOTICED
-            life.results[-1].note = "; ".join(noticed)
+        if life.results:
+            _tell_broken(stage, life.results[-1], refused=_refused(directory))
+
+
+def _tell_broken(stage: _Stage, result: Result, *, refused: bool) -> None:
+    """What must not be, whatever became of the last loss. Some QEMUs die of some, and no client notices more
+    than that."""
+    broken = stage.watch.broken
+    noticed = [text for each in stage.steady for text in each.noticed]
+    if any("dead" not in text for text in broken):
+        result.outcome = Outcome.DOUBLED
+    elif noticed:
+        result.outcome = Outcome.NOTICED
+    elif broken:
+        result.outcome = Outcome.DEAD
+    elif refused:
+        result.outcome = Outcome.REFUSED
+    if broken or noticed:
+        result.note = "; ".join([*broken, *noticed])
 
 
 def _refused(directory: Path) -> bool:
@@ -173,7 +186,8 @@ def _refused(directory: Path) -> bool:
 async def _make(stage: _Stage, planned: Planned, life: Life) -> bool:
     """Makes one loss; False where the migration does not go on after it."""
     if planned.kind.place is Place.ALONE:
-        life.results.append(await _precopy(stage, planned))
+        before = _setup if planned.kind.phase is Phase.SETUP else _precopy
+        life.results.append(await before(stage, planned))
         return False
     since = [0, 0]
     stage.at_its_end = False
@@ -182,7 +196,7 @@ async def _make(stage: _Stage, planned: Planned, life: Life) -> bool:
     else:
         if not life.results:
             await _begin(stage, None)
-        if planned.kind not in (LossClass.HUNG_RECOVERY, LossClass.HUNG_LAST):
+        if planned.kind.phase not in (Phase.RECOVERY, Phase.LAST):
             await trio.sleep(planned.after)
         if any(_last(qemu)[0] == "completed" for qemu in stage.both):
             return False
@@ -205,8 +219,8 @@ async def _begin(stage: _Stage, planned: Planned | None) -> float:
     with trio.fail_after(60):
         await _start(stage, _PRECOPY_BANDWIDTH)
         await bare.wait_sent(source, 0.3)
-        if planned is not None and planned.hangs:
-            return await _hang_in_switchover(stage, planned)
+        if planned is not None and planned.kind.phase is not None:
+            return await _die_in_switchover(stage, planned)
         if planned is not None and planned.cut is not None:
             await stage.channel.cut_at(planned.cut)
         await source.execute("migrate-start-postcopy")
@@ -219,6 +233,12 @@ async def _begin(stage: _Stage, planned: Planned | None) -> float:
 
 
 async def _start(stage: _Stage, bandwidth: int) -> None:
+    await _prepare(stage, bandwidth)
+    await stage.driver.source.execute("migrate", {"uri": stage.channel.uri})
+
+
+async def _prepare(stage: _Stage, bandwidth: int) -> None:
+    """All but the source's `migrate`."""
     source, destination = stage.driver.source, stage.driver.destination
     for qmp in (source, destination):
         await bare.set_capabilities(qmp, *stage.capabilities)
@@ -230,7 +250,42 @@ async def _start(stage: _Stage, bandwidth: int) -> None:
     await source.execute("migrate-set-parameters", limits)
     await destination.execute("migrate-incoming", {"uri": stage.channel.target_uri})
     await stage.channel.wait_open()
-    await source.execute("migrate", {"uri": stage.channel.uri})
+
+
+async def _setup(stage: _Stage, planned: Planned) -> Result:
+    """`migrate` was given and is not answered: QEMU has it and fails it or goes on, or never had it. The
+    client's connection stays, and is answered."""
+    client = stage.driver.source
+    dies = partial(_die, stage, planned, after=planned.after)
+    refused = ""
+    with trio.move_on_after(60):
+        async with trio.open_nursery() as nursery:
+            command = {"uri": stage.channel.uri}
+            nursery.start_soon(dies)
+            try:
+                await client.execute("migrate", command, timeout=math.inf)
+            except QmpError as error:
+                refused = str(error)
+            except QmpClosed as error:
+                return Result(planned, Outcome.NOTICED, note=str(error))
+        return await _what_became_of_setup(stage, planned, refused)
+    return Result(planned, Outcome.STUCK, note=_words(stage))
+
+
+async def _what_became_of_setup(stage: _Stage, planned: Planned, refused: str) -> Result:
+    """Whether the guest goes on at the source, or the migration does; the deadline is the caller's."""
+    source = stage.pair.source
+    while True:
+        status = await bare.migration_status(source.qmp)
+        if status in ("failed", "none") and (await source.qmp.execute("query-status"))["running"]:
+            await source.wait_progress()
+            if status == "failed" or refused:
+                return Result(planned, Outcome.SOURCE_GOES_ON, note=refused)
+        if status == "active" and not refused:
+            with contextlib.suppress(RuntimeError):  # it fails all the same
+                await bare.wait_sent(source.qmp, 0.3)
+                return Result(planned, Outcome.UNHARMED)
+        await trio.sleep(0.02)
 
 
 async def _precopy(stage: _Stage, planned: Planned) -> Result:
@@ -238,8 +293,8 @@ async def _precopy(stage: _Stage, planned: Planned) -> Result:
     with trio.fail_after(60):
         await _start(stage, _SLOW_PRECOPY)
         await bare.wait_sent(stage.driver.source, planned.after)
-        if planned.hangs:
-            await _hang_and_kill(stage, planned)
+        if planned.kind.phase is not None:
+            await _die(stage, planned)
         elif planned.how is Loss.KILL:
             await stage.channel.kill(request_inside=False)
         else:
@@ -266,24 +321,11 @@ async def _lose(stage: _Stage, planned: Planned) -> float | None:
             await client.execute("migrate-pause", oob=True)
         case kind if kind in KILLED:
             return await _kill_refaults(stage, KILLED[kind], planned)
-        case LossClass.HUNG_PAUSED:  # for ten seconds, which are the client's
-            since = stage.marks()
-            await client.execute("migrate-pause", oob=True)
-            await both_paused([each.qmp for each in stage.both], since)
-            return await _hang_and_kill(stage, planned)
-        case LossClass.HUNG_RECOVERY:
-            await stage.channel.lose(planned.how)
-            await trio.sleep(planned.after)
-            return await _hang_and_kill(stage, planned)
-        case LossClass.HUNG_LAST:
-            await stage.driver.source.execute("migrate-set-parameters", {"max-postcopy-bandwidth": 0})
-            await trio.sleep(planned.after)
-            await _hang_and_kill(stage, planned)
-        case kind if kind in HUNG:
-            return await _hang_and_kill(stage, planned)
+        case kind if kind.phase is not None:
+            return await _die_in(kind.phase, stage, planned)
         case LossClass.EOF if planned.cut is not None:
             await stage.channel.cut_at(planned.cut)
-            await stage.driver.source.execute("migrate-set-parameters", {"max-postcopy-bandwidth": 0})
+            await stage.driver.source.execute(*_NO_LIMIT)
             return (await stage.channel.was_cut(planned.cut)).when
         case LossClass.ONE_OF_TWO if planned.cut is not None:
             await stage.channel.cut_at(planned.cut)
@@ -330,27 +372,75 @@ async def _kill_refaults(stage: _Stage, ends: Sequence[int], planned: Planned) -
     return when
 
 
-async def _hang_in_switchover(stage: _Stage, planned: Planned) -> float:
-    """Before its QEMU sends the package, or in the midst of that."""
-    if not planned.after:
+async def _die_in_switchover(stage: _Stage, planned: Planned) -> float:
+    """Before its QEMU sends the package, in the midst of that, or when the destination is about to run."""
+    if planned.cut is not None:
+        return await _die_where_frozen(stage, planned, planned.cut, "migrate-start-postcopy")
+    if planned.hangs and not planned.after:
         stage.driver.processes[SIDES.index(planned.side)].signal(signal.SIGSTOP)
     await stage.pair.source.qmp.execute("migrate-start-postcopy")
-    await trio.sleep(planned.after)
-    return await _hang_and_kill(stage, planned)
+    return await _die(stage, planned, after=planned.after)
 
 
-async def _hang_and_kill(stage: _Stage, planned: Planned) -> float:
-    """Has one stand still until it is killed, and starts it again; gives the time of the kill."""
+async def _die_in(phase: Phase, stage: _Stage, planned: Planned) -> float:
+    """In postcopy, and what comes with it and after it."""
+    match phase:
+        case Phase.PAUSED:  # for ten seconds, which are the client's
+            since = stage.marks()
+            client = stage.driver.source if planned.pauses == "source" else stage.driver.destination
+            await client.execute("migrate-pause", oob=True)
+            await both_paused([each.qmp for each in stage.both], since)
+        case Phase.RECOVERY:
+            await stage.channel.lose(planned.how)
+            return await _die(stage, planned, after=planned.after)
+        case Phase.LAST if planned.cut is not None:
+            return await _die_where_frozen(stage, planned, planned.cut, *_NO_LIMIT)
+        case Phase.LAST:
+            await stage.driver.source.execute(*_NO_LIMIT)
+            return await _die(stage, planned, after=planned.after)
+        case _:
+            pass
+    return await _die(stage, planned)
+
+
+async def _die_where_frozen(
+    stage: _Stage, planned: Planned, place: Cut, command: str, arguments: dict[str, object] | None = None
+) -> float:
+    """One is killed while nothing passes between the two, from a place in the stream on that comes after the
+    source has taken a command."""
+    await stage.channel.cut_at(place, freezes=True)
+    await stage.driver.source.execute(command, arguments)
+    await stage.channel.was_frozen()
+    return await _die(stage, planned, after=planned.after, frozen=True)
+
+
+async def _die(stage: _Stage, planned: Planned, *, after: float = 0.0, frozen: bool = False) -> float:
+    """Has one killed, outright or after it has stood still, and starts it again; gives the time of the kill.
+    Where the channel is ``frozen`` something passes again then."""
+    await trio.sleep(after)
     end = SIDES.index(planned.side)
     refault = stage.driver.processes[end]
-    refault.signal(signal.SIGSTOP)
-    await trio.sleep(planned.hangs)
-    stage.at_its_end = planned.kind.place is Place.MIDDLE and await _is_at_its_end(stage.pair.source)
-    await _abort(refault)
-    when = trio.current_time()
+    if planned.hangs:
+        refault.signal(signal.SIGSTOP)
+        await trio.sleep(planned.hangs)
+        await _look_at_its_end(stage, planned)
+        await _abort(refault)
+        when = trio.current_time()
+    else:
+        refault.kill()
+        when = trio.current_time()
+        if frozen:
+            stage.channel.thaw()
+        await _look_at_its_end(stage, planned)
+    await trio.sleep(planned.down)
     stage.driver.start_again(end)
     await _connect_again(stage, end)
     return when
+
+
+async def _look_at_its_end(stage: _Stage, planned: Planned) -> None:
+    """Of a kill in postcopy: one at its end does not pause, so that it may as well be asked afterwards."""
+    stage.at_its_end = planned.kind.place is Place.MIDDLE and await _is_at_its_end(stage.pair.source)
 
 
 async def _is_at_its_end(source: Qemu) -> bool:
@@ -405,8 +495,9 @@ async def _judge(stage: _Stage, planned: Planned, when: float, since: Sequence[i
         stage.watch.look_at_processes()
         if stage.watch.broken:
             return Result(planned, Outcome.DEAD, note=_words(stage))
-        if all(status in _ACTIVE and at > when for status, at in last) and _settled(last):
-            return Result(planned, Outcome.RECOVERED, max(at for _, at in last) - when)
+        if all(_goes_on_since(when, *each) for each in last) and _settled(last):
+            took = max(at for _, at in last) - when
+            return Result(planned, Outcome.RECOVERED, took if took > 0 else None)
         held = await stage.held()
         held_since = (held_since or trio.current_time()) if held else None
         passes = Outcome.HELD not in allowed(planned.kind, stage.pair.source.qmp.version)
@@ -456,8 +547,13 @@ async def _ended_without_guest(stage: _Stage, planned: Planned) -> bool:
                 return False
             await trio.sleep(0.05)
         return False
-    closed = planned.hangs or "in precopy: closing QEMU's" in refault.tail(50)
-    return bool(closed) and not stage.watch.handed_over
+    closed = planned.kind.phase is not None or "in precopy: closing QEMU's" in refault.tail(50)
+    return closed and not stage.watch.handed_over
+
+
+def _goes_on_since(when: float, status: str, at: float) -> bool:
+    """Whether a QEMU goes on after a loss, by its last word; one that is `completed` needs nothing more."""
+    return status == "completed" or (status in _ACTIVE and at > when)
 
 
 def _settled(last: Sequence[tuple[str, float]]) -> bool:
@@ -486,11 +582,13 @@ async def _end(stage: _Stage, life: Life) -> None:
     here = (Outcome.SOURCE_GOES_ON, Outcome.TAKEN_BACK, Outcome.STOPPED, Outcome.LEFT_AT_SOURCE)
     if result.outcome in here:
         verdict = await compare(GUEST, source.qmp)
-    elif result.outcome in (Outcome.RECOVERED, Outcome.COMPLETED_HELD):
+    elif result.outcome in (Outcome.RECOVERED, Outcome.UNHARMED, Outcome.COMPLETED_HELD):
         try:
             with trio.fail_after(60):
-                if result.outcome is Outcome.RECOVERED:
-                    await stage.driver.source.execute("migrate-set-parameters", {"max-postcopy-bandwidth": 0})
+                if result.outcome is Outcome.UNHARMED:
+                    await stage.driver.source.execute("migrate-start-postcopy")
+                if result.outcome is not Outcome.COMPLETED_HELD:
+                    await stage.driver.source.execute(*_NO_LIMIT)
                     await source.qmp.wait_migration("completed")
                 await destination.qmp.wait_migration("completed")
                 await destination.wait_progress(30)

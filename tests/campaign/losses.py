@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 from refault.lab.channel import Cut, Loss
+from refault.lab.story import SIDES, Side
 
 # The places in the stream (QEMU: migration/savevm.c, qemu_savevm_command_send; migration.c,
 # migrate_send_rp_message). All integers are big-endian.
@@ -33,6 +34,18 @@ class Place(enum.Enum):
     LAST = "as the migration completes"
 
 
+class Phase(enum.Enum):
+    """The part of a migration's life in which a refault dies."""
+
+    SETUP = "setup"
+    PRECOPY = "precopy"
+    SWITCHOVER = "switchover"
+    POSTCOPY = "postcopy"
+    PAUSED = "paused"
+    RECOVERY = "recovery"
+    LAST = "the end"
+
+
 class LossClass(enum.Enum):
     """What is lost, and when."""
 
@@ -53,6 +66,12 @@ class LossClass(enum.Enum):
     REFAULT_DESTINATION = "postcopy, the destination's refault killed"
     REFAULT_BOTH = "postcopy, both refaults killed"
     REFAULT_AGAIN = "recovery from that, a refault killed again"
+    KILLED_SETUP = "setup, a refault killed"
+    KILLED_PRECOPY = "precopy, a refault killed"
+    KILLED_SWITCHOVER = "switchover, a refault killed"
+    KILLED_PAUSED = "paused, a refault killed"
+    KILLED_RECOVERY = "recovery, a refault killed"
+    KILLED_LAST = "the end, a refault killed"
     HUNG_PRECOPY = "precopy, a refault that hangs killed by its watchdog"
     HUNG_SWITCHOVER = "switchover, a refault that hangs killed by its watchdog"
     REFAULT_HUNG = "postcopy, a refault that hangs killed by its watchdog"
@@ -64,12 +83,23 @@ class LossClass(enum.Enum):
     @property
     def place(self) -> Place:
         """Where in a run it can stand."""
-        return _PLACES.get(self, Place.MIDDLE)
+        by_phase = None if self.phase is None else _PLACES_BY_PHASE.get(self.phase)
+        return by_phase or _PLACES.get(self, Place.MIDDLE)
 
     @property
     def in_handshake(self) -> bool:
         """Whether it is a loss during the recovery from another one."""
-        return self in HANDSHAKE_POINTS or self in (LossClass.REFAULT_AGAIN, LossClass.HUNG_RECOVERY)
+        return self in HANDSHAKE_POINTS or self.leg_ends_in_handshake
+
+    @property
+    def leg_ends_in_handshake(self) -> bool:
+        """Whether a QEMU sees its leg end during that recovery, for its refault has died."""
+        return self is LossClass.REFAULT_AGAIN or self.phase is Phase.RECOVERY
+
+    @property
+    def phase(self) -> Phase | None:
+        """In which one of two refaults dies; None for all other losses."""
+        return ONE_DIES.get(self)
 
     @property
     def in_switchover(self) -> bool:
@@ -82,16 +112,7 @@ def classes(*, preempt: bool) -> list[LossClass]:
     return [kind for kind in LossClass if preempt or kind is not LossClass.ONE_OF_TWO]
 
 
-_PLACES = {
-    LossClass.PRECOPY: Place.ALONE,
-    LossClass.SWITCHOVER: Place.FIRST,
-    LossClass.EOF: Place.LAST,
-    LossClass.HUNG_PRECOPY: Place.ALONE,
-    LossClass.HUNG_SWITCHOVER: Place.FIRST,
-    LossClass.HUNG_LAST: Place.LAST,
-}
-
-# The refaults that are killed (0: the source's), and started again by a supervisor.
+# The refaults that are killed in postcopy (0: the source's), and started again by a supervisor.
 KILLED: dict[LossClass, tuple[int, ...]] = {
     LossClass.REFAULT_SOURCE: (0,),
     LossClass.REFAULT_DESTINATION: (1,),
@@ -99,15 +120,46 @@ KILLED: dict[LossClass, tuple[int, ...]] = {
     LossClass.REFAULT_AGAIN: (0, 1),
 }
 
-# Those in which one refault stands still, and is killed as systemd does it; seconds before that, counted from
-# where its phase begins (in precopy: the share of the memory).
-HUNG: dict[LossClass, tuple[float, float]] = {
-    LossClass.HUNG_PRECOPY: (0.0, 0.6),
-    LossClass.HUNG_SWITCHOVER: (0.0, 0.03),
-    LossClass.REFAULT_HUNG: (0.1, 0.6),
-    LossClass.HUNG_PAUSED: (0.1, 0.6),
-    LossClass.HUNG_RECOVERY: (0.0, 0.08),
-    LossClass.HUNG_LAST: (0.0, 0.3),
+# Those in which one of the two is killed (kill -9), or stands still and is killed as systemd does it.
+HUNG: dict[LossClass, Phase] = {
+    LossClass.HUNG_PRECOPY: Phase.PRECOPY,
+    LossClass.HUNG_SWITCHOVER: Phase.SWITCHOVER,
+    LossClass.REFAULT_HUNG: Phase.POSTCOPY,
+    LossClass.HUNG_PAUSED: Phase.PAUSED,
+    LossClass.HUNG_RECOVERY: Phase.RECOVERY,
+    LossClass.HUNG_LAST: Phase.LAST,
+}
+ONE_DIES: dict[LossClass, Phase] = {
+    LossClass.KILLED_SETUP: Phase.SETUP,
+    LossClass.KILLED_PRECOPY: Phase.PRECOPY,
+    LossClass.KILLED_SWITCHOVER: Phase.SWITCHOVER,
+    LossClass.KILLED_PAUSED: Phase.PAUSED,
+    LossClass.KILLED_RECOVERY: Phase.RECOVERY,
+    LossClass.KILLED_LAST: Phase.LAST,
+    **HUNG,
+}
+
+# Seconds before that, counted from where the phase begins (in precopy: the share of the memory).
+_AFTER: dict[Phase, tuple[float, float]] = {
+    Phase.SETUP: (0.0005, 0.03),
+    Phase.PRECOPY: (0.0, 0.6),
+    Phase.SWITCHOVER: (0.0, 0.03),
+    Phase.POSTCOPY: (0.1, 0.6),
+    Phase.PAUSED: (0.1, 0.6),
+    Phase.RECOVERY: (0.0, 0.08),
+    Phase.LAST: (0.0, 0.3),
+}
+
+_PLACES = {
+    LossClass.PRECOPY: Place.ALONE,
+    LossClass.SWITCHOVER: Place.FIRST,
+    LossClass.EOF: Place.LAST,
+}
+_PLACES_BY_PHASE = {
+    Phase.SETUP: Place.ALONE,
+    Phase.PRECOPY: Place.ALONE,
+    Phase.SWITCHOVER: Place.FIRST,
+    Phase.LAST: Place.LAST,
 }
 
 # Way (forward?), pattern, and how many bytes after its first match: half a message, a whole one, some more.
@@ -126,7 +178,7 @@ class Planned:
     kind: LossClass
     how: Loss
     cut: Cut | None = None
-    side: Literal["source", "destination"] = "source"
+    side: Side = "source"
     after: float = 0.0
     """Seconds (in precopy: the share of the memory) that pass before it."""
     down: float = 0.0
@@ -135,13 +187,17 @@ class Planned:
     """Seconds until that of ``side`` is killed once more."""
     hangs: float = 0.0
     """Seconds for which a refault has stood still when it is killed."""
+    pauses: Side = "source"
+    """Where a client has paused the migration in which a refault is killed."""
 
     def __str__(self) -> str:
         detail = self.how.value
         if self.kind in KILLED:
             detail = f"again after {self.again:.2f} s" if self.again else f"down for {self.down:.2f} s"
-        if self.hangs:
-            detail = f"after {self.hangs:.2f} s"
+        if self.kind.phase is not None:
+            detail = f"after {self.hangs:.2f} s" if self.hangs else f"down for {self.down:.2f} s"
+        if self.kind.phase is Phase.PAUSED:
+            detail += f", paused at the {self.pauses}"
         if self.cut is not None:
             way = "forward stream" if self.cut.forward else "return path"
             detail += f", {way}, {self.cut.extra} bytes after the match"
@@ -151,7 +207,7 @@ class Planned:
 def plan(kind: LossClass, draw: random.Random) -> Planned:
     """Draws the details of a loss."""
     how: Broken = draw.choice((Loss.RESET, Loss.CLOSE))
-    side: Literal["source", "destination"] = draw.choice(("source", "destination"))
+    side = draw.choice(SIDES)
     after = draw.uniform(0.1, 0.6)
     match kind:
         case LossClass.PRECOPY:
@@ -173,17 +229,31 @@ def plan(kind: LossClass, draw: random.Random) -> Planned:
             return Planned(kind, how, Cut(how, True, EOF, kept_back, "now"), side, after)
         case LossClass.REFAULT_AGAIN:
             return Planned(kind, how, None, side, after, again=draw.uniform(0.2, 0.7))
-        case kind if kind in HUNG:
-            after = draw.choice((HUNG[kind][0], draw.uniform(*HUNG[kind])))
-            return Planned(kind, how, None, side, after, hangs=draw.uniform(0.1, 2.0))
+        case kind if kind.phase is not None:
+            after = draw.choice((_AFTER[kind.phase][0], draw.uniform(*_AFTER[kind.phase])))
+            if kind in HUNG:
+                return Planned(kind, how, None, side, after, hangs=draw.uniform(0.1, 2.0), pauses=side)
+            where, down = _where_killed(kind.phase, how, draw), _down(draw)
+            return Planned(kind, how, where, side, after, down, pauses=draw.choice(SIDES))
         case kind if kind in KILLED:
-            return Planned(kind, how, None, side, after, draw.choice((0.0, draw.uniform(0.0, 1.0))))
+            return Planned(kind, how, None, side, after, _down(draw))
         case kind if kind in HANDSHAKE_POINTS:
             forward, pattern, places = HANDSHAKE_POINTS[kind]
             extra = draw.choice((0, draw.choice(places)))
             return Planned(kind, how, Cut(how, forward, pattern, extra), side, after)
         case _:
             return Planned(kind, how, None, side, after)
+
+
+def _down(draw: random.Random) -> float:
+    return draw.choice((0.0, draw.uniform(0.0, 1.0)))
+
+
+def _where_killed(phase: Phase, how: Broken, draw: random.Random) -> Cut | None:
+    """The place at which the channel stands still until one is killed, where the phase is a short one."""
+    if phase is Phase.SWITCHOVER:
+        return _in_switchover(how, draw)
+    return Cut(how, True, EOF, 0, "now") if phase is Phase.LAST else None
 
 
 def _in_switchover(how: Broken, draw: random.Random) -> Cut:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import enum
 
-from tests.campaign.losses import LossClass, Place
+from tests.campaign.losses import LossClass, Phase, Place
 
 from refault.migration.versions import Version, abilities
 
@@ -13,6 +13,7 @@ class Outcome(enum.Enum):
     """The end of one loss. ``good`` says whether it can be the best there is."""
 
     RECOVERED = "recovered"
+    UNHARMED = "the migration goes on"
     SOURCE_GOES_ON = "guest goes on at the source"
     TAKEN_BACK = "taken back to the source on the operator's word"
     COMPLETED_HELD = "completed at the destination, source held"
@@ -37,6 +38,9 @@ def allowed(kind: LossClass, version: Version, *, at_its_end: bool = False) -> t
     """
     if at_its_end:
         return _AT_THE_END
+    if kind.phase is Phase.SETUP:
+        # Where QEMU had no connection yet, the next refault may make one.
+        return (Outcome.SOURCE_GOES_ON, Outcome.UNHARMED)
     if kind.place is Place.ALONE:
         return (Outcome.SOURCE_GOES_ON,)
     if kind.in_switchover:
@@ -44,15 +48,12 @@ def allowed(kind: LossClass, version: Version, *, at_its_end: bool = False) -> t
         if abilities(version).fails_when_told:
             ends = (Outcome.RECOVERED, Outcome.SOURCE_GOES_ON, Outcome.TAKEN_BACK, Outcome.STOPPED)
             # A 10.0 that still writes it as a killed process closes its leg stays in `device`, bare or not.
-            return (*ends, Outcome.LEFT_AT_SOURCE) if kind is LossClass.HUNG_SWITCHOVER else ends
+            return (*ends, Outcome.LEFT_AT_SOURCE) if kind.phase is Phase.SWITCHOVER else ends
         part_lost = (Outcome.HELD, Outcome.LEFT_AT_SOURCE, Outcome.STOPPED, Outcome.SOURCE_GOES_ON)
         return (Outcome.RECOVERED, *part_lost)
     if kind.place is Place.LAST:
         return _AT_THE_END
-    if (
-        kind in (LossClass.REFAULT_AGAIN, LossClass.HUNG_RECOVERY)
-        and not abilities(version).pauses_again_in_handshake
-    ):
+    if kind.leg_ends_in_handshake and not abilities(version).pauses_again_in_handshake:
         # A killed process closes its leg in the handshake too, which this QEMU does not survive.
         return (Outcome.RECOVERED, Outcome.HELD, Outcome.STUCK, Outcome.DEAD)
     if kind.in_handshake and not abilities(version).pauses_again_in_handshake:

@@ -114,9 +114,12 @@ async def test_a_source_that_has_sent_all_does_not_run_again_though_refault_is_k
             await held_by_qemu(pair.source.pid, driver.processes[0].pid)
             driver.processes[0].kill()
             again = driver.start_again(0)
-            while "which must not run again" not in again.tail(50):
+            while "ALERT: QEMU holds its leg open" not in again.tail(50):
                 assert not await runs(pair.source)
                 await trio.sleep(0.02)
+            (told,) = [vm.migration for vm in await driver.statuses() if vm.name == "source"]
+            assert told.phase == "completing"
+            assert told.held is not None
             await pair.destination.qmp.wait_migration("completed")
             await pair.destination.wait_progress()
         assert await bare.migration_status(pair.source.qmp) == "postcopy-active"

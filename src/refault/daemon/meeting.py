@@ -195,7 +195,9 @@ class Meeting:
         if not is_source and status in ("setup", "active"):
             return  # it listens somewhere that refault was not told of
         relayed = record is not None and record.relayed and isinstance(endpoint, Inet)
-        if relayed and status in self._about_to_pause:
+        # QEMU holds both ends of such a leg from QEMU_VM_EOF on (guard.py): it sees none, and does not pause.
+        held = is_source and record is not None and record.kept and record.leg is None
+        if relayed and status in self._about_to_pause and not (held and status == "postcopy-active"):
             # Its channel ended with the refault that carried it; QEMU will notice in a moment, unless it
             # still holds our end of its leg (local.Deposits).
             if not patient and not is_source:
@@ -214,8 +216,8 @@ class Meeting:
         migration.say_how()
         migration.course.feed(Event.STARTED)
         migration.course.on_status(status)
-        if migration.held_until_loaded:
-            hold_again(migration.course)
+        if (rule := migration.course.kept_by) is not None:
+            hold_again(migration.course, rule)
 
     async def _listens(self, query_migrate: Mapping[str, object]) -> bool:
         """Serves a QEMU that waits for a migration where its command line says, if an option says it too."""

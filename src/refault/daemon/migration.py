@@ -30,7 +30,7 @@ from refault.daemon.relayed.channels import Channels
 from refault.daemon.relayed.losses import Losses
 from refault.migration.addresses import GOOD_FOR_ONE
 from refault.migration.endpoint import Endpoint, parse_uri
-from refault.migration.legs import UNTIL_LOADED
+from refault.migration.legs import RULES
 from refault.migration.phase import Phase, Role
 from refault.migration.recovery import Event
 from refault.migration.relayable import NO_LANES, Lanes
@@ -123,12 +123,15 @@ class Migration:
         """Why a leg is held whose far side is lost; None where none is."""
         if self.channels is not None:
             return self.channels.held
-        return f"{self.phase}: {UNTIL_LOADED.effect}" if self.held_until_loaded else None
+        rule = self.course.kept_by
+        return f"{self.phase}: {rule.effect}" if rule is not None else None
 
     @property
     def phase(self) -> Phase:
         """The phase, as far as it is known."""
         if self.channels is None:
+            if self.course.kept_by is RULES[Phase.COMPLETING, Role.SOURCE]:
+                return Phase.COMPLETING
             return Phase.POSTCOPY if self.course.postcopy_began else Phase.PRECOPY
         return self.channels.phase
 

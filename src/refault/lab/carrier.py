@@ -18,7 +18,8 @@ lines on standard input, which is a socket, and each is answered there by the sa
              reset or close (HOW) one connection, once, when N bytes have passed after PATTERN, a regular
              expression over bytes, in hexadecimal (N below 0: before its last bytes); WAY is forward, to
              the far end, or backward; of those that are there `now`, or of the `next` ones. Nothing that
-             comes later is passed on
+             comes later is passed on. HOW may be freeze, too: then nothing is lost, and the process stops
+             (SIGSTOP) where as much has been read and all that was read with it is passed on
     cut-done nothing: it is answered when that cut has been made
 
 It ends when its standard input does.
@@ -30,6 +31,7 @@ import argparse
 import os
 import re
 import selectors
+import signal
 import socket
 import struct
 import time
@@ -48,15 +50,20 @@ _LONGEST_MATCH = 64
 class _Cut:
     """Where a connection is to be broken, and how."""
 
-    reset: bool
+    how: bytes
     forward: bool
     extra: int
     pattern: re.Pattern[bytes]
 
+    @property
+    def freezes(self) -> bool:
+        """Whether it loses nothing."""
+        return self.how == b"freeze"
+
     @classmethod
     def parse(cls, how: bytes, way: bytes, extra: bytes, pattern: bytes) -> _Cut:
         expression = re.compile(bytes.fromhex(pattern.decode()), re.DOTALL)
-        return cls(how == b"reset", way == b"forward", int(extra), expression)
+        return cls(how, way == b"forward", int(extra), expression)
 
 
 class _Watch:
@@ -81,7 +88,7 @@ class _Watch:
         else:
             passes = self._left
             self._left -= len(data)
-        return data[:passes]
+        return data if self.cut.freezes else data[:passes]
 
     @property
     def due(self) -> bool:
@@ -211,13 +218,16 @@ class Carrier:
             end.watch = _Watch(self._cut)
 
     def _make_cut(self, end: _End, cut: _Cut) -> None:
-        self._drop(end, reset=cut.reset)
+        if not cut.freezes:
+            self._drop(end, reset=cut.how == b"reset")
         self._cut = None
         for other in self._ends:
             other.watch = None
         if self._cut_asked:
             self._cut_asked = False
             os.write(0, b"cut-done\n")
+        if cut.freezes:
+            os.kill(os.getpid(), signal.SIGSTOP)
 
     def _accept(self) -> None:
         if self._listener is None:
@@ -254,13 +264,15 @@ class Carrier:
                 end.finished = not data
                 if end.watch is not None:
                     data = end.watch.allowed(data)
-                    end.finished = end.finished or end.watch.due
+                    end.finished = end.finished or (end.watch.due and not end.watch.cut.freezes)
                 if data:
                     end.peer.pending = data[_send(end.peer.sock, data) :]
             for reader in (end, end.peer):
                 if reader.watch is not None and reader.watch.due and not reader.peer.pending:
-                    self._make_cut(reader, reader.watch.cut)
-                    return
+                    cut = reader.watch.cut
+                    self._make_cut(reader, cut)
+                    if not cut.freezes:
+                        return
             if end.finished and not end.shut and not end.peer.pending:
                 end.peer.sock.shutdown(socket.SHUT_WR)
                 end.shut = True

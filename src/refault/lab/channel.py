@@ -58,10 +58,10 @@ class Cut:
     extra: int = 0
     connection: Literal["now", "next"] = "next"
 
-    def command(self) -> str:
-        """As the carrier takes it."""
-        way = "forward" if self.forward else "backward"
-        return f"cut {self.connection} {self.loss.value} {way} {self.extra} {self.pattern.hex()}"
+    def command(self, *, freezes: bool = False) -> str:
+        """As the carrier takes it; where it ``freezes`` nothing is lost there."""
+        way, how = "forward" if self.forward else "backward", "freeze" if freezes else self.loss.value
+        return f"cut {self.connection} {how} {way} {self.extra} {self.pattern.hex()}"
 
 
 @dataclass(frozen=True)
@@ -184,9 +184,11 @@ class Channel:
         """Ends all connections: both ends see an orderly end."""
         return await self.lose(Loss.CLOSE)
 
-    async def cut_at(self, cut: Cut) -> None:
-        """Arms the carrier to lose a channel at a place in the stream, in place of a cut not made yet."""
-        await self._running().command(cut.command())
+    async def cut_at(self, cut: Cut, *, freezes: bool = False) -> None:
+        """Arms the carrier to lose a channel at a place in the stream, in place of a cut not made yet; or,
+        with ``freezes``, to lose nothing and be silent from there on (``was_frozen``), until ``thaw``.
+        """
+        await self._running().command(cut.command(freezes=freezes))
 
     async def was_cut(self, cut: Cut, deadline: float = 30.0) -> Lost:
         """Waits for the cut that was armed; raises trio.TooSlowError after ``deadline`` seconds, and then the
@@ -194,6 +196,16 @@ class Channel:
         """
         await self._running().command("cut-done", deadline)
         return Lost(cut.loss, trio.current_time())
+
+    async def was_frozen(self, deadline: float = 30.0) -> float:
+        """Waits for the place where the carrier was armed to fall silent; the time. Raises trio.TooSlowError
+        after ``deadline`` seconds.
+        """
+        stat = Path(f"/proc/{self.pid}/stat")
+        with trio.fail_after(deadline):
+            while stat.read_text().rpartition(")")[2].split()[0] != "T":
+                await trio.sleep(0.0005)
+        return trio.current_time()
 
     async def kill(self, *, request_inside: bool = True, deadline: float = 40.0, last: bool = False) -> Lost:
         """Kills the carrier, by default when unread bytes of the return path (page requests) are inside it.

@@ -40,7 +40,7 @@ from refault.daemon.record.state_file import MigrationRecord, StateFile
 from refault.daemon.telling.picture import picture
 from refault.daemon.vm import Vm
 from refault.migration.endpoint import Inet
-from refault.migration.legs import SENT_ALL, UNTIL_LOADED
+from refault.migration.legs import RULES, SENT_ALL, UNTIL_LOADED
 from refault.migration.phase import Phase, Role
 from refault.migration.recovery import Event, State
 
@@ -434,6 +434,37 @@ async def test_a_source_whose_leg_qemu_holds_in_precopy_since_an_earlier_refault
         with trio.fail_after(9):
             while qemu.asked.count("closefd") < told:
                 await trio.sleep(0.01)
+
+
+async def test_a_source_whose_leg_qemu_holds_in_its_last_moments_is_held(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """The refault that had it held was killed. It waits for good, which log and status say."""
+    async with fronted(tmp_path) as (qemu, vm):
+        vars(qemu).update(fronts=(), clients=0, clients_total=0, counters=Counters(), kept=(True, None))
+        vars(qemu).update(pause_hidden_since=None)
+        qemu.says["query-migrate"] = {"status": "postcopy-active", "ram": {"transferred": 1, "remaining": 0}}
+        StateFile(tmp_path, "vm").save(source_record(postcopy=True, kept=("kept",)))
+        await vm._on_connect(qemu.qemu)
+        await trio.testing.wait_all_tasks_blocked()
+        rule = RULES[Phase.COMPLETING, Role.SOURCE]
+        assert (
+            caplog.text.count(
+                f"ALERT: QEMU holds its leg open since an earlier refault, for if it closed: {rule.effect}"
+            )
+            == 1
+        )
+        told = picture(vm).migration
+        assert (told.phase, told.held) == (Phase.COMPLETING, f"completing: {rule.effect}")
+        met = await vm.state.record()
+        assert met is not None
+        assert met.kept == ("kept",), "for the next refault"
+        qemu.asked.clear()
+        vm._on_event("MIGRATION", {"status": "failed"})
+        with trio.fail_after(9):
+            while "stop" not in qemu.asked:
+                await trio.sleep(0.01)
+        assert picture(vm).migration.held is None
 
 
 async def test_a_leg_that_may_not_be_taken_out_of_qemu_delays_a_recovery_only_until_it_has_paused(

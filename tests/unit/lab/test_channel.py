@@ -208,6 +208,32 @@ async def test_a_cut_of_the_connection_that_is_there(tmp_path: Path) -> None:
                 await end.receive_some()
 
 
+async def test_silence_at_a_place_in_the_stream_loses_nothing(tmp_path: Path) -> None:
+    async with carried(tmp_path) as (channel, near, far):
+        await channel.cut_at(Cut(Loss.CLOSE, True, b"EOF", 0, "now"), freezes=True)
+        await near.send_all(b"before, ")
+        assert await read(far, 8) == b"before, "
+        await near.send_all(b"EOF")
+        await channel.was_frozen()
+        await near.send_all(b", behind")
+        await far.send_all(b"back")
+        assert await read(far, 3) == b"EOF"
+        with trio.move_on_after(0.1):
+            raise AssertionError(await far.receive_some(1))
+        channel.thaw()
+        with trio.fail_after(20):
+            assert await read(far, 8) == b", behind"
+            assert await read(near, 4) == b"back"
+
+
+async def read(stream: trio.SocketStream, length: int) -> bytes:
+    found = b""
+    while len(found) < length:
+        found += (more := await stream.receive_some(length - len(found)))
+        assert more, found
+    return found
+
+
 def test_where_all_ports_of_a_share_are_taken_the_next_one_has_some(monkeypatch: pytest.MonkeyPatch) -> None:
     with contextlib.ExitStack() as taken:
         ports = [

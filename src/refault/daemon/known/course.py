@@ -17,8 +17,8 @@ from refault.daemon.known.counters import Counters
 from refault.daemon.known.vm_state import VmState
 from refault.migration.addresses import Addresses
 from refault.migration.endpoint import Endpoint
-from refault.migration.legs import waits_for_pong
-from refault.migration.phase import Role
+from refault.migration.legs import RULES, UNTIL_LOADED, Rule, waits_for_pong
+from refault.migration.phase import Phase, Role
 from refault.migration.recovery import RECOVERS, Action, Event, Pace, Recovery, State
 from refault.migration.relayable import NO_LANES, Lanes
 
@@ -114,7 +114,18 @@ class Course:
     def kept_until_loaded(self) -> bool:
         """Whether QEMU holds the leg, since an earlier refault, on which a source waits for its guest's
         arrival."""
-        return bool(self.kept_before) and waits_for_pong(self.role, self.status)
+        return self.kept_by is UNTIL_LOADED
+
+    @property
+    def kept_by(self) -> Rule | None:
+        """The rule by which QEMU holds a source's leg since an earlier refault; None where it does not."""
+        if self.role is not Role.SOURCE or not self.kept_before:
+            return None
+        if waits_for_pong(self.role, self.status):
+            return UNTIL_LOADED
+        # Of a channel that goes on it is held in any phase, and let go when that is known.
+        completes = self.status == "postcopy-active" and self.leg_before is None
+        return RULES[Phase.COMPLETING, Role.SOURCE] if completes else None
 
     # ---- the policy ----
 

@@ -17,7 +17,7 @@ import trio
 
 from refault.daemon.known.course import Course
 from refault.daemon.relayed.channels import Channels
-from refault.migration.legs import SENT_ALL, UNTIL_LOADED, Rule
+from refault.migration.legs import UNTIL_LOADED, Rule
 from refault.migration.recovery import Event, State
 from refault.migration.versions import abilities
 
@@ -31,15 +31,13 @@ _ADVICE = (
     ' so at this QMP socket: {"execute": "migrate", "arguments":'
     f' {{"uri": "{TAKE_BACK}", "resume": true}}}}, and the guest goes on here'
 )
-_STILL_HELD = {
-    SENT_ALL: (
-        "%s: ALERT: QEMU holds its leg open since an earlier refault, for if it closed: %s. What to do: %s"
-    ),
-    UNTIL_LOADED: (
-        "%s: ALERT: the channel was lost while the source waited to hear of its guest's arrival, and QEMU"
-        " holds its leg open since an earlier refault, for if it closed: %s. What to do: %s"
-    ),
-}
+_STILL_HELD = (
+    "%s: ALERT: QEMU holds its leg open since an earlier refault, for if it closed: %s. What to do: %s"
+)
+_STILL_HELD_UNTIL_LOADED = (
+    "%s: ALERT: the channel was lost while the source waited to hear of its guest's arrival, and QEMU"
+    " holds its leg open since an earlier refault, for if it closed: %s. What to do: %s"
+)
 _NO_WAY = "If not: this QEMU has no way to let the guest go on, and it must be started anew"
 
 
@@ -64,16 +62,16 @@ async def tell_doubt(course: Course, channels: Callable[[], Channels | None]) ->
     )
 
 
-def hold_again(course: Course) -> None:
-    """QEMU holds the leg of a source that waits for its guest's arrival, and an earlier refault has ended."""
-    tell_still_held(course.name, UNTIL_LOADED)
+def hold_again(course: Course, rule: Rule) -> None:
+    """QEMU holds the leg of a source by `rule`, and an earlier refault has ended."""
+    tell_still_held(course.name, rule)
     course.feed(Event.LEG_HELD)
 
 
 def tell_still_held(vm: str, rule: Rule) -> None:
-    """QEMU holds a source's leg since an earlier refault, by one of these two rules, and this one leaves it
-    so."""
-    log.error(_STILL_HELD[rule], vm, rule.effect, rule.advice)
+    """QEMU holds a source's leg since an earlier refault, by that rule, and this one leaves it so."""
+    text = _STILL_HELD_UNTIL_LOADED if rule is UNTIL_LOADED else _STILL_HELD
+    log.error(text, vm, rule.effect, rule.advice)
 
 
 def decide(course: Course, channels: Channels | None) -> str | None:

@@ -36,7 +36,7 @@ async def watch(course: Course) -> None:
             await _pause(course, patience)
             patience *= 2
             handshake = StallDetector(patience)
-        if not course.under_way or course.status != "postcopy-active":
+        if not course.under_way or course.status != "postcopy-active" or course.kept_by is not None:
             detector = StallDetector(stall_after)
             continue
         handshake, patience = StallDetector(stall_after), stall_after
