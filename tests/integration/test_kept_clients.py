@@ -171,27 +171,37 @@ PAUSE = b'{"exec-oob": "migrate-pause", "id": %d}'
 """Fails at once without a migration, but runs out-of-band."""
 
 
+@contextmanager
+def urgent(path: Path) -> Iterator[Client]:
+    """One that may say something out of band."""
+    client = Client(path)
+    with client.sock, client.file:
+        assert "QMP" in client.line()
+        client.sock.sendall(b'{"execute": "qmp_capabilities", "arguments": {"enable": ["oob"]}}')
+        assert client.line() == {"return": {}}
+        yield client
+
+
 def test_out_of_band_commands_overtake_as_before(tmp_path: Path) -> None:
     """Also one that comes while no refault is there."""
-    with served(tmp_path) as (_, process, client), fifo(tmp_path / "fifo") as block:
-        urgent = Client(tmp_path / "f")
-        with urgent.sock, urgent.file:
-            assert "QMP" in urgent.line()
-            urgent.sock.sendall(b'{"execute": "qmp_capabilities", "arguments": {"enable": ["oob"]}}')
-            assert urgent.line() == {"return": {}}
-            urgent.sock.sendall(block + PAUSE % 1)
-            assert urgent.line()["id"] == 1
-            client.sock.sendall(b'{"execute": "query-name", "id": "in-band"}')
-            process.kill()
-            process.wait()
-            urgent.sock.sendall(PAUSE % 2)
-            with started(tmp_path):
-                assert urgent.line()["id"] == 2
-                urgent.sock.sendall(PAUSE % 3)
-                assert urgent.line()["id"] == 3
-                os.close(os.open(tmp_path / "fifo", os.O_WRONLY))
-                assert urgent.line()["id"] == "block"
-                assert client.line() == {"return": {}, "id": "in-band"}
+    with (
+        served(tmp_path) as (_, process, client),
+        fifo(tmp_path / "fifo") as block,
+        urgent(tmp_path / "f") as first,
+    ):
+        first.sock.sendall(block + PAUSE % 1)
+        assert first.line()["id"] == 1
+        client.sock.sendall(b'{"execute": "query-name", "id": "in-band"}')
+        process.kill()
+        process.wait()
+        first.sock.sendall(PAUSE % 2)
+        with started(tmp_path):
+            assert first.line()["id"] == 2
+            first.sock.sendall(PAUSE % 3)
+            assert first.line()["id"] == 3
+            os.close(os.open(tmp_path / "fifo", os.O_WRONLY))
+            assert first.line()["id"] == "block"
+            assert client.line() == {"return": {}, "id": "in-band"}
 
 
 def test_an_end_for_good_ends_clients_and_frees_the_monitor(tmp_path: Path) -> None:

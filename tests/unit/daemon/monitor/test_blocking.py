@@ -66,7 +66,7 @@ async def served(tmp_path: Path, *, kept: bool) -> AsyncIterator[tuple[Qemu, Pat
             nursery.start_soon(trio.serve_listeners, qemu.serve, [trio.SocketListener(sock)])
             await nursery.start(monitor.run)
             with trio.fail_after(20):
-                while monitor.kept[0] != kept:  # noqa: ASYNC110 - nothing tells of it
+                while monitor.kept[0] != kept:
                     await trio.sleep(0.001)
             yield qemu, tmp_path / "front"
             nursery.cancel_scope.cancel()
