@@ -13,7 +13,8 @@ _OTHERS = ("stop", "cont")
 """Of the monitor that is not refault's."""
 _OF_A_CLIENT = re.compile(r"^refault-[0-9a-f]+-\d+-")
 """How refault tells descriptors apart that clients call the same (refault.qmp.fdnames)."""
-_KEPT = "refault-kept-"
+_OWN_ONCE = re.compile(r"refault-kept-|^remove-fd ")
+"""What has QEMU hold a connection or let go of it, or of a set whose clients have left (qmp/fdsets.py)."""
 _MOST_TOLD = 10
 
 
@@ -49,8 +50,8 @@ class Said:
 def miscounted(trace: str, clients: Iterable[Said]) -> tuple[int, list[str]]:
     """How many commands QEMU ran that came through refault, and which of them not as often as they were said.
 
-    Each of a client's once, and no other but refault's own: questions, and what has QEMU hold a connection
-    or let go of it, once each. The connection was negotiated once.
+    Each of a client's once, and no other but refault's own: questions, and what has QEMU hold or let go of
+    something, once each. The connection was negotiated once.
     """
     least: Counter[str] = Counter()
     most: Counter[str] = Counter(['qmp_capabilities {"enable": ["oob"]}'])
@@ -61,8 +62,10 @@ def miscounted(trace: str, clients: Iterable[Said]) -> tuple[int, list[str]]:
     wrong = []
     for known in dict.fromkeys((*least, *ran)):
         count, own = ran[known], 0
-        if known not in most and (_KEPT in known or known.startswith("query-")):
-            own = 1 if _KEPT in known else count
+        if known not in most and known.startswith("query-"):
+            own = count
+        elif known not in most and _OWN_ONCE.search(known):
+            own = 1
         fewest, highest = least[known], most[known] + own
         if not fewest <= count <= highest:
             wrong.append(f"QEMU ran {known} {count} times, and it was said {fewest} to {highest} times")

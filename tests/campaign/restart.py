@@ -318,6 +318,7 @@ async def campaign(
     wrong: list[str] = []
     with qemu_at(binary, directory) as qemu:
         while not (directory / "q2").exists():
+            assert qemu.poll() is None
             await trio.sleep(0.02)
         await daemon.start()
         try:

@@ -214,8 +214,8 @@ def test_no_client_notices_that_the_unit_ends(
     """The campaign of restarts (tests/campaign/restart.py), under the unit, with a QEMU of the user vm's."""
     where, qemu = "/run/vms/campaign", "/usr/local/bin/qemu-of-vm"
     become = f"setpriv --reuid=vm --regid=vm --clear-groups {binary}"
-    if user == "undumpable":
-        become = f"{binary} -runas vm"
+    if user == "undumpable":  # what -runas is called from 10.0 on
+        become = f"{binary} {'-runas vm' if binary == QEMUS[0] else '-run-with user=vm'}"
     debian.write(qemu, f'#!/bin/sh\numask 0\nexec {become} "$@"\n')
     debian.write("/etc/refault/vms.d/vm1.toml", f'[vm.vm]\nqemu = "{where}/q"\nlisten = "{where}/f"\n')
     debian.write("/run/systemd/system/refault.service.d/user.conf", f"[Service]\n{AS_USER[user]}")

@@ -15,6 +15,7 @@ LOOKED: Command = {"execute": "qom-list", "arguments": {"path": "/one-0"}, "id":
 ASKED: Command = {"execute": "query-qmp-schema", "id": 2}
 PASSED: Command = {"execute": "getfd", "arguments": {"fdname": "refault-1f-3-mine"}, "id": 3}
 KEPT: Command = {"execute": "getfd", "arguments": {"fdname": "refault-kept-77-0"}, "id": 4}
+TAKEN_BACK: Command = {"execute": "remove-fd", "arguments": {"fdset-id": 0}, "id": 6}
 OWN: Command = {"execute": "query-status", "id": 5}
 
 
@@ -36,7 +37,7 @@ def said() -> Said:
 
 @pytest.mark.parametrize("asked", [(), (ASKED,)], ids=["not run", "run, its reply unread"])
 def test_each_once_and_refaults_own(asked: tuple[Command, ...]) -> None:
-    ran = (NEGOTIATED, KEPT, LOOKED, *asked, PASSED, OWN, OWN)
+    ran = (NEGOTIATED, KEPT, LOOKED, *asked, PASSED, OWN, OWN, TAKEN_BACK)
     assert miscounted(trace(*ran), [said()]) == (len(ran), [])
 
 
