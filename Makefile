@@ -66,7 +66,7 @@ help:
 	@echo 'make prometheus  Debian'"'"'s Prometheus, unpacked in .qemus/; the tests of monitoring/ need it'
 	@echo 'make analyze  the forward decoder beside them, on streams that QEMUs save'
 	@echo 'make test     unit and integration tests (TEST=tests/unit for some of them)'
-	@echo 'make systemd  of these, the units under a real systemd, in a container (SYSTEMD="-m nightly -k notices -rP")'
+	@echo 'make systemd  of these, the units under a real systemd, in a container (SUITE=trixie SYSTEMD="-m nightly -k notices")'
 	@echo 'make campaign  20 losses of each class, over the whole life of a migration (CAMPAIGN="--help")'
 	@echo 'make campaign-kill  of these, kill -9 of either refault alone (CAMPAIGN="--qemu qemu-10 --each 17")'
 	@echo 'make lint     ruff, mypy, clang-format, gcc and clang'
@@ -147,11 +147,11 @@ else
 	tests/tools/with-userfaultfd $(BIN)/python -m pytest $(TEST)
 endif
 
-# In a Debian of their own, kept in .nspawn, which make test has as well.
+# In a Debian of their own, kept in .nspawn, which make test has as well, or in one of another suite (SUITE=trixie).
 systemd: build $(VENV)/.dev
 	$(BOOTSTRAP) test
-	tests/tools/nspawn $(NSPAWN_DIR)
-	$(BIN)/python -m pytest tests/integration/test_systemd.py $(SYSTEMD)
+	tests/tools/nspawn $(NSPAWN_DIR) $(SUITE)
+	REFAULT_SUITE=$(SUITE) $(BIN)/python -m pytest tests/integration/test_systemd.py $(SYSTEMD)
 
 campaign: build $(VENV)/.dev
 	$(BOOTSTRAP) test

@@ -17,7 +17,9 @@ import pytest
 from tests.support import until as support
 
 ROOT = Path(__file__).parents[2]
-BASE = ROOT / ".nspawn"
+SUITE = os.environ.get("REFAULT_SUITE")
+"""That of the Debian, where it is not this machine's (`make systemd SUITE=trixie`)."""
+BASE = ROOT / ".nspawn" / (SUITE or "debian")
 OTHERS = (ROOT / ".qemus").resolve()
 """Other QEMUs than the machine's own, where `make qemus` has put them, are at the same place there."""
 T = TypeVar("T")
@@ -32,7 +34,7 @@ exec systemd-nspawn --quiet --register=no --keep-unit --boot --console=pipe --ma
     --directory="$place/system" --private-network --system-call-filter='userfaultfd pidfd_getfd @memlock' \
     --bind-ro=/usr:/host/usr --bind-ro="$checkout:/host/checkout" ${others:+"--bind-ro=$others"}
 """
-_ENVIRONMENT = {"PATH": "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin", "HOME": "/root"}
+ENVIRONMENT = {"PATH": "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin", "HOME": "/root"}
 
 
 class Debian:
@@ -52,7 +54,7 @@ class Debian:
         """Runs a command and says what became of it, with standard error in standard output."""
         return subprocess.run(
             [*self._enter, *command],
-            env=_ENVIRONMENT,
+            env=ENVIRONMENT,
             stdin=subprocess.DEVNULL,
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,
@@ -87,6 +89,11 @@ class Debian:
         return {vm["name"]: vm for vm in json.loads(told)["vms"]}
 
 
+def make_base() -> None:
+    """Has BASE be there."""
+    subprocess.run([ROOT / "tests/tools/nspawn", BASE.parent, *([SUITE] if SUITE else [])], check=True)
+
+
 def migration(python: str, source: str, destination: str, what: str) -> list[str]:
     """The command that runs `under_units` there, with that refault's Python and with /var/lib/lab."""
     # userfaultfd catches the kernel's own faults with that capability alone.
@@ -109,10 +116,10 @@ def booted(directory: Path, *layers: Path) -> Iterator[Debian]:
     """Boots one with its files in `directory`, what is in `layers` laid over it, this checkout as
     /host/checkout, read-only, and a user `vm`. All that runs there is killed at the end.
     """
-    subprocess.run([ROOT / "tests/tools/nspawn", BASE], check=True)
+    make_base()
     place, log = directory / "debian", directory / "debian.log"
     place.mkdir()
-    words = {"place": place, "below": ":".join(map(str, [*layers, BASE / "debian"])), "checkout": ROOT}
+    words = {"place": place, "below": ":".join(map(str, [*layers, BASE])), "checkout": ROOT}
     words["others"] = OTHERS if OTHERS.exists() else ""
     with contextlib.ExitStack() as stack:
         join = "".join(f'echo $$ >"{each}/cgroup.procs"\n' for each in stack.enter_context(_cgroups()))

@@ -11,11 +11,15 @@ from functools import partial
 from pathlib import Path
 
 import pytest
+from tests.integration import other_suite
 from tests.integration.debian import (
+    BASE,
     OTHERS,
     ROOT,
+    SUITE,
     Debian,
     booted,
+    make_base,
     make_environment,
     migration,
     one_system,
@@ -34,9 +38,12 @@ def debian(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Debian]:
     """With refault installed, by somebody with a strict umask, and a QEMU of another user's."""
     directory = tmp_path_factory.mktemp("installed")
     layer = directory / "layer"
-    # The machine's own Python is the container's, too.
-    command = ["make", "install", f"DESTDIR={layer}", "PREFIX=/usr/local", "PYTHON=/usr/bin/python3"]
-    subprocess.run(command, cwd=ROOT, umask=0o077, env=make_environment(), check=True)
+    if SUITE:
+        make_base()
+        other_suite.install(BASE, layer)
+    else:  # the machine's own Python is the container's, too
+        command = ["make", "install", f"DESTDIR={layer}", "PREFIX=/usr/local", "PYTHON=/usr/bin/python3"]
+        subprocess.run(command, cwd=ROOT, umask=0o077, env=make_environment(), check=True)
     with booted(directory, layer) as debian:
         debian.sh("install -d --owner=vm /run/vms")
         qemu = ["qemu-system-x86_64", "-M", "none", "-nodefaults", "-display", "none"]
@@ -81,6 +88,54 @@ def test_from_installation_to_stop(debian: Debian) -> None:
     debian.run("systemctl", "stop", "refault")
     assert debian.show("refault", "Result") == "success"
     assert debian.sh("ls /run/vms").split() == ["vm1.real"]
+
+
+def test_a_reload_is_over_when_it_has_been_applied(debian: Debian) -> None:
+    """Where systemd knows Type=notify-reload; where it does not, that is waited for here."""
+    version = int(debian.run("systemctl", "--version").split()[1])
+    told = debian.show("refault", "Type") == "notify-reload"
+    assert told is (version >= 253)
+    debian.sh("rm -f /etc/refault/vms.d/* /run/vms/answers")
+    debian.write("/etc/refault/vms.d/vm1.toml", VM)
+    debian.write("/run/client.py", CLIENT)
+    debian.run("systemctl", "restart", "refault")
+    until_fronted(debian, "refault")
+    main = debian.show("refault", "MainPID")
+    debian.run("systemd-run", "--unit=client", "--uid=vm", "python3", "/run/client.py")
+    until(lambda: debian.attempt("test", "-s", "/run/vms/answers").returncode == 0, lambda: "no answer")
+
+    def is_applied(names: str, vms: set[str], says: str) -> bool:
+        """`names`: of the sockets that there are."""
+        told = names.split() == sorted(vms) and debian.show("refault", "StatusText") == says
+        return told and debian.status().keys() == vms
+
+    def reloaded(vms: set[str], says: str) -> None:
+        look = "find /run/vms -name 'vm[1-9]*' ! -name '*.real' -printf '%f\\n' | sort"
+        names = debian.sh(f"systemctl reload refault; {look}")
+        if told:
+            assert is_applied(names, vms, says), debian.journal("refault")
+        else:
+            until(lambda: is_applied(debian.sh(look), vms, says), lambda: debian.journal("refault"))
+        assert debian.show("refault", "ActiveState") == "active"
+
+    one, many = {"vm1"}, {f"vm{number}" for number in range(1, 101)}
+    try:
+        debian.sh(
+            "cd /etc/refault/vms.d; for n in $(seq 2 100); do sed s/vm1/vm$n/ vm1.toml >vm$n.toml; done"
+        )
+        reloaded(many, "serving 100 VMs")
+        debian.write("/etc/refault/vms.d/vm1.toml", "[vm.vm1]\nqemu = 7\n")
+        reloaded(many, "the configuration is wrong: see the log")
+        assert "nothing is changed: /etc/refault/vms.d/vm1.toml" in debian.journal("refault")
+        debian.sh("rm /etc/refault/vms.d/*")
+        debian.write("/etc/refault/vms.d/vm1.toml", VM)
+        reloaded(one, "serving 1 VMs")
+        so_far = debian.run("cat", "/run/vms/answers")
+        until(lambda: debian.run("cat", "/run/vms/answers") != so_far, lambda: debian.journal("client"))
+        assert debian.show("client", "ActiveState") == "active"
+        assert (debian.show("refault", "MainPID"), debian.show("refault", "NRestarts")) == (main, "0")
+    finally:
+        debian.sh("systemctl stop client || true; systemctl stop refault; systemctl reset-failed")
 
 
 def told_since(debian: Debian, unit: str, told: str) -> bool:
