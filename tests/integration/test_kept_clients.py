@@ -7,6 +7,7 @@ import json
 import os
 import random
 import resource
+import shlex
 import signal
 import socket
 import subprocess
@@ -26,7 +27,7 @@ from tests.integration.test_qmp_out_of_band import fifo
 from tests.support.until import until
 
 from refault.daemon.kept.left import decode
-from refault.daemon.kernel.process import sockets_of
+from refault.daemon.kernel.process import resident_pages, sockets_of, user_of
 from refault.lab.qemu import DEFAULT_BINARY
 from refault.qmp.journal import before, checked
 from refault.qmp.session import Limits
@@ -61,10 +62,14 @@ class Client:
 
 
 @contextmanager
-def served(tmp_path: Path) -> Iterator[tuple[subprocess.Popen[bytes], subprocess.Popen[bytes], Client]]:
+def served(
+    tmp_path: Path, binary: str = DEFAULT_BINARY, program: Sequence[str] = REFAULT
+) -> Iterator[tuple[subprocess.Popen[bytes], subprocess.Popen[bytes], Client]]:
     """A QEMU, a refault, and a client that QEMU holds the connection of."""
-    (tmp_path / "state").mkdir()
-    with qemu_at(DEFAULT_BINARY, tmp_path) as qemu, started(tmp_path) as process:
+    state = tmp_path / "state"
+    state.mkdir()
+    os.chown(state, tmp_path.stat().st_uid, -1)
+    with qemu_at(binary, tmp_path) as qemu, started(tmp_path, program) as process:
         client = Client(tmp_path / "f")
         with client.sock, client.file:
             assert "QMP" in client.line()
@@ -265,11 +270,34 @@ def test_after_a_kill_that_nobody_follows_the_monitor_is_freed_by_hand(tmp_path:
             wait_until(lambda: greeted(tmp_path / "f"))
 
 
+NOBODY = 65534
+DROPS_ALL = (
+    *("setpriv", f"--reuid={NOBODY}", f"--regid={NOBODY}", "--clear-groups"),
+    *("--inh-caps=-all,+dac_read_search", "--ambient-caps=-all,+dac_read_search"),
+    "--bounding-set=-all,+dac_read_search",
+)
+"""But to read where this Python is: it takes nothing out of another user's process."""
+EACH_CLIENT = 32 << 10
+"""Bytes of refault's memory, its place in the journal included."""
+EACH_IN_THE_JOURNAL = 1 << 10
+
+
 @pytest.mark.nightly
-def test_a_descriptor_is_passed_beside_as_many_clients_as_there_may_be(tmp_path: Path) -> None:
-    """More than QEMU may have files; and none of them notices a kill."""
-    with served(tmp_path) as (qemu, process, first), contextlib.ExitStack() as stack:
-        resource.prlimit(qemu.pid, resource.RLIMIT_NOFILE, (256, 256))
+@pytest.mark.parametrize("user", ["root", "nobody"])
+def test_a_descriptor_is_passed_beside_as_many_clients_as_there_may_be(tmp_path: Path, user: str) -> None:
+    """More than QEMU may have files, where that does not count for its user; and none of them notices a kill.
+    What they cost is bounded."""
+    drops: Sequence[str] = () if user == "root" else DROPS_ALL
+    files = 4 * Limits().clients if drops else 256
+    limited = tmp_path / "limited"
+    limited.write_text(f'#!/bin/sh\nulimit -n {files}\nexec {shlex.join(drops)} {DEFAULT_BINARY} "$@"\n')
+    limited.chmod(0o755)
+    program = (*drops, *REFAULT)
+    if drops:
+        os.chown(tmp_path, NOBODY, NOBODY)
+    with served(tmp_path, str(limited), program) as (_, process, first), contextlib.ExitStack() as stack:
+        assert (user_of(process.pid) == NOBODY) == bool(drops)
+        before_them = resident(process.pid)
         clients = [first]
         while len(clients) < Limits().clients:
             client = Client(tmp_path / "f")
@@ -279,6 +307,7 @@ def test_a_descriptor_is_passed_beside_as_many_clients_as_there_may_be(tmp_path:
             assert client.say("qmp_capabilities") == {"return": {}}
             clients.append(client)
         assert (len(clients), status(tmp_path)["connected"]) == (512, 512)
+        check_cost(tmp_path, process.pid, before_them)
         ours, theirs = map(stack.enter_context, socket.socketpair())
         getfd = {"execute": "getfd", "arguments": {"fdname": "mine"}}
         socket.send_fds(first.sock, [json.dumps(getfd).encode()], [theirs.fileno()])
@@ -292,12 +321,28 @@ def test_a_descriptor_is_passed_beside_as_many_clients_as_there_may_be(tmp_path:
         assert first.line() == {"return": {}}
         process.kill()
         process.wait()
-        with started(tmp_path):
-            for client in clients:
-                assert client.say("query-name") == {"return": {}}
+        with started(tmp_path, program) as next_one:
+            for _ in range(4):
+                for client in clients:
+                    assert client.say("query-name") == {"return": {}}
+            check_cost(tmp_path, next_one.pid, before_them)
         ours.setblocking(False)
         with pytest.raises(BlockingIOError):  # QEMU has it, and it is open
             ours.recv(1)
+
+
+def resident(pid: int) -> int:
+    """Bytes of a process's memory that are there (VmRSS)."""
+    return resident_pages(pid) * resource.getpagesize()
+
+
+def check_cost(directory: Path, pid: int, before_them: int) -> None:
+    """Of the clients, beside a refault that had one."""
+    memory = resident(pid) - before_them
+    journal = sum(path.stat().st_size for path in (directory / "state").glob("*.clients*"))
+    print(f"{memory / 1e6:.1f} MB of {before_them / 1e6:.1f}, journal {journal / 1e3:.0f} kB")
+    assert memory <= Limits().clients * EACH_CLIENT
+    assert journal <= Limits().clients * EACH_IN_THE_JOURNAL
 
 
 def test_a_qemu_that_ends_while_no_refault_is_there_ends_its_clients(tmp_path: Path) -> None:
