@@ -32,10 +32,9 @@ def go_on(data: bytes) -> bool:
     """Reads a journal and goes on with what it tells to the end of all; False where it was refused."""
     core = new_core([])
     try:
-        replay = replayed(*read_whole(data), core)
+        replayed(*read_whole(data), core).finish(lambda _: -1)
     except (TornError, OtherVersionError, msgspec.MsgspecError):
         return False
-    replay.finish(lambda _: -1)
     for client in list(core.clients.values())[::2]:
         core.leave(client)
     core.upstream_lost()

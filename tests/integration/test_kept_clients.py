@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 import contextlib
+import fcntl
 import json
 import os
 import random
+import re
 import resource
 import shlex
 import signal
 import socket
 import subprocess
 import sys
+import termios
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -30,6 +33,7 @@ from refault.daemon.kept.left import decode
 from refault.daemon.kernel.process import resident_pages, sockets_of, user_of
 from refault.lab.qemu import DEFAULT_BINARY
 from refault.qmp.journal import before, checked
+from refault.qmp.replies import DESCRIPTOR_LOST
 from refault.qmp.session import Limits
 
 pytestmark = [pytest.mark.qemu, pytest.mark.timeout(200)]
@@ -207,6 +211,36 @@ def test_out_of_band_commands_overtake_as_before(tmp_path: Path) -> None:
             os.close(os.open(tmp_path / "fifo", os.O_WRONLY))
             assert first.line()["id"] == "block"
             assert client.line() == {"return": {}, "id": "in-band"}
+
+
+def all_read(client: Client) -> bool:
+    """Whether refault has taken all that a client has sent out of its socket (unix(7), SIOCOUTQ)."""
+    return fcntl.ioctl(client.sock, termios.TIOCOUTQ, bytes(4)) == bytes(4)
+
+
+def test_who_passed_a_descriptor_that_a_kill_has_lost_is_told(tmp_path: Path) -> None:
+    with served(tmp_path) as (qemu, process, slow), urgent(tmp_path / "f") as first:
+        qemu.send_signal(signal.SIGSTOP)
+        first.sock.sendall(b'{"execute": "query-name", "id": 1}')
+        socket.send_fds(first.sock, [b'{"execute": "add-fd", "id": 2}'], [2])
+        first.sock.sendall(b'{"execute": "query-name", "id": 3}')
+        getfd = b'{"execute": "getfd", "arguments": {"fdname": "mine"}, "id": 1}'
+        socket.send_fds(slow.sock, [getfd[:30]], [2])
+        wait_until(lambda: all_read(first) and all_read(slow))
+        process.kill()
+        process.wait()
+        qemu.send_signal(signal.SIGCONT)
+        with started(tmp_path):
+            slow.sock.sendall(getfd[30:])
+            told = json.loads(DESCRIPTOR_LOST)["error"]
+            assert slow.line() == {"id": 1, "error": told}
+            assert first.line() == {"id": 1, "return": {}}
+            assert first.line() == {"id": 2, "error": told}
+            assert first.line() == {"id": 3, "return": {}}
+            assert slow.say("query-fdsets") == {"return": []}
+            wait_until(lambda: status(tmp_path).get("undecided") == 2)
+        assert "2 descriptors that clients had passed are lost" in (tmp_path / "log").read_text()
+        assert not re.search('"(add-fd|mine)"', (tmp_path / "trace").read_text())
 
 
 def test_an_end_for_good_ends_clients_and_frees_the_monitor(tmp_path: Path) -> None:

@@ -25,6 +25,8 @@ class Counters:
     slow_clients: int = 0
     dropped_replies: int = 0
     """Replies of QEMU's that nobody waits for."""
+    undecided: int = 0
+    """What an earlier refault's end left in doubt."""
     hidden_pauses: int = 0
     """Those that were kept from a client, for a time at least."""
 

@@ -11,7 +11,7 @@ from collections.abc import Callable
 from refault.qmp.decoding import decode, decode_arguments
 from refault.qmp.fdnames import TAKES_FD, FdNames, rename
 from refault.qmp.fdsets import Call, FdSets
-from refault.qmp.session import Client, Request
+from refault.qmp.session import GONE, Client, Request
 from refault.qmp.splitter import ERROR, EXECUTE, RETURN, VERB_MASK, Message
 
 
@@ -40,14 +40,14 @@ class Descriptors:
             or (request.name in TAKES_FD and request.message.shape & VERB_MASK == EXECUTE)
         ]
         replaced = ends and fd >= 0 and len(takes) == 1 and takes[0] is requests[-1]
-        if takes and client.fd >= 0 and not replaced:
+        if takes and client.fd != -1 and not replaced:
             self.give(takes.pop(0), client.fd)
             client.fd = -1
         if fd < 0:
             return
         if client.fd >= 0:
             self._discard(client.fd)
-            client.fd = -1
+        client.fd = -1
         if takes:
             self.give(takes[-1], fd)
         else:
@@ -56,13 +56,13 @@ class Descriptors:
     def give(self, request: Request, fd: int) -> None:
         """It has come for this command."""
         request.fd = fd
-        request.client.queued_fds += 1
+        request.client.queued_fds += fd >= 0
 
     def drop(self, request: Request) -> None:
         """The command does not go to QEMU."""
-        if request.fd >= 0:
-            self._discard(request.fd)
-            request.fd = -1
+        fd, request.fd = request.fd, -1
+        if fd >= 0:
+            self._discard(fd)
             request.client.queued_fds -= 1
 
     def may_go(self, request: Request) -> bool:
@@ -80,14 +80,27 @@ class Descriptors:
         """
         if not request.oob:
             self.request = request
-        fd, request.fd = request.fd, -1
-        if fd < 0:
-            return fd
+        fd = request.fd
+        if fd < 0 or request.oob or not _takes_its_fd(request):
+            self.drop(request)
+            return -1
+        request.fd = -1
         request.client.queued_fds -= 1
-        if not request.oob and _takes_its_fd(request):
-            return fd
-        self._discard(fd)
-        return -1
+        return fd
+
+    @staticmethod
+    def is_lost(request: Request) -> bool:
+        """Whether QEMU would take a descriptor with it that is lost."""
+        return request.fd == GONE and _takes_its_fd(request)
+
+    def take_back(self) -> Request | None:
+        """The command that is with QEMU and takes one has not gone there; None where there is none."""
+        request, self.request = self.request, None
+        if request is not None:
+            if request.new_name:
+                self.names.forget(request.client.number, request.new_name)
+            self._free()
+        return request
 
     def rename(self, request: Request, own: int) -> None:
         """Has a command name descriptors as QEMU knows them. `own`: the number of refault itself."""

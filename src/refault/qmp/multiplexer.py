@@ -147,6 +147,10 @@ class Multiplexer:
         out, self.upstream_out = self.upstream_out, []
         return out
 
+    def leave_undecided(self, count: int) -> None:
+        """So many things are not known of what an earlier refault's end broke off."""
+        self.counters.undecided += count
+
     def _internal(self, number: int) -> Client:
         client = Client(number, Limits())
         client.greeted = client.negotiated = client.oob = True
@@ -238,7 +242,7 @@ class Multiplexer:
                 self.discard(fd)
             return
         requests = [self._request(client, message) for message in client.splitter.feed(data, batch=fd < 0)]
-        if fd >= 0 or client.fd >= 0:
+        if fd >= 0 or client.fd != -1:
             self.descriptors.hand_out(client, requests, fd, ends=data.endswith(b"}"))
         for request in requests:
             if client.oob and request.asks_oob():
@@ -443,15 +447,38 @@ class Multiplexer:
                 return
             turns.popleft()
             client.ready = False
-            if request.name in TAKES_FD and not self.descriptors.may_go(request):
-                self.fd_waiting.append(client)
-                client.ready = True
-                continue
+            if request.name in TAKES_FD:
+                if self.descriptors.is_lost(request):
+                    self._answer_lost(self._unqueue(client))
+                    self._settle(client)
+                    continue
+                if not self.descriptors.may_go(request):
+                    self.fd_waiting.append(client)
+                    client.ready = True
+                    continue
             if client.in_flight >= (1 if client is self._own else SHARE):
                 continue  # comes back when one is answered
             self._unqueue(client)
             self._send_in_band(request)
             self._settle(client)
+
+    def _answer_lost(self, request: Request) -> None:
+        self.descriptors.drop(request)
+        request.answer = replies.DESCRIPTOR_LOST
+        self.counters.commands += request.done is None
+        self.delivery.answer(request)
+
+    def take_back(self) -> Request | None:
+        """The command that is with QEMU and takes a descriptor has not gone there, for that is lost: it is
+        answered. What its client said behind it waits until more befalls that. None where there is none."""
+        request = self.descriptors.take_back()
+        if request is not None:
+            self.window.take_back(request)
+            request.client.in_flight -= 1
+            self._answer_lost(request)
+            if request.client in self.internal:
+                self._settle(request.client)
+        return request
 
     def _send_in_band(self, request: Request) -> None:
         request.client.in_flight += 1

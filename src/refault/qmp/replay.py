@@ -18,7 +18,7 @@ from refault.qmp.greeting import NotQmpError
 from refault.qmp.hiding import Word
 from refault.qmp.journal import Kind, Record, TornError
 from refault.qmp.multiplexer import Multiplexer, nobody
-from refault.qmp.session import Client
+from refault.qmp.session import GONE, Client, Request
 
 
 class Joined(msgspec.Struct, array_like=True):
@@ -80,8 +80,8 @@ class Replay:
         """What the daemon knows the clients by who came while the record was written."""
         self.came: dict[bytes, str] = {}
         """Connections that were accepted meanwhile, and where; those too who have joined since."""
-        self.lost_descriptors = 0
-        """Descriptors that clients had passed and QEMU had not got."""
+        self.lost_descriptors: list[str] = []
+        """Of which clients' commands they were, of those that QEMU had not got."""
         self.peeked: dict[int, int] = {}
         """Bytes that are in the sockets of clients yet, though they are known."""
         self._core = core
@@ -142,6 +142,7 @@ class Replay:
                 core.receive(client, bytes(record.data), saved.LOST + client.number)
             case Kind.CONSUMED:
                 self.peeked.pop(client.number, None)
+                self._lose(client)
             case Kind.MORE:
                 core.receive(client, b"")
             case Kind.HALF_CLOSED:
@@ -151,6 +152,16 @@ class Replay:
                 self._skip.pop(client.number, None)
             case _:
                 raise TornError(f"a client's record of kind {record.kind}")
+
+    def _lose(self, client: Client) -> None:
+        """What comes in its place in the client's socket is another command's."""
+        core, token = self._core, saved.LOST + client.number
+        for request in (*client.queue, *client.line, *core.urgent, *core.asked.values()):
+            if request.fd == token:
+                request.fd = saved.LOST
+        if client.fd == token:
+            client.fd = saved.LOST
+        core.upstream_out = [(data, saved.LOST if fd == token else fd) for data, fd in core.upstream_out]
 
     def _ours(self, record: Record) -> None:
         core = self._core
@@ -230,37 +241,66 @@ class Replay:
 
     def finish(self, recover: Callable[[int], int]) -> None:
         """Takes off what was sent. `recover` gives the descriptor that was in a client's socket yet, by the
-        client's number, or -1."""
+        client's number, or -1. Raises TornError."""
         core = self._core
 
         def real(fd: int) -> int:
-            if fd < saved.LOST:
-                return fd
             found = recover(fd - saved.LOST) if fd > saved.LOST else -1
-            self.lost_descriptors += found < 0
-            return found
+            return found if found >= 0 else GONE
 
         core.dirty.clear()
-        clients = (*core.internal, *core.clients.values())
-        requests = [request for client in clients for request in (*client.queue, *client.line)]
-        for request in (*core.window.pending.values(), *core.urgent, *requests):
+        for request in (*core.window.pending.values(), *core.urgent, *_not_sent(core)):
             request.on_reply = None  # the watcher has gone with its process
-        for request in (*core.asked.values(), *core.urgent, *requests):
-            if request.fd >= saved.LOST:
-                request.fd = real(request.fd)
-                request.client.queued_fds -= request.fd < 0
         for client in core.clients.values():
-            client.fd = real(client.fd)
             if skip := self._skip.get(client.number, 0):
                 client.out[0] = client.out[0][skip:]
             if client.out or client.closing or client.overflow:
                 core.dirty.append(client)
-        out, core.upstream_out = core.upstream_out, []
-        for at, (data, fd) in enumerate(out):
-            if at == 0 and self._skip_upstream > 0:  # the descriptor went with the first byte
-                core.upstream_out.append((data[self._skip_upstream :], -1))
-            else:
-                core.upstream_out.append((data, real(fd)))
+        if self._skip_upstream > 0:  # the descriptor went with the first byte
+            data, _ = core.upstream_out[0]
+            core.upstream_out[0] = data[self._skip_upstream :], -1
+        self.lost_descriptors = give_descriptors(core, real)
+
+
+def give_descriptors(core: Multiplexer, real: Callable[[int], int]) -> list[str]:
+    """Puts the descriptor that `real` gives in the place of each that a command has, or GONE: a command whose
+    descriptor that is does not go to QEMU. Of whose commands these are, but for refault's own. What waited
+    for one goes on when more befalls its client, and QEMU. Raises TornError."""
+    lost: list[str] = []
+    for request in (*core.asked.values(), *core.urgent, *_not_sent(core)):
+        if request.fd < 0:
+            continue
+        request.fd = real(request.fd)
+        if request.fd != GONE:
+            continue
+        request.client.queued_fds -= 1
+        if request.done is not None:
+            core.forget(request)  # whoever made it has gone with its process
+        elif core.descriptors.is_lost(request):
+            lost.append(_of(request))
+    for client in core.clients.values():
+        if client.fd >= 0:
+            client.fd = real(client.fd)
+            if client.fd == GONE:
+                lost.append(f"client {client.number}'s, with the beginning of a command")
+    out = [(data, real(fd) if fd >= 0 else -1) for data, fd in core.upstream_out]
+    core.upstream_out = [each for each in out if each[1] != GONE]
+    if len(core.upstream_out) < len(out):
+        taken_back = core.take_back()
+        if taken_back is None or len(core.upstream_out) + 1 < len(out):
+            raise TornError("more descriptors are on their way than may be")
+        if taken_back.done is None:
+            lost.append(_of(taken_back))
+    return lost
+
+
+def _not_sent(core: Multiplexer) -> list[Request]:
+    clients = (*core.internal, *core.clients.values())
+    return [request for client in clients for request in (*client.queue, *client.line)]
+
+
+def _of(request: Request) -> str:
+    return f"client {request.client.number}'s {request.name.decode(errors='replace')}"
 
 
 def _ignore(_: object) -> None:

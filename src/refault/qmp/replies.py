@@ -29,6 +29,10 @@ def is_error(reply: bytes) -> bool:
     return b'"error"' in reply and "error" in msgspec.json.decode(reply)
 
 
+DESCRIPTOR_LOST = error(
+    GENERIC,
+    "refault ended while it held the descriptor of this command, which QEMU has not got: send both again",
+)
 NOT_NEGOTIATED = error(NOT_FOUND, _NOT_NEGOTIATED)
 NOT_OBJECT = error(GENERIC, "QMP input must be a JSON object")
 

@@ -2,7 +2,7 @@
 given them goes on as this one does.
 
 Descriptors do not outlive a process: where a command has one, the other core has `LOST` in its place, and for
-one that is in its client's socket yet `LOST` and the client's number.
+one that is in its client's socket yet `LOST` and the client's number. `GONE` stays what it is.
 """
 
 from __future__ import annotations
@@ -149,7 +149,7 @@ def save(
     internal = core.internal
 
     def token(fd: int) -> int:
-        return LOST + peeked(fd) if fd >= 0 else -1
+        return LOST + peeked(fd) if fd >= 0 else fd
 
     def number(request: Request | None) -> int:
         if request is None:

@@ -31,6 +31,9 @@ class Limits:
     clients: int = 512
 
 
+GONE = -2
+"""In place of a descriptor: it came, and was lost with an earlier refault."""
+
 _READ_AHEAD = 16
 _NEARLY_USED_UP = 4
 

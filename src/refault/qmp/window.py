@@ -74,6 +74,12 @@ class Window:
             self._in_flight_bytes -= request.size
         return request
 
+    def take_back(self, request: Request) -> None:
+        """An in-band one has not gone after all."""
+        self.pending = {number: each for number, each in self.pending.items() if each is not request}
+        self._in_flight -= 1
+        self._in_flight_bytes -= request.size
+
     def lost(self) -> list[Request]:
         """The connection is gone: what QEMU had."""
         pending = list(self.pending.values())

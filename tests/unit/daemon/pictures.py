@@ -26,7 +26,9 @@ BUSY = VmStatus(
         ListenerStatus(address="unix:/run/front", listening=True),
         ListenerStatus(address="unix:/run/vm/front", trouble="its directory does not exist"),
     ),
-    clients=ClientsStatus(connected=2, total=7, commands=31, events=12, slow_disconnected=1, kept=True),
+    clients=ClientsStatus(
+        connected=2, total=7, commands=31, events=12, slow_disconnected=1, undecided=3, kept=True
+    ),
     migration=MigrationStatus(
         role="destination",
         status="postcopy-paused",

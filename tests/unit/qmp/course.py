@@ -20,8 +20,8 @@ from refault.qmp.commands import Answer, Forward
 from refault.qmp.hiding import Word
 from refault.qmp.journal import HEADER, MAGIC, Kind, Record, checked
 from refault.qmp.multiplexer import Multiplexer, nobody
-from refault.qmp.replay import Called, Joined, Replay, Said, Verdict
-from refault.qmp.session import Client, Limits, Request
+from refault.qmp.replay import Called, Joined, Replay, Said, Verdict, give_descriptors
+from refault.qmp.session import GONE, Client, Limits, Request
 from refault.qmp.splitter import Splitter, compact
 
 WATCHED = ("watched", "exec-oob-watched")
@@ -50,6 +50,10 @@ class Side:
     records: list[Record] = field(default_factory=list)
     before: bytes = b""
     killed: bool = False
+    peeked: dict[int, tuple[int, bytes]] = field(default_factory=dict)
+    """Descriptors that are in a client's socket yet, and what was received with them."""
+    passed: int = -1
+    """The descriptor that came to QEMU last and was not taken."""
     chance: random.Random = field(default_factory=lambda: random.Random(7))
 
     def note(self, kind: Kind, who: int, data: bytes = b"", count: int = 0) -> None:
@@ -76,19 +80,34 @@ class Side:
     def send_upstream(self, most: int) -> bytes:
         if not self.upstream:
             return b""
-        data, _ = self.upstream[0]
+        data, fd = self.upstream[0]
         sent = data[:most]
+        if fd >= 0:
+            self.passed = fd
         self.upstream[0] = (data[len(sent) :], -1)
         if not self.upstream[0][0]:
             self.upstream.pop(0)
         self.note(Kind.SENT, 0, count=len(sent))
+        for number, (peeked, _) in list(self.peeked.items()):
+            if peeked == fd and self.chance.random() < 0.8:
+                self.consume(number)
         return sent
+
+    def consume(self, number: int) -> None:
+        """What is in a client's socket with a descriptor is taken out."""
+        _, data = self.peeked.pop(number)
+        if number in self.core.clients:
+            self.note(Kind.CONSUMED, number, data)
+
+    def client_of(self, fd: int) -> int:
+        """In whose socket a descriptor is yet, or 0."""
+        return next((number for number, (peeked, _) in self.peeked.items() if peeked == fd), 0)
 
     def save(self) -> None:
         """Begins its record anew."""
         backlogs = self.backlogs
         self.before = saved.save(
-            self.core, lambda client: [backlogs.get(client.number, b"")], self.upstream, lambda _: 0
+            self.core, lambda client: [backlogs.get(client.number, b"")], self.upstream, self.client_of
         )
         self.records.clear()
 
@@ -112,11 +131,28 @@ class Side:
         core = new_core(asked)
         replay = Replay(core)
         replay.run(self.before, list(self.records))
-        replay.finish(lambda _: -1)
+        there = {number: fd for number, (fd, _) in self.peeked.items()}
+        replay.finish(lambda number: there.pop(number, -1))
         asked.extend(core.asked.values())
-        side = Side(core, asked)
+        side = Side(core, asked, peeked=self.peeked.copy(), passed=self.passed)
         side.flush()
         return side
+
+    def lose(self) -> None:
+        """Every descriptor that would not outlive a kill in this moment."""
+        core = self.core
+        core.upstream_out, self.upstream = self.upstream, []
+        give_descriptors(core, lambda fd: fd if self.client_of(fd) else GONE)
+        self.flush()
+
+    def go_on(self) -> None:
+        """Serves its clients."""
+        for number, client in list(self.core.clients.items()):
+            self.note(Kind.MORE, number)
+            self.core.receive(client, b"")
+        self.note(Kind.MORE, 0)
+        self.core.receive_upstream(b"")
+        self.flush()
 
     # what befalls it; each is noted first
 
@@ -127,10 +163,14 @@ class Side:
 
     def receive(self, number: int, data: bytes, fd: int) -> None:
         client = self.core.clients[number]
+        if number in self.peeked:
+            self.consume(number)
         self.note(Kind.PEEKED if fd >= 0 else Kind.RECEIVED, number, data)
         self.core.receive(client, data, fd)
-        if fd >= 0 and self.chance.random() < 0.5:
-            self.note(Kind.CONSUMED, number, data)
+        if fd >= 0:
+            self.peeked[number] = fd, data
+            if self.chance.random() < 0.5:
+                self.consume(number)
         while client.splitter.more and not client.closing:
             self.note(Kind.MORE, number)
             self.core.receive(client, b"")
@@ -174,11 +214,11 @@ class Side:
         )
         core = msgspec.msgpack.decode(whole, type=saved._Core)
         for each in core.requests:  # descriptors do not outlive their process
-            each.fd = -1
+            each.fd = min(each.fd, -1)
         for request in core.requests:  # nor do watchers
             request.changes = False
         for client in core.clients:
-            client.fd, client.queued_fds = -1, 0
+            client.fd, client.queued_fds = min(client.fd, -1), 0
         core.upstream = [(data, -1) for data, _ in core.upstream]
         return backlogs, core
 
@@ -204,6 +244,12 @@ class Course:
         self.splitter = Splitter()
         self.reply = b""
         self.serial = 0
+        self.rest: dict[int, bytes] = {}
+        """Of what a client is saying."""
+        self.got: dict[int, bytes] = {}
+        """By clients."""
+        self.ran: list[tuple[dict[str, Any], int]] = []
+        """By QEMU, each with the descriptor that it took."""
         self.gone: set[int] = set()
         self.first.save()
 
@@ -249,18 +295,28 @@ class Course:
                 side.receive(number, hello, -1)
         elif kind <= 5 and numbers:
             number = chance.choice(numbers)
-            data, fd = self.data()
+            if number in self.rest:
+                data, fd = self.rest.pop(number), -1
+            else:
+                data, fd = self.data()
             cut = chance.randrange(len(data)) if chance.random() < 0.3 else 0
-            for side in sides:
-                if cut:
-                    side.receive(number, data[:cut], -1)
-                side.receive(number, data[cut:], fd)
+            if cut:
+                early = chance.random() < 0.3
+                for side in sides:
+                    side.receive(number, data[:cut], fd if early else -1)
+                data, fd = data[cut:], -1 if early else fd
+            if cut and fd < 0 and chance.random() < 0.5:
+                self.rest[number] = data
+            else:
+                for side in sides:
+                    side.receive(number, data, fd)
         elif kind == 6 and numbers and chance.random() < 0.3:
             number = chance.choice(numbers)
             for side in sides:
                 side.note(Kind.LEFT, number)
                 side.core.leave(side.core.clients[number])
                 side.backlogs.pop(number, None)
+                side.peeked.pop(number, None)
         elif kind == 7 and numbers and chance.random() < 0.2:
             number = chance.choice(numbers)
             self.gone.add(number)
@@ -330,7 +386,15 @@ class Course:
                 most = chance.choice((1, 7, 100, 10_000))
                 sent = [side.send_client(number, most) for side in self.sides]
                 assert len(set(sent)) == 1
+                self.got[number] = self.got.get(number, b"") + sent[0]
         while chance.random() < 0.8:
             most = chance.choice((3, 30, 10_000))
             [went] = {side.send_upstream(most) for side in self.sides}
-            self.qemu += [json.loads(compact(each.raw)) for each in self.splitter.feed(went)]
+            for each in self.splitter.feed(went):
+                self.qemu.append(one := json.loads(compact(each.raw)))
+                fd = -1
+                if one.get("execute") in ("getfd", "add-fd"):
+                    [fd] = {side.passed for side in self.sides}
+                    for side in self.sides:
+                        side.passed = -1
+                self.ran.append((one, fd))

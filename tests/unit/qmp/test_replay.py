@@ -22,6 +22,7 @@ def test_the_next_core_goes_on_as_the_killed_one(seed: int, until: int, more: in
             course.first.flush()
             course.first.save()
     following = course.first.next()
+    course.first.lose()
     assert following.look() == course.first.look()
     course.sides.append(following)
     course.first.killed = True
@@ -32,11 +33,14 @@ def test_the_next_core_goes_on_as_the_killed_one(seed: int, until: int, more: in
     following.save()
     for side in course.sides:
         side.asked.sort(key=lambda request: request.asked)
+        side.go_on()
     for _ in range(more):
         course.step()
         assert following.look() == course.first.look()
     if again:
-        assert following.next().look() == following.look()
+        last = following.next()
+        following.lose()
+        assert last.look() == following.look()
 
 
 def test_played_is_for_the_same_core() -> None:

@@ -35,6 +35,9 @@ from refault.qmp.replay import Replay
 
 log = logging.getLogger("refault.qmp")
 
+_NAMED = 10
+"""Commands, in one line of the log."""
+
 SUFFIX = ".clients"
 """Of a journal's name, behind the VM's."""
 
@@ -87,6 +90,7 @@ def take(name: str, path: Path, core: Multiplexer, wanted: Collection[str]) -> T
     except Exception:  # whatever it is, this VM is to be served
         log.exception("%s: internal error in what the last refault has left", name)
         why = "internal error"
+    core.leave_undecided(1)
     log.warning("%s: cannot go on where the last refault ended: %s; its clients are disconnected", name, why)
     try:
         free(path)
@@ -174,15 +178,21 @@ def _found(
         with sock:
             end_for_all(sock)
     log.info(
-        "%s: going on where the last refault ended: %d clients, %d commands with QEMU%s%s",
+        "%s: going on where the last refault ended: %d clients, %d commands with QEMU%s",
         name,
         len(clients),
         len(core.window.pending),
         f"; {len(gone)} clients are gone, which QEMU did not hold" if gone else "",
-        f"; {replay.lost_descriptors} descriptors that clients had passed are lost"
-        if replay.lost_descriptors
-        else "",
     )
+    if lost := replay.lost_descriptors:
+        core.leave_undecided(len(lost))
+        log.warning(
+            "%s: %d descriptors that clients had passed are lost with the last refault, and their commands"
+            " answered with an error: %s",
+            name,
+            len(lost),
+            ", ".join(lost[:_NAMED]) + (", ..." if len(lost) > _NAMED else ""),
+        )
     return Taken(was, upstream, clients, fronts, peeked, list(spent.values()), lots, came, of_nobody)
 
 

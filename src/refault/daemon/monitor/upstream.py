@@ -304,6 +304,11 @@ class Upstream:
         core.on_ready()
         for request in list(core.asked.values()):
             core.ask(request)
+        for client in list(core.clients.values()):  # what waited for a descriptor that is lost goes on
+            self._recorder.note(Kind.MORE, client.number)
+            core.receive(client, b"")
+        self._recorder.note(Kind.MORE, 0)
+        core.receive_upstream(b"")
         self._flush_all()
         if not self._recorder.on:
             self.start_soon(self._keeper.give_up)

@@ -116,6 +116,7 @@ def families(status: Status) -> list[Metric]:
     clients_connected = gauge("clients_connected", "QMP clients connected now")
     clients = counter("clients", "QMP clients accepted")
     slow = counter("clients_slow_disconnected", "QMP clients dropped because they did not read")
+    undecided = counter("clients_undecided", "What an earlier refault's end left in doubt")
     outlive = gauge(
         "clients_kept", "1 while QEMU holds its clients' connections, so that they outlive refault"
     )
@@ -166,6 +167,7 @@ def families(status: Status) -> list[Metric]:
         clients_connected.add_metric([vm.name], vm.clients.connected)
         clients.add_metric([vm.name], vm.clients.total)
         slow.add_metric([vm.name], vm.clients.slow_disconnected)
+        undecided.add_metric([vm.name], vm.clients.undecided)
         outlive.add_metric([vm.name], vm.clients.kept)
         commands.add_metric([vm.name], vm.clients.commands)
         events.add_metric([vm.name], vm.clients.events)

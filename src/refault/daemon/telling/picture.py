@@ -68,6 +68,7 @@ def picture(of: Vm) -> VmStatus:
             events=monitor.counters.events,
             hidden_pauses=monitor.counters.hidden_pauses,
             slow_disconnected=monitor.counters.slow_clients,
+            undecided=monitor.counters.undecided,
             kept=kept,
             not_kept=not_kept,
         ),

@@ -69,6 +69,8 @@ class ClientsStatus(msgspec.Struct, frozen=True, kw_only=True):
     """Pauses that were kept from clients, for a time at least."""
     slow_disconnected: int = 0
     """Clients dropped because they did not read."""
+    undecided: int = 0
+    """What an earlier refault's end left in doubt: lost descriptors, and each time nobody could go on."""
     kept: bool = False
     """Whether QEMU holds their connections, so that they outlive refault."""
     not_kept: str | None = None

@@ -77,6 +77,7 @@ def test_values_are_those_of_the_status() -> None:
     assert value(text, "refault_clients_connected", vm="vm1") == 2
     assert value(text, "refault_clients_total", vm="vm1") == 7
     assert value(text, "refault_clients_slow_disconnected_total", vm="vm1") == 1
+    assert value(text, "refault_clients_undecided_total", vm="vm1") == 3
     assert value(text, "refault_clients_kept", vm="vm1") == 1
     assert value(text, "refault_clients_kept", vm="vm2") == 0
     assert value(text, "refault_commands_total", vm="vm1") == 31
