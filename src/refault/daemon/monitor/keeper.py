@@ -106,6 +106,10 @@ class Keeper:
             with trio.move_on_after(WELCOME_AFTER):
                 await self._settled.wait()
 
+    def ask_again(self) -> None:
+        """QEMU may take by now what it has refused."""
+        self._asked_at = -_ASK_AGAIN
+
     async def begin(self, sock: socket.socket, pid: int | None) -> None:
         """Has QEMU hold our end of its monitor, `sock`; from then on all else is kept."""
         if self._asking or self.on or trio.current_time() < self._asked_at + _ASK_AGAIN:
@@ -355,7 +359,7 @@ class Keeper:
             forget_stored([each.name for each in (self.upstream, *self.lots_held)])
         self.upstream = None
         self._claims(None)
-        self._asked_at = -_ASK_AGAIN  # the next one has refused nothing
+        self.ask_again()  # the next one has refused nothing
         self._recorder.end()
         self._empty_lots()
 

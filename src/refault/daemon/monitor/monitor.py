@@ -110,7 +110,7 @@ class Monitor:
         """Who is connected to, as a client."""
         self.qemu: QemuInfo | None = None
         """The QEMU that commands can go to now, or None."""
-        self._watch = dict(watch or {})
+        self._watch = {"x-exit-preconfig": self._exit_preconfig, **(watch or {})}
         self._on_event = on_event
         self._on_connect = on_connect
         self._on_disconnect = on_disconnect
@@ -381,6 +381,16 @@ class Monitor:
         return await self._commands.execute(command, arguments, oob=oob, fd=fd, timeout=timeout)
 
     # what the core calls
+
+    async def _exit_preconfig(self, command: WatchedCommand) -> Forward | Answer:
+        """With its machine QEMU takes descriptors, which it has refused before."""
+
+        def keep(reply: bytes) -> bytes:
+            self._keeper.ask_again()
+            self._inheritance.keep()
+            return reply
+
+        return Forward(on_reply=keep)
 
     def _event(self, name: str, data: Mapping[str, object]) -> None:
         if self._on_event is None:
