@@ -23,7 +23,7 @@ from refault.qmp.journal import Kind
 
 _LOG = 256 << 10
 """Bytes of a log at first. It grows where it must."""
-_FULL = 128 << 10
+_FULL = 192 << 10
 """Bytes of it from which on it should be begun anew."""
 _MOST = 4 << 30
 """Bytes that none has: more would be clients with gigabytes under way."""

@@ -37,6 +37,8 @@ URGENT_AFTER = 0.1
 _LISTENS_WITHIN = 1.0
 """Seconds from when a QEMU has bound its socket, within which it listens however busy the host is."""
 _LISTENS_SOON = 0.005
+_STEADY_AFTER = 1.0
+"""Seconds a connection has lasted of a QEMU that does not end again as soon as it has come."""
 
 
 class Upstream:
@@ -84,18 +86,19 @@ class Upstream:
     async def run(self) -> None:
         """Connects, or is connected to, again and again, until cancelled."""
         shortest, longest = pauses(self._address)
-        delay = shortest
+        delay = after_end = shortest
         while True:
             pause = self._presence.pause
             try:
-                if self.taken is not None:
-                    sock, self.taken = self.taken, None
-                    await self._converse(sock, goes_on=True)
-                else:
+                taken, self.taken = self.taken, None
+                if taken is None:
                     await self._first_client.wait()
-                    sock = await self._reach()
-                    await self._converse(sock)
-                delay = shortest
+                sock = taken or await self._reach()
+                began = trio.current_time()
+                await self._converse(sock, goes_on=taken is not None)
+                # To meet a QEMU is much work, which who ends again and again is not to make for all others.
+                steady = trio.current_time() - began >= _STEADY_AFTER
+                delay = after_end = shortest if steady else min(2 * after_end, longest)
             except NotQmpError as error:
                 self._complain(f"what answers at {self._address} is no QMP monitor: {error}")
                 delay, pause = longest, trio.sleep

@@ -190,6 +190,19 @@ async def test_a_client_waits_for_a_qemu_that_greets_late(
     assert "internal error" not in caplog.text
 
 
+async def test_who_has_come_and_left_is_no_client_any_more(tmp_path: Path) -> None:
+    made = monitor(tmp_path, "front")
+    async with qemu_at(tmp_path / "qemu"), trio.open_nursery() as nursery:
+        nursery.start_soon(made.run)
+        await kept(made)
+        with socket.socket(socket.AF_UNIX) as client:
+            client.connect(str(tmp_path / "front"))
+        async with await greeted(tmp_path / "front"):
+            assert made.clients_total == 2
+            assert made._core.last_client == 1
+        nursery.cancel_scope.cancel()
+
+
 async def test_what_qemu_has_is_known_until_it_has_it_no_more(tmp_path: Path) -> None:
     """It takes our end of its monitor, and nothing else."""
     made = monitor(tmp_path, "front")
