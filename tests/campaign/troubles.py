@@ -4,14 +4,17 @@ while one VM's QEMU or client misbehaves, beside how long it takes while all is 
     make campaign-troubles CAMPAIGN="--vms 99 --seconds 10"
 
 Quiet and trouble take turns, so that what else the machine does befalls both. Who makes trouble takes a core
-from everybody on the host: beside each stands the same with the troubled VM behind a `refault serve` of its
-own.
+from everybody on the host, whatever stands in front of him: so he and his QEMU have one of their own, and
+refault, the others and who asks them another. Beside each stands the same with the troubled VM behind a
+`refault serve` of its own, on the troubled core: nothing of the trouble can reach the others there but what
+the host lets through.
 """
 
 from __future__ import annotations
 
 import argparse
 import contextlib
+import os
 import signal
 import socket
 import subprocess
@@ -28,6 +31,8 @@ from tests.support.troublemaker import KINDS, QEMUS, QUIET
 HANGS = "QEMU hangs"
 TROUBLES = (HANGS, *KINDS)
 BAD = "bad"
+MEMORY = "/dev/shm"
+"""As /run is, where the state directories are."""
 STRETCH = 0.15
 """Seconds of quiet, and of trouble, by turns."""
 SETTLES = 0.05
@@ -82,11 +87,27 @@ class Client:
         self._socket.close()
 
 
+@contextlib.contextmanager
+def cores() -> Iterator[list[str]]:
+    """This process, and what it starts, has one core until the end; what starts a command on another one."""
+    before = os.sched_getaffinity(0)
+    ours, others = min(before), max(before)
+    os.sched_setaffinity(0, {ours})
+    try:
+        yield ["taskset", "--cpu-list", str(others)]
+    finally:
+        os.sched_setaffinity(0, before)
+
+
 class Host:
     """A `refault serve` in front of so many idle VMs, and of one that is in trouble."""
 
-    def __init__(self, directory: Path, clients: list[Client], daemons: list[int]) -> None:
+    def __init__(
+        self, directory: Path, clients: list[Client], daemons: list[int], elsewhere: list[str]
+    ) -> None:
         self.bad = directory / BAD
+        self._elsewhere = elsewhere
+        """What starts a command on the troubled core."""
         self._daemons = daemons
         self._directory = directory
         self._clients = clients
@@ -134,7 +155,7 @@ class Host:
         qemu = [*QUIET, "-qmp", f"unix:{self.bad},server=on,wait=off"]
         maker = [sys.executable, "-m", "tests.support.troublemaker", trouble, str(self.bad)]
         commands = [maker] if trouble in QEMUS else [qemu] if trouble == HANGS else [qemu, maker]
-        with processes(commands, self._directory) as running:
+        with processes([[*self._elsewhere, *each] for each in commands], self._directory) as running:
             until(self.bad.exists)
 
             def tell(process: subprocess.Popen[bytes], number: int) -> Callable[[], None]:
@@ -149,8 +170,8 @@ class Host:
 
 
 @contextlib.contextmanager
-def host(directory: Path, vms: int, *, apart: bool = False) -> Iterator[Host]:
-    """Runs them, until the end. `apart`: the one in trouble has a daemon of its own."""
+def host(directory: Path, vms: int, elsewhere: list[str], *, apart: bool = False) -> Iterator[Host]:
+    """Runs them, until the end. `apart`: the one in trouble has a daemon of its own, `elsewhere`."""
     names = [f"vm{number}" for number in range(vms)]
     daemons = {"refault": [*names, *([] if apart else [BAD])], **({"apart": [BAD]} if apart else {})}
     for daemon, fronted in daemons.items():
@@ -163,13 +184,15 @@ def host(directory: Path, vms: int, *, apart: bool = False) -> Iterator[Host]:
         (directory / f"{daemon}.toml").write_text("".join((control, *tables)))
     qemus = [[*QUIET, "-qmp", f"unix:{directory}/{name},server=on,wait=off"] for name in names]
     serve = [[*REFAULT, "serve", "--config", str(directory / f"{daemon}.toml")] for daemon in daemons]
+    if apart:
+        serve[-1] = [*elsewhere, *serve[-1]]
     with contextlib.ExitStack() as stack:
         running = stack.enter_context(processes([*qemus, *serve], directory))
         until(lambda: connected([directory / "refault.control"]) == vms)
         clients = [
             stack.enter_context(contextlib.closing(Client(directory / f"{name}.qmp"))) for name in names
         ]
-        yield Host(directory, clients, [daemon.pid for daemon in running[len(qemus) :]])
+        yield Host(directory, clients, [daemon.pid for daemon in running[len(qemus) :]], elsewhere)
 
 
 def main() -> None:
@@ -183,10 +206,11 @@ def main() -> None:
     print(f"| {head} | ratio, apart |")
     print("|---|---|---|---|---|---|---|")
     with contextlib.ExitStack() as stack:
+        elsewhere = stack.enter_context(cores())
         hosts = []
         for apart in (False, True):
-            path = stack.enter_context(tempfile.TemporaryDirectory(prefix="refault-"))
-            hosts.append(stack.enter_context(host(Path(path), options.vms, apart=apart)))
+            path = stack.enter_context(tempfile.TemporaryDirectory(prefix="refault-", dir=MEMORY))
+            hosts.append(stack.enter_context(host(Path(path), options.vms, elsewhere, apart=apart)))
         for trouble in TROUBLES:
             measured = []
             for fronted in hosts:

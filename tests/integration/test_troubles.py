@@ -6,7 +6,7 @@ import time
 from pathlib import Path
 
 import pytest
-from tests.campaign.troubles import HANGS, MOST, Times, host
+from tests.campaign.troubles import HANGS, MOST, Times, cores, host
 
 pytestmark = [pytest.mark.qemu, pytest.mark.timeout(200)]
 
@@ -21,7 +21,7 @@ def are_enough(times: Times) -> bool:
 
 
 def test_the_others_do_not_notice(tmp_path: Path) -> None:
-    with host(tmp_path, vms=5) as fronted:
+    with cores() as elsewhere, host(tmp_path, 5, elsewhere) as fronted:
         for trouble in ("QEMU floods events", "client floods what is no JSON", HANGS):
             end = time.monotonic() + SECONDS
             # What else the machine does befalls one window or another, a loop that is held up every one.
