@@ -1,4 +1,4 @@
-"""The commands of docs/first-migration.md and docs/upgrade.md, in a fresh Debian, and the package."""
+"""The commands of README.md and docs/, in a fresh Debian, and the package."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from tests.integration.blocks import BLOCKS, PRELUDE, SAY, SETUP, left_over, script
 from tests.integration.debian import ROOT, Debian, booted, make_environment, migration, one_system, until
 
 pytestmark = one_system("pages")
@@ -50,6 +51,18 @@ def test_a_newcomer_reaches_a_recovered_migration(debian: Debian) -> None:
     until(lambda: not debian.status(), lambda: debian.journal("refault"))
     for page in ("refault", "refault-serve"):
         debian.run("test", "-e", f"/usr/share/man/man1/{page}.1.gz")
+
+
+def test_what_the_other_pages_say_is_typed_and_written(debian: Debian) -> None:
+    """After the migration above, of whose loss the journal tells."""
+    debian.write("/usr/local/bin/say", SAY)
+    debian.sh(f"chmod +x /usr/local/bin/say; systemctl stop refault; {SETUP}")
+    for page, planned in BLOCKS.items():
+        for block, text in zip(planned, left_over(page), strict=True):
+            debian.run("bash", "-euxc", PRELUDE + script(block, text))
+    debian.sh("systemctl stop 'typed-*' 'qemu-*'; rm -r /run/qemu /run/typed /usr/local/bin/say")
+    debian.sh("cd /run/systemd/system; rm -r refault* typed*; systemctl daemon-reload")
+    debian.sh("rm /etc/refault/vms.d/* /etc/refault/vm1.env")
 
 
 def test_an_upgrade_takes_over_a_postcopy_that_is_paused(debian: Debian) -> None:

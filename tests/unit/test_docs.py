@@ -11,6 +11,7 @@ from operator import attrgetter
 from pathlib import Path
 
 import pytest
+from tests.integration.blocks import BLOCKS, left_over
 
 from refault.cli import run
 from refault.cli.main import COMMANDS
@@ -37,6 +38,14 @@ def test_make_targets_and_commands_exist(page: Path) -> None:
     text = page.read_text()
     assert set(re.findall(r"(?:`|^    )make ([\w-]+)", text, flags=re.MULTILINE)) <= TARGETS
     assert set(re.findall(r"(?:`|^    )refault (\w+)", text, flags=re.MULTILINE)) <= set(COMMANDS)
+
+
+@pytest.mark.parametrize("page", [str(page.relative_to(ROOT)) for page in PAGES])
+def test_each_block_is_run_by_a_test_or_left_out_with_a_reason(page: str) -> None:
+    there, planned = list(left_over(page)), [block.begins for block in BLOCKS.get(page, [])]
+    assert len(there) == len(planned), [block.partition("\n")[0] for block in there]
+    for text, begins in zip(there, planned, strict=True):
+        assert text.startswith(begins)
 
 
 def test_make_help_names_every_target() -> None:
