@@ -40,6 +40,7 @@ _SLOW_PRECOPY = 6 << 20
 _ACTIVE = ("postcopy-active", "completed")
 _SETTLED = 0.15  # seconds for which both must stay active
 _TAKES_BACK = 3.0  # seconds after which a source does not take its guest back any more
+_ASKED = 12.0  # and one that must: its QEMU answers nobody while it writes, and is asked again
 _HELD = 2.5  # seconds after which a hold is not a passing one: longer than refault's RUN_SECONDS
 _HELD_WRONGLY = 15.0  # and where it must pass, on a busy machine
 _ANSWERS = 1.0  # seconds within which a source answers that is not at its end
@@ -502,6 +503,8 @@ async def _judge(stage: _Stage, planned: Planned, when: float, since: Sequence[i
         held_since = (held_since or trio.current_time()) if held else None
         passes = Outcome.HELD not in allowed(planned.kind, stage.pair.source.qmp.version)
         most = _HELD_WRONGLY if passes else _HELD
+        if _never_leaves_device(stage, planned, last) and held:
+            return Result(planned, Outcome.LEFT_AT_SOURCE, note=f"{held}; {_words(stage)}")
         if held_since is not None and trio.current_time() - held_since > most:
             completed = last[1][0] == "completed"
             return Result(
@@ -541,7 +544,8 @@ async def _ended_without_guest(stage: _Stage, planned: Planned) -> bool:
     if not planned.kind.in_switchover or destination.status is None:
         return False
     refault = stage.driver.processes[1]
-    with trio.move_on_after(_TAKES_BACK):
+    stays = Outcome.LEFT_AT_SOURCE in allowed(planned.kind, stage.pair.source.qmp.version)
+    with trio.move_on_after(_TAKES_BACK if stays else _ASKED):
         while not _asks_the_operator(stage, planned):
             if _last(stage.pair.source)[0] == "failed":
                 return False
@@ -549,6 +553,14 @@ async def _ended_without_guest(stage: _Stage, planned: Planned) -> bool:
         return False
     closed = planned.kind.phase is not None or "in precopy: closing QEMU's" in refault.tail(50)
     return closed and not stage.watch.handed_over
+
+
+def _never_leaves_device(stage: _Stage, planned: Planned, last: Sequence[tuple[str, float]]) -> bool:
+    """Whether a 10.0 was still writing the package as a killed refault's leg ended, and stays in `device`, as
+    a bare one does. The destination's refault, which lives, holds what without it would have ended."""
+    (status, since), there = last[0], stage.watch.handed_over
+    waited = trio.current_time() - since > _HELD
+    return planned.kind.phase is Phase.SWITCHOVER and status == "device" and waited and not there
 
 
 def _goes_on_since(when: float, status: str, at: float) -> bool:

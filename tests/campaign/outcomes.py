@@ -48,7 +48,8 @@ def allowed(kind: LossClass, version: Version, *, at_its_end: bool = False) -> t
         if abilities(version).fails_when_told:
             ends = (Outcome.RECOVERED, Outcome.SOURCE_GOES_ON, Outcome.TAKEN_BACK, Outcome.STOPPED)
             # A 10.0 that still writes it as a killed process closes its leg stays in `device`, bare or not.
-            return (*ends, Outcome.LEFT_AT_SOURCE) if kind.phase is Phase.SWITCHOVER else ends
+            stays = kind.phase is Phase.SWITCHOVER and not abilities(version).waits_for_arrival
+            return (*ends, Outcome.LEFT_AT_SOURCE) if stays else ends
         part_lost = (Outcome.HELD, Outcome.LEFT_AT_SOURCE, Outcome.STOPPED, Outcome.SOURCE_GOES_ON)
         return (Outcome.RECOVERED, *part_lost)
     if kind.place is Place.LAST:

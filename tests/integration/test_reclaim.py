@@ -19,6 +19,7 @@ from refault.lab.driver import RefaultDriver, refault_driver
 from refault.lab.memory import compare
 from refault.lab.qemu import Pair, PairOptions, disks, start_pair
 from refault.lab.qmp_client import QmpError
+from refault.migration.legs import WAITS_FOR_PONG
 
 pytestmark = [pytest.mark.qemu, pytest.mark.timeout(200)]
 
@@ -99,15 +100,22 @@ async def test_the_guest_goes_on_at_the_source(
         assert verdict.right, verdict
 
 
+@pytest.mark.parametrize("killed", [False, True], ids=["", "refault-killed"])
 @pytest.mark.parametrize("binary", qemus("qemu-10"))
 async def test_the_guest_of_a_package_lost_on_its_way_is_taken_back_on_the_operators_word(
-    tmp_path: Path, binary: str
+    tmp_path: Path, binary: str, killed: bool
 ) -> None:
-    """It is cut right before RUN, its last command, when the relay has surely read it whole."""
+    """It is cut right before RUN, its last command, when the relay has surely read it whole. The next refault
+    knows from the record that nobody has said that the guest has arrived."""
     async with fronted(tmp_path, binary=binary) as (pair, channel, driver):
         cut = Cut(Loss.CLOSE, True, PING_3, 0, "now")
         with trio.fail_after(60):
-            await lose_in_switchover(driver, channel, cut, PREEMPT)
+            await lose_in_switchover(driver, channel, cut, bare.CAPABILITIES if killed else PREEMPT)
+            if killed:
+                await bare.wait_status(pair.source.qmp, "postcopy-paused")
+                driver.processes[0].kill()
+                driver.processes[0].output.unlink()
+                driver.start_again(0)
             while "ALERT: the channel was lost in the switchover" not in driver.processes[0].tail(50):
                 await trio.sleep(0.05)
             assert not (await driver.source.execute("query-status"))["running"]
@@ -162,6 +170,29 @@ async def test_a_source_that_never_hears_that_its_guest_has_arrived_does_not_run
         cut = Cut(Loss.CLOSE, False, PONG_3, 0, "now")
         with trio.fail_after(60):
             await lose_in_switchover(driver, channel, cut)
+            await recovered(driver, 1)
+        await bare.finish(driver.source)
+        assert not [event for event in pair.source.qmp.events if event.name == "RESUME"]
+        await pair.destination.wait_progress()
+        verdict = await compare(GUEST, pair.destination.qmp, pair.source.qmp)
+        assert verdict.right, verdict
+
+
+@pytest.mark.parametrize("binary", ONLY_11)
+async def test_nor_where_refault_is_killed_before_it_has_heard(tmp_path: Path, binary: str) -> None:
+    """All device state has passed, and nothing passes back until it is dead."""
+    async with fronted(tmp_path, binary=binary) as (pair, channel, driver):
+        await run_precopy(driver, channel, 1 << 20, bare.CAPABILITIES)
+        await channel.cut_at(Cut(Loss.CLOSE, True, PING_3, 0, "now"), freezes=True)
+        with trio.fail_after(60):
+            await driver.source.execute("migrate-start-postcopy")
+            await channel.was_frozen()
+            await bare.wait_status(pair.source.qmp, WAITS_FOR_PONG)
+            driver.processes[0].kill()
+            channel.thaw()
+            await pair.destination.qmp.wait_event(lambda event: event.name == "RESUME")
+            driver.start_again(0)
+            await pair.source.qmp.wait_migration("postcopy-paused")
             await recovered(driver, 1)
         await bare.finish(driver.source)
         assert not [event for event in pair.source.qmp.events if event.name == "RESUME"]

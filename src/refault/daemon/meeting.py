@@ -216,6 +216,8 @@ class Meeting:
         migration.say_how()
         migration.course.feed(Event.STARTED)
         migration.course.on_status(status)
+        if migration.channels is not None and migration.channels.in_doubt:
+            migration.course.feed(Event.IN_DOUBT)
         if (rule := migration.course.kept_by) is not None:
             hold_again(migration.course, rule)
 

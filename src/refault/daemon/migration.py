@@ -146,7 +146,13 @@ class Migration:
         if met is not None:
             further = tuple(parse_uri(uri) for uri in met.further)
             self.course.meets(
-                postcopy=met.postcopy, kept=met.kept, further=further, session=met.session, leg=met.leg
+                postcopy=met.postcopy,
+                stopped_by_switchover=met.stopped_by_switchover,
+                awaited=met.awaited,
+                kept=met.kept,
+                further=further,
+                session=met.session,
+                leg=met.leg,
             )
         if reason is not None:
             self._vm.start_soon(self._poll_status)
@@ -259,6 +265,8 @@ class Migration:
             generation=self.generation,
             preempt=self.course.lanes.preempt,
             postcopy=self.course.postcopy_began,
+            stopped_by_switchover=self.course.stopped_by_switchover,
+            awaited=self.channels.awaits_arrival if self.channels is not None else self.course.awaited_before,
             further=tuple(endpoint.uri for endpoint in self.course.addresses.added),
             session=self.course.session,
             kept=(*self.course.kept_before, *(self.channels.kept.names if self.channels is not None else ())),

@@ -59,6 +59,7 @@ class Vm:
                 "migrate": self._migrate,
                 "migrate-incoming": self._migrate_incoming,
                 "migrate-recover": self._migrate_recover,
+                "migrate-start-postcopy": self._migrate_start_postcopy,
                 "migrate-pause": self._migrate_pause,
                 "migrate_cancel": self._migrate_cancel,
                 "query-migrate": self._query_migrate,
@@ -234,6 +235,12 @@ class Vm:
         procedure = self.succession.procedure
         if isinstance(procedure, Destination):
             return await procedure.migrate_recover(command)
+        return Forward()
+
+    async def _migrate_start_postcopy(self, _: WatchedCommand) -> Forward | Answer:
+        migration = self.migration
+        if migration is not None and migration.channels is not None and not migration.course.gone:
+            await migration.channels.guard_switchover()
         return Forward()
 
     async def _migrate_pause(self, command: WatchedCommand) -> Forward | Answer:

@@ -40,6 +40,9 @@ class Abilities:
     """The source opens its preempt channel when it needs it: in postcopy_start, and after the received
     bitmaps of a recovery; the destination starts on the main one. Else the source opens both at once, and the
     destination waits for both (migration/migration.c, migrate_fd_connect, migration_ioc_process_incoming)."""
+    waits_for_arrival: bool
+    """A source is `postcopy-device` until its destination has said that it has the guest, and fails and runs
+    the guest again where its channel ends before (tried on 11.1; migration/migration.c, postcopy_start)."""
 
 
 _OLDEST = Abilities(
@@ -50,16 +53,19 @@ _OLDEST = Abilities(
     resume_after=0.05,
     survives_failed_resume=False,
     preempt_comes_late=False,
+    waits_for_arrival=False,
 )
 _V72 = replace(_OLDEST, fails_when_told=True, survives_failed_resume=True)
 _V80 = replace(_V72, preempt_comes_late=True)
 _V82 = replace(_V80, pauses_again_in_handshake=True, resume_after=0.0)
 _V100 = replace(_V82, tells_that_it_dials=True, refuses_cancel_in_postcopy=True)
+_V102 = replace(_V100, waits_for_arrival=True)
 _SINCE: tuple[tuple[Version, Abilities], ...] = (
     ((7, 2, 0), _V72),
     ((8, 0, 0), _V80),
     ((8, 2, 0), _V82),
     ((10, 0, 0), _V100),
+    ((10, 2, 0), _V102),
 )
 
 

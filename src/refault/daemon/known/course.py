@@ -75,6 +75,8 @@ class Course:
         """Of a destination: whether it is known not to switch to postcopy."""
         self.kept_before: tuple[str, ...] = ()
         """The names of our ends that QEMU holds since an earlier refault."""
+        self.awaited_before = False
+        """Whether a source had yet to hear of its guest's arrival when an earlier refault ended."""
         self.leg_before: tuple[int, bytes] | None = None
         """By which the one is found that is the leg of a channel that goes on (near/handed_leg.py)."""
         self.stopped_by_switchover = False
@@ -198,6 +200,8 @@ class Course:
         self,
         *,
         postcopy: bool,
+        awaited: bool,
+        stopped_by_switchover: bool,
         kept: tuple[str, ...],
         further: tuple[Endpoint, ...],
         session: bytes | None,
@@ -206,6 +210,8 @@ class Course:
         """What an earlier refault wrote of it."""
         self.leg_before = leg
         self.postcopy_began = postcopy
+        self.awaited_before = awaited
+        self.stopped_by_switchover = stopped_by_switchover
         self.session = session
         self.kept_before = kept
         for endpoint in further:
@@ -325,6 +331,7 @@ class Course:
         self.guest_stopped = True
         if self.status == "postcopy-active" and self.role is Role.SOURCE:
             self.stopped_by_switchover = True
+            self.remember()
 
     def on_resume(self) -> None:
         """A RESUME event: this QEMU runs its guest."""

@@ -44,6 +44,11 @@ class MigrationRecord(msgspec.Struct, frozen=True, kw_only=True):
     """Of all migrations of this process, which one: the page map's file is of the same."""
     postcopy: bool = False
     """Whether QEMU has said that postcopy had begun."""
+    awaited: bool = False
+    """Of a source that was seen from the migration's beginning: whether it has yet to hear that its guest has
+    arrived."""
+    stopped_by_switchover: bool = False
+    """Whether its guest ran until a source before 10.0 stopped it for postcopy."""
     further: tuple[str, ...] = ()
     """The addresses at which a client had a destination recovered, beside `uri`."""
     session: bytes | None = None

@@ -19,6 +19,7 @@ from refault.channel.tracker import Kept
 from refault.daemon.host.repeats import repeats
 from refault.daemon.known.course import Course
 from refault.daemon.monitor.monitor import MonitorLost, QmpError
+from refault.daemon.near.handed_leg import can_be_taken
 from refault.daemon.near.kept_ends import KeptEnds
 from refault.daemon.near.local import LocalLeg, has_ended, take_back
 from refault.daemon.record.session_file import HandedChannel
@@ -35,6 +36,7 @@ log = logging.getLogger("refault.migration")
 
 REPLAY_DOUBT_SECONDS = 2.0
 """Two losses so soon after a replay, and the next recovery goes without: the replay may have caused them."""
+_BEFORE_ARRIVAL = (None, "setup", "wait-unplug", "active", "pre-switchover", "device", "postcopy-device")
 DELIVERY_LOOK, LONGEST_DELIVERY_LOOK = 0.05, 1.0
 STALL_LOOK = 0.25
 """Seconds between looks at a handshake that may stand still for many; its end is heard of by other ways."""
@@ -136,6 +138,8 @@ class Channels:
             encrypted=self._course.vm.encrypted,
         )
         self._course.joined()
+        if not recovered:
+            self._course.remember()  # that its arrival is awaited
         self.closing.begin(self.channel, local.peer_inode)
         if local.kept is not None:  # from here QEMU is to see an end, be it by a kill of refault
             self._course.vm.start_soon(take_back, self._course.vm.monitor, local.kept)
@@ -271,9 +275,42 @@ class Channels:
         """Whether the source's guest may or may not have arrived."""
         if self.held_until_loaded and not self.has_arrived:
             return True
-        if self.relay.closed or self._course.role is not Role.SOURCE:
+        if not self.awaits_arrival:
             return False
-        return self.knows_first and not self.has_arrived and in_doubt(self.relay.passed())
+        course = self._course
+        return (course.awaited_before and course.postcopy_began) or in_doubt(self.relay.passed())
+
+    @property
+    def awaits_arrival(self) -> bool:
+        """Whether a source, seen from the migration's beginning, has yet to hear of its guest's arrival."""
+        if self._course.role is not Role.SOURCE or self.has_arrived or self.relay.closed:
+            return False
+        return self._course.awaited_before or (self.knows_first and not self.unread)
+
+    async def guard_switchover(self) -> None:
+        """To be told before a source switches to postcopy. Has QEMU hold our end until one since 10.2 has
+        heard of its guest's arrival: did a kill of refault end its leg before, it would run the guest again.
+        The next refault takes it on.
+        """
+        course, main = self._course, self.kept.main
+        wanted = course.role is Role.SOURCE and abilities(course.vm.version).waits_for_arrival
+        if not wanted or main is None or self.relay.closed or course.lanes.count or course.vm.encrypted:
+            return
+        if not course.vm.state_file.usable(course.vm.qemu_pid) or not can_be_taken(course.vm.qemu_pid):
+            return  # nobody could end it then
+        self.handover.leaves(main)
+        course.vm.start_soon(self._let_go_when_arrived, self.channel)
+        await self.guard.give()
+
+    async def _let_go_when_arrived(self, channel: int) -> None:
+        while not self.over(channel) and self._course.status in _BEFORE_ARRIVAL:
+            with trio.move_on_after(ASKED_EVERY):
+                await self.changed.wait()
+        if channel != self.channel:
+            return
+        if not self._completes():
+            await self.kept.let_go()
+        self.handover.leaves(None)
 
     @property
     def ended_without(self) -> bool:
@@ -453,7 +490,10 @@ class Channels:
         self.closing.look()
         passed = self.relay.passed()
         # A destination that answers a recovery has paused, and that it does only once it runs.
-        self.has_arrived |= passed.running or (passed.resumed and view.return_bytes > self._returned_before)
+        answers = passed.resumed and view.return_bytes > self._returned_before
+        if not self.has_arrived and (passed.running or answers):
+            self.has_arrived = True
+            self._course.remember()
         if self.channel == self.ended:
             return  # its end has been dealt with
         if passed.running:

@@ -6,6 +6,7 @@ from __future__ import annotations
 import contextlib
 import logging
 import secrets
+import socket
 from pathlib import Path
 
 import trio
@@ -74,6 +75,12 @@ class HandOver:
         self._kept = kept
         self._guard = guard
         self._closing = closing
+
+    def leaves(self, main: socket.socket | None) -> None:
+        """Has the next refault find that end of a leg, which QEMU is to hold or holds, though none was handed
+        over; None: no more."""
+        self.leg = identity_of(main) if main is not None else None
+        self._course.remember()
 
     async def prepare(self) -> bool:
         """Has QEMU hold our end, while the relay goes on. False where it is not to be handed over, or QEMU

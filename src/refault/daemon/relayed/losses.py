@@ -118,7 +118,7 @@ class Losses:
                 return
             if now is not None and waits_for_pong(role, now.status):
                 self._course.on_answer(now.status, events=events)
-                unread = channels.unread  # into TLS nothing can be said
+                unread = channels.unread and self._course.vm.encrypted  # into TLS nothing can be said
                 if not unread or sips < SIPS:
                     sips += unread
                     await channels.closing.bring_on(channel, say=not unread)

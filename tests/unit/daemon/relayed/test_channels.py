@@ -85,6 +85,18 @@ async def test_the_replay_is_doubted_when_two_channels_are_lost_right_after_thei
     channels.kept.drop()
 
 
+async def test_that_an_arrival_is_awaited_is_written_down_as_the_channel_is_made() -> None:
+    """For QEMU 10.0 says nothing that is written down before all device state has left it."""
+    written: list[bool] = []
+    migration = course()
+    channels = Channels(migration, Relay(Role.SOURCE))
+    migration.remember = lambda: written.append(channels.awaits_arrival)
+    recover(channels, recovered=False)
+    assert written == [True]
+    channels.kept.drop()
+    channels.relay.close()
+
+
 async def test_an_error_in_one_look_does_not_end_the_watch(
     nursery: trio.Nursery, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
