@@ -59,8 +59,12 @@ class Follower:
 async def following(control: Path) -> AsyncIterator[Follower]:
     command = [*REFAULT, "events", "--control", str(control)]
     pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
+    # Who is started in the background of a shell, as a CI may be, has its children ignore SIGINT.
+    heeds = partial(signal.signal, signal.SIGINT, signal.SIG_DFL)
     async with trio.open_nursery() as nursery:
-        process = await nursery.start(partial(trio.run_process, command, check=False, **pipes))
+        process = await nursery.start(
+            partial(trio.run_process, command, check=False, preexec_fn=heeds, **pipes)
+        )
         yield Follower(process)
         nursery.cancel_scope.cancel()
 
