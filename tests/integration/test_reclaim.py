@@ -161,6 +161,15 @@ async def test_a_source_that_writes_while_it_waits_for_its_guests_arrival_pauses
         assert not [event for event in pair.source.qmp.events if event.name == "RESUME"]
 
 
+async def arrives_and_runs_there_alone(pair: Pair, driver: RefaultDriver) -> None:
+    """To the end, and with the right memory."""
+    await bare.finish(driver.source)
+    assert not [event for event in pair.source.qmp.events if event.name == "RESUME"]
+    await pair.destination.wait_progress()
+    verdict = await compare(GUEST, pair.destination.qmp, pair.source.qmp)
+    assert verdict.right, verdict
+
+
 @pytest.mark.parametrize("binary", ONLY_11)
 async def test_a_source_that_never_hears_that_its_guest_has_arrived_does_not_run_it_again(
     tmp_path: Path, binary: str
@@ -171,11 +180,7 @@ async def test_a_source_that_never_hears_that_its_guest_has_arrived_does_not_run
         with trio.fail_after(60):
             await lose_in_switchover(driver, channel, cut)
             await recovered(driver, 1)
-        await bare.finish(driver.source)
-        assert not [event for event in pair.source.qmp.events if event.name == "RESUME"]
-        await pair.destination.wait_progress()
-        verdict = await compare(GUEST, pair.destination.qmp, pair.source.qmp)
-        assert verdict.right, verdict
+        await arrives_and_runs_there_alone(pair, driver)
 
 
 @pytest.mark.parametrize("binary", ONLY_11)
@@ -194,8 +199,4 @@ async def test_nor_where_refault_is_killed_before_it_has_heard(tmp_path: Path, b
             driver.start_again(0)
             await pair.source.qmp.wait_migration("postcopy-paused")
             await recovered(driver, 1)
-        await bare.finish(driver.source)
-        assert not [event for event in pair.source.qmp.events if event.name == "RESUME"]
-        await pair.destination.wait_progress()
-        verdict = await compare(GUEST, pair.destination.qmp, pair.source.qmp)
-        assert verdict.right, verdict
+        await arrives_and_runs_there_alone(pair, driver)

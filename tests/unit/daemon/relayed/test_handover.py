@@ -79,6 +79,19 @@ class Left:
             return True
 
 
+def meets_a_leg(known: Course, *, postcopy: bool) -> None:
+    """What an earlier refault wrote, of whose channel QEMU holds the leg."""
+    known.meets(
+        postcopy=postcopy,
+        awaited=False,
+        stopped_by_switchover=False,
+        kept=("kept",),
+        further=(),
+        session=None,
+        leg=(1, b""),
+    )
+
+
 @pytest.fixture
 def left(tmp_path: Path) -> Iterator[Left]:
     qemu, held = socket.socketpair()
@@ -175,15 +188,7 @@ async def test_qemu_lets_go_of_the_leg_once_a_source_in_postcopy_is_known_not_to
         assert pump is not None
         about = msgspec.structs.replace(ABOUT, laid=("laid",))
         known = course(vm, Role.SOURCE, "postcopy-active")
-        known.meets(
-            postcopy=True,
-            awaited=False,
-            stopped_by_switchover=False,
-            kept=("kept",),
-            further=(),
-            session=None,
-            leg=(1, b""),
-        )
+        meets_a_leg(known, postcopy=True)
         channels = channels_of(known, Relay(Role.SOURCE))
         leg = LocalLeg("", world.held[Role.SOURCE].dup(), 0)
         assert channels.go_on(leg, (about, pump))
@@ -225,15 +230,7 @@ async def torn(
     )
     known = course(vm, Role.SOURCE, status, postcopy_began=False)
     known.policy.state = State.RUNNING
-    known.meets(
-        postcopy=False,
-        awaited=False,
-        stopped_by_switchover=False,
-        kept=("kept",),
-        further=(),
-        session=None,
-        leg=(1, b""),
-    )
+    meets_a_leg(known, postcopy=False)
     channels = channels_of(known, Relay(Role.SOURCE))
     ours, qemu = socket.socketpair()
     with qemu:
@@ -321,15 +318,7 @@ async def test_qemu_does_not_let_go_of_the_leg_before_it_is_known_whether_a_sour
         pump = world.of(Role.SOURCE).hand_over()
         assert pump is not None
         known = course(vm, Role.SOURCE, "device", postcopy_began=False)
-        known.meets(
-            postcopy=False,
-            awaited=False,
-            stopped_by_switchover=False,
-            kept=("kept",),
-            further=(),
-            session=None,
-            leg=(1, b""),
-        )
+        meets_a_leg(known, postcopy=False)
         channels = channels_of(known, Relay(Role.SOURCE))
         leg = LocalLeg("", world.held[Role.SOURCE].dup(), 0)
         about = msgspec.structs.replace(ABOUT, runs_told=False, status="device")
